@@ -1,0 +1,85 @@
+"""What identifies a store: `CaptureSpec` and its fingerprint."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from activations.errors import InvalidInputError, MismatchError
+
+__all__ = ["CaptureSpec", "StorageDtype", "fingerprint_of", "rows_per_group_for"]
+
+StorageDtype = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+MAX_ROWS_PER_GROUP = 65_536
+MAX_SHARD_BYTES = 128 * 2**20
+
+
+def fingerprint_of(content: object) -> str:
+    """The SHA-256 (hex) of a JSON-able object in canonical form."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def rows_per_group_for(widest_row_bytes: int) -> int:
+    """The largest power of two R <= 65,536 with R x `widest_row_bytes` <= 128 MiB."""
+    fitting = min(MAX_ROWS_PER_GROUP, max(1, MAX_SHARD_BYTES // widest_row_bytes))
+    return 1 << (fitting.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What every row of a store has in common. A resume or an append with another spec is refused."""
+
+    model: str
+    """Name of the model as it is shown."""
+    revision: str | None
+    """Revision of the model, where it has one."""
+    weight_hash: str
+    """Digest of the model's weights (hex)."""
+    tokenizer_hash: str
+    """Digest of the tokenizer (hex)."""
+    context_size: int
+    """Tokens in the longest window, BOS included."""
+    bos_token_id: int | None
+    """The token that every window starts with; None where the tokenizer has no BOS."""
+    compute_dtype: str
+    """dtype in which the model ran."""
+    dtype: StorageDtype
+    """dtype in which activations are stored."""
+    rows_per_group: int
+    """R: rows in a row group, a power of two up to 65,536."""
+
+    def __post_init__(self) -> None:
+        if self.context_size < 2:
+            raise InvalidInputError(f"context_size is {self.context_size}; a window needs at least 2 tokens.")
+        if self.dtype not in DTYPE_BYTES:
+            raise InvalidInputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
+        rows = self.rows_per_group
+        if not 1 <= rows <= MAX_ROWS_PER_GROUP or rows & (rows - 1):
+            raise InvalidInputError(
+                f"rows_per_group is {rows}; expected a power of two from 1 to {MAX_ROWS_PER_GROUP:,}."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all fields."""
+        return fingerprint_of(asdict(self))
+
+    def require_equal(self, other: "CaptureSpec", where: str) -> None:
+        """Raise `MismatchError` naming each field in which `other` differs from this spec.
+
+        Args:
+            other: the spec of what is to be added.
+            where: the store that has this spec, for the message.
+        """
+        differing = [
+            f"{field.name} is {getattr(other, field.name)!r}, the store has {getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if differing:
+            raise MismatchError(
+                f"{where} was captured with another specification: {'; '.join(differing)}. "
+                "Use the same settings to resume, or give another output folder."
+            )

@@ -1,0 +1,26 @@
+"""From the arrays of an `ActivationSource` to torch tensors."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["as_tensor"]
+
+
+def as_tensor(values: Any, dtype: str, device: torch.device | str = "cpu") -> Tensor:
+    """Activations of a source as a tensor on `device`, in their storage dtype and without a copy where possible.
+
+    Args:
+        values: numpy array `(n, *feature_shape)` (bfloat16 as uint16 bits), or already a tensor.
+        dtype: the source's storage dtype.
+        device: where the tensor shall lie.
+    """
+    if isinstance(values, Tensor):
+        return values.to(device)
+    values = np.ascontiguousarray(values)
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if dtype == "bfloat16":
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.to(device)
