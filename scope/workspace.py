@@ -1,0 +1,187 @@
+"""`Workspace`: a folder of stores, SAEs and indexes, listed by id. The one place that knows the folder layout.
+
+    WORKSPACE/
+      stores/NAME.zarr      activation stores
+      saes/NAME/            sparse autoencoders
+      indexes/NAME.index/   feature indexes
+      workspace.db          what was taken in from elsewhere (SQLite, WAL)
+
+The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
+path ever comes from a request. Artefacts that lie elsewhere are taken in with `Workspace.add`.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from activations.manifest import ID_LENGTH, read_manifest
+from scope.errors import InvalidInputError, ScopeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from activations.store import ActivationStore
+    from scope.features.index import FeatureIndex
+    from scope.saes.base import SAE
+
+__all__ = ["Entry", "Kind", "Workspace"]
+
+Kind = Literal["activation-store", "sae", "feature-index"]
+FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
+SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
+SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artefact of a workspace."""
+
+    kind: Kind
+    id: str
+    """First 12 hex digits of the fingerprint."""
+    name: str
+    """The folder's name without its suffix."""
+    path: Path
+    manifest: dict[str, Any]
+    problem: str | None = None
+    """Why the artefact cannot be read, if it cannot."""
+
+
+class Workspace:
+    """A folder of stores, SAEs and indexes.
+
+    Args:
+        path: the folder. It may be empty; it is only created when something is put into it.
+
+    Raises:
+        InvalidInputError: `path` exists and is not a folder.
+    """
+
+    def __init__(self, path: str | Path = "workspace") -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InvalidInputError(f"{self.path} is a file; a workspace is a folder.")
+
+    def path_for(self, kind: Kind, name: str) -> Path:
+        """Where an artefact of this kind and name belongs. The folder above it is created."""
+        folder = self.path / FOLDERS[kind]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}{SUFFIXES[kind]}"
+
+    def entries(self, kind: Kind | None = None) -> list[Entry]:
+        """All artefacts, or those of one kind, by name. What cannot be read is listed with its problem."""
+        return sorted(
+            (entry for entry in self._scan() if kind is None or entry.kind == kind),
+            key=lambda entry: (list(FOLDERS).index(entry.kind), entry.name),
+        )
+
+    def stores(self) -> list[Entry]:
+        """The activation stores."""
+        return self.entries("activation-store")
+
+    def saes(self) -> list[Entry]:
+        """The sparse autoencoders."""
+        return self.entries("sae")
+
+    def indexes(self) -> list[Entry]:
+        """The feature indexes."""
+        return self.entries("feature-index")
+
+    def find(self, id: str, kind: Kind | None = None) -> Entry:
+        """The artefact with this id, fingerprint or name.
+
+        Raises:
+            UnknownNameError: there is none; the ids and names that exist are suggested.
+        """
+        entries = self.entries(kind)
+        for entry in entries:
+            if id in (entry.id, entry.name) or (len(id) > ID_LENGTH and entry.manifest.get("fingerprint") == id):
+                return entry
+        known = [name for entry in entries for name in (entry.id, entry.name)]
+        raise UnknownNameError(kind or "artefact", id, known, hint=f"The workspace is {self.path}.")
+
+    def store(self, id: str) -> "ActivationStore":
+        """The activation store with this id."""
+        from activations.store import ActivationStore
+
+        return ActivationStore.open(self.find(id, "activation-store").path)
+
+    def sae(self, id: str) -> "SAE":
+        """The sparse autoencoder with this id."""
+        from scope.saes.formats import load
+
+        return load(self.find(id, "sae").path)
+
+    def index(self, id: str) -> "FeatureIndex":
+        """The feature index with this id."""
+        from scope.features.index import FeatureIndex
+
+        return FeatureIndex.open(self.find(id, "feature-index").path)
+
+    def parents(self, entry: Entry) -> list[Entry]:
+        """What an artefact was made from, as far as it lies in this workspace."""
+        wanted = set(entry.manifest.get("parents", ()))
+        return [other for other in self._scan() if other.manifest.get("fingerprint") in wanted]
+
+    def add(self, path: str | Path) -> Entry:
+        """Take in an artefact that lies elsewhere; it stays where it is.
+
+        Raises:
+            UnknownNameError: there is no artefact at `path`.
+        """
+        folder = Path(path).resolve()
+        entry = _entry(folder, read_manifest(folder))
+        self.path.mkdir(parents=True, exist_ok=True)
+        with closing(self._database()) as database, database:
+            database.execute("INSERT OR IGNORE INTO added VALUES (?)", (str(folder),))
+        return entry
+
+    def _database(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.path / "workspace.db", timeout=10)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute(SCHEMA)
+        return database
+
+    def _added(self) -> list[Path]:
+        if not (self.path / "workspace.db").is_file():
+            return []
+        with closing(self._database()) as database:
+            return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]
+
+    def _scan(self) -> Iterator[Entry]:
+        seen: set[Path] = set()
+        within = [path for folder in FOLDERS.values() for path in sorted((self.path / folder).glob("*"))]
+        for path in [*within, *self._added()]:
+            if path.resolve() in seen or not (path / "manifest.json").is_file():
+                continue
+            seen.add(path.resolve())
+            try:
+                yield _entry(path, read_manifest(path))
+            except ScopeError as error:
+                kind = next((kind for kind, folder in FOLDERS.items() if path.parent.name == folder), None)
+                if kind is not None:
+                    yield Entry(kind, "", path.name, path, {}, problem=str(error))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(self.entries(kind))} {folder}" for kind, folder in FOLDERS.items())
+        return f"Workspace({str(self.path)!r}: {counts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(entry.kind)}</td><td><code>{escape(entry.id)}</code></td>"
+            f"<td>{escape(entry.name)}</td><td>{escape(str(entry.problem or entry.path))}</td></tr>"
+            for entry in self.entries()
+        )
+        return (
+            f"<b>Workspace</b> <code>{escape(str(self.path))}</code>"
+            f"<table><tr><th>kind</th><th>id</th><th>name</th><th>where</th></tr>{rows}</table>"
+        )
+
+
+def _entry(path: Path, manifest: dict[str, Any]) -> Entry:
+    kind = manifest["format"]
+    if kind not in FOLDERS:
+        raise InvalidInputError(f"{path} is of format {kind!r}, which a workspace does not hold.")
+    return Entry(kind, manifest["fingerprint"][:ID_LENGTH], path.name.removesuffix(SUFFIXES[kind]), path, manifest)
