@@ -1,0 +1,201 @@
+"""How every command of the CLI behaves: options, output, errors, exit codes.
+
+`command` turns a function that returns an `Outcome` into a typer command:
+
+1. its own parameters, the fields of a config dataclass (each default stands once, beside its docstring, in the
+   config), `--config FILE.toml` and `--json` become options;
+2. the outcome is printed on standard output, as text or, with `--json`, as one JSON object on the last line;
+   progress and logs go to standard error;
+3. the exit code is 0 (done), 1 (failed) or 2 (something in what was given is wrong; nothing was written).
+"""
+
+import ast
+import dataclasses
+import inspect
+import json as json_module
+import tomllib
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from scope.errors import InvalidInputError, ScopeError
+
+__all__ = ["Outcome", "command", "progress_bar", "say"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    data: dict[str, Any]
+    """JSON-able."""
+    text: str
+    """The same for a person."""
+    exit_code: int = 0
+
+
+def say(message: str) -> None:
+    """A line of log, on standard error."""
+    typer.echo(message, err=True)
+
+
+ProgressCallback = Callable[[int, int | None], None]
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterable[ProgressCallback]:  # type: ignore[misc]
+    """A progress bar on standard error as a context; what it yields takes (done, total or None)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        last_tenth = -1
+
+        def update(done: int, total: int | None) -> None:
+            nonlocal last_tenth
+            progress.update(task, completed=done, total=total)
+            tenth = done * 10 // total if total else 0
+            if not console.is_terminal and tenth != last_tenth:
+                last_tenth = tenth
+                say(f"{label}: {done:,}{f' of {total:,}' if total else ''}")
+
+        yield update
+
+
+def command(
+    app: typer.Typer, name: str, config: type | None = None, required: Iterable[str] = (), panel: str | None = None
+) -> Callable[[Callable[..., Outcome]], Callable[..., None]]:
+    """Register a function as a command of `app`.
+
+    Args:
+        app: the typer application.
+        name: the command's name.
+        config: a frozen dataclass; its fields become options, and the function's parameter `config` gets the object.
+        required: fields of `config` that must be given.
+        panel: the heading under which `scope --help` lists the command.
+    """
+
+    def decorate(function: Callable[..., Outcome]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.name != "config"
+        ]
+        from_config = _config_parameters(config, set(required)) if config is not None else []
+
+        def run(**values: Any) -> None:
+            as_json = values.pop("json")
+            values.pop("config_file")
+            try:
+                if config is not None:
+                    fields = {parameter.name: values.pop(parameter.name) for parameter in from_config}
+                    values["config"] = config(**fields)
+                outcome = function(**values)
+            except ScopeError as error:
+                _fail(error, as_json, 2 if isinstance(error, InvalidInputError) else 1)
+            except KeyboardInterrupt:
+                _fail(KeyboardInterrupt("Interrupted."), as_json, 1)
+            except OSError as error:
+                _fail(error, as_json, 1)
+            typer.echo(json_module.dumps(outcome.data, default=str) if as_json else outcome.text)
+            raise typer.Exit(outcome.exit_code)
+
+        run.__signature__ = inspect.Signature([*own, *from_config, *_common_parameters()])  # type: ignore[attr-defined]
+        run.__doc__ = function.__doc__
+        run.__name__ = function.__name__
+        app.command(name, rich_help_panel=panel)(run)
+        return run
+
+    return decorate
+
+
+def _fail(error: BaseException, as_json: bool, exit_code: int) -> NoReturn:
+    say(f"Error: {error}")
+    if as_json:
+        typer.echo(json_module.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+    raise typer.Exit(exit_code)
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    json_option = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of output.")]
+    config_option = Annotated[
+        Path | None,
+        typer.Option("--config", callback=_load_defaults, is_eager=True, help="A TOML file with values for the flags."),
+    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("config_file", keyword, default=None, annotation=config_option),
+        inspect.Parameter("json", keyword, default=False, annotation=json_option),
+    ]
+
+
+def _load_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    renamed = {key.replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(renamed) - known)
+    if unknown:
+        raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know.")
+    context.default_map = {**(context.default_map or {}), **renamed}
+    return path
+
+
+def _config_parameters(config: type, required: set[str]) -> list[inspect.Parameter]:
+    hints = get_type_hints(config)
+    documentation = _field_docstrings(config)
+    parameters = []
+    for field in dataclasses.fields(config):
+        default = inspect.Parameter.empty if field.name in required else field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else default
+        flag = "--" + field.name.replace("_", "-")
+        declaration = f"{flag}/--no-{flag[2:]}" if hints[field.name] is bool else flag
+        option = typer.Option(declaration, help=documentation.get(field.name, ""))
+        annotation = Annotated[_option_type(hints[field.name]), option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+def _option_type(hint: Any) -> Any:
+    """typer has no Literal: its values are strings, which the config itself validates."""
+    if getattr(hint, "__origin__", None) is not None and str(hint).startswith("typing.Literal"):
+        return str
+    return hint
+
+
+def _field_docstrings(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    tree = ast.parse(inspect.cleandoc(inspect.getsource(config)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            found[statement.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+

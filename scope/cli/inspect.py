@@ -1,0 +1,84 @@
+"""`scope info` and `scope verify`: what an artefact is, and whether its bytes are what was written."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scope.cli._command import Outcome, command, progress_bar
+from scope.errors import InvalidInputError, UnknownNameError
+
+__all__ = ["register"]
+
+
+def _open(path: Path) -> Any:
+    """The store or index at `path`."""
+    from activations.manifest import read_manifest
+
+    format = read_manifest(path)["format"]
+    if format == "activation-store":
+        from activations.store import ActivationStore
+
+        return ActivationStore.open(path)
+    if format == "feature-index":
+        from scope.features.index import FeatureIndex
+
+        return FeatureIndex.open(path)
+    raise InvalidInputError(f"{path} is of format {format!r}; expected activation-store or feature-index.")
+
+
+def _describe(what: str) -> dict[str, Any]:
+    """JSON-able facts about a store, SAE or index folder, or a model."""
+    from activations.manifest import read_manifest
+
+    path = Path(what)
+    if (path / "cfg.json").is_file():
+        from scope.saes.formats import load
+
+        sae = load(path)
+        return {"kind": "sae", **sae.info()}
+    if (path / "manifest.json").is_file():
+        return {"kind": read_manifest(path)["format"], **_open(path).info()}
+    from scope.models import LanguageModel
+
+    try:
+        model = LanguageModel.load(what)
+    except UnknownNameError as error:
+        raise UnknownNameError("store, SAE, index or model", what, error.near) from error
+    return {"kind": "model", **model.info()}
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        else:
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            lines.append(f"{indent}{key:<{max(2, 24 - len(indent))}}{shown}")
+    return lines
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+
+    @command(app, "info")
+    def info(
+        what: Annotated[str, typer.Argument(help="A store, SAE or index folder, or a model.")],
+    ) -> Outcome:
+        """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality."""
+        facts = _describe(what)
+        return Outcome(facts, "\n".join(_lines(facts)))
+
+    @command(app, "verify")
+    def verify(
+        artefact: Annotated[Path, typer.Argument(help="A store or an index.")],
+    ) -> Outcome:
+        """Read every byte of a store or an index and compare it with what was recorded when it was written."""
+        opened = _open(artefact)
+        with progress_bar("Verifying (objects)") as progress:
+            faults = opened.verify(progress)
+        if not faults:
+            return Outcome({"artefact": str(artefact), "faults": []}, f"{artefact} is as it was written.")
+        text = "\n".join([f"{artefact} has {len(faults)} fault(s):", *(f"  {fault}" for fault in faults)])
+        return Outcome({"artefact": str(artefact), "faults": [fault._asdict() for fault in faults]}, text, exit_code=1)

@@ -1,0 +1,42 @@
+"""`scope workspace`: list what a workspace holds, take in what lies elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scope.cli._command import Outcome, command
+
+__all__ = ["register"]
+
+Folder = Annotated[Path, typer.Option("--workspace", help="The workspace folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group of commands to `app`."""
+    group = typer.Typer(name="workspace", help="List what a workspace holds, and add to it.", no_args_is_help=True)
+    app.add_typer(group)
+
+    @command(group, "list")
+    def list_entries(workspace: Folder = Path("workspace")) -> Outcome:
+        """The stores, SAEs and indexes of a workspace."""
+        from scope.workspace import Workspace
+
+        entries = Workspace(workspace).entries()
+        data = [
+            {"kind": entry.kind, "id": entry.id, "name": entry.name, "path": str(entry.path), "problem": entry.problem}
+            for entry in entries
+        ]
+        lines = [f"{entry.kind:<18}{entry.id or '-':<14}{entry.problem or entry.path}" for entry in entries]
+        return Outcome({"entries": data}, "\n".join(lines) or f"{workspace} is empty. Fill it with: scope demo")
+
+    @command(group, "add")
+    def add(
+        path: Annotated[Path, typer.Argument(help="A store, SAE or index that lies elsewhere.")],
+        workspace: Folder = Path("workspace"),
+    ) -> Outcome:
+        """Take in an artefact that lies elsewhere; it stays where it is."""
+        from scope.workspace import Workspace
+
+        entry = Workspace(workspace).add(path)
+        return Outcome({"kind": entry.kind, "id": entry.id, "path": str(entry.path)}, f"Added {entry.kind} {entry.id}.")

@@ -1,0 +1,66 @@
+"""The workspace lists artefacts by id, and takes in what lies elsewhere."""
+
+import pytest
+
+from activations.manifest import write_manifest
+from scope.errors import InvalidInputError, UnknownNameError
+from scope.workspace import Workspace
+
+
+def make(folder, format="sae", fingerprint="ab" * 32, parents=()):
+    folder.mkdir(parents=True)
+    write_manifest(folder, format, fingerprint, parents, "tests")
+    return folder
+
+
+def test_artefacts_are_found_by_id_name_and_fingerprint(tmp_path):
+    workspace = Workspace(tmp_path)
+    make(workspace.path_for("sae", "small"))
+    entry = workspace.find("abababababab")
+    assert (entry.name, entry.kind) == ("small", "sae")
+    assert workspace.find("small", "sae").path == workspace.find("ab" * 32).path == entry.path
+
+
+def test_an_unknown_id_suggests_near_ones(tmp_path):
+    make(Workspace(tmp_path).path_for("sae", "small"))
+    with pytest.raises(UnknownNameError, match="Did you mean abababababab"):
+        Workspace(tmp_path).find("abababababaa")
+
+
+def test_what_lies_elsewhere_is_added_once(tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    elsewhere = make(tmp_path / "elsewhere" / "store.zarr", "activation-store")
+    assert workspace.add(elsewhere) == workspace.add(elsewhere)
+    assert [entry.id for entry in workspace.stores()] == ["abababababab"]
+    with pytest.raises(UnknownNameError):
+        workspace.add(tmp_path / "nothing")
+
+
+def test_parents_resolve_by_fingerprint(tmp_path):
+    workspace = Workspace(tmp_path)
+    make(workspace.path_for("activation-store", "s"), "activation-store", "cd" * 32)
+    make(workspace.path_for("sae", "a"), parents=["cd" * 32])
+    (sae,) = workspace.saes()
+    assert [parent.name for parent in workspace.parents(sae)] == ["s"]
+
+
+def test_a_broken_manifest_is_listed_with_its_problem(tmp_path):
+    workspace = Workspace(tmp_path)
+    folder = make(workspace.path_for("feature-index", "f"), "feature-index")
+    (folder / "manifest.json").write_text("{")
+    (entry,) = workspace.indexes()
+    assert "not a readable manifest" in entry.problem
+    assert "<b>Workspace</b>" in workspace._repr_html_()
+
+
+def test_a_newer_format_is_refused_and_said(tmp_path):
+    folder = make(Workspace(tmp_path).path_for("sae", "s"))
+    manifest = (folder / "manifest.json").read_text().replace('"version": 1', '"version": 99')
+    (folder / "manifest.json").write_text(manifest)
+    assert "Upgrade scope-workbench" in Workspace(tmp_path).saes()[0].problem
+
+
+def test_a_file_is_not_a_workspace(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidInputError, match="is a file"):
+        Workspace(tmp_path / "file")
