@@ -1,0 +1,45 @@
+"""The feature index: every firing of one SAE over one text, both ways, and a table with one row per feature.
+
+    from scope.features import FeatureIndex, build_index
+    index = build_index(store, sae, "workspace/indexes/NAME.index", model=model)
+    index.feature(123)
+
+Names are resolved on first use, so that importing the package costs nothing and opening an index never needs torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scope.features.build import build_index
+    from scope.features.examples import Example, Examples
+    from scope.features.feature import Feature
+    from scope.features.index import FeatureIndex
+    from scope.features.prompt import PromptFeatures, features_on_prompt
+
+__all__ = [
+    "Example",
+    "Examples",
+    "Feature",
+    "FeatureIndex",
+    "PromptFeatures",
+    "build_index",
+    "features_on_prompt",
+]
+
+_HOMES = {
+    "Example": "examples",
+    "Examples": "examples",
+    "Feature": "feature",
+    "FeatureIndex": "index",
+    "PromptFeatures": "prompt",
+    "build_index": "build",
+    "features_on_prompt": "prompt",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,25 @@
+"""`Feature`: one feature of an index, for reading in a notebook."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+
+__all__ = ["Feature"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature of an index. Everything is read from the index when asked for."""
+
+    index: "FeatureIndex"
+    id: int
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The feature's row of `FeatureIndex.table`."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        raise NotImplementedError
