@@ -1,0 +1,47 @@
+"""Figures: a DataFrame goes in, a Plotly figure comes out; notebooks and the dashboard share them.
+
+Plotly is imported when the first figure is drawn, not before.
+"""
+
+from scope.figures.features import (
+    activation_histogram,
+    feature_scatter,
+    histogram_frame,
+    logit_bars,
+    rate_bars,
+    token_feature_heatmap,
+)
+from scope.figures.template import (
+    CONFIG,
+    FONT,
+    PALETTES,
+    Palette,
+    Theme,
+    activation_colour,
+    css_variables,
+    effect_colour,
+    template,
+)
+from scope.figures.text import as_label, short_number
+from scope.figures.training import training_curves
+
+__all__ = [
+    "CONFIG",
+    "FONT",
+    "PALETTES",
+    "Palette",
+    "Theme",
+    "activation_colour",
+    "activation_histogram",
+    "as_label",
+    "css_variables",
+    "effect_colour",
+    "feature_scatter",
+    "histogram_frame",
+    "logit_bars",
+    "rate_bars",
+    "short_number",
+    "template",
+    "token_feature_heatmap",
+    "training_curves",
+]
