@@ -62,7 +62,7 @@ def activation_histogram(
     figure.update_xaxes(title_text=STRENGTH, rangemode="tozero")
     figure.update_yaxes(title_text="firings" + (" (log scale)" if log else ""))
     if log:
-        figure.update_yaxes(type="log", range=_log_range(counts), dtick=1, tickformat="~s")
+        figure.update_yaxes(type="log", range=_log_range(counts), dtick=1, tickformat=",d")
     figure.update_layout(bargap=0)
     if not total:
         _say(figure, "It never fires on this text.", theme)
@@ -131,7 +131,8 @@ def feature_scatter(
         groups = values.where(values.isin(named), "other")
         for name in [*named, *(["other"] if (groups == "other").any() else [])]:
             figure.add_trace(_points(frame[groups == name], x, y, name=as_label(name)))
-        figure.update_layout(showlegend=True)
+        beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top", "itemsizing": "constant"}
+        figure.update_layout(showlegend=True, legend=beside)
     else:
         marker: dict[str, Any] = {"color": PALETTES[theme].accent_text}
         if colour is not None:

@@ -148,6 +148,7 @@ def template(theme: Theme = "light") -> "go.layout.Template":
         "title": {"font": {"color": palette.muted, "size": 12}, "standoff": 8},
         "automargin": True,
         "separatethousands": True,
+        "exponentformat": "power",
     }
     return go.layout.Template(
         layout={
