@@ -1,0 +1,194 @@
+"""SAELens's folder: `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, beside our `manifest.json`.
+
+sae_lens reads what is written here (`SAE.load_from_disk`), and what it writes is read here, without importing it.
+Our provenance lies in the config's metadata, where sae_lens keeps names that it does not know.
+
+Two settings of SAELens are folded into the weights when read, which leaves features and outputs as they are:
+
+- `rescale_acts_by_decoder_norm`: the encoder's columns and biases are multiplied by ‖W_dec row‖, the decoder's rows
+  divided by it;
+- `normalize_activations="expected_average_only_in"` with its `activation_scaler.json`, as in an unfinished training of
+  SAELens: x was multiplied by a constant before it was encoded. Afterwards the SAE takes raw activations and gives
+  values in the model's own units.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from activations.manifest import read_manifest, write_atomically, write_manifest
+from scope._version import __version__
+from scope.errors import IntegrityError, InvalidInputError, MismatchError, NonFiniteError, OccupiedError
+from scope.saes import registry
+from scope.saes.base import SAE
+
+__all__ = ["load", "read_density", "recognises", "save"]
+
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+SCALER = "activation_scaler.json"
+FORMAT_VERSION = "6.0.0"
+"""The release of SAELens that introduced this layout. sae_lens takes a config without a version for an older one."""
+SPARSITY_FLOOR = 1e-10
+"""Added to a density before its logarithm is taken, as SAELens does."""
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder has SAELens's two main files."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def save(
+    sae: SAE,
+    folder: Path,
+    *,
+    density: Tensor | None = None,
+    companions: Mapping[str, bytes] | None = None,
+    **manifest: Any,
+) -> Path:
+    """See `scope.saes.formats.save`."""
+    require_free(folder)
+    weights = sae.weights()
+    _require_finite(weights, "The SAE to be saved")
+    files = {CONFIG: _config_bytes(sae), WEIGHTS: serialise(weights), **(companions or {})}
+    if density is not None:
+        log_density = torch.log10(density.detach().float().cpu() + SPARSITY_FLOOR)
+        files[SPARSITY] = serialise({"sparsity": log_density.contiguous()})
+    store = sae.cfg.metadata.store_fingerprint
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        created_by = f"scope-workbench {__version__}"
+        write_manifest(temporary, "sae", sae.fingerprint, [store] if store else [], created_by, **manifest)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load(folder: Path, *, device: torch.device | str = "cpu") -> SAE:
+    """See `scope.saes.formats.load`."""
+    content = _read_config(folder)
+    sae_class = registry.get(str(content.get("architecture", "standard")))
+    weights = _read_weights(folder)
+    try:
+        cfg = registry.config_of(content["architecture"]).from_dict(content)
+    except TypeError as error:  # a field without a default is missing
+        raise InvalidInputError(f"{folder / CONFIG} lacks a setting of its architecture ({error}).") from error
+    sae = sae_class(cfg, initialise=False, device="meta").to_empty(device="cpu")
+    _fill(sae, weights, folder)
+    _fold_decoder_norm(sae, content)
+    _fold_normalisation(sae, content, folder)
+    if (folder / "manifest.json").is_file():
+        recorded = read_manifest(folder, "sae")["fingerprint"]
+        if sae.fingerprint != recorded:
+            raise IntegrityError(
+                f"{folder}: configuration and weights are not what the manifest recorded ({recorded[:12]}, now "
+                f"{sae.fingerprint[:12]}). Restore the folder, or delete its manifest.json to take it as it is."
+            )
+    return sae.to(device)
+
+
+def read_density(folder: Path) -> Tensor | None:
+    """Share of the training's rows on which each feature fired, `(d_sae,)`; None where it was not recorded."""
+    if not (folder / SPARSITY).is_file():
+        return None
+    log_density = load_file(folder / SPARSITY)["sparsity"]
+    return (10**log_density - SPARSITY_FLOOR).clamp_min(0)
+
+
+def require_free(folder: Path) -> None:
+    """Raise `OccupiedError` unless the folder is free to be made: absent, or empty."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise OccupiedError(f"{folder} holds something already. Give another output folder, or move that one away.")
+
+
+def _config_bytes(sae: SAE) -> bytes:
+    content = sae.config_as_stored().to_dict()
+    metadata = {"sae_lens_version": FORMAT_VERSION, "sae_lens_training_version": None, **content["metadata"]}
+    content = {**content, "device": "cpu", "normalize_activations": "none", "metadata": metadata}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        metadata = content.setdefault("metadata", {})
+        content["d_in"], content["d_sae"] = int(content["d_in"]), int(content["d_sae"])
+        content["dtype"] = content["dtype"].removeprefix("torch.")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(f"{folder / CONFIG} is no readable configuration of an SAE ({error!r}).") from error
+    # What `save` adds for sae_lens alone, so that saving and loading leave the metadata as it was.
+    if metadata.get("sae_lens_version") == FORMAT_VERSION:
+        metadata.pop("sae_lens_version")
+    if metadata.get("sae_lens_training_version", "") is None:
+        metadata.pop("sae_lens_training_version")
+    return content
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{folder / WEIGHTS} cannot be read ({error}). Copy or download the SAE again.") from error
+    _require_finite(weights, str(folder / WEIGHTS))
+    return weights
+
+
+def _require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            n_bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(f"{where}: {n_bad:,} of the {tensor.numel():,} entries of {name} are NaN or Inf.")
+
+
+def _fill(sae: SAE, weights: Mapping[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        wrong = [
+            f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+            for name in sorted(expected.keys() | found.keys())
+            if expected.get(name) != found.get(name)
+        ]
+        raise MismatchError(f"The tensors in {folder / WEIGHTS} do not fit {folder / CONFIG}: {'; '.join(wrong)}.")
+    sae.load_state_dict(dict(weights))
+
+
+@torch.no_grad()
+def _fold_decoder_norm(sae: SAE, content: Mapping[str, Any]) -> None:
+    if content.get("rescale_acts_by_decoder_norm"):
+        norms = sae.W_dec.norm(dim=-1)
+        sae.W_enc.mul_(norms)
+        sae.b_enc.mul_(norms)
+        sae.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None])
+
+
+@torch.no_grad()
+def _fold_normalisation(sae: SAE, content: Mapping[str, Any], folder: Path) -> None:
+    mode = content.get("normalize_activations", "none")
+    if mode == "none":
+        return
+    if mode == "expected_average_only_in" and (folder / SCALER).is_file():
+        scale = json.loads((folder / SCALER).read_text()).get("scaling_factor")
+        if scale is not None:
+            sae.b_enc.div_(scale)
+            sae.b_dec.div_(scale)
+        return
+    raise InvalidInputError(
+        f"{folder} normalises its input ({mode!r}) in a way that its files do not settle, so that its features would "
+        "be wrong. Fold the normalisation into the weights with sae_lens, and save it again."
+    )
