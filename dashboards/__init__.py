@@ -1,1 +1,21 @@
+"""The dashboard: what a workspace holds, shown in a browser. `dashboards.serve(workspace)` starts it."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scope.workspace import Workspace
+
+__all__ = ["serve"]
+
+
+def serve(workspace: "Workspace | str", host: str = "127.0.0.1", port: int = 8050) -> None:
+    """Serve the dashboard of a workspace until interrupted.
+
+    Args:
+        workspace: a `scope.workspace.Workspace` or the path of its folder.
+        host: the address to bind to.
+        port: the TCP port.
+    """
+    from dashboards.app import serve as serve_app
+
+    serve_app(workspace, host, port)

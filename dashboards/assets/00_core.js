@@ -1,0 +1,91 @@
+/* What the other scripts share: elements from text (never from markup), numbers, requests, Dash's properties. */
+(function () {
+  "use strict";
+
+  /** An element with a class and text. Text is always text: nothing in this folder writes markup. */
+  function el(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined && text !== null) element.textContent = text;
+    return element;
+  }
+
+  /** Three significant digits, as scope.figures.text.short_number writes them. */
+  function number(value) {
+    if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    let text;
+    if (size < 1e-3 || size >= 1e7) {
+      const [mantissa, exponent] = value.toExponential(2).split("e");
+      text = mantissa + "e" + Number(exponent);
+    } else if (size >= 999.5) {
+      text = Math.round(value).toLocaleString("en-US");
+    } else {
+      text = value.toFixed(Math.max(0, 2 - Math.floor(Math.log10(size))));
+    }
+    return text.replace("-", "−");
+  }
+
+  function oneIn(share) {
+    return share > 0 ? "1 in " + number(1 / share) : "never";
+  }
+
+  /** A token with its blanks and line breaks drawn, as nodes: for places where they would be lost. */
+  function tokenText(token) {
+    const box = el("span", "token-text");
+    for (const part of token.split(/(^ +| +$|[\n\t\r])/)) {
+      if (!part) continue;
+      const drawn = { "\n": "⏎", "\t": "⇥", "\r": "␍" }[part] || (/^ +$/.test(part) ? "␣".repeat(part.length) : null);
+      box.append(drawn ? el("span", "blank", drawn) : document.createTextNode(part));
+    }
+    return box;
+  }
+
+  async function getJson(path, query) {
+    const url = new URL(path, location.href);
+    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+    const response = await fetch(url, { headers: { Accept: "application/json" } });
+    const body = await response.json();
+    if (!response.ok) throw new Error(body.error || response.statusText);
+    return body;
+  }
+
+  function setProps(id, props) {
+    window.dash_clientside.set_props(id, props);
+  }
+
+  let toastTimer;
+  function toast(text) {
+    let box = document.getElementById("toast");
+    if (!box) {
+      box = el("div", "toast");
+      box.id = "toast";
+      box.setAttribute("role", "status");
+      document.body.append(box);
+    }
+    box.textContent = text;
+    box.hidden = false;
+    clearTimeout(toastTimer);
+    toastTimer = setTimeout(() => { box.hidden = true; }, 2400);
+  }
+
+  async function copy(text, what) {
+    try {
+      await navigator.clipboard.writeText(text);
+      toast(what + " copied");
+    } catch (error) {
+      toast("The browser does not allow copying here");
+    }
+  }
+
+  /** A choice that outlives the visit. */
+  function remember(name, value) {
+    try { localStorage.setItem("scope-" + name, value); } catch (error) { /* storage may be off */ }
+  }
+  function recall(name) {
+    try { return localStorage.getItem("scope-" + name); } catch (error) { return null; }
+  }
+
+  window.scope = { el, number, oneIn, tokenText, getJson, setProps, toast, copy, remember, recall };
+})();

@@ -1,0 +1,115 @@
+"""Lists whose rows carry a bar: logits, tokens, neighbours, rates with their intervals."""
+
+from typing import TYPE_CHECKING, Any
+
+from dash import html
+
+from dashboards.components.strip import token
+from dashboards.format import exact, number, percent, plural
+from dashboards.links import feature_link
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["feature_list", "logit_list", "rate_list", "token_list"]
+
+
+def _row(share: float, *children: Any, title: str | None = None) -> html.Li:
+    return html.Li(list(children), title=title, style={"--v": f"{max(0.0, min(1.0, share)):.3f}"})
+
+
+def _value(text: str, exact_value: float | None = None) -> html.Span:
+    return html.Span(text, className="number", title=None if exact_value is None else exact(exact_value))
+
+
+def logit_list(frame: "pd.DataFrame", scale: float, kind: str) -> html.Ul:
+    """Tokens whose logit a feature moves; columns token, effect. `kind`: "positive" or "negative"."""
+    return html.Ul(
+        className=f"bars {kind}",
+        children=[
+            _row(
+                abs(effect) / scale if scale else 0,
+                html.Span(token(str(text)), className="name"),
+                _value(("+" if effect > 0 else "") + number(effect), effect),
+            )
+            for text, effect in zip(frame["token"], frame["effect"], strict=True)
+        ],
+    )
+
+
+def token_list(frame: "pd.DataFrame") -> html.Ul:
+    """Tokens that a feature fires on; columns token, mean_value, count, share."""
+    return html.Ul(
+        className="bars",
+        children=[
+            _row(
+                row["share"],
+                html.Span(token(str(row["token"])), className="name"),
+                _value(percent(row["share"]), row["share"]),
+                title=f"{plural(int(row['count']), 'firing')}, mean strength {number(row['mean_value'])}",
+            )
+            for row in frame.to_dict("records")
+        ],
+    )
+
+
+def feature_list(frame: "pd.DataFrame", index: str, column: str, title: str) -> html.Ul:
+    """Other features, linked; columns feature, top_token and the measure `column` from 0 to 1."""
+    return html.Ul(
+        className="bars neutral",
+        children=[
+            _row(
+                row[column],
+                html.A(
+                    [html.Span(str(row["feature"]), className="id"), token(str(row["top_token"] or ""))],
+                    href=feature_link(index, int(row["feature"])),
+                    className="name",
+                ),
+                _value(number(row[column]), row[column]),
+                title=title.format(**row),
+            )
+            for row in frame.to_dict("records")
+        ],
+    )
+
+
+def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.Div:
+    """How often a feature fires in each group, with the interval drawn; the first column names the group.
+
+    Args:
+        frame: name, rate, rate_low, rate_high, n_firings, n_rows, the highest rate first.
+        links: per name the address of its examples.
+        limit: rows to show at once; the rest unfolds.
+    """
+    name = str(frame.columns[0])
+    end = float(frame["rate_high"].where(frame["n_firings"] > 0, frame["rate"]).max()) or 1.0
+    rows = [
+        _row(
+            row["rate"] / end,
+            html.A(str(row[name]), href=links[str(row[name])], className="name")
+            if row["n_firings"]
+            else html.Span(str(row[name]), className="name muted"),
+            _value(number(1000 * row["rate"]), 1000 * row["rate"]),
+            *(
+                [
+                    html.Span(
+                        className="whisker",
+                        style={"--low": f"{row['rate_low'] / end:.3f}", "--high": f"{min(1, row['rate_high'] / end):.3f}"},
+                    )
+                ]
+                if row["n_firings"]
+                else []
+            ),
+            title=(
+                f"{plural(int(row['n_firings']), 'firing')} on {plural(int(row['n_rows']), 'token')}; 95% interval "
+                f"{number(1000 * row['rate_low'])} to {number(1000 * row['rate_high'])} per 1,000"
+            ),
+        )
+        for row in frame.to_dict("records")
+    ]
+    shown = [html.Ul(rows[:limit], className="bars")]
+    if len(rows) > limit:
+        shown.append(
+            html.Details([html.Summary(f"{len(rows) - limit} more", className="small muted"), html.Ul(rows[limit:], className="bars")])
+        )
+    return html.Div(shown)

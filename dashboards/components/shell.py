@@ -1,0 +1,134 @@
+"""What stands around every page: the rail, the header that says what one is looking at, the list of keys."""
+
+from typing import TYPE_CHECKING, Any
+
+import dash_mantine_components as dmc
+from dash import dcc, html
+
+from dashboards.components.controls import button, icon
+from dashboards.links import features_link, prompt_link, workspace_link
+from dashboards.queries import sae_name
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+    from scope.workspace import Entry
+
+__all__ = ["header", "rail", "shell"]
+
+KEYS = (
+    ("←", "previous feature"),
+    ("→", "next feature"),
+    ("r", "a random feature that fires"),
+    ("/", "search features"),
+    ("c", "copy a link to exactly this view"),
+    ("Esc", "close, leave a field"),
+    ("?", "this list"),
+)
+
+
+def rail(index: str) -> list[Any]:
+    """The pages; `index` is carried from one to the next."""
+    pages = [
+        ("workspace", "Workspace", workspace_link()),
+        ("features", "Features", features_link(index)),
+        ("prompt", "Prompt", prompt_link(index)),
+    ]
+    return [html.A([icon(name), title], href=href, **{"data-page": name}) for name, title, href in pages]
+
+
+def header(entries: "list[Entry]", index: "FeatureIndex | None") -> list[Any]:
+    """Which model, hook and SAE the page is about, and what to switch to."""
+    if index is None:
+        return [html.Dl(html.Div([html.Dt("Workspace")]), className="looking-at")]
+    facts = [
+        ("Model", index.model_info.get("name", "unknown")),
+        ("Hook", html.Code(index.hook_name)),
+        ("SAE", sae_name(index)),
+    ]
+    choices = [{"value": entry.id, "label": entry.name} for entry in entries]
+    return [
+        html.Dl([html.Div([html.Dt(name), html.Dd(value)]) for name, value in facts], className="looking-at"),
+        dmc.Select(
+            id="index-select",
+            data=choices,
+            value=index.id,
+            allowDeselect=False,
+            size="xs",
+            className="index-select",
+            comboboxProps={"shadow": "md"},
+            **{"aria-label": "Index"},
+        ),
+        _search(index.id),
+    ]
+
+
+def _search(index: str) -> html.Div:
+    return html.Div(
+        className="search",
+        children=dmc.TextInput(
+            placeholder="Search features",
+            size="xs",
+            rightSection=html.Kbd("/"),
+            attributes={"input": {"data-search": "true", "data-focus": "/", "data-index": index, "aria-label": "Search features"}},
+        ),
+    )
+
+
+def _keys() -> html.Dialog:
+    return html.Dialog(
+        id="keys",
+        className="keys",
+        **{"aria-label": "Keys"},
+        children=[
+            html.H2("Keys"),
+            html.Dl([part for key, words in KEYS for part in (html.Dt(html.Kbd(key)), html.Dd(words))]),
+            button("Close", **{"data-close": "true"}),
+        ],
+    )
+
+
+def shell(theme: str) -> dmc.MantineProvider:
+    """The frame of the dashboard, with nothing in it yet."""
+    return dmc.MantineProvider(
+        id="theme",
+        forceColorScheme=theme,
+        theme={
+            "fontFamily": "var(--scope-font)",
+            "primaryColor": "gray",
+            "defaultRadius": "sm",
+            "cursorType": "pointer",
+        },
+        children=[
+            dcc.Store(id="view"),
+            dcc.Store(id="about"),
+            dcc.Store(id="theme-now", data=theme),
+            html.A("Skip to the page", href="#page", className="skip"),
+            html.Div(
+                className="shell",
+                children=[
+                    html.Nav(
+                        className="rail",
+                        **{"aria-label": "Pages"},
+                        children=[
+                            html.Div(rail(""), id="rail", style={"display": "contents"}),
+                            html.Div(
+                                className="rail-end",
+                                children=[
+                                    html.Button([icon("keys"), "Keys"], type="button", className="keys-button", **{"data-keys": "true"}),
+                                    html.Button(
+                                        [icon("sun"), icon("moon"), "Theme"],
+                                        type="button",
+                                        className="theme-toggle",
+                                        **{"aria-label": "Switch between light and dark"},
+                                    ),
+                                ],
+                            ),
+                        ],
+                    ),
+                    html.Header(id="header", className="header"),
+                    html.Main(html.Div(id="content", className="page"), id="page", className="main", tabIndex=-1),
+                ],
+            ),
+            _keys(),
+        ],
+    )
