@@ -1,0 +1,52 @@
+"""Hooked language models: loading, hook names, activations, edits, losses.
+
+    from scope.models import LanguageModel
+    model = LanguageModel.load("gemma-3-270m")
+    result = model.run("The opposite of hot is", hooks=["blocks.8.hook_resid_post"])
+
+Names are loaded when they are first used: importing this package imports neither torch nor transformers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scope.models.hooks import HookPoint, HookTable
+    from scope.models.language_model import LanguageModel
+    from scope.models.run import Dictionary, EditContext, EditFunction, Generation, RunResult
+    from scope.models.tokens import TokenText
+
+__all__ = [
+    "Dictionary",
+    "EditContext",
+    "EditFunction",
+    "Generation",
+    "HookPoint",
+    "HookTable",
+    "LanguageModel",
+    "RunResult",
+    "TokenText",
+]
+
+_HOMES = {
+    "Dictionary": "run",
+    "EditContext": "run",
+    "EditFunction": "run",
+    "Generation": "run",
+    "HookPoint": "hooks",
+    "HookTable": "hooks",
+    "LanguageModel": "language_model",
+    "RunResult": "run",
+    "TokenText": "tokens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"scope.models.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'scope.models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,215 @@
+"""Hook names: one vocabulary, TransformerLens's, for the fast path and for the bridge.
+
+A `HookPoint` is a place in the model. Its name is the one that people know (`blocks.8.hook_resid_post`); the
+names that TransformerBridge calls canonical (`blocks.8.hook_out`) are aliases and resolve to it. Points with
+`path="fast"` know the HF module they stand for (`Site`); the others can only be seen through the bridge.
+
+Where a name has two meanings in TransformerLens, ours is the one of `HookedTransformer`: `hook_resid_mid` *is* the
+residual stream, so an edit there changes both what the MLP reads and what it is added to, while `hook_mlp_in` is
+only what the MLP branch reads. (TransformerBridge 3.9 treats an edit of `hook_resid_mid` like one of `hook_mlp_in`.)
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scope.errors import UnknownNameError
+from scope.models.architectures import Layout
+from scope.models.bridge_hooks import bridge_hooks
+
+__all__ = ["HookKind", "HookPoint", "HookTable", "Site", "build_hook_table"]
+
+HookKind = Literal["embedding", "residual", "attention", "mlp", "norm"]
+Where = Literal["input", "output"]
+HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "residual", "attention", "mlp", "norm")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the fast path finds a hook's tensor."""
+
+    module: str
+    """Path of the HF module."""
+    where: Where
+    """Whether the tensor goes into the module or comes out of it."""
+    heads: tuple[int, int] | None = None
+    """(n_heads, d_head) that the last dimension is split into."""
+    part: tuple[int, int] | None = None
+    """(start, width) of a slice of the last dimension, where one module computes q, k and v."""
+    stream: bool = False
+    """The tensor is the residual stream itself: an edit is written into it, for all who read it."""
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A place in the model where activations can be read and changed."""
+
+    name: str
+    """The name in TransformerLens's vocabulary."""
+    kind: HookKind
+    shape: tuple[str | int, ...]
+    """Such as ("batch", "seq", 640)."""
+    path: Literal["fast", "bridge"]
+    """"fast": plain forward hooks, capture and training can use it. "bridge": only `run`, through TransformerLens."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the same place."""
+    site: Site | None = field(default=None, repr=False)
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """The shape of one token's activation; None where the tensor has no token dimension of its own."""
+        rest = self.shape[2:]
+        if self.shape[:2] != ("batch", "seq") or not rest or any(isinstance(size, str) for size in rest):
+            return None
+        return tuple(int(size) for size in rest)
+
+
+class HookTable:
+    """Hook points in the order in which the model reaches them. Iterates over `HookPoint`s; indexed by any name."""
+
+    def __init__(self, points: Iterable[HookPoint]) -> None:
+        self._points = tuple(points)
+        self._by_name = {name: point for point in self._points for name in (point.name, *point.aliases)}
+        self._rank = {point.name: rank for rank, point in enumerate(self._points)}
+
+    def __iter__(self) -> Iterator[HookPoint]:
+        return iter(self._points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> HookPoint:
+        """The hook point of a name or alias; raises `UnknownNameError` with near misses."""
+        point = self._by_name.get(name) if isinstance(name, str) else None
+        if point is None:
+            raise UnknownNameError("hook", name, self._by_name, "model.hook_names() lists them all.")
+        return point
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, without aliases, in model order."""
+        return tuple(point.name for point in self._points)
+
+    def rank(self, name: str) -> int:
+        """Place of a hook in model order."""
+        return self._rank[self[name].name]
+
+    def select(self, kind: HookKind | None) -> "HookTable":
+        """The points of one kind; all of them for None."""
+        if kind is None:
+            return self
+        if kind not in Where = Literal["input", "output"]
+HOOK_KINDS:
+            raise UnknownNameError("kind of hook", kind, HOOK_KINDS)
+        return HookTable(point for point in self._points if point.kind == kind)
+
+    def __repr__(self) -> str:
+        from scope.models.display import hook_table_text
+
+        return hook_table_text(self)
+
+    def _repr_html_(self) -> str:
+        from scope.models.display import hook_table_html
+
+        return hook_table_html(self)
+
+
+def build_hook_table(layout: Layout) -> HookTable:
+    """All hook points of a model, in model order: those of the fast path, then those that only the bridge has."""
+    fast = [*_first(layout), *(point for i in range(layout.n_layers) for point in _layer(layout, i)), *_last(layout)]
+    taken = {name for point in fast for name in (point.name, *point.aliases)}
+    bridge = [
+        HookPoint(hook.name, _kind_of(hook.name), hook.shape, "bridge", hook.aliases)
+        for hook in bridge_hooks(layout)
+        if hook.name not in taken
+    ]
+    return HookTable([*fast, *bridge])
+
+
+def _kind_of(name: str) -> HookKind:
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        return "norm" if parts[0].startswith("ln") else "embedding"
+    inside = parts[2]
+    if inside.startswith("ln"):
+        return "norm"
+    return "mlp" if inside.startswith("mlp") else "attention"
+
+
+def _point(name: str, kind: HookKind, row: tuple[int, ...], site: Site, *aliases: str) -> HookPoint:
+    return HookPoint(name, kind, ("batch", "seq", *row), "fast", aliases, site)
+
+
+def _first(layout: Layout) -> Iterator[HookPoint]:
+    family, row = layout.family, (layout.d_model,)
+    embed = Site(layout.module(family.embed), "output")
+    yield _point("hook_embed", "embedding", row, embed, "embed.hook_out")
+    if family.pos_embed:
+        positions = Site(layout.module(family.pos_embed), "output")
+        yield _point("hook_pos_embed", "embedding", row, positions, "pos_embed.hook_out")
+
+
+def _last(layout: Layout) -> Iterator[HookPoint]:
+    norm = Site(layout.module(layout.family.final_norm), "output")
+    yield _point("ln_final.hook_out", "norm", (layout.d_model,), norm, "unembed.hook_in")
+    yield _point("hook_unembed", "embedding", (layout.d_vocab,), Site(layout.head, "output"), "unembed.hook_out")
+
+
+def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
+    """The hook points of one layer, in the order in which the layer reaches them."""
+    family, row = layout.family, (layout.d_model,)
+    block = f"blocks.{index}."
+
+    def point(
+        name: str, kind: HookKind, row: tuple[int, ...], module: str, where: Where, *aliases: str, **site: Any
+    ) -> HookPoint:
+        place = Site(layout.layer(index, module), where, **site)
+        return _point(block + name, kind, row, place, *(block + alias for alias in aliases))
+
+    yield point("hook_resid_pre", "residual", row, "", "input", "hook_in")
+    yield point("ln1.hook_out", "norm", row, family.ln1, "output", "attn.hook_in")
+    yield from _queries_keys_values(layout, index)
+    heads = (layout.n_heads, layout.d_head)
+    yield point("attn.hook_z", "attention", heads, family.o, "input", "attn.o.hook_in", heads=heads)
+    if family.ln1_post:
+        yield point("attn.hook_out", "attention", row, family.o, "output", "attn.o.hook_out")
+        yield point("hook_attn_out", "attention", row, family.ln1_post, "output", "ln1_post.hook_out")
+    else:
+        yield point("hook_attn_out", "attention", row, family.o, "output", "attn.hook_out", "attn.o.hook_out")
+    yield point("hook_resid_mid", "residual", row, family.ln2, "input", stream=True)
+    yield point("hook_mlp_in", "mlp", row, family.ln2, "input", "ln2.hook_in")
+    yield point("ln2.hook_out", "norm", row, family.ln2, "output", "mlp.hook_in")
+    wide = (layout.d_mlp,)
+    if family.mlp_gate:
+        yield point("mlp.hook_pre", "mlp", wide, family.mlp_gate, "output", "mlp.gate.hook_out")
+        yield point("mlp.hook_pre_linear", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
+    else:
+        yield point("mlp.hook_pre", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
+    yield point("mlp.hook_post", "mlp", wide, family.mlp_out, "input", "mlp.out.hook_in")
+    if family.ln2_post:
+        yield point("mlp.hook_out", "mlp", row, family.mlp_out, "output", "mlp.out.hook_out")
+        yield point("hook_mlp_out", "mlp", row, family.ln2_post, "output", "ln2_post.hook_out")
+    else:
+        yield point("hook_mlp_out", "mlp", row, family.mlp_out, "output", "mlp.hook_out", "mlp.out.hook_out")
+    last = index == layout.n_layers - 1
+    final = Site(layout.layer(index), "output")
+    aliases = (f"{block}hook_out", *(["ln_final.hook_in"] if last else []))
+    yield _point(f"{block}hook_resid_post", "residual", row, final, *aliases)
+
+
+def _queries_keys_values(layout: Layout, index: int) -> Iterator[HookPoint]:
+    """q, k and v per head, before rotation and before query and key norms, as TransformerLens has them."""
+    start = 0
+    for position, letter in enumerate("qkv"):
+        n_heads = layout.n_heads if letter == "q" else layout.n_key_value_heads
+        heads = (n_heads, layout.d_head)
+        width = n_heads * layout.d_head
+        fused = len(layout.family.qkv) == 1
+        module = layout.layer(index, layout.family.qkv[0 if fused else position])
+        site = Site(module, "output", heads=heads, part=(start, width) if fused else None)
+        alias = f"blocks.{index}.attn.{letter}.hook_out"
+        yield _point(f"blocks.{index}.attn.hook_{letter}", "attention", heads, site, alias)
+        start += width

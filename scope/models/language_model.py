@@ -1,0 +1,370 @@
+"""`LanguageModel`: a Hugging Face model whose inside can be read and changed, under TransformerLens's hook names.
+
+Two ways in over the same weights. The fast path (`scope.models.taps`) puts plain forward hooks on the modules; the
+bridge (`scope.models.bridge`) is TransformerLens's own view, booted on first use. `run` takes the fast path where
+it can and the bridge where only that can see what was asked for.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from activations.source import ModelIdentity
+from activations.spec import StorageDtype
+from scope.errors import InvalidInputError
+from scope.models import identity, loading, losses
+from scope.models.architectures import Layout, find_layout
+from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
+from scope.models.rows import HostCopy, collect_rows
+from scope.models.run import Dictionary, EditFunction, Generation, RunResult, SpliceMode, continuations, run
+from scope.models.taps import Handler, tapped
+from scope.models.tokens import TokenReader, TokenText, prompt_ids
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel:
+    """A causal language model. Make one with `LanguageModel.load`."""
+
+    def __init__(self, hf: Any, files: loading.ModelFiles) -> None:
+        self.hf = hf
+        """The Hugging Face model; its weights are frozen."""
+        self.files = files
+        self.layout: Layout = find_layout(hf)
+        self.hook_table: HookTable = build_hook_table(self.layout)
+        self.lock = threading.RLock()
+        """Held during every pass: hooks of one pass must not fire in another."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        attention: Literal["sdpa", "eager"] = "sdpa",
+        allow_download: bool = False,
+    ) -> "LanguageModel":
+        """Load a model.
+
+        Args:
+            name: a Hugging Face id, a local folder, a .gguf file, or `gemma-3-270m` (extra `demo`).
+            revision: branch, tag or commit of a model from the hub.
+            device: where it runs; CUDA where there is one.
+            dtype: in which it computes; "auto" is bfloat16 where the hardware has it, else float32.
+            attention: "sdpa" is fast, "eager" equals TransformerLens to the last digits.
+            allow_download: get what is not on this machine from the Hugging Face hub.
+
+        Raises:
+            UnknownNameError: there is no such model here; near misses are suggested.
+            InvalidInputError: what is there is no model that can be loaded.
+            MissingDependencyError: the package that carries the model is not installed.
+        """
+        target = loading.pick_device(device)
+        compute = loading.pick_dtype(dtype, target)
+        files = loading.find_model(name, revision, allow_download)
+        return cls(loading.load_causal_lm(files, target, compute, attention), files)
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        """The name to show."""
+        return self.files.name
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.hf.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_U.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.W_U.dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.layout.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.layout.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        return self.layout.d_vocab
+
+    @property
+    def max_context_size(self) -> int:
+        """The longest window that the model takes, in tokens."""
+        return self.layout.max_context_size
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """What stores and SAEs remember of the model. Hashes are computed on first use and cached on disk."""
+        return identity.identify(self)
+
+    def info(self) -> dict[str, Any]:
+        """The model's name, sizes, hashes and hooks, JSON-able."""
+        return identity.describe(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name!r}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        from scope.models.display import model_html
+
+        return model_html(self)
+
+    # Tokens
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, read on first use (Gemma's takes three seconds)."""
+        from transformers import AutoTokenizer
+
+        with loading.quiet_transformers():
+            return AutoTokenizer.from_pretrained(self.files.folder, local_files_only=True, trust_remote_code=False)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that starts every window; None where the tokenizer has none."""
+        return self.tokenizer.bos_token_id
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens, BOS included."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(self.tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
+
+    def tokenize(self, text: str, prepend_bos: bool = True) -> Int[Tensor, " seq"]:
+        """Token ids of a text, on the CPU. BOS is put in front where the tokenizer has one, and never twice."""
+        (ids,) = self.encode_documents([text])
+        bos = self.bos_token_id
+        if prepend_bos and bos is not None and not (len(ids) and ids[0] == bos):
+            ids = np.concatenate([[bos], ids])
+        return torch.from_numpy(ids.astype(np.int64))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int32) of each text, without BOS or other added special tokens."""
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    @cached_property
+    def _reader(self) -> TokenReader:
+        return TokenReader(self.tokenizer, self.special_token_ids)
+
+    def token_strings(self, ids: Sequence[int] | Int[Tensor, " seq"]) -> list[TokenText]:
+        """What each token of a text reads; a token that is a part of a character shows the character and its share."""
+        return self._reader.token_strings([int(token) for token in ids])
+
+    def vocabulary_strings(self, ids: Sequence[int] | Int[Tensor, " n"]) -> list[str]:
+        """What each token reads by itself."""
+        return self._reader.vocabulary_strings([int(token) for token in ids])
+
+    def bos_mask(self, tokens: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+        """Where the BOS token that starts a window stands."""
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.bos_token_id is not None:
+            mask[:, 0] = tokens[:, 0] == self.bos_token_id
+        return mask
+
+    def prompt_tokens(self, prompt: str | Sequence[Any] | Int[Tensor, " seq"]) -> Int[Tensor, " seq"]:
+        """Token ids of a prompt, on the model's device: a text gets BOS, chat messages go through the tokenizer's
+        chat template, token ids are taken as they are.
+
+        Raises:
+            InvalidInputError: the prompt is empty, longer than the context, or of another kind.
+            OutOfRangeError: a token id that the vocabulary does not have.
+        """
+        return prompt_ids(self, prompt).to(self.device)
+
+    # Hooks
+
+    def hook_names(self, kind: HookKind | None = None) -> HookTable:
+        """All places that can be read and changed, with their shapes, in model order."""
+        return self.hook_table.select(kind)
+
+    def resolve_hook(self, name: str) -> str:
+        """The name that a hook goes by; raises `UnknownNameError` with near misses."""
+        return self.hook_table[name].name
+
+    def hook_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one token's activation at a hook: `(640,)` for a residual, `(n_heads, d_head)` for z.
+
+        Raises:
+            UnknownNameError: there is no such hook.
+            InvalidInputError: the hook has no row per token, or only the bridge can see it.
+        """
+        return self._fast_point(name)[1]
+
+    def _fast_point(self, name: str) -> tuple[HookPoint, tuple[int, ...]]:
+        point = self.hook_table[name]
+        if point.path != "fast" or point.row_shape is None:
+            raise InvalidInputError(
+                f"{point.name} can only be seen through the bridge, which is too slow for capture; use model.run."
+            )
+        return point, point.row_shape
+
+    # Forward passes
+
+    def forward(
+        self, tokens: Int[Tensor, "batch seq"], handlers: Mapping[HookPoint, Handler], logits: bool | Literal["last"]
+    ) -> Float[Tensor, "batch n d_vocab"] | None:
+        """One pass with a handler at each hook point: the common ground of `run`, `cross_entropy` and capture.
+
+        Args:
+            tokens: token ids; shorter windows are padded on the right.
+            handlers: what to do at which hook points, in model order.
+            logits: whether to compute the logits of all positions, of the last one, or none; without them the pass
+                ends after the last handler.
+        """
+        if not logits and not handlers:
+            return None
+        if any(point.path == "bridge" for point in handlers):
+            from scope.models.bridge import bridge_forward
+
+            return bridge_forward(self, tokens, handlers, logits)
+        output = None
+        with self.lock, tapped(self.hf, handlers, stop=not logits):
+            hidden = self.hidden_states(tokens)
+            if logits or any(point.name == "hook_unembed" for point in handlers):
+                output = losses.unembed(self, hidden[:, -1:] if logits == "last" else hidden)
+        return output if logits else None
+
+    def hidden_states(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
+        """The output of the final norm."""
+        backbone = self.hf.get_submodule(self.layout.backbone)
+        return backbone(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def forward_rows(
+        self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
+    ) -> HostCopy:
+        """Run windows and keep what the hooks see, as rows of real tokens: see `activations.source.HookedModel`."""
+        points = {name: self._fast_point(name) for name in hooks}
+        in_order = sorted(points, key=self.hook_table.rank)
+
+        def forward(tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
+            self.forward(tokens, {points[name][0]: keep[name] for name in in_order}, logits=False)
+
+        with torch.inference_mode():
+            shapes = {name: shape for name, (_, shape) in points.items()}
+            return collect_rows(windows, shapes, dtype, batch_size, self.device, forward)
+
+    def run(
+        self,
+        prompt: str | Sequence[Any] | Int[Tensor, " seq"],
+        hooks: Sequence[str] = (),
+        saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary] = (),
+        splice: SpliceMode | Literal[False] | None = None,
+        edits: Mapping[str, EditFunction] | None = None,
+        grad: bool = False,
+        logits: bool | Literal["last"] = True,
+    ) -> RunResult:
+        """Run one prompt.
+
+        Args:
+            prompt: a text (BOS is put in front), chat messages, or token ids.
+            hooks: where to record activations.
+            saes: SAEs whose features are wanted: one, several, or several by name.
+            splice: put the SAEs' reconstructions in the place of what they read: "without_error", or "with_error",
+                which adds what the SAE misses back in, so that values stay as they are while gradients and edits go
+                through the features. The BOS token passes through unreconstructed: SAEs are not trained on it.
+            edits: functions that change the activation at a hook; see `scope.interventions` for ready-made ones.
+            grad: keep the graph: activations and features that are returned get a `.grad` by `backward`.
+            logits: whether to compute logits; "last" for those after the last token alone.
+
+        Raises:
+            UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
+        """
+        return run(self, self.prompt_tokens(prompt), hooks, saes, splice, edits, grad, logits)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any] | Int[Tensor, " seq"],
+        max_new_tokens: int = 20,
+        edits: Mapping[str, EditFunction] | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Generation:
+        """Let the model go on from a prompt, with edits in force at every step.
+
+        Args:
+            prompt: as for `run`.
+            max_new_tokens: how many tokens to add, at most; an end-of-text token ends the text.
+            edits: as for `run`.
+            temperature: 0 takes the likeliest token, 1 samples as the model says.
+            seed: of the sampling.
+        """
+        tokens = self.prompt_tokens(prompt)
+        if temperature < 0 or max_new_tokens < 1:
+            raise InvalidInputError(
+                f"temperature is {temperature} and max_new_tokens {max_new_tokens}; expected at least 0 and 1."
+            )
+        if len(tokens) + max_new_tokens > self.max_context_size:
+            raise InvalidInputError(
+                f"The prompt has {len(tokens):,} tokens; {max_new_tokens} more do not fit the context of "
+                f"{self.max_context_size:,}."
+            )
+        every = continuations(self, tokens, max_new_tokens, edits, temperature, seed, self._stop_ids())
+        text = self.tokenizer.decode(every[len(tokens) :].tolist(), skip_special_tokens=True)
+        return Generation(every, len(tokens), text)
+
+    def _stop_ids(self) -> frozenset[int]:
+        ends = [self.tokenizer.eos_token_id, self.hf.generation_config.eos_token_id]
+        return frozenset(id for end in ends for id in (end if isinstance(end, list) else [end]) if id is not None)
+
+    # Unembedding
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802  the field's name
+        """The unembedding matrix."""
+        return self.hf.get_submodule(self.layout.head).weight
+
+    @property
+    def final_norm_gain(self) -> Float[Tensor, " d_model"]:
+        """What the final norm multiplies each dimension by (1 + weight, for Gemma)."""
+        return losses.final_norm_gain(self)
+
+    def logit_effects(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+        """How directions in the last residual stream push each token's logit; see `scope.models.losses`."""
+        return losses.logit_effects(self, directions)
+
+    def cross_entropy(
+        self,
+        windows: Sequence[np.ndarray],
+        edits: Mapping[str, EditFunction] | None = None,
+        batch_size: int = 4096,
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> list[Float[np.ndarray, " n"]]:
+        """Next-token loss in nats at each position of each window; see `scope.models.losses`."""
+        return losses.cross_entropy(self, windows, edits, batch_size, progress)
+
+    # TransformerLens
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A `TransformerBridge` over the same weights, in a module tree of its own: the way out to everything that
+        TransformerLens can do. Booted on first use; hold `model.lock` where several threads use it.
+
+        Raises:
+            MissingDependencyError: transformer_lens is not installed (extra `bridge`).
+        """
+        from scope.models.bridge import boot_bridge
+
+        with self.lock:
+            return boot_bridge(self)

@@ -1,0 +1,133 @@
+"""From the last residual stream to logits, logit effects and losses, in bounded memory.
+
+A vocabulary of 262,144 makes a megabyte of float32 logits per token, so everything here works in chunks of rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scope.errors import InvalidInputError, MismatchError
+from scope.models.rows import WindowBatch, pack_windows
+from scope.models.run import EditContext, EditFunction, apply_edits, resolve_edits
+from scope.models.taps import tapped
+
+if TYPE_CHECKING:
+    from scope.models.language_model import LanguageModel
+
+__all__ = ["cross_entropy", "final_norm_gain", "logit_effects", "unembed"]
+
+CHUNK_BYTES = 2**28
+"""Logits that are held at once."""
+
+
+def unembed(model: "LanguageModel", hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+    """Logits of the final norm's output, soft-capped where the model does that (Gemma 2)."""
+    logits = model.hf.get_submodule(model.layout.head)(hidden)
+    cap = model.layout.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def final_norm_gain(model: "LanguageModel") -> Float[Tensor, " d_model"]:
+    """What the final norm multiplies each dimension by: its weight, or 1 + weight for Gemma's norm."""
+    norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
+    return 1.0 + norm.weight if model.layout.family.gain_offset else norm.weight
+
+
+def logit_effects(model: "LanguageModel", directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """The direct effect of directions in the last residual stream on each token's logit, up to the norm's scale:
+
+        effect = (direction * gain) @ W_U.T, minus its mean over the vocabulary
+
+    Where the final norm subtracts the mean (LayerNorm), the direction's mean is subtracted first, as the norm does.
+
+    Args:
+        directions: such as decoder rows.
+
+    Returns:
+        float32, on the model's device. `n` rows of `d_vocab` entries: ask for few directions at a time.
+
+    Raises:
+        MismatchError: the directions have another width than the residual stream.
+    """
+    if directions.ndim != 2 or directions.shape[1] != model.d_model:
+        raise MismatchError(f"directions have shape {tuple(directions.shape)}; expected (n, {model.d_model}).")
+    with torch.no_grad():
+        scaled = directions.to(model.device, torch.float32)
+        if model.layout.family.centred_norm:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        scaled = scaled * final_norm_gain(model).float()
+        W_U = model.W_U
+        effects = torch.empty((len(directions), model.d_vocab), device=model.device)
+        rows = max(1, CHUNK_BYTES // (4 * model.d_model))
+        for start in range(0, model.d_vocab, rows):
+            torch.matmul(scaled, W_U[start : start + rows].float().T, out=effects[:, start : start + rows])
+        return effects.sub_(effects.mean(-1, keepdim=True))
+
+
+def cross_entropy(
+    model: "LanguageModel",
+    windows: Sequence[np.ndarray],
+    edits: Mapping[str, EditFunction] | None,
+    batch_size: int,
+    progress: Callable[[int, int | None], None] | None,
+) -> list[Float[np.ndarray, " n"]]:
+    """-log p(next token) at each position of each window but the last, in nats, float32.
+
+    Args:
+        windows: token ids of each window (BOS included), at least two tokens.
+        edits: functions that change activations on the way, as for `run`.
+        batch_size: tokens to run at once, padding included.
+        progress: told (windows done, windows in all).
+
+    Returns:
+        Per window an array one shorter than the window: entry t is the loss of predicting token t + 1.
+
+    Raises:
+        InvalidInputError: a window is too short or longer than the model's context.
+        UnknownNameError: an edit names a hook that does not exist.
+    """
+    for window in windows:
+        if not 2 <= len(window) <= model.max_context_size:
+            raise InvalidInputError(
+                f"A window has {len(window)} tokens; a loss needs from 2 to {model.max_context_size:,}."
+            )
+    shortest = min((len(window) for window in windows), default=0)
+    changes = resolve_edits(model.hook_table, edits, shortest)
+    names = sorted(changes, key=model.hook_table.rank)
+    losses: list[np.ndarray] = [np.empty(0, np.float32)] * len(windows)
+    done = 0
+    for indices in pack_windows(windows, batch_size):
+        batch = WindowBatch([windows[i] for i in indices], [0] * len(indices), model.device)
+        bos = model.bos_mask(batch.tokens)
+        handlers = {
+            model.hook_table[name]: partial(apply_edits, changes[name], context=EditContext(name, batch.tokens, bos))
+            for name in names
+        }
+        with torch.no_grad(), model.lock, tapped(model.hf, handlers, stop=False):
+            hidden = model.hidden_states(batch.tokens)
+            nats = _token_losses(model, hidden[:, :-1], batch.tokens[:, 1:]).cpu().numpy()
+        for row, index in enumerate(indices):
+            losses[index] = nats[row, : len(windows[index]) - 1]
+        done += len(indices)
+        if progress:
+            progress(done, len(windows))
+    return losses
+
+
+def _token_losses(
+    model: "LanguageModel", hidden: Float[Tensor, "batch seq d_model"], targets: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    flat, wanted = hidden.flatten(0, 1), targets.flatten()
+    nats = torch.empty(len(wanted), device=flat.device)
+    rows = max(1, CHUNK_BYTES // (4 * model.d_vocab))
+    for start in range(0, len(wanted), rows):
+        logits = unembed(model, flat[start : start + rows]).float()
+        chosen = logits.gather(1, wanted[start : start + rows, None])[:, 0]
+        nats[start : start + rows] = logits.logsumexp(-1) - chosen
+    return nats.view(targets.shape)

@@ -1,0 +1,315 @@
+"""`model.run`: one prompt through the model, with activations, features, splices, edits and gradients.
+
+At each hook, in this order:
+1. the edits of that hook change the activation;
+2. an SAE on that hook encodes it, and where it is to be spliced in, its reconstruction takes the activation's place;
+3. what the model goes on with is recorded.
+Hooks are reached in model order. The pass ends after the last hook that anything depends on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+from scope.models.hooks import HookPoint, HookTable
+
+if TYPE_CHECKING:
+    from scope.models.language_model import LanguageModel
+
+__all__ = [
+    "Dictionary",
+    "EditContext",
+    "EditFunction",
+    "Generation",
+    "RunResult",
+    "SpliceMode",
+    "resolve_edits",
+    "run",
+]
+
+SpliceMode = Literal["without_error", "with_error"]
+
+
+class EditContext(NamedTuple):
+    """What an edit is told besides the activation."""
+
+    name: str
+    """The hook's name."""
+    tokens: Int[Tensor, "batch seq"]
+    """Token ids of the windows; shorter windows are padded on the right."""
+    bos: Bool[Tensor, "batch seq"]
+    """Where the BOS token that starts a window stands."""
+
+
+EditFunction = Callable[[Tensor, EditContext], Tensor | None]
+"""From the activation at a hook, (batch, seq, *row_shape), to what takes its place, of the same shape. The tensor is
+the function's own: it may be changed in place, and then None may be returned. A function with a method
+`check(point: HookPoint, n_tokens: int)` has it called before anything is computed."""
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """What `run` asks of an SAE."""
+
+    @property
+    def hook_name(self) -> str: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, features: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, repr=False)
+class RunResult:
+    """What a run of one prompt gave."""
+
+    tokens: Int[Tensor, " seq"]
+    """The prompt's token ids, BOS included."""
+    logits: Float[Tensor, "n d_vocab"] | None
+    """Logits of the next token after each position (after the last one only, for `logits="last"`)."""
+    activations: dict[str, Tensor]
+    """Per hook, under the name it was asked by, (seq, *row_shape): what the model went on with."""
+    features: dict[str, Float[Tensor, "seq d_sae"]]
+    """Per SAE its feature activations, those of the BOS token included."""
+
+    def __repr__(self) -> str:
+        def shapes(tensors: Mapping[str, Tensor]) -> str:
+            return "{" + ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in tensors.items()) + "}"
+
+        logits = None if self.logits is None else tuple(self.logits.shape)
+        return (
+            f"RunResult({len(self.tokens)} tokens, logits={logits}, activations={shapes(self.activations)}, "
+            f"features={shapes(self.features)})"
+        )
+
+
+class Generation(NamedTuple):
+    """A prompt and how the model went on."""
+
+    tokens: Int[Tensor, " seq"]
+    """The prompt's tokens and the new ones."""
+    n_prompt: int
+    """How many of them are the prompt's."""
+    text: str
+    """The new text."""
+
+
+@dataclass
+class _AtHook:
+    """What is to be done at one hook; called with the activation, gives what takes its place."""
+
+    point: HookPoint
+    edits: list[EditFunction]
+    dictionaries: list[tuple[str, Dictionary]]
+    splice: SpliceMode | None
+    record: bool
+    grad: bool
+    context: EditContext
+    activations: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+    def __call__(self, value: Tensor) -> Tensor | None:
+        new = apply_edits(self.edits, value, self.context) if self.edits else value
+        for key, dictionary in self.dictionaries:
+            new = self._through(key, dictionary, new)
+        if self.record:
+            new = self._recorded(new)
+        return None if new is value else new
+
+    def _through(self, key: str, dictionary: Dictionary, value: Tensor) -> Tensor:
+        x = value.flatten(2) if value.ndim == 4 else value
+        x = _as_weights(dictionary, x)
+        features = dictionary.encode(x)
+        if self.grad:
+            features, self.features[key] = _grown(features)
+        else:
+            self.features[key] = features[0]
+        if self.splice is None:
+            return value
+        reconstruction = dictionary.decode(features)
+        if self.splice == "with_error":
+            reconstruction = reconstruction + (x - reconstruction).detach()
+        reconstruction = torch.where(self.context.bos[..., None], x, reconstruction)
+        return reconstruction.to(value.device, value.dtype).view(value.shape)
+
+    def _recorded(self, value: Tensor) -> Tensor:
+        if not self.grad:
+            self.activations[self.point.name] = value[0]
+            return value
+        value, self.activations[self.point.name] = _grown(value)
+        return value
+
+
+def _grown(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `value` (1, seq, ...) and its first entry (seq, ...), which keeps its gradient and which the copy
+    depends on. Where nothing before needs a gradient, the graph begins here."""
+    inner = value.squeeze(0).clone()
+    if inner.requires_grad:
+        inner.retain_grad()
+    else:
+        inner.requires_grad_()
+    return inner.unsqueeze(0), inner
+
+
+def _as_weights(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """`x` on the device and in the dtype of the dictionary's weights."""
+    weight = next(dictionary.parameters(), None) if isinstance(dictionary, nn.Module) else None
+    return x if weight is None else x.to(weight.device, weight.dtype)
+
+
+def apply_edits(edits: Iterable[EditFunction], value: Tensor, context: EditContext) -> Tensor:
+    """The activation after each edit in turn.
+
+    Raises:
+        MismatchError: an edit returned something else than a tensor of the activation's shape.
+    """
+    for edit in edits:
+        own = value.clone()
+        new = edit(own, context)
+        new = own if new is None else new
+        if not isinstance(new, Tensor) or new.shape != value.shape:
+            got = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+            raise MismatchError(
+                f"The edit at {context.name} returned {got}; expected a tensor of shape {tuple(value.shape)}."
+            )
+        value = new.to(value.device, value.dtype)
+    return value
+
+
+def resolve_edits(
+    table: HookTable, edits: Mapping[str, EditFunction] | None, n_tokens: int
+) -> dict[str, list[EditFunction]]:
+    """Edits by canonical hook name, checked as far as that is possible before the model runs.
+
+    Raises:
+        UnknownNameError: there is no such hook.
+        InvalidInputError: an edit is not callable, or refuses this hook or prompt.
+    """
+    resolved: dict[str, list[EditFunction]] = {}
+    for name, edit in (edits or {}).items():
+        point = table[name]
+        if not callable(edit):
+            raise InvalidInputError(f"The edit at {name} is a {type(edit).__name__}; expected a function.")
+        check = getattr(edit, "check", None)
+        if check is not None:
+            check(point, n_tokens)
+        resolved.setdefault(point.name, []).append(edit)
+    return resolved
+
+
+def _resolve_dictionaries(
+    table: HookTable,
+    saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
+    splice: SpliceMode | None,
+) -> dict[str, list[tuple[str, Dictionary]]]:
+    """SAEs by canonical hook name, each with the key under which its features are returned."""
+    if isinstance(saes, Mapping):
+        named = list(saes.items())
+    elif isinstance(saes, Dictionary):
+        named = [(table[saes.hook_name].name, saes)]
+    else:
+        named = [(table[sae.hook_name].name, sae) for sae in saes]
+    if len({key for key, _ in named}) < len(named):
+        raise InvalidInputError("Two SAEs read the same hook; give them names: saes={'a': ..., 'b': ...}.")
+    resolved: dict[str, list[tuple[str, Dictionary]]] = {}
+    for key, sae in named:
+        point = table[sae.hook_name]
+        width = _width(point)
+        if width != sae.d_in:
+            raise MismatchError(f"The SAE {key!r} reads {sae.d_in} dimensions, but {point.name} has {width}.")
+        output = getattr(sae, "hook_name_out", None)
+        if splice and output not in (None, sae.hook_name):
+            raise InvalidInputError(
+                f"The SAE {key!r} writes to {output}, not to the hook it reads; it can't be spliced."
+            )
+        resolved.setdefault(point.name, []).append((key, sae))
+    crowded = [name for name, there in resolved.items() if len(there) > 1]
+    if splice and crowded:
+        raise InvalidInputError(f"Only one SAE can be spliced in at {crowded[0]}; got {len(resolved[crowded[0]])}.")
+    return resolved
+
+
+def _width(point: HookPoint) -> int:
+    if point.row_shape is None:
+        raise InvalidInputError(f"{point.name} has no row per token (shape {point.shape}): no SAE can read it.")
+    return int(torch.Size(point.row_shape).numel())
+
+
+def run(
+    model: "LanguageModel",
+    tokens: Int[Tensor, " seq"],
+    hooks: Sequence[str],
+    saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
+    splice: SpliceMode | Literal[False] | None,
+    edits: Mapping[str, EditFunction] | None,
+    grad: bool,
+    logits: bool | Literal["last"],
+) -> RunResult:
+    """See `LanguageModel.run`."""
+    table = model.hook_table
+    if splice not in (None, False, "without_error", "with_error"):
+        raise UnknownNameError("way to splice", splice, ["without_error", "with_error"])
+    asked = {name: table[name].name for name in ([hooks] if isinstance(hooks, str) else hooks)}
+    changes = resolve_edits(table, edits, len(tokens))
+    dictionaries = _resolve_dictionaries(table, saes, splice or None)
+    wanted = {*asked.values(), *dictionaries}
+    last = max((table.rank(name) for name in wanted), default=-1)
+    names = sorted({*wanted, *changes}, key=table.rank)
+    batch = tokens[None]
+    bos = model.bos_mask(batch)
+    activations: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
+    handlers = {
+        table[name]: _AtHook(
+            point=table[name],
+            edits=changes.get(name, []),
+            dictionaries=dictionaries.get(name, []),
+            splice=splice or None,
+            record=name in asked.values(),
+            grad=grad,
+            context=EditContext(name, batch, bos),
+            activations=activations,
+            features=features,
+        )
+        for name in names
+        if logits or table.rank(name) <= last
+    }
+    with torch.set_grad_enabled(grad):
+        output = model.forward(batch, handlers, logits)
+    return RunResult(
+        tokens=tokens,
+        logits=None if output is None else output[0],
+        activations={name: activations[canonical] for name, canonical in asked.items()},
+        features=features,
+    )
+
+
+def continuations(
+    model: "LanguageModel",
+    tokens: Int[Tensor, " seq"],
+    max_new_tokens: int,
+    edits: Mapping[str, EditFunction] | None,
+    temperature: float,
+    seed: int | None,
+    stop_ids: frozenset[int],
+) -> Int[Tensor, " seq"]:
+    """The prompt and what follows: each step runs the whole text again, so that edits see it as `run` shows it."""
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    for _ in range(max_new_tokens):
+        result: Any = run(model, tokens, (), (), None, edits, grad=False, logits="last")
+        scores = result.logits[-1].float().cpu()
+        if temperature == 0:
+            new = scores.argmax()
+        else:
+            new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
+        tokens = torch.cat([tokens, new[None].to(tokens.device)])
+        if int(new) in stop_ids:
+            break
+    return tokens

@@ -1,0 +1,105 @@
+"""The fast path: plain forward hooks on Hugging Face modules, for the length of one forward pass.
+
+1. Each hook point that is wanted gets a handler, a function of the tensor at the hook.
+2. Handlers of one module are put behind one torch hook, in model order.
+3. A handler sees the tensor in the hook's shape; what it returns takes the tensor's place.
+4. Once every handler has been called, and where nothing after them is wanted, the pass is broken off.
+
+No hook stays behind, whatever happens in between.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scope.models.hooks import HookPoint, Site
+
+__all__ = ["Handler", "tapped"]
+
+Handler = Callable[[Tensor], Tensor | None]
+"""From the tensor at a hook, (batch, seq, *row_shape), to its replacement, or None to leave it as it is."""
+
+
+class _Stop(Exception):  # noqa: N818  not an error: it leaves a forward pass early
+    """Everything that was asked for has been seen."""
+
+
+@contextmanager
+def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) -> Iterator[None]:
+    """Run the body, one forward pass of `model`, with a handler at each hook point.
+
+    Args:
+        model: the Hugging Face model.
+        handlers: fast-path hook points and their handlers, in model order.
+        stop: break the pass off after the last handler; the body's remaining statements are then skipped.
+    """
+    remaining = len(handlers)
+
+    def run(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
+        nonlocal remaining
+        tensor = apply_handler(site, handler, tensor)
+        remaining -= 1
+        if stop and remaining == 0:
+            raise _Stop
+        return tensor
+
+    groups: dict[tuple[str, str], list[tuple[Site, Handler]]] = {}
+    for point, handler in handlers.items():
+        site = point.site
+        assert site is not None, f"{point.name} is not on the fast path"
+        groups.setdefault((site.module, site.where), []).append((site, handler))
+
+    def on_input(taps: list[tuple[Site, Handler]]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            tensor = args[0]
+            for site, handler in taps:
+                tensor = run(site, handler, tensor)
+            return (tensor, *args[1:])
+
+        return hook
+
+    def on_output(taps: list[tuple[Site, Handler]]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            tensor = output[0] if isinstance(output, tuple) else output
+            for site, handler in taps:
+                tensor = run(site, handler, tensor)
+            return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+        return hook
+
+    handles = []
+    try:
+        for (path, where), taps in groups.items():
+            module = model.get_submodule(path)
+            if where == "input":
+                handles.append(module.register_forward_pre_hook(on_input(taps)))
+            else:
+                handles.append(module.register_forward_hook(on_output(taps)))
+        yield
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
+    """Show the handler the site's part of `tensor`, and put its replacement back."""
+    start, width = site.part or (0, tensor.shape[-1])
+    value = tensor[..., start : start + width] if site.part else tensor
+    if site.heads:
+        value = value.unflatten(-1, site.heads)
+    new = handler(value)
+    if new is None:
+        return tensor
+    if site.stream:
+        # The layer holds this very tensor for its residual connection: only writing into it reaches both readers.
+        return tensor if new is tensor else tensor.copy_(new)
+    if site.heads:
+        new = new.flatten(-2)
+    if site.part:
+        new = torch.cat([tensor[..., :start], new, tensor[..., start + width :]], dim=-1)
+    return new

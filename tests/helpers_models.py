@@ -1,0 +1,153 @@
+"""Tiny random models of real architectures, saved to a folder with a small tokenizer and loaded from there.
+
+`tiny_folder("gemma3")` and `tiny_model("gemma3")` are cached for the test session. Weights are seeded; every
+parameter, norm gains and biases too, is random, so that a missing `1 + w` or a forgotten bias cannot hide.
+"""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from scope.models import LanguageModel
+
+KINDS = ("gemma3", "llama", "gpt2")
+TEXT = (
+    "The cat sat on the mat and looked at the moon. She thinks that the river is deep, but it is not.\n"
+    "In 1905 the old mill by the river burned down; nobody knew why. Le café était fermé à midi.\n"
+)
+
+
+def _sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Gemma's kind: spaces as ▁, what is not in the vocabulary as byte tokens such as <0xC3>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    ascii_text = "".join(character for character in TEXT if character.isascii())
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special + byte_tokens, show_progress=False)
+    tokenizer.train_from_iterator([ascii_text] * 2, trainer)
+    # Training marked the byte tokens as special; only the four above are.
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's kind: byte-level BPE, one special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    ascii_text = "".join(character for character in TEXT if character.isascii())
+    tokenizer.train_from_iterator([ascii_text] * 2, trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+
+
+def _gemma3(d_vocab: int) -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=d_vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            query_pre_attn_scalar=12,
+            max_position_embeddings=64,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+
+
+def _llama(d_vocab: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=d_vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _gpt2(d_vocab: int) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=d_vocab, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
+
+
+_BUILDERS = {
+    "gemma3": (_gemma3, _sentencepiece_tokenizer),
+    "llama": (_llama, _sentencepiece_tokenizer),
+    "gpt2": (_gpt2, _byte_level_tokenizer),
+}
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="scope-tiny-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+@functools.cache
+def tiny_folder(kind: str) -> Path:
+    """A folder as Hugging Face lays it out, with the tiny model and its tokenizer."""
+    build, make_tokenizer = _BUILDERS[kind]
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(len(tokenizer))
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                spread = 0.3 * torch.randn(parameter.shape)
+                centre = 1.0 if name.endswith("weight") and kind != "gemma3" else 0.0
+                parameter.data.copy_(centre + spread)
+            else:
+                parameter.data.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5))
+    folder = _root() / kind
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def tiny_model(kind: str, attention: Any = "sdpa") -> LanguageModel:
+    """The tiny model as the workbench loads it: float32 on the CPU."""
+    return LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32", attention=attention)
