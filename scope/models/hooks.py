@@ -101,8 +101,7 @@ class HookTable:
         """The points of one kind; all of them for None."""
         if kind is None:
             return self
-        if kind not in Where = Literal["input", "output"]
-HOOK_KINDS:
+        if kind not in HOOK_KINDS:
             raise UnknownNameError("kind of hook", kind, HOOK_KINDS)
         return HookTable(point for point in self._points if point.kind == kind)
 

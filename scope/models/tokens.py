@@ -6,13 +6,20 @@ and which share of it the token is: "é" spread over two tokens reads "é ¹⁄�
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scope.errors import OutOfRangeError
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-__all__ = ["BYTE_TOKEN", "TokenReader", "TokenText", "texts_of"]
+from scope.errors import InvalidInputError, OutOfRangeError
+
+if TYPE_CHECKING:
+    from scope.models.language_model import LanguageModel
+
+__all__ = ["TokenReader", "TokenText", "prompt_ids"]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
