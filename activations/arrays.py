@@ -1,0 +1,339 @@
+"""Committed, checksummed arrays: Zarr v3 arrays with one shard per row group, written whole and read verified.
+
+Each array is a sharded Zarr v3 array that any reader opens. Its shards are put together here and not by zarr's codec
+pipeline, which copies several times:
+
+1. A shard holds the rows `[g R, (g + 1) R)`. Its *inner chunks* are about 1 MiB and end in a crc32c each. Activations
+   are stored raw; token columns go through zstd first. The shard ends in the index that the Zarr sharding
+   specification asks for: `(offset, nbytes)` as uint64 per inner chunk, and a crc32c over it.
+2. `ShardBuffer` has exactly that layout in memory, so that activations are scattered straight into the bytes that go
+   to disk. Inner chunks wholly past the last row are left out (offset and size all ones), the rest is padded with the
+   fill value, a NaN for anything floating: a lost shard cannot pass for zeros.
+3. `write_object` writes a temporary file, fsyncs, renames and fsyncs the folder. What it returns, size, xxh3-128 and
+   the crc32c of the inner chunks, is what the ledger keeps.
+4. Readers compare what they read with the ledger: raw shards chunk by chunk, packed ones as a whole. Hence a shard
+   that was swapped for another sound one is found as well.
+
+bfloat16, which Zarr lacks, is stored as its bits in uint16 with the attribute `{"dtype": "bfloat16"}`.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+from activations.errors import IntegrityError
+
+__all__ = [
+    "ArrayLayout",
+    "ObjectRecord",
+    "ShardBuffer",
+    "damaged_rows",
+    "open_zarr",
+    "pack_shard",
+    "read_packed",
+    "read_raw",
+    "write_object",
+]
+
+CHUNK_BYTES = 2**20
+ZSTD_LEVEL = 1
+CRC = struct.Struct("<I")
+MISSING = 2**64 - 1
+BFLOAT16_NAN = 0x7FC0
+WRITE_BYTES = 2**22
+
+
+class ObjectRecord(NamedTuple):
+    """What the ledger knows of an object (a file below the artefact's folder)."""
+
+    n_bytes: int
+    xxh3_128: str
+    """Digest of the whole object (hex)."""
+    crc32c: tuple[int, ...] = ()
+    """Per inner chunk of a raw shard; empty for other objects."""
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """How an array of rows lies on disk."""
+
+    feature_shape: tuple[int, ...]
+    """Shape of one row."""
+    dtype: str
+    """"bfloat16" or a numpy dtype name."""
+    rows_per_group: int
+    """R: rows in a shard."""
+    packed: bool = False
+    """Whether inner chunks are compressed (zstd); raw shards can be read in part."""
+
+    @property
+    def storage_dtype(self) -> np.dtype:
+        """numpy dtype of the stored bits."""
+        return np.dtype(np.uint16 if self.dtype == "bfloat16" else self.dtype)
+
+    @property
+    def fill_value(self) -> Any:
+        """What missing rows read as, in the storage dtype."""
+        if self.dtype == "bfloat16":
+            return BFLOAT16_NAN
+        return math.nan if self.storage_dtype.kind == "f" else 0
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.feature_shape) * self.storage_dtype.itemsize
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows in an inner chunk: the power of two that comes nearest to 1 MiB, at most R."""
+        return min(self.rows_per_group, 2 ** max(0, round(math.log2(CHUNK_BYTES / self.row_bytes))))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an inner chunk before compression, without its crc."""
+        return self.rows_per_chunk * self.row_bytes
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.rows_per_group // self.rows_per_chunk
+
+    def n_chunks(self, n_rows: int) -> int:
+        """Inner chunks that `n_rows` rows of a shard take."""
+        return -(-n_rows // self.rows_per_chunk)
+
+    def shard_name(self, group: int) -> str:
+        """File name of a row group's shard inside the array's folder."""
+        return ".".join(["c", str(group), *("0" for _ in self.feature_shape)])
+
+    def metadata(self, n_rows: int) -> bytes:
+        """The content of the array's `zarr.json` while it has `n_rows` rows."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        crc: dict[str, Any] = {"name": "crc32c"}
+        zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+        sharding = {
+            "chunk_shape": [self.rows_per_chunk, *self.feature_shape],
+            "codecs": [little, zstd, crc] if self.packed else [little, crc],
+            "index_codecs": [little, crc],
+            "index_location": "end",
+        }
+        fill = self.fill_value
+        return _json_bytes(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": [n_rows, *self.feature_shape],
+                "data_type": self.storage_dtype.name,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [self.rows_per_group, *self.feature_shape]},
+                },
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+                "fill_value": "NaN" if isinstance(fill, float) else fill,
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+                "attributes": {"dtype": self.dtype},
+                "storage_transformers": [],
+            }
+        )
+
+
+GROUP_METADATA = b'{\n "attributes": {},\n "node_type": "group",\n "zarr_format": 3\n}\n'
+"""The content of a Zarr group's `zarr.json`."""
+
+
+class ShardBuffer:
+    """The bytes of one raw shard, filled in place and used again for the next row group."""
+
+    def __init__(self, layout: ArrayLayout) -> None:
+        self.layout = layout
+        stride = layout.chunk_bytes + CRC.size
+        self._bytes = np.empty(layout.chunks_per_shard * (stride + 16) + CRC.size, np.uint8)
+        chunks = self._bytes[: layout.chunks_per_shard * stride].reshape(layout.chunks_per_shard, stride)
+        self._chunks = chunks[:, : layout.chunk_bytes]
+        shape = (layout.chunks_per_shard, layout.rows_per_chunk, *layout.feature_shape)
+        inner = np.empty(shape[1:], layout.storage_dtype).strides
+        # A strided view, because the crc between chunks keeps numpy from viewing the bytes as items by itself.
+        self._rows = np.ndarray(shape, layout.storage_dtype, self._bytes, 0, (stride, *inner))
+
+    def put(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Scatter values `(n, *feature_shape)` to these rows of the group."""
+        self._rows[rows // self.layout.rows_per_chunk, rows % self.layout.rows_per_chunk] = values
+
+    def finish(self, n_rows: int) -> tuple[memoryview, tuple[int, ...]]:
+        """Pad after `n_rows` rows, add checksums and index, and hand over the shard's bytes and its chunks' crcs."""
+        layout = self.layout
+        used = layout.n_chunks(n_rows)
+        rest = n_rows - (used - 1) * layout.rows_per_chunk
+        self._rows[used - 1, rest:] = layout.fill_value
+        crcs = tuple(google_crc32c.value(self._chunks[chunk]) for chunk in range(used))
+        stride = layout.chunk_bytes + CRC.size
+        for chunk, crc in enumerate(crcs):
+            start = chunk * stride + layout.chunk_bytes
+            self._bytes[start : start + CRC.size] = np.frombuffer(CRC.pack(crc), np.uint8)
+        index = _index_bytes([(chunk * stride, stride) for chunk in range(used)], layout.chunks_per_shard)
+        end = used * stride + len(index)
+        self._bytes[used * stride : end] = np.frombuffer(index, np.uint8)
+        return self._bytes.data[:end], crcs
+
+
+def pack_shard(layout: ArrayLayout, values: np.ndarray) -> bytes:
+    """The bytes of a compressed shard that holds these rows `(n, *feature_shape)`."""
+    from numcodecs.zstd import compress  # type: ignore[import-untyped]
+
+    values = np.ascontiguousarray(values, layout.storage_dtype)
+    pieces: list[bytes] = []
+    extents: list[tuple[int, int]] = []
+    offset = 0
+    for first in range(0, len(values), layout.rows_per_chunk):
+        chunk = values[first : first + layout.rows_per_chunk]
+        if len(chunk) < layout.rows_per_chunk:
+            padding = np.full((layout.rows_per_chunk - len(chunk), *layout.feature_shape), layout.fill_value)
+            chunk = np.concatenate([chunk, padding.astype(layout.storage_dtype)])
+        content = compress(chunk.tobytes(), ZSTD_LEVEL)
+        content += CRC.pack(google_crc32c.value(content))
+        pieces.append(content)
+        extents.append((offset, len(content)))
+        offset += len(content)
+    return b"".join([*pieces, _index_bytes(extents, layout.chunks_per_shard)])
+
+
+def _index_bytes(extents: Sequence[tuple[int, int]], chunks_per_shard: int) -> bytes:
+    index = np.full((chunks_per_shard, 2), MISSING, "<u8")
+    index[: len(extents)] = extents
+    content = index.tobytes()
+    return content + CRC.pack(google_crc32c.value(content))
+
+
+def write_object(path: Path, content: bytes | memoryview, crc32c: tuple[int, ...] = ()) -> ObjectRecord:
+    """Write an object so that after a crash it is there whole, or not at all, and return what the ledger keeps."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    view = memoryview(content)
+    digest = xxhash.xxh3_128()
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for start in range(0, len(view), WRITE_BYTES):
+                piece = view[start : start + WRITE_BYTES]
+                digest.update(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+    sync_folder(path.parent)
+    return ObjectRecord(len(view), digest.hexdigest(), crc32c)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_raw(
+    path: Path, layout: ArrayLayout, record: ObjectRecord, start: int, out: np.ndarray, what: str = "rows"
+) -> None:
+    """Read rows of a raw shard into `out`, each inner chunk that they touch compared with the ledger's crc.
+
+    Args:
+        path: the shard.
+        layout: of its array.
+        record: what the ledger knows of the shard.
+        start: first row within the row group.
+        out: `(n, *feature_shape)` in the storage dtype, contiguous; takes the rows `[start, start + n)`.
+        what: whose rows these are, for the message.
+
+    Raises:
+        IntegrityError: the shard is missing, has another size, or its content changed.
+    """
+    stop = start + len(out)
+    flat = out.reshape(-1).view(np.uint8)
+    per_chunk, stride = layout.rows_per_chunk, layout.chunk_bytes + CRC.size
+    with _open_checked(path, record, what) as file:
+        for chunk in range(start // per_chunk, layout.n_chunks(stop)):
+            first, last = max(start, chunk * per_chunk), min(stop, (chunk + 1) * per_chunk)
+            target = flat[(first - start) * layout.row_bytes : (last - start) * layout.row_bytes]
+            whole = target if last - first == per_chunk else np.empty(layout.chunk_bytes, np.uint8)
+            if os.preadv(file.fileno(), [whole.data], chunk * stride) != layout.chunk_bytes or (
+                google_crc32c.value(whole) != record.crc32c[chunk]
+            ):
+                raise IntegrityError(_rotten(path, what, f"inner chunk {chunk} does not have the recorded checksum"))
+            if whole is not target:
+                offset = (first - chunk * per_chunk) * layout.row_bytes
+                target[:] = whole[offset : offset + len(target)]
+
+
+def read_packed(path: Path, layout: ArrayLayout, record: ObjectRecord, n_rows: int, what: str = "rows") -> np.ndarray:
+    """All `n_rows` rows of a compressed shard, which is compared with the ledger's digest. Raises as `read_raw`."""
+    from numcodecs.zstd import decompress
+
+    content = read_object(path, record, what)
+    index_bytes = layout.chunks_per_shard * 16
+    index = np.frombuffer(content, "<u8", layout.chunks_per_shard * 2, len(content) - index_bytes - CRC.size)
+    pieces = []
+    for offset, size in index.reshape(-1, 2)[: layout.n_chunks(n_rows)].tolist():
+        chunk = decompress(content[offset : offset + size - CRC.size])
+        pieces.append(np.frombuffer(chunk, layout.storage_dtype).reshape(-1, *layout.feature_shape))
+    return np.concatenate(pieces)[:n_rows]
+
+
+def read_object(path: Path, record: ObjectRecord, what: str = "rows") -> bytes:
+    """The whole content of an object, compared with the ledger's digest. Raises as `read_raw`."""
+    with _open_checked(path, record, what) as file:
+        content = file.read()
+    if xxhash.xxh3_128_hexdigest(content) != record.xxh3_128:
+        raise IntegrityError(_rotten(path, what, "its content is not what was written"))
+    return content
+
+
+def _open_checked(path: Path, record: ObjectRecord, what: str) -> Any:
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
+    except FileNotFoundError as error:
+        raise IntegrityError(_rotten(path, what, "the file is missing")) from error
+    size = os.fstat(file.fileno()).st_size
+    if size != record.n_bytes:
+        file.close()
+        raise IntegrityError(_rotten(path, what, f"it has {size:,} bytes instead of {record.n_bytes:,}"))
+    return file
+
+
+def _rotten(path: Path, what: str, problem: str) -> str:
+    return (
+        f"{path} ({what}) is damaged: {problem}. Nothing was read from it. Restore the file from a copy, or run "
+        "`scope verify` to see all damage."
+    )
+
+
+def damaged_rows(path: Path, layout: ArrayLayout, record: ObjectRecord, n_rows: int) -> list[tuple[int, int]]:
+    """The row ranges whose inner chunks changed in a raw shard of the recorded size; all rows if only its index did."""
+    per_chunk = layout.rows_per_chunk
+    damaged = []
+    with open(path, "rb", buffering=0) as file:
+        for chunk, crc in enumerate(record.crc32c):
+            file.seek(chunk * (layout.chunk_bytes + CRC.size))
+            if google_crc32c.value(file.read(layout.chunk_bytes)) != crc:
+                damaged.append((chunk * per_chunk, min(n_rows, (chunk + 1) * per_chunk)))
+    return damaged or [(0, n_rows)]
+
+
+def open_zarr(folder: Path) -> Any:
+    """The artefact as a read-only `zarr.Group`; it knows nothing of the ledger."""
+    import zarr
+
+    return zarr.open_group(folder, mode="r")
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

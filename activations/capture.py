@@ -1,0 +1,346 @@
+"""Capture: drive a `HookedModel` over text and fill a store.
+
+1. Check everything that was given; nothing is written before all of it is found good.
+2. A *planner* thread tokenises ahead of the model and commits row groups of the plan (`activations.plan`).
+3. The calling thread reads each committed group of the plan back, packs its windows into batches, and sends them
+   through the model. A batch's result may still be on its way to the host when the next one starts.
+4. A *collector* thread waits for results, looks for NaN and Inf, and scatters rows to their places in shards.
+5. *Writer* threads put checksums on full shards and write them; the last shard of a row group commits it
+   (`activations.collect`).
+
+Channels between these are short and row groups in flight are few, so memory is bounded by a few batches and a few
+shards. Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from activations.collect import Collector, GroupTask
+from activations.errors import InterruptedRunError, InvalidInputError, MismatchError
+from activations.layout import PLAN
+from activations.pipeline import Channel, Stopped, Worker
+from activations.plan import Window, Windowing, group_windows, pack_batches, plan_groups
+from activations.source import HookedModel
+from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
+from activations.store import ActivationStore
+from activations.text import TextSource
+from activations.writer import StoreWriter, existing_manifest
+
+__all__ = ["CaptureReport", "capture"]
+
+DEFAULT_BATCH_SIZE = 8192
+PLAN_AHEAD = 4
+"""Row groups that the planner may be ahead of the model."""
+RESULTS_PENDING = 2
+WRITERS = 2
+GROUPS_IN_FLIGHT = WRITERS + 1
+
+Progress = Callable[[int, int | None], None]
+
+
+class CaptureReport(NamedTuple):
+    """What a capture did."""
+
+    store: ActivationStore
+    rows: int
+    """Rows of the store."""
+    new_rows: int
+    """Rows that this run computed."""
+    seconds: float
+    resumed: bool
+    """Whether an earlier run had left committed rows."""
+    documents: int
+    """Documents that have rows."""
+    windowed_documents: int
+    """Documents longer than the context, which were cut into several windows."""
+    empty_documents: int
+    """Documents without text, which were left out."""
+
+
+def capture(
+    model: HookedModel | Callable[[], HookedModel],
+    text: TextSource | None,
+    hooks: Sequence[str],
+    out: str | Path,
+    *,
+    max_tokens: int | None = None,
+    context_size: int = 256,
+    dtype: StorageDtype = "bfloat16",
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    rows_per_group: int | None = None,
+    progress: Progress | None = None,
+) -> CaptureReport:
+    """Store what the hooks of a model see on a text, or go on with that.
+
+    Args:
+        model: the model, or a (picklable) function that makes it, called once everything else is checked.
+        text: where documents come from. None if the store in `out` has all of its text already and only hooks are
+            added, whose rows then line up with those that are there.
+        hooks: names of the hooks, captured in one pass.
+        out: folder of the store: new, empty, or a store with the same settings, which is resumed.
+        max_tokens: rows in all, BOS included; None for all of the text. The last window is cut there.
+        context_size: tokens in a window, BOS included.
+        dtype: how activations are stored.
+        batch_size: tokens that the model runs at once, padding included.
+        rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        progress: called with (rows done, rows in all or None) after each batch.
+
+    Raises:
+        InvalidInputError: something given is wrong; nothing was written. Among them `UnknownNameError` (file, column,
+            hook), `OccupiedError` (`out` holds something else) and `MismatchError` (the store there is another's).
+        LockedError: another writer is at work on the store.
+        NonFiniteError: a NaN or Inf, or a value too large for `dtype`; hook, row and document are named.
+        InterruptedRunError: Ctrl-C, or writing failed (disk full).
+    """
+    started = time.monotonic()
+    out = Path(out)
+    _check_numbers(max_tokens, batch_size, dtype)
+    manifest = existing_manifest(out)
+    _check_text(text, manifest, out)
+    made = _made(model)
+    shapes, aliases = _resolve(made, hooks)
+    if rows_per_group is None and manifest is not None:
+        rows_per_group = manifest["spec"]["rows_per_group"]
+    spec = _spec(made, shapes, context_size, dtype, rows_per_group)
+    with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes)) as writer:
+        passes = _passes(writer, shapes, aliases)
+        before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
+        resumed = any(before.values()) or not passes or text is None
+        if passes:
+            writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
+        for capture_id in passes:
+            _Pass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
+        state = writer.plan_state
+        new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
+        seconds = time.monotonic() - started
+        if passes:
+            writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
+    return CaptureReport(
+        store=ActivationStore.open(out),
+        rows=state.n_rows,
+        new_rows=new_rows,
+        seconds=seconds,
+        resumed=resumed,
+        documents=state.n_documents,
+        windowed_documents=state.windowed_documents,
+        empty_documents=state.empty_documents,
+    )
+
+
+def _made(model: HookedModel | Callable[[], HookedModel]) -> HookedModel:
+    # Not isinstance: a runtime protocol evaluates its properties, and a model's identity may hash its weights.
+    return model if hasattr(type(model), "forward_rows") else model()  # type: ignore[operator, return-value]
+
+
+def _check_numbers(max_tokens: int | None, batch_size: int, dtype: str) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
+    if batch_size < 1:
+        raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
+    if dtype not in DTYPE_BYTES:
+        raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
+
+
+def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Path) -> None:
+    if text is None:
+        if manifest is None or not ActivationStore.open(out).plan_complete:
+            raise InvalidInputError(f"{out} does not have all of its text yet; give the text that it was begun with.")
+        return
+    text.check()
+    if manifest is None and not any(document.text.strip() for document in text.documents()):
+        raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+
+
+def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Feature shapes by canonical hook name, and the other names that were used."""
+    if isinstance(hooks, str):
+        hooks = [hooks]
+    if not hooks:
+        raise InvalidInputError("No hook was given; expected at least one hook name.")
+    canonical = {name: model.resolve_hook(name) for name in hooks}
+    aliases = {name: hook for name, hook in canonical.items() if name != hook}
+    return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
+
+
+def _spec(
+    model: HookedModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    context_size: int,
+    dtype: StorageDtype,
+    rows_per_group: int | None,
+) -> CaptureSpec:
+    if context_size > model.max_context_size:
+        raise InvalidInputError(
+            f"context_size is {context_size}; {model.identity.model} takes at most {model.max_context_size} tokens."
+        )
+    widest = max(int(np.prod(shape)) for shape in shapes.values()) * DTYPE_BYTES[dtype]
+    identity = model.identity
+    return CaptureSpec(
+        model=identity.model,
+        revision=identity.revision,
+        weight_hash=identity.weight_hash,
+        tokenizer_hash=identity.tokenizer_hash,
+        context_size=context_size,
+        bos_token_id=identity.bos_token_id,
+        compute_dtype=identity.compute_dtype,
+        dtype=dtype,
+        rows_per_group=rows_per_group_for(widest) if rows_per_group is None else rows_per_group,
+    )
+
+
+def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What besides the spec must be equal on a resume."""
+    if text is None:
+        assert manifest is not None
+        return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
+    return {
+        "text": {"fingerprint": text.fingerprint, "files": text.names, **text.settings},
+        "max_tokens": max_tokens,
+    }
+
+
+def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
+    """Captures (ledger ids) that have to run: one that was left unfinished, and one for the hooks that are new."""
+    left = dict(shapes)
+    unfinished = []
+    planned = writer.ledger.committed_rows(PLAN)
+    for capture_id, declaration in writer.ledger.declarations.items():
+        declared = set(declaration.get("hooks", {}))
+        if not declared & set(shapes):
+            continue
+        if not writer.plan_state.complete or writer.ledger.committed_rows(capture_id) < planned:
+            if not declared <= set(shapes):
+                raise MismatchError(
+                    f"{writer.folder} has an unfinished capture of the hooks {', '.join(sorted(declared))}. "
+                    "Finish it with all of these hooks first; others may be added afterwards."
+                )
+            unfinished.append(capture_id)
+        left = {hook: shape for hook, shape in left.items() if hook not in declared}
+    if left:
+        names = {alias: hook for alias, hook in aliases.items() if hook in left}
+        unfinished.append(writer.declare_hooks(left, names))
+    return unfinished
+
+
+class _Pass:
+    """One pass of the model over all rows that a capture lacks."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        text: TextSource | None,
+        writer: StoreWriter,
+        capture_id: str,
+        max_tokens: int | None,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        declared = writer.ledger.declarations[capture_id]["hooks"]
+        self.model, self.text, self.writer, self.capture_id = model, text, writer, capture_id
+        self.hooks = sorted(declared)
+        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+        self.plan = ActivationStore.open(writer.folder)
+        self.plan.use_ledger(writer.ledger)
+        self.groups: Channel[int] = Channel(PLAN_AHEAD)
+        arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})
+        self.collector = Collector(writer, capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
+        self.rows_before = 0
+
+    def run(self) -> None:
+        """Capture what is missing; whatever stops it, threads have ended when this returns."""
+        planner = Worker("planner", self._plan, self._wind_down)
+        collector = Worker("collector", self.collector.collect, self._wind_down)
+        writers = [Worker(f"writer {i}", self.collector.write, self._stop) for i in range(WRITERS)]
+        for worker in (planner, collector, *writers):
+            worker.start()
+        own: BaseException | None = None
+        try:
+            self._feed()
+            self.collector.results.close()
+        except BaseException as error:
+            own = error
+            self._wind_down()
+        collector.join_fully()
+        self.collector.jobs.close()
+        for worker in (*writers, planner):
+            worker.join_fully()
+        theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
+        if own is not None or theirs is not None:
+            self._raise(own, theirs)
+
+    def _plan(self) -> None:
+        """Body of the planner: make known the groups that are planned, then plan on."""
+        writer = self.writer
+        for group in range(writer.ledger.committed_groups(PLAN)):
+            self.groups.put(group)
+        state = writer.plan_state
+        if not state.complete:
+            assert self.text is not None
+            windowing = Windowing(
+                context_size=writer.spec.context_size,
+                bos_token_id=writer.spec.bos_token_id,
+                special_token_ids=self.model.special_token_ids,
+                rows_per_group=writer.spec.rows_per_group,
+                max_tokens=self.max_tokens,
+                max_document_tokens=self.text.max_document_tokens,
+            )
+            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state):
+                writer.commit_plan(planned)
+                self.groups.put(planned.group)
+        self.groups.close()
+
+    def _feed(self) -> None:
+        """Send the row groups that are not committed through the model."""
+        done = dict(self.writer.ledger.records[self.capture_id])
+        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
+        for group in self.groups:
+            if group in done:
+                continue
+            batches = pack_batches(self._windows(group), self.batch_size)
+            record = self.writer.ledger.records[PLAN][group]
+            task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
+            for batch in batches:
+                pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
+                self.collector.add(task, batch, pending)
+                self._report()
+        self._report()
+
+    def _windows(self, group: int) -> list[Window]:
+        record = self.writer.ledger.records[PLAN][group]
+        first = self.plan.rows(record.row_start, record.row_start + 1)
+        start = record.row_start - int(first.position[0])
+        rows = self.plan.rows(start, record.row_stop)
+        return group_windows(rows.token_id, rows.position, record.row_start - start)
+
+    def _report(self) -> None:
+        if self.progress is not None:
+            state = self.writer.plan_state
+            total = state.n_rows if state.complete else self.max_tokens
+            self.progress(self.rows_before + self.collector.rows_collected, total)
+
+    def _wind_down(self) -> None:
+        """End early, but let shards that are full be written."""
+        self.groups.stop()
+        self.collector.results.stop()
+
+    def _stop(self) -> None:
+        """End at once."""
+        self._wind_down()
+        self.collector.stop()
+
+    def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
+        rows = self.writer.ledger.committed_rows(self.capture_id)
+        resume = f"{rows:,} rows are committed in {self.writer.folder}; run the same command again to resume."
+        self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
+        if theirs is None and isinstance(own, KeyboardInterrupt):
+            raise InterruptedRunError(f"Interrupted. {resume}") from own
+        if isinstance(theirs, OSError):
+            raise InterruptedRunError(f"Writing failed: {theirs}. {resume}") from theirs
+        error = theirs if isinstance(own, Stopped) or own is None else own
+        assert error is not None
+        error.add_note(resume)
+        raise error

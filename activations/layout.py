@@ -1,0 +1,72 @@
+"""What lies where in a store.
+
+NAME.zarr/
+  manifest.json                     what the store is: spec, text, fingerprint
+  hooks/<hook>/c.<group>.0          activations, one shard per row group
+  tokens/<column>/c.<group>         per-token columns; tokens/norm/<hook> holds the rows' L2 norms
+  sequences/<group>.parquet         the windows that start in a row group; documents/ likewise
+  ledger/                           which row groups exist, with digests (`activations.ledger`)
+  journal.jsonl                     when, where and by whom
+  lock                              host and pid of a writer at work
+"""
+
+from collections.abc import Mapping, Sequence
+
+from activations.arrays import ArrayLayout
+from activations.plan import TOKEN_COLUMNS
+from activations.spec import CaptureSpec
+
+__all__ = ["FORMAT", "PLAN", "TABLES", "ZARR_GROUPS", "StoreLayout"]
+
+FORMAT = "activation-store"
+PLAN = "tokens"
+"""The ledger's capture id of the plan: token columns, sequences and documents."""
+TABLES = ("sequences", "documents")
+ZARR_GROUPS = ("", "hooks", "tokens", "tokens/norm")
+"""Folders that are Zarr groups; each has a `zarr.json`."""
+
+
+class StoreLayout:
+    """Names and layouts of a store's arrays and tables, which follow from its spec."""
+
+    def __init__(self, spec: CaptureSpec) -> None:
+        self.spec = spec
+
+    def hook(self, shape: Sequence[int]) -> ArrayLayout:
+        """Layout of a hook's activations."""
+        return ArrayLayout(tuple(shape), self.spec.dtype, self.spec.rows_per_group)
+
+    @property
+    def norm(self) -> ArrayLayout:
+        """Layout of a hook's norms."""
+        return ArrayLayout((), "float32", self.spec.rows_per_group)
+
+    def column(self, column: str) -> ArrayLayout:
+        """Layout of a token column."""
+        return ArrayLayout((), TOKEN_COLUMNS[column], self.spec.rows_per_group, packed=True)
+
+    @staticmethod
+    def hook_array(hook: str) -> str:
+        return f"hooks/{hook}"
+
+    @staticmethod
+    def norm_array(hook: str) -> str:
+        return f"tokens/norm/{hook}"
+
+    @staticmethod
+    def column_array(column: str) -> str:
+        return f"tokens/{column}"
+
+    @staticmethod
+    def table_object(table: str, group: int) -> str:
+        """The object that lists the sequences or documents that start in a row group."""
+        return f"{table}/{group:08d}.parquet"
+
+    def plan_arrays(self) -> dict[str, ArrayLayout]:
+        """Layouts of the token columns, by path below the store."""
+        return {self.column_array(column): self.column(column) for column in TOKEN_COLUMNS}
+
+    def hook_arrays(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, ArrayLayout]:
+        """Layouts of these hooks' activations and norms, by path below the store."""
+        arrays = {self.hook_array(hook): self.hook(shape) for hook, shape in shapes.items()}
+        return arrays | {self.norm_array(hook): self.norm for hook in shapes}

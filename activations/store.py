@@ -1,0 +1,370 @@
+"""`ActivationStore`: activations of a model on disk, rows = tokens, read and verified.
+
+What is read is a snapshot of what was committed when the store was opened (`refresh` takes a new one). Opening and
+reading never write. `activations.layout` shows what lies where; `activations.writer` fills it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
+from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
+from activations.layout import FORMAT, PLAN, StoreLayout
+from activations.ledger import Ledger
+from activations.manifest import ID_LENGTH, read_manifest
+from activations.source import ActivationBatch, bf16_to_float32
+from activations.spec import CaptureSpec, StorageDtype
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ActivationStore", "Fault", "TokenRows"]
+
+READ_AHEAD_BYTES = 2**24
+CACHED_COLUMNS = 64
+
+
+class TokenRows(NamedTuple):
+    """Per-token columns of some rows, each `(n,)`."""
+
+    token_id: np.ndarray
+    """int32."""
+    sequence: np.ndarray
+    """int64: number of the window."""
+    position: np.ndarray
+    """int32: place within the window, BOS included."""
+    flags: np.ndarray
+    """uint8: `RowFlag` bits."""
+
+
+class Fault(NamedTuple):
+    """Something on disk that is not what the ledger says."""
+
+    hook: str
+    """The hook, or the column (`tokens/flags`, `documents`)."""
+    row_start: int
+    row_stop: int
+    object: str
+    """Path below the store."""
+    problem: str
+
+
+class ActivationStore:
+    """A store opened for reading; satisfies `ActivationSource`. Use `ActivationStore.open`."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.spec = CaptureSpec(**manifest["spec"])
+        self.layout = StoreLayout(self.spec)
+        self._ledger = Ledger(path)
+        self._cache: dict[tuple[str, int], np.ndarray] = {}
+        self._cache_lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ActivationStore":
+        """Open the store in a folder.
+
+        Raises:
+            UnknownNameError: there is none.
+            InvalidInputError: the folder holds another artefact, or one of a newer version.
+            IntegrityError: manifest or ledger are damaged.
+        """
+        path = Path(path)
+        return cls(path, read_manifest(path, FORMAT))
+
+    def refresh(self) -> None:
+        """See what was committed meanwhile."""
+        self._ledger.refresh()
+
+    def use_ledger(self, ledger: Ledger) -> None:
+        """See what a writer in this process commits, as it does."""
+        self._ledger = ledger
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def id(self) -> str:
+        """The first 12 hex digits of the fingerprint."""
+        return self.fingerprint[:ID_LENGTH]
+
+    @property
+    def dtype(self) -> StorageDtype:
+        return self.spec.dtype
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Canonical names of the hooks that have a capture in the ledger, complete or not."""
+        return tuple(self._capture_of)
+
+    def resolve_hook(self, name: str) -> str:
+        """The stored name of a hook, which may be given by the alias it was captured under; raises with near misses."""
+        if name in self._capture_of:
+            return name
+        for declaration in self._ledger.declarations.values():
+            if name in declaration.get("aliases", {}):
+                return str(declaration["aliases"][name])
+        raise UnknownNameError("hook", name, self.hooks, hint=f"(in the store {self.path})")
+
+    def hook_shape(self, name: str) -> tuple[int, ...]:
+        hook = self.resolve_hook(name)
+        return tuple(self._ledger.declarations[self._capture_of[hook]]["hooks"][hook]["shape"])
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows: those of the hook that has most."""
+        return max(map(self.rows_of, self.hooks), default=0)
+
+    def rows_of(self, hook: str) -> int:
+        """Committed rows of one hook; less than `n_rows` while it is being added to a store that has others."""
+        capture = self._capture_of[self.resolve_hook(hook)]
+        return min(self._ledger.committed_rows(PLAN), self._ledger.committed_rows(capture))
+
+    @property
+    def plan_complete(self) -> bool:
+        """Whether all of the text is tokenised."""
+        groups = self._ledger.committed_groups(PLAN)
+        return groups > 0 and bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned row of every hook is there."""
+        return bool(self.hooks) and self.is_complete_for(self.hooks)
+
+    def is_complete_for(self, hooks: Sequence[str]) -> bool:
+        """Whether the text is captured to its end for all of these hooks (names as stored, or aliases)."""
+        planned = self._ledger.committed_rows(PLAN)
+        try:
+            return self.plan_complete and all(self.rows_of(hook) == planned for hook in hooks)
+        except UnknownNameError:
+            return False
+
+    def read(self, hook: str, start: int, stop: int) -> np.ndarray:
+        """Activations of the rows `[start, stop)`, `(stop - start, *feature_shape)`, in the storage dtype (bfloat16
+        as uint16 bits), verified.
+
+        Raises:
+            InvalidInputError: rows that are not committed.
+            IntegrityError: the bytes on disk are not what was written; hook, rows and object are named.
+        """
+        hook = self.resolve_hook(hook)
+        layout = self.layout.hook(self.hook_shape(hook))
+        return self._read_raw(hook, self.layout.hook_array(hook), layout, start, stop)
+
+    def read_float32(self, hook: str, start: int, stop: int) -> np.ndarray:
+        """As `read`, converted to float32 (exact for bfloat16 and float16)."""
+        return self._as_float32(self.read(hook, start, stop))
+
+    def read_rows(self, hook: str, rows: np.ndarray) -> np.ndarray:
+        """Activations of scattered rows, `(len(rows), *feature_shape)`, verified; as `read` otherwise."""
+        hook = self.resolve_hook(hook)
+        shape = self.hook_shape(hook)
+        layout = self.layout.hook(shape)
+        rows = np.asarray(rows, np.int64)
+        self._require_rows(hook, int(rows.min(initial=0)), int(rows.max(initial=-1)) + 1)
+        out = np.empty((len(rows), *shape), layout.storage_dtype)
+        order = np.argsort(rows, kind="stable")
+        chunks = rows[order] // layout.rows_per_chunk
+        for places in np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(rows) else []:
+            first, last = int(rows[places[0]]), int(rows[places[-1]])
+            piece = self._read_raw(hook, self.layout.hook_array(hook), layout, first, last + 1)
+            out[places] = piece[rows[places] - first]
+        return out
+
+    def norms(self, hook: str, start: int, stop: int) -> np.ndarray:
+        """L2 norm of each row over all feature dimensions, before rounding to the storage dtype; float32."""
+        hook = self.resolve_hook(hook)
+        return self._read_raw(hook, self.layout.norm_array(hook), self.layout.norm, start, stop)
+
+    def rows(self, start: int, stop: int) -> TokenRows:
+        """Token columns of the rows `[start, stop)`; planned rows may be read before their activations are there."""
+        self._require(PLAN, "tokens", start, stop)
+        return TokenRows(*(self._read_column(column, start, stop) for column in TokenRows._fields))
+
+    def sequences(self) -> "pd.DataFrame":
+        """The windows: `sequence, document, start_row, n_rows, document_offset`.
+
+        The offset is in tokens, no BOS counted; what reaches past the committed rows is cut.
+        """
+        table = self._read_table("sequences")
+        table = table[table["start_row"] < self.n_rows].reset_index(drop=True)
+        table["n_rows"] = table["n_rows"].clip(upper=self.n_rows - table["start_row"])
+        return table
+
+    def documents(self) -> "pd.DataFrame":
+        """The documents: `document, title, source, language, license, extra, n_tokens, held_out`.
+
+        `extra` is a JSON object of further columns, or empty; `n_tokens` counts stored tokens without BOS.
+        """
+        table = self._read_table("documents")
+        sequences = self.sequences()
+        started = int(sequences["document"].iloc[-1]) + 1 if len(sequences) else 0
+        return table[table["document"] < started].reset_index(drop=True)
+
+    def document_at(self, row: int) -> dict[str, Any]:
+        """The document (a row of `documents()`) that a planned row belongs to, and the row's `sequence`."""
+        self._require(PLAN, "tokens", row, row + 1)
+        sequence = int(self.rows(row, row + 1).sequence[0])
+        sequences, documents = self._read_table("sequences"), self._read_table("documents")
+        number = int(sequences.loc[sequences["sequence"] == sequence, "document"].iloc[0])
+        found = documents[documents["document"] == number].iloc[0]
+        return {"sequence": sequence, **{str(name): value for name, value in found.items()}}
+
+    def batches(self, hooks: Sequence[str], batch_size: int, start: int = 0) -> Iterator[ActivationBatch]:
+        """All rows from `start` in order, `batch_size` at a time (`ActivationSource`). Rows that some of the hooks
+        lack are not yielded."""
+        if batch_size < 1:
+            raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1.")
+        names = [self.resolve_hook(hook) for hook in hooks]
+        end = min(map(self.rows_of, names), default=self.n_rows)
+        row_bytes = max((self.layout.hook(self.hook_shape(name)).row_bytes for name in names), default=1)
+        per_block = max(1, READ_AHEAD_BYTES // (batch_size * row_bytes)) * batch_size
+        for first in range(start, end, per_block):
+            block = self._block(hooks, names, first, min(first + per_block, end))
+            for offset in range(0, len(block.rows), batch_size):
+                yield _slice_batch(block, slice(offset, offset + batch_size))
+
+    def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[Fault]:
+        """Compare every object on disk with the ledger, and report what differs; files that the ledger does not
+        know are no faults. `progress` is called with (bytes read, bytes in all)."""
+        from activations.integrity import verify_store
+
+        return verify_store(self, progress)
+
+    def info(self) -> dict[str, Any]:
+        """What is in the store, JSON-able: rows, hooks, bytes, spec, text, documents, norms."""
+        from activations.summary import store_info
+
+        return store_info(self)
+
+    def _repr_html_(self) -> str:
+        from activations.summary import store_html
+
+        return store_html(self)
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.path)!r}, {self.n_rows:,} rows, hooks {', '.join(self.hooks) or 'none'})"
+
+    def zarr(self) -> Any:
+        """The same folder as a read-only `zarr.Group`, which verifies less and ignores the ledger."""
+        return open_zarr(self.path)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    def capture_of(self, hook: str) -> str:
+        """The ledger's id of the pass that captured a hook."""
+        return self._capture_of[self.resolve_hook(hook)]
+
+    @property
+    def _capture_of(self) -> dict[str, str]:
+        declarations = self._ledger.declarations
+        found = {hook: capture for capture in declarations for hook in declarations[capture].get("hooks", {})}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _rows_per_group(self) -> int:
+        return self.spec.rows_per_group
+
+    def _as_float32(self, values: np.ndarray) -> np.ndarray:
+        return bf16_to_float32(values) if self.dtype == "bfloat16" else values.astype(np.float32, copy=False)
+
+    def _require_rows(self, hook: str, start: int, stop: int) -> None:
+        self._require(self._capture_of[hook], hook, start, stop)
+
+    def _require(self, capture: str, what: str, start: int, stop: int) -> None:
+        committed = self._ledger.committed_rows(capture)
+        if capture != PLAN:
+            committed = min(committed, self._ledger.committed_rows(PLAN))
+        if not 0 <= start <= stop <= committed:
+            raise InvalidInputError(
+                f"Rows {start:,} to {stop:,} of {what} were asked for; {self.path} has {committed:,} committed rows."
+            )
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(group, first row, last row + 1) of each row group that the rows touch."""
+        size = self._rows_per_group
+        for group in range(start // size, -(-stop // size)):
+            yield group, max(start, group * size), min(stop, (group + 1) * size)
+
+    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[Path, ObjectRecord]:
+        name = f"{array}/{layout.shard_name(group)}"
+        record = self._ledger.records[capture][group].objects.get(name)
+        if record is None:
+            raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
+        return self.path / name, record
+
+    def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
+        self._require_rows(hook, start, stop)
+        out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
+        for group, first, last in self._pieces(start, stop):
+            path, record = self._record(self._capture_of[hook], array, layout, group)
+            what = f"{array}, rows {first:,} to {last:,}"
+            within = first - group * self._rows_per_group
+            read_raw(path, layout, record, within, out[first - start : last - start], what)
+        return out
+
+    def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
+        layout = self.layout.column(column)
+        pieces = [np.empty(0, layout.storage_dtype)]
+        for group, first, last in self._pieces(start, stop):
+            offset = group * self._rows_per_group
+            pieces.append(self._decoded(column, layout, group)[first - offset : last - offset])
+        return np.concatenate(pieces)
+
+    def _decoded(self, column: str, layout: ArrayLayout, group: int) -> np.ndarray:
+        """A whole decoded column of a row group; the last few are kept, since neighbours are often read next."""
+        with self._cache_lock:
+            cached = self._cache.get((column, group))
+        if cached is not None:
+            return cached
+        array = self.layout.column_array(column)
+        path, record = self._record(PLAN, array, layout, group)
+        rows = self._ledger.records[PLAN][group]
+        what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
+        values = read_packed(path, layout, record, rows.row_stop - rows.row_start, what)
+        with self._cache_lock:
+            while len(self._cache) >= CACHED_COLUMNS:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[column, group] = values
+        return values
+
+    def _read_table(self, table: str) -> "pd.DataFrame":
+        import pyarrow
+        from pyarrow import parquet
+
+        pieces = []
+        for group in range(self._ledger.committed_groups(PLAN)):
+            name = self.layout.table_object(table, group)
+            record = self._ledger.records[PLAN][group]
+            what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
+            content = read_object(self.path / name, record.objects[name], what)
+            pieces.append(parquet.read_table(pyarrow.BufferReader(content)))
+        if not pieces:
+            raise InvalidInputError(f"{self.path} has no committed rows yet.")
+        return pyarrow.concat_tables(pieces).to_pandas()
+
+    def _block(self, hooks: Sequence[str], names: Sequence[str], start: int, stop: int) -> ActivationBatch:
+        return ActivationBatch(
+            rows=np.arange(start, stop),
+            activations={hook: self.read(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
+            flags=self._read_column("flags", start, stop),
+            norms={hook: self.norms(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
+        )
+
+
+def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:
+    return ActivationBatch(
+        rows=block.rows[part],
+        activations={hook: values[part] for hook, values in block.activations.items()},
+        flags=block.flags[part],
+        norms={hook: values[part] for hook, values in block.norms.items()},
+    )

@@ -1,0 +1,247 @@
+"""`StoreWriter`: the one door through which rows come into a store.
+
+1. Every step leaves a store that opens: the manifest is written first and whole, arrays are declared before rows, and
+   a row group's record comes after its objects.
+2. `zarr.json` files show rows only after they are committed, so that tools which do not know the ledger see no lost
+   rows either; they are brought up to date every few seconds and when the writer closes.
+3. Opening for writing takes the lock and clears away what a dead writer left half done.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from activations.arrays import (
+    GROUP_METADATA,
+    ArrayLayout,
+    ObjectRecord,
+    ShardBuffer,
+    pack_shard,
+    sync_folder,
+    write_object,
+)
+from activations.errors import InvalidInputError, MismatchError, OccupiedError
+from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout
+from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries
+from activations.manifest import read_manifest, write_atomically, write_manifest
+from activations.plan import PlannedGroup, PlanState
+from activations.spec import CaptureSpec, fingerprint_of
+
+__all__ = ["StoreWriter", "existing_manifest", "hooks_capture_id"]
+
+SHAPES_EVERY_SECONDS = 5.0
+
+
+def existing_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the store in a folder, None if the folder is missing or empty.
+
+    Raises:
+        OccupiedError: something else is there.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise OccupiedError(f"{folder} is a file; expected a folder that is new, empty or an activation store.")
+    # A writer that died while creating the store leaves its lock and the manifest's temporary file.
+    names = [child.name for child in folder.iterdir() if child.name != LOCK_NAME and ".tmp-" not in child.name]
+    if not names:
+        return None
+    if "manifest.json" not in names:
+        raise OccupiedError(
+            f"{folder} holds something else ({', '.join(sorted(names)[:3])}…). Give a folder that is new, empty or an "
+            "activation store."
+        )
+    manifest = read_manifest(folder)
+    if manifest["format"] != FORMAT:
+        raise OccupiedError(f"{folder} holds an artefact of format {manifest['format']!r}; give another folder.")
+    return read_manifest(folder, FORMAT)
+
+
+def hooks_capture_id(hooks: Sequence[str]) -> str:
+    """The ledger's name for a pass over these hooks."""
+    return f"hooks-{fingerprint_of(sorted(hooks))[:12]}"
+
+
+class StoreWriter:
+    """A store opened for writing; a context manager that holds the lock.
+
+    Args:
+        folder: the store; made if it is not there.
+        spec: what every row has in common.
+        identity: what else must be equal when a run is resumed, by name (JSON-able); kept in the manifest.
+        hooks: the hooks that a new store begins with; with the rest they make its fingerprint.
+    """
+
+    def __init__(self, folder: Path, spec: CaptureSpec, identity: Mapping[str, Any], hooks: Sequence[str]) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.layout = StoreLayout(spec)
+        self.journal = Journal(folder)
+        self.ledger: Ledger
+        self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
+        self._lock = WriterLock(folder)
+        self._shapes_lock = threading.Lock()
+        self._shapes_at = 0.0
+
+    def __enter__(self) -> "StoreWriter":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.__enter__()
+        try:
+            manifest = existing_manifest(self.folder)
+            if manifest is None:
+                self._create()
+            else:
+                self._require_same(manifest)
+            self.ledger = Ledger(self.folder)
+            self._clear_leftovers()
+            self._declare(PLAN, {"columns": sorted(self.layout.plan_arrays())}, self.layout.plan_arrays())
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.update_shapes()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            self._lock.__exit__(kind, error, traceback)
+
+    @property
+    def plan_state(self) -> PlanState:
+        """Where the committed plan ends."""
+        groups = self.ledger.committed_groups(PLAN)
+        return PlanState(**self.ledger.records[PLAN][groups - 1].extra) if groups else PlanState()
+
+    def declare_hooks(self, shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, str]) -> str:
+        """Make room for hooks that are captured together, and return the capture's id.
+
+        Args:
+            shapes: feature shape of each hook, by canonical name.
+            aliases: other names that were used for them.
+        """
+        for hook in shapes:
+            if not hook or "/" in hook or hook.startswith((".", "__")):
+                raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
+        capture = hooks_capture_id(list(shapes))
+        content = {"hooks": {hook: {"shape": list(shape)} for hook, shape in shapes.items()}, "aliases": dict(aliases)}
+        self._declare(capture, content, self.layout.hook_arrays(shapes))
+        return capture
+
+    def commit_plan(self, planned: PlannedGroup) -> None:
+        """Write and commit the token columns, sequences and documents of a row group."""
+        objects: dict[str, ObjectRecord] = {}
+        for column, values in planned.columns.items():
+            layout = self.layout.column(column)
+            name = f"{self.layout.column_array(column)}/{layout.shard_name(planned.group)}"
+            objects[name] = write_object(self.folder / name, pack_shard(layout, values))
+        for table, columns in zip(TABLES, (planned.sequences, planned.documents), strict=True):
+            name = self.layout.table_object(table, planned.group)
+            objects[name] = write_object(self.folder / name, _parquet(table, columns))
+        extra = asdict(planned.state)
+        self.ledger.commit(GroupRecord(PLAN, planned.group, planned.row_start, planned.row_stop, objects, extra))
+
+    def write_shard(self, array: str, group: int, buffer: ShardBuffer, n_rows: int) -> tuple[str, ObjectRecord]:
+        """Write one raw shard of a row group, and return its name and record for `commit_hooks`."""
+        name = f"{array}/{buffer.layout.shard_name(group)}"
+        content, crcs = buffer.finish(n_rows)
+        return name, write_object(self.folder / name, content, crcs)
+
+    def commit_hooks(self, capture: str, group: int, objects: Mapping[str, ObjectRecord]) -> None:
+        """Commit a row group of a capture, all of whose objects are written."""
+        plan = self.ledger.records[PLAN][group]
+        ordered = dict(sorted(objects.items()))
+        self.ledger.commit(GroupRecord(capture, group, plan.row_start, plan.row_stop, ordered))
+        if time.monotonic() - self._shapes_at > SHAPES_EVERY_SECONDS:
+            self.update_shapes()
+
+    def update_shapes(self) -> None:
+        """Let the arrays' `zarr.json` show what is committed."""
+        with self._shapes_lock:
+            for capture in self.ledger.declarations:
+                rows = self.ledger.committed_rows(capture)
+                for array, layout in self._arrays_of(capture).items():
+                    path, content = self.folder / array / "zarr.json", layout.metadata(rows)
+                    if path.read_bytes() != content:
+                        write_atomically(path, content)
+            self._shapes_at = time.monotonic()
+
+    def _create(self) -> None:
+        content = {"spec": asdict(self.spec), **self._identity}
+        fingerprint = fingerprint_of({"format": FORMAT, **content})
+        write_manifest(self.folder, FORMAT, fingerprint, parents=[], created_by=_created_by(), **content)
+
+    def _require_same(self, manifest: Mapping[str, Any]) -> None:
+        CaptureSpec(**manifest["spec"]).require_equal(self.spec, str(self.folder))
+        for name, value in self._identity.items():
+            if name != "hooks_at_creation" and manifest[name] != value:
+                raise MismatchError(
+                    f"{self.folder} was captured with another {name}: {_difference(manifest[name], value)}. "
+                    "Use the same settings to resume, or give another output folder."
+                )
+
+    def _declare(self, capture: str, content: Mapping[str, Any], arrays: Mapping[str, ArrayLayout]) -> None:
+        for group in ZARR_GROUPS:
+            _write_once(self.folder / group / "zarr.json", GROUP_METADATA)
+        for table in TABLES:
+            (self.folder / table).mkdir(exist_ok=True)
+        for array, layout in arrays.items():
+            _write_once(self.folder / array / "zarr.json", layout.metadata(0))
+        self.ledger.declare(capture, content)
+        for group in (*ZARR_GROUPS, "ledger"):
+            sync_folder(self.folder / group)
+
+    def _arrays_of(self, capture: str) -> dict[str, ArrayLayout]:
+        if capture == PLAN:
+            return self.layout.plan_arrays()
+        hooks = self.ledger.declarations[capture]["hooks"]
+        return self.layout.hook_arrays({hook: declared["shape"] for hook, declared in hooks.items()})
+
+    def _clear_leftovers(self) -> None:
+        self.ledger.tidy()
+        arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
+        for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
+            remove_temporaries(self.folder / folder)
+
+
+def _difference(stored: Any, given: Any) -> str:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        names = [name for name in stored if stored[name] != given.get(name)]
+        return "; ".join(f"{name} is {given.get(name)!r}, the store has {stored[name]!r}" for name in names)
+    return f"it is {given!r}, the store has {stored!r}"
+
+
+def _created_by() -> str:
+    try:
+        return f"scope-workbench {version('scope-workbench')}"
+    except PackageNotFoundError:
+        return "scope-workbench (not installed)"
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+
+def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:
+    """A table's bytes, the same for the same content and software."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text, truth, number = pyarrow.string(), pyarrow.bool_(), pyarrow.int64()
+    kinds = dict.fromkeys(("title", "source", "language", "license", "extra"), text) | {"held_out": truth}
+    schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns])
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(dict(columns), schema=schema), stream, compression="zstd")
+    return stream.getvalue()

@@ -1,0 +1,77 @@
+"""A `HookedModel` without torch: causal, deterministic, and as fast as numpy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from activations.errors import UnknownNameError
+from activations.source import ModelIdentity, float32_to_bf16
+from activations.spec import StorageDtype
+
+BOS = 2
+SPECIAL = frozenset({0, 1, BOS})
+HOOKS = {"blocks.0.hook_resid_post": (12,), "blocks.1.attn.hook_z": (3, 5), "blocks.1.hook_resid_post": (12,)}
+ALIASES = {"blocks.1.hook_out": "blocks.1.hook_resid_post"}
+
+
+@dataclass
+class FakePending:
+    values: Mapping[str, np.ndarray]
+
+    def wait(self) -> Mapping[str, np.ndarray]:
+        return self.values
+
+
+@dataclass
+class FakeModel:
+    """Tokens are bytes + 3; a row is a fixed function of the tokens up to it, whatever runs beside it."""
+
+    name: str = "fake"
+    bos_token_id: int | None = BOS
+    max_context_size: int = 512
+    hooks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(HOOKS))
+    calls: list[tuple[int, int]] = field(default_factory=list)
+    """(windows, tokens with padding) of each forward pass."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity(self.name, None, f"weights of {self.name}", "bytes", self.bos_token_id, "float32")
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        return SPECIAL
+
+    def resolve_hook(self, name: str) -> str:
+        name = ALIASES.get(name, name)
+        if name not in self.hooks:
+            raise UnknownNameError("hook", name, self.hooks)
+        return name
+
+    def hook_shape(self, name: str) -> tuple[int, ...]:
+        return self.hooks[name]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
+
+    def forward_rows(
+        self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
+    ) -> FakePending:
+        longest = max(map(len, windows))
+        self.calls.append((len(windows), longest * len(windows)))
+        assert len(windows) == 1 or longest * len(windows) <= batch_size
+        values: dict[str, np.ndarray] = {}
+        for hook in hooks:
+            rows = np.concatenate([self.rows_at(hook, window) for window in windows])
+            values[f"norm/{hook}"] = np.linalg.norm(rows.reshape(len(rows), -1), axis=1).astype(np.float32)
+            values[hook] = float32_to_bf16(rows) if dtype == "bfloat16" else rows.astype(dtype)
+        return FakePending(values)
+
+    def rows_at(self, hook: str, window: np.ndarray) -> np.ndarray:
+        """float32 `(length, *feature_shape)`: a hash of each prefix, spread over the features."""
+        shape = self.hooks[hook]
+        state = np.cumsum(window.astype(np.int64) * (np.arange(len(window)) * 7919 + 104_729)) % 1_000_003
+        phase = sorted(self.hooks).index(hook) + 1
+        features = np.arange(1, np.prod(shape) + 1)
+        values = np.sin(state[:, None] * 0.001 * features + phase) * (1 + state[:, None] % 7)
+        return values.astype(np.float32).reshape(len(window), *shape)
