@@ -178,6 +178,10 @@ class ActivationStore:
             out[places] = piece[rows[places] - first]
         return out
 
+    def block_rows(self, hook: str) -> int:
+        """Rows of an inner chunk: aligned stretches of so many rows are read without reading anything twice."""
+        return self.layout.hook(self.hook_shape(hook)).rows_per_chunk
+
     def norms(self, hook: str, start: int, stop: int) -> np.ndarray:
         """L2 norm of each row over all feature dimensions, before rounding to the storage dtype; float32."""
         hook = self.resolve_hook(hook)

@@ -1,0 +1,227 @@
+"""The pure half of shuffling: where chosen rows come from, and the schedule of a buffer that mixes them.
+
+A schedule is a sequence of events over the slots of a buffer: `Fill` puts rows into slots, `Give` hands slots out.
+For a store it is known without reading a single activation, so it can be skipped to any place in no time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from activations.source import ActivationSource
+from activations.store import ActivationStore
+
+__all__ = ["Chooser", "Feed", "Fill", "Give", "LiveFeed", "Piece", "StoreFeed", "Values", "mix", "permute", "skip"]
+
+SCAN_ROWS = 2**20
+MEDIAN_ROWS = 2**24
+"""The median norm is taken over at most about so many rows, in stretches spread evenly over the store."""
+SKIP_FILLS = 64
+LIVE_MEDIAN_ROWS = 2**16
+LIVE_BATCH_ROWS = 4096
+
+Values = dict[str, np.ndarray]
+
+
+class Fill(NamedTuple):
+    """Put rows into slots of the buffer."""
+
+    slots: np.ndarray
+    rows: np.ndarray
+    values: Values | None
+    """None until they are read."""
+
+
+class Give(NamedTuple):
+    """Hand out the rows in these slots, in this order."""
+
+    slots: np.ndarray
+
+
+class Piece(NamedTuple):
+    """Chosen rows, ascending, that lie together in the source."""
+
+    rows: np.ndarray
+    values: Values | None
+
+
+def permute(pieces: Iterator[Piece], n_rows: int, seed: int, passes: int | None) -> Iterator[Fill | Give]:
+    """Fill all rows in, once; then every pass is a permutation of them."""
+    filled = 0
+    for rows, values in pieces:
+        yield Fill(np.arange(filled, filled + len(rows)), rows, values)
+        filled += len(rows)
+    for number in count() if passes is None else range(passes):
+        yield Give(np.random.default_rng([seed, number]).permutation(n_rows))
+
+
+def mix(pieces: Iterator[Piece], capacity: int, share: float, rng: np.random.Generator) -> Iterator[Fill | Give]:
+    """One pass through a buffer of `capacity` rows: when it is full a random `share` of it makes room for what comes;
+    at the end the rest is handed out."""
+    step = max(1, int(capacity * share))
+    free = np.arange(capacity)
+    for rows, values in pieces:
+        done = 0
+        while done < len(rows):
+            if not len(free):
+                free = rng.choice(capacity, step, replace=False)
+                yield Give(free)
+            part = slice(done, done + len(free))
+            taken, free = np.split(free, [len(rows[part])])
+            yield Fill(taken, rows[part], None if values is None else {hook: v[part] for hook, v in values.items()})
+            done += len(taken)
+    yield Give(rng.permutation(np.setdiff1d(np.arange(capacity), free)))
+
+
+def skip(events: Iterator[Fill | Give], n_rows: int, capacity: int) -> Iterator[Fill | Give]:
+    """A schedule without values from the point on at which `n_rows` rows are handed out, begun by filling in what the
+    buffer holds there."""
+    rows_of = np.full(capacity, -1)
+    for event in events:
+        if n_rows > 0:
+            if isinstance(event, Fill):
+                rows_of[event.slots] = event.rows
+                continue
+            n_rows -= len(event.slots)
+            if n_rows > 0:
+                continue
+            slots = np.argsort(rows_of, kind="stable")
+            slots = slots[rows_of[slots] >= 0]
+            for part in np.array_split(slots, SKIP_FILLS):
+                yield Fill(part, rows_of[part], None)
+            event = Give(event.slots[len(event.slots) + n_rows :])
+        yield event
+
+
+class Chooser(Protocol):
+    """Which rows are used, by their flags."""
+
+    @property
+    def max_norm_ratio(self) -> float | None: ...
+
+    def by_flags(self, flags: np.ndarray) -> np.ndarray: ...
+
+
+class Feed(Protocol):
+    """Chosen rows of a source, piece by piece."""
+
+    limits: dict[str, float]
+    """Largest norm of a row that is used, by hook; empty where the selection does not bound norms."""
+
+    @property
+    def n_rows(self) -> int | None: ...
+
+    def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
+        """All chosen rows once: blocks in random order, or in the source's order if there is no generator."""
+        ...
+
+    def read(self, rows: np.ndarray) -> Values:
+        """Activations of ascending rows."""
+        ...
+
+
+class StoreFeed:
+    """Blocks of a store in any order. One bit a row remembers which are chosen."""
+
+    def __init__(self, store: ActivationStore, hooks: Sequence[str], chooser: Chooser) -> None:
+        self.store, self.hooks = store, hooks
+        self.limits: dict[str, float] = {}
+        self._end = min(map(store.rows_of, hooks))
+        # Blocks are runs of inner chunks, which are read and verified whole anyway.
+        self._block = max(map(store.block_rows, hooks))
+        stretches = [(start, min(self._end, start + SCAN_ROWS)) for start in range(0, self._end, SCAN_ROWS)]
+        by_flags = [chooser.by_flags(store.rows(start, stop).flags) for start, stop in stretches]
+        if chooser.max_norm_ratio is not None and any(chosen.any() for chosen in by_flags):
+            self._bound_norms(stretches, by_flags, chooser.max_norm_ratio)
+        self._bits = np.packbits(np.concatenate([*by_flags, np.zeros(0, bool)]))
+        self._n_rows = sum(int(chosen.sum()) for chosen in by_flags)
+
+    @property
+    def n_rows(self) -> int | None:
+        return self._n_rows
+
+    def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
+        n_blocks = -(-self._end // self._block)
+        for block in (np.arange(n_blocks) if rng is None else rng.permutation(n_blocks)).tolist():
+            start, stop = block * self._block, min(self._end, (block + 1) * self._block)
+            bits = np.unpackbits(self._bits[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
+            rows = start + np.flatnonzero(bits)
+            if len(rows):
+                yield Piece(rows, None)
+
+    def read(self, rows: np.ndarray) -> Values:
+        return {hook: self.store.read_rows(hook, rows) for hook in self.hooks}
+
+    def _bound_norms(self, stretches: list[tuple[int, int]], chosen: list[np.ndarray], ratio: float) -> None:
+        step = max(1, len(stretches) * SCAN_ROWS // MEDIAN_ROWS)
+        for hook in self.hooks:
+            sample = [
+                self.store.norms(hook, start, stop)[rows]
+                for (start, stop), rows in zip(stretches[::step], chosen[::step], strict=True)
+            ]
+            self.limits[hook] = ratio * float(np.median(np.concatenate(sample)))
+        for hook, limit in self.limits.items():
+            for (start, stop), rows in zip(stretches, chosen, strict=True):
+                rows &= self.store.norms(hook, start, stop) <= limit
+
+
+class LiveFeed:
+    """A source that is read in its own order. The median norm is that of its first rows, 65,536 or all there are."""
+
+    def __init__(self, source: ActivationSource, hooks: Sequence[str], chooser: Chooser) -> None:
+        self.source, self.hooks, self.chooser = source, hooks, chooser
+        self.limits: dict[str, float] = {}
+
+    @property
+    def n_rows(self) -> int | None:
+        return None
+
+    def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
+        waiting: list[tuple[Piece, Mapping[str, np.ndarray]]] | None = None
+        if self.chooser.max_norm_ratio is not None and not self.limits:
+            waiting = []
+        for batch in self.source.batches(self.hooks, LIVE_BATCH_ROWS):
+            chosen = self.chooser.by_flags(batch.flags)
+            values = {hook: _as_numpy(batch.activations[hook])[chosen] for hook in self.hooks}
+            piece = Piece(batch.rows[chosen], values)
+            norms = {hook: batch.norms[hook][chosen] for hook in self.hooks}
+            if waiting is None:
+                yield self._within_limits(piece, norms)
+                continue
+            waiting.append((piece, norms))
+            if sum(len(piece.rows) for piece, _ in waiting) >= LIVE_MEDIAN_ROWS:
+                yield from self._released(waiting)
+                waiting = None
+        if waiting:
+            yield from self._released(waiting)
+
+    def read(self, rows: np.ndarray) -> Values:
+        raise AssertionError("a live source hands its values over with its rows")
+
+    def _released(self, waiting: list[tuple[Piece, Mapping[str, np.ndarray]]]) -> Iterator[Piece]:
+        assert self.chooser.max_norm_ratio is not None
+        for hook in self.hooks:
+            norms = np.concatenate([norms[hook] for _, norms in waiting])
+            if len(norms):
+                self.limits[hook] = self.chooser.max_norm_ratio * float(np.median(norms))
+        for piece, by_hook in waiting:
+            yield self._within_limits(piece, by_hook)
+
+    def _within_limits(self, piece: Piece, norms: Mapping[str, np.ndarray]) -> Piece:
+        kept = np.ones(len(piece.rows), bool)
+        for hook, limit in self.limits.items():
+            kept &= norms[hook] <= limit
+        assert piece.values is not None
+        return Piece(piece.rows[kept], {hook: values[kept] for hook, values in piece.values.items()})
+
+
+def _as_numpy(values: Any) -> np.ndarray:
+    """A live source's activations as numpy, bfloat16 as its bits."""
+    if isinstance(values, np.ndarray):
+        return values
+    import torch
+
+    tensor = values.detach().cpu()
+    return np.asarray((tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
