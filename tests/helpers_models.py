@@ -9,16 +9,20 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from scope.models import LanguageModel
+from scope.models.loading import quiet_transformers
 
 KINDS = ("gemma3", "llama", "gpt2")
+MORE_KINDS = ("gemma2", "mistral", "qwen2", "qwen3")
 TEXT = (
     "The cat sat on the mat and looked at the moon. She thinks that the river is deep, but it is not.\n"
     "In 1905 the old mill by the river burned down; nobody knew why. Le café était fermé à midi.\n"
@@ -29,6 +33,7 @@ def _sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """Gemma's kind: spaces as ▁, what is not in the vocabulary as byte tokens such as <0xC3>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -44,8 +49,8 @@ def _sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's kind: byte-level BPE, one special token."""
+def _byte_level_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """GPT-2's kind: byte-level BPE, one special token. Qwen's has no BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,64 +63,63 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
     ascii_text = "".join(character for character in TEXT if character.isascii())
     tokenizer.train_from_iterator([ascii_text] * 2, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+    start = {"bos_token": end} if bos else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, unk_token=end, **start)
 
 
-def _gemma3(d_vocab: int) -> Any:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+def _rotary_config(d_vocab: int, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": d_vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        **more,
+    }
 
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=d_vocab,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            query_pre_attn_scalar=12,
-            max_position_embeddings=64,
-            sliding_window=8,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        )
-    )
+
+def _gemma(version: int, d_vocab: int) -> Any:
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = _rotary_config(d_vocab, head_dim=12, query_pre_attn_scalar=12, sliding_window=8, **layers)
+    if version == 2:
+        return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**config))
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**config))
 
 
 def _llama(d_vocab: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    config = _rotary_config(d_vocab, tie_word_embeddings=False)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-            tie_word_embeddings=False,
-        )
-    )
+
+def _mistral(d_vocab: int) -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**_rotary_config(d_vocab)))
+
+
+def _qwen(version: int, d_vocab: int) -> Any:
+    config = _rotary_config(d_vocab, bos_token_id=None)
+    if version == 2:
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config, head_dim=12))
 
 
 def _gpt2(d_vocab: int) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=d_vocab, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
+    config = {"vocab_size": d_vocab, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, bos_token_id=0, eos_token_id=0))
 
 
-_BUILDERS = {
-    "gemma3": (_gemma3, _sentencepiece_tokenizer),
+_BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenizerFast]]] = {
+    "gemma3": (functools.partial(_gemma, 3), _sentencepiece_tokenizer),
     "llama": (_llama, _sentencepiece_tokenizer),
     "gpt2": (_gpt2, _byte_level_tokenizer),
+    "gemma2": (functools.partial(_gemma, 2), _sentencepiece_tokenizer),
+    "mistral": (_mistral, _sentencepiece_tokenizer),
+    "qwen2": (functools.partial(_qwen, 2), functools.partial(_byte_level_tokenizer, bos=False)),
+    "qwen3": (functools.partial(_qwen, 3), functools.partial(_byte_level_tokenizer, bos=False)),
 }
 
 
@@ -137,12 +141,13 @@ def tiny_folder(kind: str) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 spread = 0.3 * torch.randn(parameter.shape)
-                centre = 1.0 if name.endswith("weight") and kind != "gemma3" else 0.0
+                centre = 1.0 if name.endswith("weight") and not kind.startswith("gemma") else 0.0
                 parameter.data.copy_(centre + spread)
             else:
                 parameter.data.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5))
     folder = _root() / kind
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,47 @@
+"""Ready-made edits of activations and features, to be given to `model.run`, `generate` and `cross_entropy`.
+
+from scope.interventions import ablate_features, add_direction, combine
+edits = combine(ablate_features(sae, [17]), add_direction("blocks.12.hook_resid_post", direction, 4.0))
+model.run("The opposite of hot is", edits=edits)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
+    from scope.interventions.edit import Edit, combine
+    from scope.interventions.features import ablate_features, scale_features, set_features, splice
+
+__all__ = [
+    "Edit",
+    "ablate",
+    "ablate_features",
+    "add_direction",
+    "combine",
+    "patch",
+    "project_out",
+    "scale",
+    "scale_features",
+    "set_",
+    "set_features",
+    "splice",
+]
+
+_HOMES = {
+    "edit": ("Edit", "combine"),
+    "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
+    "features": ("ablate_features", "scale_features", "set_features", "splice"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
+
+            return getattr(import_module(f"scope.interventions.{home}"), name)
+    raise AttributeError(f"module 'scope.interventions' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,9 +10,10 @@ Names are loaded when they are first used: importing this package imports neithe
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scope.models.dictionaries import Dictionary
     from scope.models.hooks import HookPoint, HookTable
     from scope.models.language_model import LanguageModel
-    from scope.models.run import Dictionary, EditContext, EditFunction, Generation, RunResult
+    from scope.models.run import EditContext, EditFunction, Generation, RunResult
     from scope.models.tokens import TokenText
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Dictionary": "run",
+    "Dictionary": "dictionaries",
     "EditContext": "run",
     "EditFunction": "run",
     "Generation": "run",

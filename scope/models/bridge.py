@@ -17,16 +17,12 @@ from scope.errors import InvalidInputError, MissingDependencyError, UnknownNameE
 from scope.models.bridge_hooks import GATED_HOOKS
 from scope.models.hooks import HookPoint
 from scope.models.loading import quiet_transformers
-from scope.models.taps import Handler
+from scope.models.taps import Handler, StopForward
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
 __all__ = ["boot_bridge", "bridge_forward"]
-
-
-class _Stop(Exception):  # noqa: N818  not an error: it leaves a forward pass early
-    """Everything that was asked for has been seen."""
 
 
 def boot_bridge(model: "LanguageModel") -> Any:
@@ -79,7 +75,7 @@ def bridge_forward(
                 new = tensor.copy_(new)  # the layer adds to this very tensor: see scope.models.taps
             remaining -= 1
             if not logits and remaining == 0:
-                raise _Stop
+                raise StopForward
             return new
 
         return hook
@@ -87,7 +83,7 @@ def bridge_forward(
     hooks = [(_name_in(bridge, point), adapted(point, handler)) for point, handler in handlers.items()]
     output = None
     opened = _opened(bridge, [name for name, _ in hooks])
-    with model.lock, opened, bridge.hooks(fwd_hooks=hooks), contextlib.suppress(_Stop):
+    with model.lock, opened, bridge.hooks(fwd_hooks=hooks), contextlib.suppress(StopForward):
         output = bridge(tokens)
     if output is None and remaining:
         raise InvalidInputError("TransformerLens did not call a hook that it lists; ask for others.")

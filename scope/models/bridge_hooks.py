@@ -73,6 +73,8 @@ def _layer(layout: Layout) -> Iterator[BridgeHook]:
         yield BridgeHook("attn.hook_rot_k", ("batch", "seq", key_heads, d_head))
     yield BridgeHook("attn.hook_attn_scores", ("batch", heads, "seq", "seq"))
     yield BridgeHook("attn.hook_pattern", ("batch", heads, "seq", "seq"))
+    if len(family.qkv) == 1:
+        yield BridgeHook("attn.hook_hidden_states", row)
     yield BridgeHook("attn.hook_result", ("batch", "seq", heads, d_model))
     if family.ln1_post:
         yield from _norm("ln1_post", d_model)

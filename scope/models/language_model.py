@@ -20,9 +20,10 @@ from activations.spec import StorageDtype
 from scope.errors import InvalidInputError
 from scope.models import identity, loading, losses
 from scope.models.architectures import Layout, find_layout
+from scope.models.dictionaries import Saes
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
 from scope.models.rows import HostCopy, collect_rows
-from scope.models.run import Dictionary, EditFunction, Generation, RunResult, SpliceMode, continuations, run
+from scope.models.run import EditFunction, Generation, RunResult, SpliceMode, continuations, run
 from scope.models.taps import Handler, tapped
 from scope.models.tokens import TokenReader, TokenText, prompt_ids
 
@@ -269,7 +270,7 @@ class LanguageModel:
         self,
         prompt: str | Sequence[Any] | Int[Tensor, " seq"],
         hooks: Sequence[str] = (),
-        saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary] = (),
+        saes: Saes = (),
         splice: SpliceMode | Literal[False] | None = None,
         edits: Mapping[str, EditFunction] | None = None,
         grad: bool = False,

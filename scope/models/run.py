@@ -9,20 +9,20 @@ Hooks are reached in model order. The pass ends after the last hook that anythin
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+from scope.models.dictionaries import Dictionary, Saes, as_read, resolve_dictionaries
 from scope.models.hooks import HookPoint, HookTable
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
 __all__ = [
-    "Dictionary",
     "EditContext",
     "EditFunction",
     "Generation",
@@ -50,20 +50,6 @@ EditFunction = Callable[[Tensor, EditContext], Tensor | None]
 """From the activation at a hook, (batch, seq, *row_shape), to what takes its place, of the same shape. The tensor is
 the function's own: it may be changed in place, and then None may be returned. A function with a method
 `check(point: HookPoint, n_tokens: int)` has it called before anything is computed."""
-
-
-@runtime_checkable
-class Dictionary(Protocol):
-    """What `run` asks of an SAE."""
-
-    @property
-    def hook_name(self) -> str: ...
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def d_sae(self) -> int: ...
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, features: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,8 +110,7 @@ class _AtHook:
         return None if new is value else new
 
     def _through(self, key: str, dictionary: Dictionary, value: Tensor) -> Tensor:
-        x = value.flatten(2) if value.ndim == 4 else value
-        x = _as_weights(dictionary, x)
+        x = as_read(dictionary, value)
         features = dictionary.encode(x)
         if self.grad:
             features, self.features[key] = _grown(features)
@@ -156,12 +141,6 @@ def _grown(value: Tensor) -> tuple[Tensor, Tensor]:
     else:
         inner.requires_grad_()
     return inner.unsqueeze(0), inner
-
-
-def _as_weights(dictionary: Dictionary, x: Tensor) -> Tensor:
-    """`x` on the device and in the dtype of the dictionary's weights."""
-    weight = next(dictionary.parameters(), None) if isinstance(dictionary, nn.Module) else None
-    return x if weight is None else x.to(weight.device, weight.dtype)
 
 
 def apply_edits(edits: Iterable[EditFunction], value: Tensor, context: EditContext) -> Tensor:
@@ -204,49 +183,11 @@ def resolve_edits(
     return resolved
 
 
-def _resolve_dictionaries(
-    table: HookTable,
-    saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
-    splice: SpliceMode | None,
-) -> dict[str, list[tuple[str, Dictionary]]]:
-    """SAEs by canonical hook name, each with the key under which its features are returned."""
-    if isinstance(saes, Mapping):
-        named = list(saes.items())
-    elif isinstance(saes, Dictionary):
-        named = [(table[saes.hook_name].name, saes)]
-    else:
-        named = [(table[sae.hook_name].name, sae) for sae in saes]
-    if len({key for key, _ in named}) < len(named):
-        raise InvalidInputError("Two SAEs read the same hook; give them names: saes={'a': ..., 'b': ...}.")
-    resolved: dict[str, list[tuple[str, Dictionary]]] = {}
-    for key, sae in named:
-        point = table[sae.hook_name]
-        width = _width(point)
-        if width != sae.d_in:
-            raise MismatchError(f"The SAE {key!r} reads {sae.d_in} dimensions, but {point.name} has {width}.")
-        output = getattr(sae, "hook_name_out", None)
-        if splice and output not in (None, sae.hook_name):
-            raise InvalidInputError(
-                f"The SAE {key!r} writes to {output}, not to the hook it reads; it can't be spliced."
-            )
-        resolved.setdefault(point.name, []).append((key, sae))
-    crowded = [name for name, there in resolved.items() if len(there) > 1]
-    if splice and crowded:
-        raise InvalidInputError(f"Only one SAE can be spliced in at {crowded[0]}; got {len(resolved[crowded[0]])}.")
-    return resolved
-
-
-def _width(point: HookPoint) -> int:
-    if point.row_shape is None:
-        raise InvalidInputError(f"{point.name} has no row per token (shape {point.shape}): no SAE can read it.")
-    return int(torch.Size(point.row_shape).numel())
-
-
 def run(
     model: "LanguageModel",
     tokens: Int[Tensor, " seq"],
     hooks: Sequence[str],
-    saes: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
+    saes: Saes,
     splice: SpliceMode | Literal[False] | None,
     edits: Mapping[str, EditFunction] | None,
     grad: bool,
@@ -258,7 +199,7 @@ def run(
         raise UnknownNameError("way to splice", splice, ["without_error", "with_error"])
     asked = {name: table[name].name for name in ([hooks] if isinstance(hooks, str) else hooks)}
     changes = resolve_edits(table, edits, len(tokens))
-    dictionaries = _resolve_dictionaries(table, saes, splice or None)
+    dictionaries = resolve_dictionaries(table, saes, splice=bool(splice))
     wanted = {*asked.values(), *dictionaries}
     last = max((table.rank(name) for name in wanted), default=-1)
     names = sorted({*wanted, *changes}, key=table.rank)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from scope.models.hooks import HookPoint, Site
 
-__all__ = ["Handler", "tapped"]
+__all__ = ["Handler", "StopForward", "tapped"]
 
 Handler = Callable[[Tensor], Tensor | None]
 """From the tensor at a hook, (batch, seq, *row_shape), to its replacement, or None to leave it as it is."""
 
 
-class _Stop(Exception):  # noqa: N818  not an error: it leaves a forward pass early
+class StopForward(Exception):  # noqa: N818  not an error: it leaves a forward pass early
     """Everything that was asked for has been seen."""
 
 
@@ -43,7 +43,7 @@ def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) 
         tensor = apply_handler(site, handler, tensor)
         remaining -= 1
         if stop and remaining == 0:
-            raise _Stop
+            raise StopForward
         return tensor
 
     groups: dict[tuple[str, str], list[tuple[Site, Handler]]] = {}
@@ -79,7 +79,7 @@ def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) 
             else:
                 handles.append(module.register_forward_hook(on_output(taps)))
         yield
-    except _Stop:
+    except StopForward:
         pass
     finally:
         for handle in handles:

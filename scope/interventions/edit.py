@@ -1,0 +1,136 @@
+"""What an intervention is: a hook, a function of the activation there, and the positions where it counts."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
+from scope.models.hooks import HookPoint
+from scope.models.run import EditContext, EditFunction
+
+__all__ = ["Edit", "Positions", "as_integers", "as_positions", "combine"]
+
+Positions = int | Sequence[int] | None
+"""One token position, several, or None for all. Position 0 is BOS where the tokenizer has one."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of the activation at one hook. It is itself a function that `model.run` takes as an edit."""
+
+    hook: str
+    """The hook's name."""
+    function: Callable[[Tensor, EditContext], Tensor]
+    """From the activation (batch, seq, *row_shape) to what takes its place."""
+    positions: tuple[int, ...] | None = None
+    """Where the change counts; None for everywhere."""
+    keep_bos: bool = False
+    """Leave the BOS token that starts a window as it is."""
+    row_shape: tuple[int, ...] | None = None
+    """Shape that a token's activation must have; None where any will do."""
+    width: int | None = None
+    """Number of entries that a token's activation must have; None where any will do."""
+
+    def __call__(self, value: Tensor, context: EditContext) -> Tensor:
+        """The activation with the change made where it counts.
+
+        Raises:
+            OutOfRangeError: a position that the text does not have.
+        """
+        new = self.function(value, context)
+        where = self._where(value, context)
+        if where is None or new.shape != value.shape:  # `run` refuses another shape
+            return new
+        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), new.to(value.dtype), value)
+
+    def _where(self, value: Tensor, context: EditContext) -> Bool[Tensor, "batch seq"] | None:
+        if self.positions is None and not self.keep_bos:
+            return None
+        where = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+        if self.positions is not None:
+            self._check_positions(value.shape[1])
+            where.zero_()
+            where[:, list(self.positions)] = True
+        return where & ~context.bos if self.keep_bos else where
+
+    def check(self, point: HookPoint, n_tokens: int) -> None:
+        """Refuse a hook or a text that the edit does not fit; called before the model runs.
+
+        Raises:
+            MismatchError: the hook's activations have another shape.
+            OutOfRangeError: the text is too short for the positions.
+        """
+        self._check_positions(n_tokens)
+        row = point.row_shape
+        if self.positions is not None and row is None:
+            raise InvalidInputError(f"{point.name} has no token positions of its own (shape {point.shape}).")
+        if self.row_shape is not None and row != self.row_shape:
+            raise MismatchError(f"The edit is for rows of shape {self.row_shape}; {point.name} has {row}.")
+        if self.width is not None and (row is None or torch.Size(row).numel() != self.width):
+            raise MismatchError(f"The edit reads {self.width} dimensions; {point.name} has rows of shape {row}.")
+
+    def _check_positions(self, n_tokens: int) -> None:
+        for position in self.positions or ():
+            if position >= n_tokens:
+                raise OutOfRangeError(f"Position {position} is out of range: the text has {n_tokens} tokens.")
+
+
+def as_positions(positions: Positions) -> tuple[int, ...] | None:
+    """Positions as a tuple.
+
+    Raises:
+        OutOfRangeError: a negative position; count from the start.
+        InvalidInputError: no positions at all.
+    """
+    if positions is None:
+        return None
+    chosen = tuple(as_integers(positions, "Positions"))
+    if not chosen:
+        raise InvalidInputError("No positions were given; leave them out to edit all.")
+    negative = [position for position in chosen if position < 0]
+    if negative:
+        raise OutOfRangeError(f"Position {negative[0]} is negative; positions count from 0, the start of the text.")
+    return chosen
+
+
+def as_integers(values: Any, what: str) -> list[int]:
+    """One integer or several (a sequence, array or tensor) as a list."""
+    tensor = torch.as_tensor(values)
+    wrong = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.ndim > 1
+    if wrong and tensor.numel():
+        raise InvalidInputError(f"{what} are integers; got {tensor.dtype} of shape {tuple(tensor.shape)}.")
+    return [int(value) for value in tensor.flatten()]
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Several edits of one hook, in order."""
+
+    edits: tuple[Edit, ...]
+
+    def __call__(self, value: Tensor, context: EditContext) -> Tensor:
+        for edit in self.edits:
+            value = edit(value, context)
+        return value
+
+    def check(self, point: HookPoint, n_tokens: int) -> None:
+        for edit in self.edits:
+            edit.check(point, n_tokens)
+
+
+def combine(*edits: Edit) -> dict[str, EditFunction]:
+    """Edits as `model.run` takes them. Those of one hook are made in the order given; hooks are reached in model
+    order whatever the order here."""
+    by_hook: dict[str, list[Edit]] = {}
+    for edit in edits:
+        by_hook.setdefault(edit.hook, []).append(edit)
+    return {hook: _chained(there) for hook, there in by_hook.items()}
+
+
+def _chained(edits: Iterable[Edit]) -> EditFunction:
+    several = tuple(edits)
+    return several[0] if len(several) == 1 else _Chain(several)

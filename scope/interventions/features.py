@@ -1,0 +1,124 @@
+"""Edits of an SAE's features, and the SAE itself spliced in. f = encode(x) are the features of one token.
+
+By default the part of x that the SAE misses stays: changing features from f to f' changes x by
+decode(f') - decode(f) and by nothing else. With `error_term=False`, x becomes decode(f').
+The BOS token is left as it is by default: SAEs are not trained on it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scope.errors import InvalidInputError, OutOfRangeError
+from scope.interventions.edit import Edit, Positions, as_integers, as_positions
+from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same_output
+from scope.models.run import EditContext
+from scope.saes.base import SAE
+
+__all__ = ["ablate_features", "scale_features", "set_features", "splice"]
+
+
+def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) -> Edit:
+    """x -> decode(encode(x)), plus (x - that) as a constant where `error_term` is true.
+
+    With the error term values stay as they are, while gradients go through the features.
+    """
+
+    def reconstruct(value: Tensor, context: EditContext) -> Tensor:
+        x = as_read(sae, value)
+        reconstruction = sae.decode(sae.encode(x))
+        if error_term:
+            reconstruction = reconstruction + (x - reconstruction).detach()
+        return reconstruction.to(value.device, value.dtype).view(value.shape)
+
+    return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in)
+
+
+def ablate_features(
+    sae: Dictionary,
+    ids: int | Sequence[int],
+    positions: Positions = None,
+    *,
+    error_term: bool = True,
+    keep_bos: bool = True,
+) -> Edit:
+    """f_i -> 0 for each feature `i` of `ids`."""
+    return _edit(sae, ids, torch.zeros_like, positions, error_term, keep_bos)
+
+
+def set_features(
+    sae: Dictionary,
+    ids: int | Sequence[int],
+    values: float | Sequence[float] | Float[Tensor, " n"],
+    positions: Positions = None,
+    *,
+    error_term: bool = True,
+    keep_bos: bool = True,
+) -> Edit:
+    """f_i -> its value: one for all features of `ids`, or one for each."""
+    new = torch.as_tensor(values, dtype=torch.float32)
+    n = len(as_integers(ids, "Feature ids"))
+    if new.ndim and tuple(new.shape) != (n,):
+        raise InvalidInputError(f"values have shape {tuple(new.shape)}; expected a number, or {n} of them.")
+
+    def change(f: Tensor) -> Tensor:
+        return new.to(f.device, f.dtype).expand_as(f)
+
+    return _edit(sae, ids, change, positions, error_term, keep_bos)
+
+
+def scale_features(
+    sae: Dictionary,
+    ids: int | Sequence[int],
+    factor: float,
+    positions: Positions = None,
+    *,
+    error_term: bool = True,
+    keep_bos: bool = True,
+) -> Edit:
+    """f_i -> `factor` f_i for each feature `i` of `ids`."""
+    return _edit(sae, ids, lambda f: factor * f, positions, error_term, keep_bos)
+
+
+def _edit(
+    sae: Dictionary,
+    ids: int | Sequence[int],
+    change: Callable[[Tensor], Tensor],
+    positions: Positions,
+    error_term: bool,
+    keep_bos: bool,
+) -> Edit:
+    """The edit that changes features `ids`; `change` is given their values, (batch, seq, n)."""
+    chosen = _checked_ids(sae, ids)
+
+    def through(value: Tensor, context: EditContext) -> Tensor:
+        x = as_read(sae, value)
+        before = sae.encode(x)
+        after = before.clone()
+        after[..., chosen] = change(before[..., chosen]).to(before.dtype)
+        if not error_term:
+            new = sae.decode(after)
+        elif isinstance(sae, SAE):  # the decoder is linear: only the rows of what changed are needed
+            new = x + (after[..., chosen] - before[..., chosen]) @ sae.W_dec[chosen]
+        else:
+            new = x + sae.decode(after) - sae.decode(before)
+        return new.to(value.device, value.dtype).view(value.shape)
+
+    return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in)
+
+
+def _checked_ids(sae: Dictionary, ids: int | Sequence[int]) -> list[int]:
+    chosen = as_integers(ids, "Feature ids")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InvalidInputError(f"Feature ids must be at least one and all different; got {chosen}.")
+    for feature in chosen:
+        if not 0 <= feature < sae.d_sae:
+            raise OutOfRangeError(f"Feature {feature} is out of range: the SAE has features 0 to {sae.d_sae - 1:,}.")
+    return chosen
+
+
+def _hook_to_write(sae: Dictionary) -> str:
+    require_same_output(sae)
+    return hook_of(sae)
