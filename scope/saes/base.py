@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from html import escape
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ from scope.kernels import sparse
 
 __all__ = ["SAE", "SAEConfig", "SAEMetadata", "SparseFeatures", "TrainingContext", "TrainingLoss"]
 
+C = TypeVar("C", bound="SAEConfig")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -73,7 +74,7 @@ class SAEMetadata:
         return {**self.extra, **{name: value for name, value in own.items() if value is not None}}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+    def from_dict(cls, content: Mapping[str, Any]) -> "SAEMetadata":
         """The inverse of `to_dict`; unknown names go to `extra`."""
         names = {f.name for f in fields(cls)} - {"extra"}
         return cls(
@@ -120,7 +121,7 @@ class SAEConfig:
         return self.metadata.hook_name
 
     @classmethod
-    def for_training(cls, *, d_in: int, d_sae: int, k: int, **common: Any) -> Self:
+    def for_training(cls: type[C], *, d_in: int, d_sae: int, k: int, **common: Any) -> C:
         """The configuration that aims at `k` firing features a row; `common` are fields of `SAEConfig`."""
         raise NotImplementedError
 
@@ -130,7 +131,7 @@ class SAEConfig:
         return {"architecture": self.architecture, **content, "metadata": self.metadata.to_dict()}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[C], content: Mapping[str, Any]) -> C:
         """The inverse of `to_dict`; names that are no field are ignored."""
         own = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name != "metadata"}
         return cls(**own, metadata=SAEMetadata.from_dict(content.get("metadata") or {}))

@@ -1,7 +1,7 @@
 """TopK: on each row the k largest pre-activations, and nothing else, become features."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ class TopKConfig(SAEConfig):
             raise InvalidInputError(f"k is {self.k:,}; expected at least 1 and at most d_sae, {self.d_sae:,}.")
 
     @classmethod
-    def for_training(cls, *, d_in: int, d_sae: int, k: int, **common: Any) -> Self:
+    def for_training(cls, *, d_in: int, d_sae: int, k: int, **common: Any) -> "TopKConfig":
         return cls(d_in=d_in, d_sae=d_sae, k=k, **common)
 
 

@@ -1,0 +1,112 @@
+"""What the loop takes from a source: its hook, its provenance, and a stream of shuffled batches."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from activations.shuffle import Selection, ShuffledBatches
+from activations.source import ActivationSource, RowFlag
+from scope.errors import InvalidInputError, UnknownNameError
+from scope.kernels.tensors import as_tensor
+from scope.saes.base import SAEMetadata
+from scope.training.config import TrainConfig
+
+__all__ = ["EXCLUDED", "Batch", "BatchStream", "provenance_of", "resolve_hook", "shuffled_batches", "width_of"]
+
+EXCLUDED = RowFlag.BOS | RowFlag.SPECIAL | RowFlag.HELD_OUT
+"""Rows that are never trained on."""
+
+
+class Batch(NamedTuple):
+    """Some rows to train on."""
+
+    rows: np.ndarray
+    """Row ids, int64."""
+    values: Tensor
+    """Activations `(batch, *feature_shape)` in the source's dtype."""
+
+
+BatchStream = Callable[[int], Iterator[Batch]]
+"""Batches from a given step on; the same step always gives the same batch."""
+
+
+def resolve_hook(source: ActivationSource, hook: str) -> str:
+    """The source's own name of a hook; raises `UnknownNameError` that lists the hooks there are."""
+    if hook in source.hooks:
+        return hook
+    resolve = getattr(source, "resolve_hook", None)
+    if resolve is not None:
+        return str(resolve(hook))
+    raise UnknownNameError("hook", hook, source.hooks, hint=f"The source has: {', '.join(source.hooks)}.")
+
+
+def width_of(source: ActivationSource, hook: str) -> tuple[int, Literal["none", "hook_z"]]:
+    """Width of a row at a hook, and how an SAE's input is reshaped to it."""
+    shape = source.hook_shape(hook)
+    if len(shape) == 1:
+        return shape[0], "none"
+    if len(shape) == 2 and hook.endswith("hook_z"):
+        return shape[0] * shape[1], "hook_z"
+    raise InvalidInputError(
+        f"A row of {hook} has the shape {tuple(shape)}. SAEs are trained on hooks with one feature dimension, "
+        "and on attn.hook_z with its heads."
+    )
+
+
+def provenance_of(source: ActivationSource, hook: str, given: Mapping[str, Any]) -> SAEMetadata:
+    """What the source knows of itself, and what was `given`, which has precedence."""
+    known: dict[str, Any] = {"hook_name": hook}
+    spec = getattr(source, "spec", None)
+    if spec is not None:
+        known |= {
+            "model_name": spec.model,
+            "model_revision": spec.revision,
+            "weight_hash": spec.weight_hash,
+            "tokenizer_hash": spec.tokenizer_hash,
+            "context_size": spec.context_size,
+            "prepend_bos": spec.bos_token_id is not None,
+        }
+    fingerprint = getattr(source, "fingerprint", None)
+    if fingerprint is not None:
+        known["store_fingerprint"] = str(fingerprint)
+    names = {field.name for field in fields(SAEMetadata)}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise UnknownNameError("provenance field", unknown[0], names)
+    return SAEMetadata(**{**known, **given})
+
+
+def shuffled_batches(source: ActivationSource, hook: str, config: TrainConfig) -> BatchStream:
+    """Shuffled batches of the rows that are trained on, pass after pass, as many as the run has steps.
+
+    Raises:
+        InvalidInputError: the source has fewer such rows than a batch takes.
+    """
+
+    def batches(start: int) -> ShuffledBatches:
+        return ShuffledBatches(
+            source,
+            hook,
+            config.batch_size,
+            config.seed,
+            passes=None,
+            tokens=config.steps * config.batch_size,
+            select=Selection(exclude_flags=EXCLUDED, max_norm_ratio=config.max_norm_ratio or None),
+            start=start,
+        )
+
+    n_rows = batches(0).n_rows
+    if n_rows is not None and n_rows < config.batch_size:
+        raise InvalidInputError(
+            f"There are {n_rows:,} rows of {hook} to train on (without BOS, special tokens, held-out documents and "
+            f"outlier norms), fewer than a batch of {config.batch_size:,}. Capture more text or lower the batch size."
+        )
+
+    def stream(step: int) -> Iterator[Batch]:
+        for rows, values in batches(step):
+            yield Batch(rows, as_tensor(values, source.dtype))
+
+    return stream

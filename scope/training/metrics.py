@@ -1,0 +1,345 @@
+"""How good an SAE is, on held-out text.
+
+Sums are accumulated in float64. BOS rows are left out everywhere. Intervals are 95% percentile intervals from
+resampling documents, never tokens, with replacement.
+
+`reconstruction_metrics` (one pass over a source):
+
+    fvu               sum ‖x - x_hat‖² / sum ‖x - mean(x)‖²  over rows with ‖x‖ at most ten times the median norm
+    fvu_all           the same over all rows: a few sinks carry most of that variance
+    l0                features that fire (value > 0) on a row, on average
+    dead_share        share of features without a firing on the rows looked at
+    over_dense_share  share of features that fire on more than 10% of the rows
+    cosine            mean of x·x_hat / ‖x‖‖x_hat‖
+
+The mean is that of the rows that the sum runs over. dead_share is a statement about as many rows as were looked at:
+below a million it says little, and the count is reported beside it.
+
+`delta_ce` (three forward passes over windows of tokens), with CE the mean loss of predicting the next token:
+
+    delta_ce          CE_sae - CE            CE_sae: x_hat in place of x
+    ce_recovered      (CE_mean - CE_sae) / (CE_mean - CE)    CE_mean: the mean activation in place of x
+
+where BOS rows pass through untouched; the share of rows that the SAE covers is reported.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from activations.shuffle import Selection, ShuffledBatches
+from activations.source import ActivationSource, RowFlag
+from scope.errors import InvalidInputError, MismatchError
+from scope.kernels.tensors import as_tensor
+from scope.saes.base import SAE
+from scope.training.data import EXCLUDED, resolve_hook, width_of
+
+__all__ = [
+    "CrossEntropyMetrics",
+    "ReconstructionMetrics",
+    "bootstrap",
+    "delta_ce",
+    "mean_activation",
+    "reconstruction_metrics",
+]
+
+NORM_RATIO = 10.0
+OVER_DENSE = 0.1
+RESAMPLES = 1000
+
+Interval = tuple[float, float]
+
+
+class ReconstructionMetrics(NamedTuple):
+    """See the module's docstring for the definitions."""
+
+    fvu: float
+    """Over rows of at most ten times the median norm: the one to compare by."""
+    fvu_interval: Interval | None
+    """95% interval of `fvu`; None without documents."""
+    fvu_all: float
+    """Over all rows but BOS."""
+    l0: float
+    dead_share: float
+    """Share of features that never fired on `n_rows` rows."""
+    over_dense_share: float
+    cosine: float
+    n_rows: int
+    """Rows looked at."""
+    n_within_norm: int
+    """Those of at most ten times the median norm."""
+    density: Float[np.ndarray, " d_sae"]
+    """Share of rows on which each feature fires."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures without the densities, JSON-able."""
+        figures = self._asdict()
+        figures.pop("density")
+        return figures
+
+
+class CrossEntropyMetrics(NamedTuple):
+    """See the module's docstring for the definitions. All losses in nats per token."""
+
+    ce: float
+    """Of the model as it is."""
+    ce_sae: float
+    """With the SAE's reconstruction spliced in."""
+    ce_mean: float
+    """With the mean activation in its place."""
+    delta_ce: float
+    delta_ce_interval: Interval | None
+    """95% interval of `delta_ce`; None without documents."""
+    ce_recovered: float
+    ce_recovered_interval: Interval | None
+    covered_share: float
+    """Share of the rows that were replaced; the others, BOS, passed through."""
+    n_tokens: int
+    """Tokens predicted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, JSON-able."""
+        return self._asdict()
+
+
+def bootstrap(
+    statistic: Callable[[Float[np.ndarray, "samples parts"]], Float[np.ndarray, " samples"]],
+    sums: Float[np.ndarray, "documents parts"],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """The 95% percentile interval of a statistic of sums over documents.
+
+    Args:
+        statistic: from the sums of each resample to its value.
+        sums: what each document adds to them.
+    """
+    generator = np.random.default_rng(seed)
+    n = len(sums)
+    counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    values = statistic(counts @ sums)
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def reconstruction_metrics(
+    sae: SAE,
+    source: ActivationSource,
+    hook: str | None = None,
+    *,
+    documents: Int[np.ndarray, " n_rows"] | None = None,
+    held_out_only: bool = True,
+    max_rows: int | None = None,
+    batch_size: int = 4096,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> ReconstructionMetrics:
+    """How well an SAE reconstructs the held-out rows of a source. The rows are read twice: for their norms, and again.
+
+    Args:
+        sae: takes raw activations.
+        source: a store, or anything else that satisfies `ActivationSource`.
+        hook: the hook's name; None takes the SAE's.
+        documents: the document of each row of the source, for the interval. None: asked of the source where it can say.
+        held_out_only: False measures on every row but BOS.
+        max_rows: look at so many rows, drawn at random; None for all.
+        batch_size: rows at once.
+        seed: of the draw and of the bootstrap.
+        progress: called with (rows looked at, rows in all).
+
+    Raises:
+        UnknownNameError: the source has no such hook.
+        MismatchError: the hook has another width than the SAE.
+        InvalidInputError: no row is left to measure on.
+    """
+    name = resolve_hook(source, hook or sae.hook_name or "")
+    width = width_of(source, name)[0]
+    if width != sae.d_in:
+        raise MismatchError(f"{name} has a width of {width:,}; the SAE reads {sae.d_in:,} (d_in).")
+    held_out = RowFlag.HELD_OUT if held_out_only else RowFlag(0)
+    selection = Selection(exclude_flags=RowFlag.BOS, require_flags=held_out)
+    batches = ShuffledBatches(source, name, batch_size, seed, tokens=max_rows, select=selection)
+    norms = [x.norm(dim=-1) for _, x in _float_rows(batches, source)]
+    n_rows = sum(len(part) for part in norms)
+    if not n_rows:
+        raise InvalidInputError(f"No row of {name} is left to measure on; held_out_only is {held_out_only}.")
+    limit = NORM_RATIO * float(torch.cat(norms).median())
+    tally = _Tally(sae, limit, documents if documents is not None else _documents_of(source))
+    for rows, x in _float_rows(batches, source):
+        tally.add(rows, x.to(sae.device))
+        if progress:
+            progress(tally.n_rows, n_rows)
+    return tally.result(seed)
+
+
+@torch.no_grad()
+def mean_activation(
+    source: ActivationSource, hook: str, *, max_norm_ratio: float | None = NORM_RATIO, batch_size: int = 8192
+) -> Float[Tensor, " d_in"]:
+    """The mean of the rows that an SAE is trained on (no BOS, special, held-out or outlier rows), float32."""
+    name = resolve_hook(source, hook)
+    selection = Selection(exclude_flags=EXCLUDED, max_norm_ratio=max_norm_ratio)
+    total, n = torch.zeros(width_of(source, name)[0], dtype=torch.float64), 0
+    for _, x in _float_rows(ShuffledBatches(source, name, batch_size, 0, select=selection), source):
+        total += x.sum(dim=0, dtype=torch.float64)
+        n += len(x)
+    return (total / n).float()
+
+
+class LossModel(Protocol):
+    """What `delta_ce` asks of a model; `scope.models.LanguageModel` is one."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def cross_entropy(
+        self, windows: Sequence[np.ndarray], edits: Mapping[str, Any] | None = None
+    ) -> Sequence[np.ndarray]:
+        """Per window the loss of predicting each token but the first, in nats."""
+        ...
+
+
+def delta_ce(
+    model: LossModel,
+    sae: SAE,
+    windows: Sequence[Int[np.ndarray, " n"]],
+    mean: Float[Tensor, " d_in"],
+    *,
+    documents: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> CrossEntropyMetrics:
+    """What splicing an SAE into the model costs.
+
+    Args:
+        model: the model that the SAE reads.
+        sae: takes raw activations at its `hook_name`.
+        windows: token ids of held-out windows, BOS included.
+        mean: the mean activation at the hook, such as `mean_activation` gives.
+        documents: the document of each window, for the intervals.
+        seed: of the bootstrap.
+        progress: called with (passes done, 3).
+
+    Raises:
+        InvalidInputError: there are no windows, or the SAE names no hook.
+    """
+    from scope.interventions import set_, splice
+
+    hook = sae.hook_name
+    if not hook or not windows:
+        raise InvalidInputError("The SAE names no hook." if windows else "There are no windows to measure on.")
+    mean = mean.to(sae.device).reshape(-1)
+    edits: list[dict[str, Any] | None] = [
+        None,
+        {hook: splice(sae, keep_bos=True)},
+        {hook: set_(hook, mean, keep_bos=True)},
+    ]
+    sums = np.zeros((len(windows), 4))
+    sums[:, 3] = [len(window) - 1 for window in windows]
+    for number, edit in enumerate(edits):
+        sums[:, number] = [losses.sum(dtype=np.float64) for losses in model.cross_entropy(windows, edit)]
+        if progress:
+            progress(number + 1, len(edits))
+    ce, ce_sae, ce_mean = (float(value) for value in sums[:, :3].sum(axis=0) / sums[:, 3].sum())
+    n_rows = sum(len(window) for window in windows)
+    n_bos = sum(int(window[0]) == model.bos_token_id for window in windows)
+    by_document = _sums_by(sums, documents) if documents is not None else None
+    return CrossEntropyMetrics(
+        ce=ce,
+        ce_sae=ce_sae,
+        ce_mean=ce_mean,
+        delta_ce=ce_sae - ce,
+        delta_ce_interval=bootstrap(_delta, by_document, seed) if by_document is not None else None,
+        ce_recovered=(ce_mean - ce_sae) / (ce_mean - ce),
+        ce_recovered_interval=bootstrap(_recovered, by_document, seed) if by_document is not None else None,
+        covered_share=1 - n_bos / n_rows,
+        n_tokens=int(sums[:, 3].sum()),
+    )
+
+
+def _delta(sums: np.ndarray) -> np.ndarray:
+    return (sums[:, 1] - sums[:, 0]) / sums[:, 3]
+
+
+def _recovered(sums: np.ndarray) -> np.ndarray:
+    return (sums[:, 2] - sums[:, 1]) / (sums[:, 2] - sums[:, 0])
+
+
+def _sums_by(sums: np.ndarray, documents: Sequence[int]) -> np.ndarray:
+    ids, codes = np.unique(np.asarray(documents), return_inverse=True)
+    total = np.zeros((len(ids), sums.shape[1]))
+    np.add.at(total, codes, sums)
+    return total
+
+
+def _float_rows(batches: ShuffledBatches, source: ActivationSource) -> Iterator[tuple[np.ndarray, Tensor]]:
+    for rows, values in batches:
+        yield rows, as_tensor(values, source.dtype).float().flatten(1)
+
+
+def _documents_of(source: ActivationSource) -> np.ndarray | None:
+    if not hasattr(source, "sequences"):
+        return None
+    table = source.sequences().sort_values("start_row")
+    return np.repeat(table["document"].to_numpy(), table["n_rows"].to_numpy())
+
+
+class _Tally:
+    """Sums over the rows looked at. Activations are shifted by b_dec, so that sums of squares lose no digits."""
+
+    def __init__(self, sae: SAE, limit: float, documents: np.ndarray | None) -> None:
+        self.sae, self.limit = sae, limit
+        self.codes = None if documents is None else np.unique(documents, return_inverse=True)[1]
+        n_documents = 1 if self.codes is None else int(self.codes.max()) + 1
+        # Per document: residual squares, squares, rows, and the sum of the rows, of those within the limit.
+        self.within = torch.zeros(n_documents, 3 + sae.d_in, dtype=torch.float64, device=sae.device)
+        self.beyond = torch.zeros(3 + sae.d_in, dtype=torch.float64, device=sae.device)
+        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        self.cosines, self.n_rows = 0.0, 0
+
+    def add(self, rows: np.ndarray, x: Tensor) -> None:
+        features = self.sae.encode_sparse(x)
+        x_hat = self.sae.decode_sparse(features).double()
+        residual, shifted = x.double() - x_hat, x.double() - self.sae.b_dec.double()
+        sums = [residual.square().sum(-1, keepdim=True), shifted.square().sum(-1, keepdim=True)]
+        parts = torch.cat([*sums, torch.ones_like(sums[0]), shifted], dim=1)
+        inside = x.norm(dim=-1) <= self.limit
+        codes = torch.zeros(len(x), dtype=torch.int64) if self.codes is None else torch.from_numpy(self.codes[rows])
+        self.within.index_add_(0, codes.to(x.device)[inside], parts[inside])
+        self.beyond += parts[~inside].sum(dim=0)
+        self.firings += torch.bincount(features.ids[features.values > 0].long(), minlength=self.sae.d_sae)
+        self.cosines += float(torch.cosine_similarity(x.double(), x_hat, dim=-1).sum())
+        self.n_rows += len(x)
+
+    def result(self, seed: int) -> ReconstructionMetrics:
+        within = self.within.cpu().numpy()
+        inside, everything = within.sum(axis=0), within.sum(axis=0) + self.beyond.cpu().numpy()
+        interval = None
+        if self.codes is not None:
+            totals = _squares_about(within, inside[3:] / inside[2])
+            interval = bootstrap(lambda sums: sums[:, 0] / sums[:, 1], np.stack([within[:, 0], totals], axis=1), seed)
+        density = self.firings.cpu().numpy() / self.n_rows
+        return ReconstructionMetrics(
+            fvu=float(inside[0] / _squares_about(inside, inside[3:] / inside[2])),
+            fvu_interval=interval,
+            fvu_all=float(everything[0] / _squares_about(everything, everything[3:] / everything[2])),
+            l0=float(density.sum()),
+            dead_share=float((density == 0).mean()),
+            over_dense_share=float((density > OVER_DENSE).mean()),
+            cosine=self.cosines / self.n_rows,
+            n_rows=self.n_rows,
+            n_within_norm=int(inside[2]),
+            density=density,
+        )
+
+
+def _squares_about(sums: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """sum ‖x - mean‖² from the sums of ‖x‖², 1 and x."""
+    squares, n, vectors = sums[..., 1], sums[..., 2], sums[..., 3:]
+    result: np.ndarray = squares - 2 * vectors @ mean + n * (mean @ mean)
+    return result

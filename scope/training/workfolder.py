@@ -1,0 +1,111 @@
+"""The folder of a run under way: `.NAME.training` beside the output folder `NAME`.
+
+run.json               what the run is: settings, hook, width, source; a resume with others is refused
+checkpoint.safetensors the last checkpoint
+train.jsonl            the run log, one line every `log_steps` steps
+lock                   held while a process works on the run
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from activations.manifest import write_atomically
+from scope.errors import LockedError, OccupiedError
+from scope.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from scope.training.trainer import SAETrainer
+
+__all__ = ["LOG_NAME", "WorkFolder"]
+
+LOG_NAME = "train.jsonl"
+
+
+class WorkFolder:
+    """Opened for one output folder and one description of a run; a context manager that holds the lock.
+
+    Raises:
+        OccupiedError: the output folder holds something, or the run in the working folder is another.
+        LockedError: another process works on it.
+    """
+
+    def __init__(self, out: Path, description: dict[str, Any]) -> None:
+        self.out = out
+        self.path = out.with_name(f".{out.name}.training")
+        self._checkpoint = self.path / "checkpoint.safetensors"
+        self._log = self.path / LOG_NAME
+        self._description = json.loads(json.dumps(description))
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise OccupiedError(f"{out} holds something already. Give another output folder, or move that one away.")
+        self._require_same_run()
+        self._lock = FileLock(self.path / "lock", timeout=0)
+
+    def __enter__(self) -> "WorkFolder":
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise LockedError(
+                f"Another process trains {self.out}. Wait for it, or give another output folder."
+            ) from error
+        write_atomically(self.path / "run.json", json.dumps(self._description, indent=2, sort_keys=True).encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._checkpoint.is_file()
+
+    def resume(self, trainer: SAETrainer) -> float:
+        """Put the trainer and the log where the checkpoint was taken; returns the seconds spent until then."""
+        if not self.has_checkpoint:
+            self._log.write_bytes(b"")
+            return 0.0
+        progress = load_checkpoint(self._checkpoint, trainer)
+        with open(self._log, "r+b") as file:
+            file.truncate(progress.log_bytes)
+        return progress.seconds
+
+    def checkpoint(self, trainer: SAETrainer, seconds: float) -> None:
+        """Replace the checkpoint."""
+        save_checkpoint(self._checkpoint, trainer, Progress(self._log.stat().st_size, seconds))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to the run log."""
+        with open(self._log, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def log(self) -> bytes:
+        """The run log."""
+        return self._log.read_bytes()
+
+    def remove(self) -> None:
+        """Delete the working folder: the run is done."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _require_same_run(self) -> None:
+        try:
+            there = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return
+        if there == self._description or not self.has_checkpoint:
+            return
+        mine, theirs = _flat(self._description), _flat(there)
+        differing = [
+            f"{name} is {mine.get(name)!r}, there {theirs.get(name)!r}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        ]
+        raise OccupiedError(
+            f"{self.path} holds an unfinished run with other settings: {'; '.join(differing)}. Finish it with those, "
+            "delete it, or give another output folder."
+        )
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    return {**{name: value for name, value in content.items() if name != "config"}, **content.get("config", {})}
