@@ -1,12 +1,29 @@
-"""`build_index`: from a source of activations and an SAE to a `FeatureIndex`."""
+"""`build_index`: from a source of activations and an SAE to a `FeatureIndex`.
 
+1. Check that source, SAE and model belong together, and what the output folder holds.
+2. Encode the rows in segments, each committed whole (`encode`, `segments`); a later call goes on after the last one.
+3. Merge the segments' runs into one list per feature and gather statistics on the way (`finish`, `merge`).
+4. Write the tables, the digests and, last, the manifest: an index exists when its manifest does.
+"""
+
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from activations.ledger import WriterLock
+from activations.manifest import read_manifest, write_atomically
+from activations.source import RowFlag
+from activations.spec import fingerprint_of
+from scope.errors import InvalidInputError, OccupiedError
+from scope.features.checks import check_model, check_sae
 from scope.features.index import FeatureIndex
+from scope.features.layout import FORMAT
 
-__all__ = ["build_index"]
+__all__ = ["EXCLUDED", "build_index"]
+
+EXCLUDED = RowFlag.BOS | RowFlag.SPECIAL
+"""Rows on which no firing is kept."""
 
 
 def build_index(
@@ -18,7 +35,7 @@ def build_index(
     metrics: Mapping[str, float] | None = None,
     allow_mismatch: bool = False,
     batch_size: int = 4096,
-    segment_firings: int = 2**24,
+    segment_firings: int = 2**23,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> FeatureIndex:
     """Index every firing of `sae` over the rows of `source`.
@@ -32,12 +49,132 @@ def build_index(
         metrics: numbers to keep in the manifest, such as fvu, l0 and delta_ce.
         allow_mismatch: index although the SAE was trained on another model or tokenizer; recorded in the manifest.
         batch_size: rows to encode at once.
-        segment_firings: firings to hold in memory at once, about 16 bytes each.
-        progress: called with (work done, work in all), in rows.
+        segment_firings: firings to hold in memory at once, about 40 bytes each.
+        progress: called with (work done, work in all), counted in rows; finishing counts as some rows more.
     Raises:
         UnknownNameError: the store lacks the SAE's hook.
         MismatchError: the SAE has another width, model or tokenizer than the store.
         OccupiedError: `out` holds something else.
         NonFiniteError: an activation or a feature is NaN or infinite.
+        IntegrityError: the store, or what an earlier call committed, is damaged.
+        LockedError: another process is building this index.
     """
-    raise NotImplementedError
+    if batch_size < 1 or segment_firings < 1:
+        raise InvalidInputError(
+            f"batch_size is {batch_size} and segment_firings {segment_firings}; expected 1 or more."
+        )
+    hook, mismatches = check_sae(source, sae, allow_mismatch)
+    if model is not None:
+        mismatches += check_model(source, model, allow_mismatch)
+    n_rows = int(getattr(source, "rows_of", lambda _: source.n_rows)(hook))
+    if n_rows == 0:
+        raise InvalidInputError(f"There are no rows of {hook} to index. Capture some first.")
+    identity = {
+        "sae": sae.fingerprint,
+        "store": source.fingerprint,
+        "hook": hook,
+        "n_rows": n_rows,
+        "excluded_flags": int(EXCLUDED),
+        "model": None if model is None else model.identity.weight_hash,
+    }
+    out = Path(out)
+    if _is_complete(out, fingerprint_of(identity)):
+        return FeatureIndex.open(out)
+    _claim(out, identity)
+    from scope.features.encode import encode_segments
+    from scope.features.finish import finish_index
+    from scope.features.segments import SegmentLog
+
+    with WriterLock(out / "build"):
+        log = SegmentLog(out, sae.d_sae)
+        steps = _Steps(progress, n_rows, log.n_rows)
+        encode_segments(
+            source,
+            hook,
+            sae,
+            log,
+            n_rows,
+            exclude=int(EXCLUDED),
+            batch_size=batch_size,
+            segment_firings=segment_firings,
+            progress=steps.encoded,
+        )
+        extra = {"metrics": dict(metrics or {}), "allowed_mismatches": mismatches, "excluded_flags": int(EXCLUDED)}
+        finish_index(log, source, hook, sae, model, identity, extra, segment_firings, steps.finishing)
+    _clear_build(out)
+    return FeatureIndex.open(out)
+
+
+class _Steps:
+    """One bar for both phases."""
+
+    FINISH_SHARE = 0.5
+    """What finishing counts for, in the time of encoding; measured on two cores."""
+
+    def __init__(self, progress: Callable[[int, int | None], None] | None, n_rows: int, done: int) -> None:
+        self._progress = progress or (lambda done, total: None)
+        self._n_rows = n_rows
+        self._finish = max(1, round(self.FINISH_SHARE * n_rows))
+        self.encoded(done)
+
+    def encoded(self, rows: int) -> None:
+        self._progress(rows, self._n_rows + self._finish)
+
+    def finishing(self, share: float) -> None:
+        self._progress(self._n_rows + round(share * self._finish), self._n_rows + self._finish)
+
+
+def _is_complete(out: Path, fingerprint: str) -> bool:
+    """Whether the folder holds this very index already; raises OccupiedError if it holds another artefact."""
+    if not (out / "manifest.json").is_file():
+        return False
+    manifest = read_manifest(out)
+    if (manifest["format"], manifest["fingerprint"]) != (FORMAT, fingerprint):
+        raise OccupiedError(
+            f"{out} already holds {'another index' if manifest['format'] == FORMAT else 'a ' + manifest['format']} "
+            f"(id {manifest['fingerprint'][:12]}). Give another folder, or delete this one."
+        )
+    _clear_build(out)
+    return True
+
+
+def _claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, or make sure that what is in it is this index half built."""
+    content = json.dumps(identity, sort_keys=True, indent=1)
+    path = out / "build" / "identity.json"
+    if path.is_file():
+        if path.read_text() != content:
+            raise OccupiedError(
+                f"{out} holds another index, half built: {_differing(path, identity)}. "
+                "Delete it or give another folder."
+            )
+        return
+    if out.exists() and not _is_empty(out):
+        raise OccupiedError(f"{out} exists and is no index. Give another folder, or delete this one.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.encode())
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether there is nothing in the folder but what a claim leaves that died halfway."""
+    leftovers = (out / "build", "identity.json.tmp-")
+    return out.is_dir() and all(
+        child == leftovers[0] and child.is_dir() and all(file.name.startswith(leftovers[1]) for file in child.iterdir())
+        for child in out.iterdir()
+    )
+
+
+def _differing(path: Path, identity: Mapping[str, Any]) -> str:
+    try:
+        other = json.loads(path.read_text())
+    except ValueError:
+        return "its identity cannot be read"
+    names = [name for name, value in identity.items() if other.get(name) != value]
+    return f"another {', '.join(names)}"
+
+
+def _clear_build(out: Path) -> None:
+    """Remove what only the build needed; the manifest is there already."""
+    import shutil
+
+    shutil.rmtree(out / "build", ignore_errors=True)

@@ -1,9 +1,30 @@
-"""Examples: one firing in its context, and how those worth showing are chosen among all firings of a feature."""
+"""Examples: one firing in its context, and how those worth showing are chosen among all firings of a feature.
 
-from collections.abc import Sequence
+A context never leaves the window that the model saw, and BOS is left out of it. The strongest firings of a feature are
+often the same phrase again and again: `choose` passes over a firing whose last `DISTINCT_TOKENS` tokens, its own the
+last of them, equal those of a stronger one, and takes only a few from one window.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["Example", "Examples"]
+import numpy as np
+
+from scope.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from scope.features.reader import IndexReader
+
+__all__ = ["Example", "Examples", "Ranked", "choose", "ranked_firings", "sample_band", "show"]
+
+DISTINCT_TOKENS = 8
+MAX_CONSIDERED = 2**16
+"""Firings that are looked at for examples worth showing, at most."""
+CHARACTER_TOKENS = 3
+"""Tokens that the rest of a split character can take, on either side."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +55,7 @@ class Example:
     rank: int
     """Place among all firings of the feature by strength, 0 the strongest."""
     quantile: float
-    """Share of the feature's firings that are weaker or later in rank, 1 - rank / n_firings."""
+    """Share of the feature's firings that are not stronger, 1 - rank / n_firings."""
 
     @property
     def token(self) -> str:
@@ -42,14 +63,115 @@ class Example:
         return self.tokens[self.centre]
 
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from scope.features.html import examples_html
+
+        return examples_html([self], max(self.values))
 
 
 class Examples(tuple[Example, ...]):
     """A tuple of examples of one feature that shows itself well in a notebook, all on one colour scale."""
 
-    def __new__(cls, examples: Sequence[Example] = ()) -> "Examples":
+    __slots__ = ()
+
+    def __new__(cls, examples: Iterable[Example] = ()) -> "Examples":
         return super().__new__(cls, examples)
 
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from scope.features.html import examples_html
+
+        return examples_html(self, max((max(example.values) for example in self), default=0.0))
+
+
+class Ranked(NamedTuple):
+    """A firing and its place among all firings of its feature."""
+
+    rank: int
+    row: int
+    value: float
+
+
+def ranked_firings(reader: "IndexReader", feature: int, kept: np.ndarray | None = None) -> Iterator[Ranked]:
+    """A feature's firings, the strongest first, read in growing pieces.
+
+    Args:
+        kept: bool by sequence, which windows of the text to take firings from.
+    """
+    start, size, n = 0, 256, reader.n_firings_of(feature)
+    while start < n:
+        rows, values = reader.firing_arrays(feature, start, min(start + size, n))
+        ranks = np.arange(start, start + len(rows))
+        if kept is not None:
+            here = kept[reader.row_column("sequence").take(rows)]
+            ranks, rows, values = ranks[here], rows[here], values[here]
+        for rank, row, value in zip(ranks.tolist(), rows.tolist(), values.tolist(), strict=True):
+            yield Ranked(rank, row, value)
+        start, size = start + size, min(4 * size, 2**16)
+
+
+def choose(reader: "IndexReader", firings: Iterable[Ranked], n: int, distinct: bool, per_sequence: int) -> list[Ranked]:
+    """The first `n` firings worth showing."""
+    chosen: list[Ranked] = []
+    contexts: set[bytes] = set()
+    taken: Counter[int] = Counter()
+    for considered, firing in enumerate(firings):
+        if len(chosen) >= n or considered >= MAX_CONSIDERED:
+            break
+        window = reader.row_window(firing.row)
+        if taken[window.sequence] >= per_sequence:
+            continue
+        if distinct:
+            first = max(window.start, firing.row - DISTINCT_TOKENS + 1)
+            context = reader.row_column("token_id").slice(first, firing.row + 1).tobytes()
+            if context in contexts:
+                continue
+            contexts.add(context)
+        taken[window.sequence] += 1
+        chosen.append(firing)
+    return chosen
+
+
+def sample_band(reader: "IndexReader", feature: int, low: float, high: float, n: int, seed: int) -> list[Ranked]:
+    """`n` firings drawn at random, without repeats, between two quantiles of a feature's strength, strongest first."""
+    if not 0 <= low < high <= 1:
+        raise InvalidInputError(f"The band goes from quantile {low} to {high}; expected 0 <= low < high <= 1.")
+    total = reader.n_firings_of(feature)
+    first, last = round((1 - high) * total), round((1 - low) * total)
+    ranks = sorted(Random(f"{seed} {feature} {first} {last}").sample(range(first, last), min(n, last - first)))
+    rows, values = reader.firings_at(feature, np.array(ranks, np.int64))
+    return [Ranked(*firing) for firing in zip(ranks, rows.tolist(), values.tolist(), strict=True)]
+
+
+def show(reader: "IndexReader", feature: int, firings: Sequence[Ranked], window: tuple[int, int]) -> Examples:
+    """Firings with their contexts."""
+    before, after = window
+    if before < 0 or after < 0:
+        raise InvalidInputError(f"The window is {window}; expected numbers of tokens before and after, 0 or more.")
+    return Examples(_example(reader, feature, firing, before, after) for firing in firings)
+
+
+def _example(reader: "IndexReader", feature: int, firing: Ranked, before: int, after: int) -> Example:
+    row = firing.row
+    window = reader.row_window(row)
+    start, stop = max(window.start, row - before), min(window.stop, row + after + 1)
+    # Read a little more than is shown, so that a character cut at the edge still shows.
+    outer = max(window.start, start - CHARACTER_TOKENS), min(window.stop, stop + CHARACTER_TOKENS)
+    token_ids = reader.row_column("token_id").slice(*outer)
+    tokens = reader.vocabulary.display(token_ids)[start - outer[0] : stop - outer[0]]
+    document = reader.document_info(window.document)
+    return Example(
+        feature=feature,
+        row=row,
+        value=firing.value,
+        tokens=tuple(tokens),
+        values=tuple(reader.values_on(feature, start, stop).tolist()),
+        centre=row - start,
+        start_row=start,
+        document=window.document,
+        title=document.title,
+        source=document.source,
+        language=document.language,
+        position=int(reader.row_column("position").slice(row, row + 1)[0]),
+        document_position=window.document_offset + row - window.start,
+        rank=firing.rank,
+        quantile=1 - firing.rank / reader.n_firings_of(feature),
+    )

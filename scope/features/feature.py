@@ -19,7 +19,9 @@ class Feature:
     @property
     def statistics(self) -> dict[str, Any]:
         """The feature's row of `FeatureIndex.table`."""
-        raise NotImplementedError
+        return {str(name): value for name, value in self.index.table.iloc[self.id].items()}
 
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from scope.features.html import feature_html
+
+        return feature_html(self)

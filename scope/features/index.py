@@ -1,15 +1,21 @@
 """`FeatureIndex`: reads what `scope.features.build` wrote. Needs neither the store, the model nor torch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
+import numpy as np
+import pandas as pd
 
-    from scope.features.examples import Examples
-    from scope.features.feature import Feature
+from activations.manifest import ID_LENGTH
+from scope.errors import OutOfRangeError, UnknownNameError
+from scope.features import profile
+from scope.features.examples import Examples, choose, ranked_firings, sample_band, show
+from scope.features.feature import Feature
+from scope.features.layout import ROW_COLUMNS
+from scope.features.reader import IndexFault, IndexReader
+from scope.features.search import matches, search_texts, sort_order
 
 __all__ = ["FeatureIndex", "IndexFault", "QueryResult"]
 
@@ -17,18 +23,10 @@ __all__ = ["FeatureIndex", "IndexFault", "QueryResult"]
 class QueryResult(NamedTuple):
     """A slice of the feature table."""
 
-    rows: "pd.DataFrame"
+    rows: pd.DataFrame
     """The rows from `start` to `stop` of what was asked for, in its order."""
     total: int
     """Rows that match, in all."""
-
-
-class IndexFault(NamedTuple):
-    """Something in an index that is not what its ledger says."""
-
-    object: str
-    """Path inside the index."""
-    problem: str
 
 
 class FeatureIndex:
@@ -38,8 +36,10 @@ class FeatureIndex:
     other special tokens are rows of the index but have no firings.
     """
 
-    path: Path
-    manifest: dict[str, Any]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader = IndexReader(path)
+        self.manifest: dict[str, Any] = self._reader.manifest
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureIndex":
@@ -50,63 +50,63 @@ class FeatureIndex:
             InvalidInputError: it is something else, newer than this release, or not built to the end.
             IntegrityError: a file is missing or is not what the ledger says.
         """
-        raise NotImplementedError
+        return cls(Path(path))
 
     # --- what it is -------------------------------------------------------------------------------------------
 
     @property
     def id(self) -> str:
         """First 12 digits of the fingerprint."""
-        raise NotImplementedError
+        return self.fingerprint[:ID_LENGTH]
 
     @property
     def name(self) -> str:
         """The folder's name without `.index`."""
-        raise NotImplementedError
+        return self.path.name.removesuffix(".index")
 
     @property
     def fingerprint(self) -> str:
-        raise NotImplementedError
+        return str(self.manifest["fingerprint"])
 
     @property
     def hook_name(self) -> str:
-        raise NotImplementedError
+        return str(self.manifest["hook_name"])
 
     @property
     def d_sae(self) -> int:
-        raise NotImplementedError
+        return self._reader.d_sae
 
     @property
     def n_rows(self) -> int:
         """Rows (tokens) of the index, BOS and special tokens included."""
-        raise NotImplementedError
+        return self._reader.n_rows
 
     @property
     def n_indexed_rows(self) -> int:
         """Rows on which features can fire: neither BOS nor special. The denominator of every density."""
-        raise NotImplementedError
+        return int(self.manifest["n_indexed_rows"])
 
     @property
     def n_firings(self) -> int:
-        raise NotImplementedError
+        return int(self.manifest["n_firings"])
 
     @property
     def sae_info(self) -> dict[str, Any]:
         """Of the SAE: fingerprint, architecture, d_in, d_sae, hook_name, k, path as it was built from."""
-        raise NotImplementedError
+        return dict(self.manifest["sae"])
 
     @property
     def model_info(self) -> dict[str, Any]:
         """Of the model: name as it is shown, revision, weight_hash, tokenizer_hash, context_size."""
-        raise NotImplementedError
+        return dict(self.manifest["model"])
 
     @property
     def metrics(self) -> dict[str, float]:
         """What the caller of `build_index` passed in: fvu, l0, delta_ce and the like."""
-        raise NotImplementedError
+        return dict(self.manifest["metrics"])
 
     @property
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row per feature, indexed by the feature's id. Shared: copy before changing it. Columns:
 
         feature, n_firings, density (firings per indexed row), density_low, density_high (Wilson, 95%), max_value,
@@ -117,42 +117,76 @@ class FeatureIndex:
         decoder cosine), encoder_decoder_cosine, top_language, language_entropy, top_source, source_entropy (bits,
         over rates), dead, over_dense.
         """
-        raise NotImplementedError
+        return self._table
 
-    @property
-    def documents(self) -> "pd.DataFrame":
+    @cached_property
+    def documents(self) -> pd.DataFrame:
         """document, title, source, language, license, n_tokens, held_out."""
-        raise NotImplementedError
+        return self._reader.table("documents")
 
-    @property
-    def sequences(self) -> "pd.DataFrame":
+    @cached_property
+    def sequences(self) -> pd.DataFrame:
         """sequence, document, start_row, n_rows, document_offset."""
-        raise NotImplementedError
+        return self._reader.table("sequences")
 
     @property
     def languages(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        return tuple(name for name, _ in self.manifest["languages"])
 
     @property
     def sources(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        return tuple(name for name, _ in self.manifest["sources"])
 
     def info(self) -> dict[str, Any]:
         """What `scope info` prints; JSON-able."""
-        raise NotImplementedError
+        table = self.table
+        return {
+            "format": self.manifest["format"],
+            "id": self.id,
+            "name": self.name,
+            "path": str(self.path),
+            "fingerprint": self.fingerprint,
+            "parents": list(self.manifest["parents"]),
+            "created_by": self.manifest["created_by"],
+            "model": self.model_info,
+            "sae": self.sae_info,
+            "hook_name": self.hook_name,
+            "d_sae": self.d_sae,
+            "n_rows": self.n_rows,
+            "n_indexed_rows": self.n_indexed_rows,
+            "n_firings": self.n_firings,
+            "firings_per_row": self.n_firings / max(self.n_indexed_rows, 1),
+            "n_documents": len(self.documents),
+            "dead": int(table["dead"].sum()),
+            "over_dense": int(table["over_dense"].sum()),
+            "languages": dict(self.manifest["languages"]),
+            "sources": dict(self.manifest["sources"]),
+            "bytes": self._reader.n_bytes,
+            "metrics": self.metrics,
+            "allowed_mismatches": list(self.manifest["allowed_mismatches"]),
+        }
 
     # --- one feature ------------------------------------------------------------------------------------------
 
-    def feature(self, feature: int) -> "Feature":
-        raise NotImplementedError
+    def feature(self, feature: int) -> Feature:
+        return Feature(self, self._reader.check_feature(feature))
 
-    def firings(self, feature: int, start: int = 0, stop: int | None = None) -> "pd.DataFrame":
+    def firings(self, feature: int, start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Columns row, value: the feature's firings from rank `start` to `stop`, the strongest first."""
-        raise NotImplementedError
+        feature = self._reader.check_feature(feature)
+        n = self._reader.n_firings_of(feature)
+        if start < 0 or (stop is not None and stop < start):
+            raise OutOfRangeError(f"There are no ranks {start} to {stop}: feature {feature} has {n:,} firings.")
+        rows, values = self._reader.firing_arrays(feature, min(start, n), n if stop is None else min(stop, n))
+        return pd.DataFrame({"row": rows, "value": values})
 
-    def histogram(self, feature: int) -> "tuple[np.ndarray, np.ndarray]":
+    def histogram(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """`(edges (n_bins + 1,), counts (n_bins,))`: all firings in linear bins from 0 to the feature's maximum."""
-        raise NotImplementedError
+        feature = self._reader.check_feature(feature)
+        counts = self._reader.array("statistics/histogram").slice(feature, feature + 1)[0].copy()
+        row = self.table.iloc[feature]
+        edges = np.linspace(min(float(row["min_value"]), 0.0), max(float(row["max_value"]), 0.0), len(counts) + 1)
+        return edges, counts
 
     def top_examples(
         self,
@@ -162,7 +196,7 @@ class FeatureIndex:
         *,
         distinct: bool = True,
         per_sequence: int = 2,
-    ) -> "Examples":
+    ) -> Examples:
         """The strongest firings with their context.
 
         Args:
@@ -171,18 +205,17 @@ class FeatureIndex:
             distinct: leave out a firing whose last tokens up to its own equal those of a stronger one.
             per_sequence: at most so many from one window of the text.
         """
-        raise NotImplementedError
+        return self._strongest(feature, n, window, None, distinct, per_sequence)
 
     def quantile_examples(
         self, feature: int, low: float, high: float, n: int = 10, seed: int = 0, window: tuple[int, int] = (24, 12)
-    ) -> "Examples":
+    ) -> Examples:
         """`n` firings drawn at random between two quantiles of the feature's strength (0 weakest, 1 strongest)."""
-        raise NotImplementedError
+        feature = self._reader.check_feature(feature)
+        return show(self._reader, feature, sample_band(self._reader, feature, low, high, n, seed), window)
 
-    def random_examples(
-        self, feature: int, n: int = 10, seed: int = 0, window: tuple[int, int] = (24, 12)
-    ) -> "Examples":
-        raise NotImplementedError
+    def random_examples(self, feature: int, n: int = 10, seed: int = 0, window: tuple[int, int] = (24, 12)) -> Examples:
+        return self.quantile_examples(feature, 0.0, 1.0, n, seed, window)
 
     def examples_in(
         self,
@@ -194,69 +227,80 @@ class FeatureIndex:
         window: tuple[int, int] = (24, 12),
         distinct: bool = True,
         per_sequence: int = 2,
-    ) -> "Examples":
+    ) -> Examples:
         """The strongest firings within one language, one source, or both."""
-        raise NotImplementedError
+        for kind, name, known in (("language", language, self.languages), ("source", source, self.sources)):
+            if name is not None and name not in known:
+                raise UnknownNameError(kind, name, known)
+        kept = self._reader.sequences_in(language, source)
+        return self._strongest(feature, n, window, kept, distinct, per_sequence)
 
-    def neighbours(self, feature: int, n: int = 20) -> "pd.DataFrame":
+    def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:
         """Columns feature, cosine, top_token, density: nearest decoder rows, the nearest first (20 are stored)."""
-        raise NotImplementedError
+        return profile.neighbours(self._reader, self.table, self._reader.check_feature(feature), n)
 
-    def cofiring(self, feature: int, n: int = 20) -> "pd.DataFrame":
+    def cofiring(self, feature: int, n: int = 20) -> pd.DataFrame:
         """Columns feature, n_both, jaccard, pmi (bits), p_other_given_this, p_this_given_other, top_token, density:
         features that fire on the same rows, by Jaccard (64 are stored)."""
-        raise NotImplementedError
+        return profile.cofiring(self._reader, self.table, self._reader.check_feature(feature), n, self.n_indexed_rows)
 
-    def top_tokens(self, feature: int, n: int = 20) -> "pd.DataFrame":
+    def top_tokens(self, feature: int, n: int = 20) -> pd.DataFrame:
         """Columns token, token_id, mean_value, count, share (of the feature's summed strength), rate (of the
         token's own rows): by summed strength."""
-        raise NotImplementedError
+        return profile.top_tokens(self._reader, self.table, self._reader.check_feature(feature), n)
 
-    def top_logits(self, feature: int, n: int = 20) -> "pd.DataFrame":
+    def top_logits(self, feature: int, n: int = 20) -> pd.DataFrame:
         """Columns token, effect: logit per unit of firing strength, the largest first."""
-        raise NotImplementedError
+        return self._logits("top", feature, n)
 
-    def bottom_logits(self, feature: int, n: int = 20) -> "pd.DataFrame":
+    def bottom_logits(self, feature: int, n: int = 20) -> pd.DataFrame:
         """Columns token, effect: the most negative first."""
-        raise NotImplementedError
+        return self._logits("bottom", feature, n)
 
-    def by_language(self, feature: int) -> "pd.DataFrame":
+    def by_language(self, feature: int) -> pd.DataFrame:
         """Columns language, n_firings, share (of the feature's firings), n_rows, rate (firings per indexed row of
         that language), rate_low, rate_high (Wilson, 95%), mean_value: every language, by rate."""
-        raise NotImplementedError
+        return profile.by_group(self._reader, "language", self._reader.check_feature(feature))
 
-    def by_source(self, feature: int) -> "pd.DataFrame":
+    def by_source(self, feature: int) -> pd.DataFrame:
         """As `by_language`, with `source` as its first column."""
-        raise NotImplementedError
+        return profile.by_group(self._reader, "source", self._reader.check_feature(feature))
 
     # --- one place of the text --------------------------------------------------------------------------------
 
-    def features_at(self, row: int) -> "pd.DataFrame":
+    def features_at(self, row: int) -> pd.DataFrame:
         """Columns feature, value, rank: what fires on one row, the strongest first."""
-        raise NotImplementedError
+        self._reader.check_row(row)
+        _, features, values = self._reader.fired_on(row, row + 1)
+        return pd.DataFrame({"feature": features.astype(np.int64), "value": values, "rank": np.arange(len(features))})
 
-    def features_in(self, start: int, stop: int) -> "pd.DataFrame":
+    def features_in(self, start: int, stop: int) -> pd.DataFrame:
         """Columns row, feature, value: what fires on rows `start` to `stop`."""
-        raise NotImplementedError
+        self._reader.check_rows(start, stop)
+        rows, features, values = self._reader.fired_on(start, stop)
+        return pd.DataFrame({"row": rows, "feature": features.astype(np.int64), "value": values})
 
-    def values_on(self, feature: int, start: int, stop: int) -> "np.ndarray":
+    def values_on(self, feature: int, start: int, stop: int) -> np.ndarray:
         """float32 `(stop - start,)`: one feature's strength on each of the rows, 0 where it does not fire."""
-        raise NotImplementedError
+        self._reader.check_rows(start, stop)
+        return self._reader.values_on(self._reader.check_feature(feature), start, stop)
 
-    def tokens(self, start: int, stop: int) -> "pd.DataFrame":
+    def tokens(self, start: int, stop: int) -> pd.DataFrame:
         """Columns row, token (display string), token_id, sequence, position, flags."""
-        raise NotImplementedError
+        self._reader.check_rows(start, stop)
+        return self._tokens(np.arange(start, stop))
 
-    def document_rows(self, document: int) -> "np.ndarray":
+    def document_rows(self, document: int) -> np.ndarray:
         """Row ids of a document's tokens, int64, without BOS."""
-        raise NotImplementedError
+        return self._reader.document_rows(document)
 
-    def document_tokens(self, document: int) -> "pd.DataFrame":
+    def document_tokens(self, document: int) -> pd.DataFrame:
         """As `tokens`, for the rows of one document."""
-        raise NotImplementedError
+        return self._tokens(self.document_rows(document))
 
     def document_text(self, document: int) -> str:
-        raise NotImplementedError
+        rows = self.document_rows(document)
+        return self._reader.vocabulary.text(self._reader.row_column("token_id").take(rows))
 
     # --- over features ----------------------------------------------------------------------------------------
 
@@ -281,23 +325,84 @@ class FeatureIndex:
             UnknownNameError: a column that does not exist.
             InvalidInputError: a filter that cannot be read.
         """
-        raise NotImplementedError
+        table = self.table
+        passes = matches(table, filters or {})
+        if text and text.strip():
+            wanted = text.strip().casefold()
+            passes &= np.array([wanted in own for own in self._search_texts], bool) | (table["feature"] == _id(wanted))
+        order = sort_order(table, sort)
+        order = order[passes[order]]
+        return QueryResult(table.iloc[order[start:stop]], len(order))
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> pd.DataFrame:
         """A copy of `table`."""
-        raise NotImplementedError
+        return self.table.copy()
 
-    def activations(self, features: Sequence[int], limit_per_feature: int | None = None) -> "pd.DataFrame":
+    def activations(self, features: Sequence[int], limit_per_feature: int | None = None) -> pd.DataFrame:
         """Columns feature, row, value, token, position, document, title, source, language: firings of some
         features, the strongest first within each."""
-        raise NotImplementedError
+        parts = []
+        for feature in map(self._reader.check_feature, features):
+            part = self.firings(feature, stop=limit_per_feature)
+            part.insert(0, "feature", feature)
+            parts.append(part)
+        table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})
+        return self._with_provenance(table)
 
     def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[IndexFault]:
         """Read every byte and compare with the ledger; `progress` counts bytes."""
-        raise NotImplementedError
+        return self._reader.verify(progress)
 
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from scope.features.html import index_html
+
+        return index_html(self)
+
+    # --- shared by the methods above --------------------------------------------------------------------------
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        return self._reader.table("features")
+
+    @cached_property
+    def _search_texts(self) -> list[str]:
+        return search_texts(self.table)
+
+    def _strongest(
+        self,
+        feature: int,
+        n: int,
+        window: tuple[int, int],
+        kept: np.ndarray | None,
+        distinct: bool,
+        per_sequence: int,
+    ) -> Examples:
+        feature = self._reader.check_feature(feature)
+        firings = choose(self._reader, ranked_firings(self._reader, feature, kept), n, distinct, per_sequence)
+        return show(self._reader, feature, firings, window)
+
+    def _logits(self, side: str, feature: int, n: int) -> pd.DataFrame:
+        row = self.table.iloc[self._reader.check_feature(feature)]
+        return pd.DataFrame({"token": list(row[f"{side}_logits"]), "effect": row[f"{side}_logit_effects"]}).head(n)
+
+    def _tokens(self, rows: np.ndarray) -> pd.DataFrame:
+        columns = {name: self._reader.row_column(name).take(rows) for name in ROW_COLUMNS}
+        return pd.DataFrame({"row": rows, "token": self._reader.vocabulary.display(columns["token_id"]), **columns})
+
+    def _with_provenance(self, table: pd.DataFrame) -> pd.DataFrame:
+        rows = table["row"].to_numpy(np.int64)
+        windows = self._reader.windows
+        documents = windows.document[windows.place[self._reader.row_column("sequence").take(rows)]]
+        infos = [self._reader.document_info(document) for document in documents.tolist()]
+        return table.assign(
+            token=self._reader.vocabulary.strings(self._reader.row_column("token_id").take(rows)),
+            position=self._reader.row_column("position").take(rows),
+            document=documents,
+            title=[info.title for info in infos],
+            source=[info.source for info in infos],
+            language=[info.language for info in infos],
+        )
 
 
-FilterType = Literal["number", "text", "set", "boolean"]
+def _id(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else -1

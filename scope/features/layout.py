@@ -1,0 +1,58 @@
+"""What lies where in `NAME.index/`.
+
+    manifest.json                written last; its `arrays` says dtype and shape of every flat array
+    digests.json                 size and xxh3-128 digests of every file
+    rows/                        token_id, sequence, position, flags: one entry per row of the store
+    by_token/                    indptr, feature, value: CSR, within a row the strongest first
+    by_feature/indptr            where each feature's list starts
+    by_feature/firings.zarr/     row, value: CSC, within a feature the strongest first, equal ones by row
+    statistics/                  histograms, counts by language, source and token, co-firing features
+    tables/                      features, documents, sequences, vocabulary (parquet)
+    build/                       only while it is being built: identity.json, one record and one sorted run per segment
+
+A flat array is the memory of a C-ordered array and nothing else, memory-mapped when read; the suffix of its file is
+its dtype. bfloat16, which numpy lacks, is `.bfloat16` on disk and uint16 bits in memory.
+"""
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+__all__ = ["FORMAT", "N_BINS", "N_COFIRING", "N_LOGITS", "N_NEIGHBOURS", "N_TOKENS", "ROW_COLUMNS", "dtype_of"]
+__all__ += ["feature_dtype", "file_of", "row_dtype"]
+
+FORMAT: Final = "feature-index"
+
+N_BINS: Final = 40
+"""Bins of a feature's histogram, linear from 0 to its maximum."""
+N_TOKENS: Final = 64
+"""Tokens kept per feature, by summed strength."""
+N_COFIRING: Final = 64
+"""Co-firing features kept per feature, by Jaccard similarity."""
+N_NEIGHBOURS: Final = 20
+"""Nearest decoder rows kept per feature."""
+N_LOGITS: Final = 20
+"""Tokens kept per feature with the largest and with the smallest logit effects."""
+
+ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
+
+
+def dtype_of(suffix: str) -> np.dtype:
+    """The dtype in memory of a flat array's file suffix."""
+    return np.dtype("uint16" if suffix == "bfloat16" else suffix).newbyteorder("<")
+
+
+def file_of(folder: Path, name: str, dtype: str) -> Path:
+    """Where the flat array `name` ("by_token/value") lies."""
+    return folder / f"{name}.{dtype}"
+
+
+def feature_dtype(d_sae: int) -> str:
+    """dtype of stored feature ids."""
+    return "uint16" if d_sae <= 2**16 else "uint32"
+
+
+def row_dtype(n_rows: int) -> str:
+    """dtype of stored row ids."""
+    return "uint32" if n_rows <= 2**32 else "uint64"

@@ -1,0 +1,132 @@
+"""The second phase of a build: the segments' sorted runs become one list per feature.
+
+1. Count each feature's firings in every run, which is sorted, by bisection; that gives `indptr`.
+2. Walk through the features in blocks of at most `budget` firings: gather the block's part of every run, repack it
+   with row ids of the whole index, sort it as integers.
+3. A single feature with more firings than that is cut by strength: bfloat16 has 65,536 values, their counts say where
+   to cut, and equal values need no sorting, since runs are in row order.
+
+Memory is 24 bytes per firing of the budget, whatever the size of the index.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scope.features.firings import KEY_BITS, bits_for, unpack
+from scope.features.segments import Segment
+
+__all__ = ["Piece", "Run", "merge_runs", "open_runs"]
+
+
+class Run(NamedTuple):
+    """The packed, sorted firings of one segment."""
+
+    packed: np.ndarray
+    """uint64, usually memory-mapped."""
+    row_bits: int
+    first_row: int
+    indptr: np.ndarray
+    """int64 `(d_sae + 1,)`: where each feature starts."""
+
+
+class Piece(NamedTuple):
+    """A stretch of the merged lists: whole features, or part of a single one."""
+
+    start: int
+    """Place of the first firing in the merged lists."""
+    first_feature: int
+    features: np.ndarray
+    """uint32 `(n,)`, ascending."""
+    rows: np.ndarray
+    """uint64 `(n,)`."""
+    values: np.ndarray
+    """bfloat16 bits, uint16 `(n,)`, strongest first within a feature."""
+    complete: bool
+    """Whether the last feature ends here."""
+
+
+def open_runs(segments: Sequence[Segment], paths: Sequence[Path], d_sae: int) -> list[Run]:
+    """The runs of segments, memory-mapped."""
+    runs = []
+    for segment, path in zip(segments, paths, strict=True):
+        if segment.firing_stop == segment.firing_start:
+            continue
+        packed = np.memmap(path, dtype=np.uint64, mode="r")
+        shift = np.uint64(segment.row_bits + KEY_BITS)
+        starts = np.searchsorted(packed, np.arange(d_sae, dtype=np.uint64) << shift)
+        indptr = np.append(starts, len(packed)).astype(np.int64)
+        runs.append(Run(packed, segment.row_bits, segment.start, indptr))
+    return runs
+
+
+def merge_runs(runs: Sequence[Run], d_sae: int, n_rows: int, budget: int) -> Iterator[Piece]:
+    """The merged lists in order, at most `budget` firings at a time."""
+    indptr = sum((run.indptr for run in runs), np.zeros(d_sae + 1, np.int64))
+    row_bits = bits_for(n_rows)
+    widest = 2 ** min(16, 64 - KEY_BITS - row_bits)
+    first = 0
+    while first < d_sae:
+        fitting = int(np.searchsorted(indptr, indptr[first] + budget, side="right")) - 1
+        stop = min(max(fitting, first + 1), first + widest, d_sae)
+        if indptr[stop] - indptr[first] > budget:
+            yield from _cut_feature(runs, first, int(indptr[first]), row_bits, budget)
+        elif indptr[stop] > indptr[first]:
+            yield _gather(runs, first, stop, int(indptr[first]), row_bits)
+        first = stop
+
+
+def _gather(runs: Sequence[Run], first: int, stop: int, start: int, row_bits: int) -> Piece:
+    """Features `first` to `stop`, whole."""
+    parts = [_repack(run, int(run.indptr[first]), int(run.indptr[stop]), first, row_bits) for run in runs]
+    return _sorted_piece(parts, start, first, row_bits, complete=True)
+
+
+def _cut_feature(runs: Sequence[Run], feature: int, start: int, row_bits: int, budget: int) -> Iterator[Piece]:
+    """One feature, cut by strength."""
+    bounds = [(int(run.indptr[feature]), int(run.indptr[feature + 1])) for run in runs]
+    counts = np.zeros((len(runs), 2**KEY_BITS), np.int64)
+    for number, (run, (low, high)) in enumerate(zip(runs, bounds, strict=True)):
+        for place in range(low, high, budget):
+            part = run.packed[place : min(high, place + budget)]
+            keys = (part >> np.uint64(run.row_bits)).astype(np.uint16)
+            counts[number] += np.bincount(keys, minlength=2**KEY_BITS)
+    ends = np.concatenate([np.zeros((len(runs), 1), np.int64), counts.cumsum(axis=1)], axis=1)
+    total_ends = ends.sum(axis=0)
+    n = int(total_ends[-1])
+    key = 0
+    while key < 2**KEY_BITS:
+        fitting = int(np.searchsorted(total_ends, total_ends[key] + budget, side="right")) - 1
+        stop = max(fitting, key + 1)
+        done = int(total_ends[key])
+        slices = [(low + int(e[key]), low + int(e[stop])) for (low, _), e in zip(bounds, ends, strict=True)]
+        if total_ends[stop] - done <= budget:
+            if total_ends[stop] > done:
+                parts = [_repack(run, a, b, feature, row_bits) for run, (a, b) in zip(runs, slices, strict=True)]
+                yield _sorted_piece(parts, start + done, feature, row_bits, complete=total_ends[stop] == n)
+        else:
+            for run, (low, high) in zip(runs, slices, strict=True):
+                for place in range(low, high, budget):
+                    part = _repack(run, place, min(high, place + budget), feature, row_bits)
+                    done += len(part)
+                    last = done == n
+                    yield _sorted_piece([part], start + done - len(part), feature, row_bits, complete=last)
+        key = stop
+
+
+def _repack(run: Run, low: int, high: int, first_feature: int, row_bits: int) -> np.ndarray:
+    """Part of a run with features counted from `first_feature` and rows of the whole index."""
+    packed = run.packed[low:high]
+    rows = (packed & np.uint64((1 << run.row_bits) - 1)) + np.uint64(run.first_row)
+    rest = (packed >> np.uint64(run.row_bits)) - np.uint64(first_feature << KEY_BITS)
+    return (rest << np.uint64(row_bits)) | rows
+
+
+def _sorted_piece(parts: list[np.ndarray], start: int, first_feature: int, row_bits: int, complete: bool) -> Piece:
+    packed = np.concatenate(parts)
+    packed.sort()
+    features, values, rows = unpack(packed, row_bits)
+    features += np.uint32(first_feature)
+    return Piece(start, first_feature, features, rows, values, bool(complete))

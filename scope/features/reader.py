@@ -1,0 +1,280 @@
+"""`IndexReader`: the arrays and tables of an index as they lie on disk, checked as they are read.
+
+`FeatureIndex` is what people use; it stands on this.
+"""
+
+import io
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from activations.manifest import read_manifest
+from activations.source import RowFlag, bf16_to_float32
+from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
+from scope.features.digests import BLOCK, CheckedArray, digest_file, read_digests
+from scope.features.layout import FORMAT, dtype_of, file_of, row_dtype
+from scope.features.lists import ListReader
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scope.features.vocabulary import Vocabulary
+
+__all__ = ["DocumentInfo", "IndexFault", "IndexReader", "Window"]
+
+
+class IndexFault(NamedTuple):
+    """Something in an index that is not what its ledger says."""
+
+    object: str
+    """Path inside the index."""
+    problem: str
+
+
+class Window(NamedTuple):
+    """The window of the text that a row belongs to."""
+
+    sequence: int
+    start: int
+    """Row id of its first token after BOS."""
+    stop: int
+    document: int
+    document_offset: int
+    """Place of its first token in the document, in tokens."""
+
+
+class DocumentInfo(NamedTuple):
+    """Where a text comes from."""
+
+    title: str
+    source: str
+    language: str
+
+
+class IndexReader:
+    """Reads an index. Safe across threads.
+
+    Raises:
+        UnknownNameError: there is no index at `path`.
+        InvalidInputError: it is something else, newer than this release, or not built to the end.
+        IntegrityError: a file is missing or is not what the ledger says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if (path / "build" / "identity.json").is_file() and not (path / "manifest.json").is_file():
+            raise InvalidInputError(f"{path} is half built. Run the same `scope index` again to complete it.")
+        self.path = path
+        self.manifest = read_manifest(path, FORMAT)
+        self._digests = read_digests(path)
+        self._lock = threading.Lock()
+        self._arrays: dict[str, CheckedArray] = {}
+        self.d_sae = int(self.manifest["d_sae"])
+        self.n_rows = int(self.manifest["n_rows"])
+        firings = path / "by_feature" / "firings.zarr"
+        self._list_rows = ListReader(firings / "row", row_dtype(self.n_rows))
+        self._list_values = ListReader(firings / "value", "uint16")
+
+    def array(self, name: str) -> CheckedArray:
+        """A flat array, such as `by_token/indptr`."""
+        with self._lock:
+            if name not in self._arrays:
+                described = self.manifest["arrays"][name]
+                path = file_of(self.path, name, described["dtype"])
+                entry = self._digests.get(path.relative_to(self.path).as_posix())
+                if entry is None:
+                    raise IntegrityError(f"The ledger of {self.path} does not know {path.name}. Build it again.")
+                self._arrays[name] = CheckedArray(path, dtype_of(described["dtype"]), described["shape"], entry)
+            return self._arrays[name]
+
+    def table(self, name: str) -> "pd.DataFrame":
+        """A table, such as `features`."""
+        import pandas as pd
+
+        file = self.path / "tables" / f"{name}.parquet"
+        content = file.read_bytes()
+        blocks = [xxhash.xxh3_128_hexdigest(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
+        if blocks != self._digests[f"tables/{name}.parquet"]["blocks"]:
+            raise IntegrityError(f"{file} is damaged. Build the index again; `scope verify` lists all faults.")
+        return pd.read_parquet(io.BytesIO(content))
+
+    @cached_property
+    def vocabulary(self) -> "Vocabulary":
+        from scope.features.vocabulary import Vocabulary
+
+        return Vocabulary(self.table("vocabulary"))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on disk, without the manifest."""
+        return sum(int(entry["bytes"]) for entry in self._digests.values())
+
+    def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[IndexFault]:
+        """Compare every file with the ledger; `progress` counts bytes."""
+        faults = []
+        done = 0
+
+        def told(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress(done, self.n_bytes)
+
+        for name, entry in self._digests.items():
+            problem = _verify_file(self.path / name, entry, told)
+            if problem is not None:
+                faults.append(IndexFault(name, problem))
+        return faults
+
+    # --- features ---------------------------------------------------------------------------------------------
+
+    def check_feature(self, feature: Any) -> int:
+        """The id as an int; raises OutOfRangeError."""
+        if isinstance(feature, (bool, np.bool_)) or not isinstance(feature, (int, np.integer)):
+            raise OutOfRangeError(f"A feature id is a whole number from 0 to {self.d_sae - 1:,}; got {feature!r}.")
+        if not 0 <= feature < self.d_sae:
+            raise OutOfRangeError(f"There is no feature {feature}: this index has features 0 to {self.d_sae - 1:,}.")
+        return int(feature)
+
+    def _bounds(self, feature: int) -> tuple[int, int]:
+        start, stop = self.array("by_feature/indptr").slice(feature, feature + 2).tolist()
+        return start, stop
+
+    def n_firings_of(self, feature: int) -> int:
+        """How often a feature fires."""
+        start, stop = self._bounds(feature)
+        return stop - start
+
+    def firing_arrays(self, feature: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (int64) and strengths (float32) of a feature's firings from rank `start` to `stop`."""
+        first, _ = self._bounds(feature)
+        rows = self._list_rows.read(first + start, first + stop).astype(np.int64)
+        return rows, bf16_to_float32(self._list_values.read(first + start, first + stop))
+
+    def firings_at(self, feature: int, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `firing_arrays`, at scattered ranks."""
+        first, _ = self._bounds(feature)
+        rows = self._list_rows.take(first + ranks).astype(np.int64)
+        return rows, bf16_to_float32(self._list_values.take(first + ranks))
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    def check_rows(self, start: Any, stop: Any) -> None:
+        """Raise OutOfRangeError unless the rows exist."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise OutOfRangeError(f"There are no rows {start} to {stop}: this index has rows 0 to {self.n_rows - 1:,}.")
+
+    def check_row(self, row: Any) -> None:
+        """Raise OutOfRangeError unless the row exists."""
+        if not 0 <= row < self.n_rows:
+            raise OutOfRangeError(f"There is no row {row}: this index has rows 0 to {self.n_rows - 1:,}.")
+
+    def row_column(self, name: str) -> CheckedArray:
+        """token_id, sequence, position or flags of every row."""
+        return self.array(f"rows/{name}")
+
+    def fired_on(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What fires on rows `start` to `stop`: row ids (int64), features, strengths (float32)."""
+        indptr = self.array("by_token/indptr").slice(start, stop + 1)
+        first, last = int(indptr[0]), int(indptr[-1])
+        rows = np.repeat(np.arange(start, stop), np.diff(indptr))
+        features = self.array("by_token/feature").slice(first, last)
+        return rows, features, bf16_to_float32(self.array("by_token/value").slice(first, last))
+
+    def values_on(self, feature: int, start: int, stop: int) -> np.ndarray:
+        """float32 `(stop - start,)`: one feature's strength on each row, 0 where it does not fire."""
+        rows, features, values = self.fired_on(start, stop)
+        out = np.zeros(stop - start, np.float32)
+        here = features == feature
+        out[rows[here] - start] = values[here]
+        return out
+
+    def row_window(self, row: int) -> Window:
+        """The window that a row belongs to."""
+        sequence = int(self.row_column("sequence").slice(row, row + 1)[0])
+        first = row - int(self.row_column("position").slice(row, row + 1)[0])
+        bos = int(self.row_column("flags").slice(first, first + 1)[0]) & int(RowFlag.BOS)
+        windows = self.windows
+        place = int(windows.place[sequence])
+        return Window(
+            sequence,
+            first + bool(bos),
+            first + int(windows.n_rows[place]),
+            int(windows.document[place]),
+            int(windows.document_offset[place]),
+        )
+
+    @cached_property
+    def windows(self) -> "WindowArrays":
+        """The sequence table as arrays."""
+        table = self.table("sequences")
+        sequences = table["sequence"].to_numpy(np.int64)
+        place = np.full(int(sequences.max(initial=-1)) + 1, -1)
+        place[sequences] = np.arange(len(sequences))
+        columns = (table[name].to_numpy(np.int64) for name in ("document", "start_row", "n_rows", "document_offset"))
+        return WindowArrays(sequences, place, *columns)
+
+    @cached_property
+    def _document_infos(self) -> dict[int, DocumentInfo]:
+        table = self.table("documents")
+        columns = (table[name].fillna("").astype(str) for name in DocumentInfo._fields)
+        infos = map(DocumentInfo._make, zip(*columns, strict=True))
+        return dict(zip(table["document"].astype(int), infos, strict=True))
+
+    def document_info(self, document: Any) -> DocumentInfo:
+        """A document's origin; raises OutOfRangeError."""
+        info = self._document_infos.get(document)
+        if info is None:
+            last = max(self._document_infos, default=-1)
+            raise OutOfRangeError(f"There is no document {document}: this index has documents 0 to {last:,}.")
+        return info
+
+    def document_rows(self, document: Any) -> np.ndarray:
+        """Row ids of a document's tokens without BOS, int64; raises OutOfRangeError."""
+        self.document_info(document)
+        windows = self.windows
+        here = windows.document == document
+        spans = zip(windows.start_row[here].tolist(), windows.n_rows[here].tolist(), strict=True)
+        rows = np.concatenate([np.arange(start, start + n) for start, n in spans])
+        return rows[self.row_column("flags").take(rows) & int(RowFlag.BOS) == 0]
+
+    def sequences_in(self, language: str | None, source: str | None) -> np.ndarray:
+        """bool by sequence: whether its document is of this language and this source."""
+        fitting = np.array(
+            [
+                document
+                for document, info in self._document_infos.items()
+                if language in (None, info.language) and source in (None, info.source)
+            ],
+            np.int64,
+        )
+        kept = np.zeros(len(self.windows.place), bool)
+        kept[self.windows.sequence[np.isin(self.windows.document, fitting)]] = True
+        return kept
+
+
+def _verify_file(path: Path, entry: dict[str, Any], told: Callable[[int], None]) -> str | None:
+    """What is wrong with a file, if anything."""
+    if not path.is_file():
+        return "the file is missing"
+    found = digest_file(path, told)
+    if found["bytes"] != entry["bytes"]:
+        return f"it has {found['bytes']:,} bytes; the ledger says {entry['bytes']:,}"
+    damaged = [n for n, (own, known) in enumerate(zip(found["blocks"], entry["blocks"], strict=True)) if own != known]
+    return f"bytes from {damaged[0] * BLOCK:,} on changed ({len(damaged)} blocks of 1 MiB)" if damaged else None
+
+
+class WindowArrays(NamedTuple):
+    """The sequence table, `(n_sequences,)` each but `place`."""
+
+    sequence: np.ndarray
+    place: np.ndarray
+    """Where in the other arrays a sequence stands, by its number."""
+    document: np.ndarray
+    start_row: np.ndarray
+    n_rows: np.ndarray
+    document_offset: np.ndarray
