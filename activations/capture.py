@@ -12,6 +12,7 @@ Channels between these are short and row groups in flight are few, so memory is 
 shards. Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -335,11 +336,12 @@ class _Pass:
     def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
         rows = self.writer.ledger.committed_rows(self.capture_id)
         resume = f"{rows:,} rows are committed in {self.writer.folder}; run the same command again to resume."
-        self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
         if theirs is None and isinstance(own, KeyboardInterrupt):
             raise InterruptedRunError(f"Interrupted. {resume}") from own
         if isinstance(theirs, OSError):
-            raise InterruptedRunError(f"Writing failed: {theirs}. {resume}") from theirs
+            raise InterruptedRunError(f"Stopped, because a file could not be written: {theirs}. {resume}") from theirs
         error = theirs if isinstance(own, Stopped) or own is None else own
         assert error is not None
         error.add_note(resume)

@@ -5,7 +5,7 @@ the writers; when the last of them is on disk the row group is committed and the
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ __all__ = ["Collector", "GroupTask"]
 
 EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 """All of them set: a NaN or an Inf."""
+
+CHECK_ITEMS = 2**17
 
 Buffers = dict[str, ShardBuffer]
 """One row group's shards, by array."""
@@ -77,9 +79,9 @@ class Collector:
         self.jobs: Channel[_Job] = Channel(len(arrays) * in_flight)
         self.rows_collected = 0
         self._writer, self._capture, self._hooks, self._arrays = writer, capture, tuple(hooks), dict(arrays)
-        self._free: Channel[Callable[[], Buffers]] = Channel(in_flight)
+        self._free: Channel[Buffers | None] = Channel(in_flight)
         for _ in range(in_flight):
-            self._free.put(lambda: {array: ShardBuffer(layout) for array, layout in self._arrays.items()})
+            self._free.put(None)  # made when it is first needed
         self._lock = threading.Lock()
 
     def add(self, task: GroupTask, batch: Batch, pending: PendingRows) -> None:
@@ -95,7 +97,7 @@ class Collector:
         """Fill row groups until the results end."""
         for task, batch, pending in self.results:
             if task.buffers is None:
-                task.buffers = self._free.get()()
+                task.buffers = self._free.get() or self._new_buffers()
             self._scatter(task, batch, pending.wait())
             task.batches_left -= 1
             self.rows_collected += len(batch.rows)
@@ -112,9 +114,10 @@ class Collector:
                 is_last = len(task.objects) == len(self._arrays)
             if is_last:
                 self._writer.commit_hooks(self._capture, task.group, task.objects)
-                buffers = task.buffers
-                assert buffers is not None
-                self._free.put(lambda: buffers)  # noqa: B023  # called only after it was put
+                self._free.put(task.buffers)
+
+    def _new_buffers(self) -> Buffers:
+        return {array: ShardBuffer(layout) for array, layout in self._arrays.items()}
 
     def _scatter(self, task: GroupTask, batch: Batch, values: Mapping[str, np.ndarray]) -> None:
         assert task.buffers is not None
@@ -152,11 +155,15 @@ class Collector:
 def _first_non_finite(rows: np.ndarray, norms: np.ndarray, dtype: StorageDtype) -> int | None:
     """The first row that holds a NaN or Inf, in the stored bits or in its norm."""
     bad = ~np.isfinite(norms)
-    if dtype == "float32":
-        finite = np.isfinite(rows)
-    else:
-        mask = np.uint16(EXPONENT_BITS[dtype])
-        finite = (rows.view(np.uint16) & mask) != mask
-    if not finite.all():
-        bad |= ~finite.reshape(len(rows), -1).all(axis=1)
+    flat = rows.reshape(len(rows), -1)
+    step = max(1, CHECK_ITEMS // max(1, flat.shape[1]))
+    for first in range(0, len(flat), step):  # in stretches that stay in the processor's cache
+        stretch = flat[first : first + step]
+        if dtype == "float32":
+            finite = np.isfinite(stretch)
+        else:
+            mask = np.uint16(EXPONENT_BITS[dtype])
+            finite = (stretch.view(np.uint16) & mask) != mask
+        if not finite.all():
+            bad[first : first + step] |= ~finite.all(axis=1)
     return int(np.argmax(bad)) if bad.any() else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
-from activations.layout import PLAN, ZARR_GROUPS
+from activations.layout import PLAN, ZARR_GROUPS, identity_fingerprint
 from activations.store import ActivationStore, Fault
 
 __all__ = ["verify_store"]
@@ -33,7 +33,7 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
     items = list(_items(store))
     total = sum(item.record.n_bytes for item in items)
     owners = {item.record.xxh3_128: item.name for item in items}
-    faults = list(_metadata_faults(store))
+    faults = [*_manifest_faults(store), *_metadata_faults(store)]
     done = 0
     for item in items:
         faults += _check(store.path, item, owners)
@@ -91,6 +91,11 @@ def _digest(path: Path) -> str:
         while piece := file.read(READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _manifest_faults(store: ActivationStore) -> Iterator[Fault]:
+    if identity_fingerprint(store.manifest) != store.fingerprint:
+        yield Fault("the store", 0, store.n_rows, "manifest.json", "changed: its content does not have its fingerprint")
 
 
 def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:

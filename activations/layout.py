@@ -11,12 +11,13 @@ NAME.zarr/
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from activations.arrays import ArrayLayout
 from activations.plan import TOKEN_COLUMNS
-from activations.spec import CaptureSpec
+from activations.spec import CaptureSpec, fingerprint_of
 
-__all__ = ["FORMAT", "PLAN", "TABLES", "ZARR_GROUPS", "StoreLayout"]
+__all__ = ["FORMAT", "PLAN", "TABLES", "ZARR_GROUPS", "StoreLayout", "identity_fingerprint"]
 
 FORMAT = "activation-store"
 PLAN = "tokens"
@@ -24,6 +25,14 @@ PLAN = "tokens"
 TABLES = ("sequences", "documents")
 ZARR_GROUPS = ("", "hooks", "tokens", "tokens/norm")
 """Folders that are Zarr groups; each has a `zarr.json`."""
+
+IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
+"""Entries of the manifest that make the store's fingerprint."""
+
+
+def identity_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """The fingerprint of a store with this manifest, fixed when it is created: hooks added later do not change it."""
+    return fingerprint_of({"format": FORMAT, **{name: manifest[name] for name in IDENTITY}})
 
 
 class StoreLayout:

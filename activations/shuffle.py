@@ -160,7 +160,7 @@ class ShuffledBatches:
                     taken, slots = np.split(slots, [int(min(self.batch_size - n_held, left))])
                     left -= len(taken)
                     n_held += len(taken)
-                    held.append((rows_of[taken], {hook: values[taken] for hook, values in buffer.items()}))
+                    held.append((rows_of[taken], {hook: values.take(taken, axis=0) for hook, values in buffer.items()}))
                     if n_held == self.batch_size:
                         yield self._joined(held)
                         held, n_held = [], 0

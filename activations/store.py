@@ -175,7 +175,7 @@ class ActivationStore:
         for places in np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(rows) else []:
             first, last = int(rows[places[0]]), int(rows[places[-1]])
             piece = self._read_raw(hook, self.layout.hook_array(hook), layout, first, last + 1)
-            out[places] = piece[rows[places] - first]
+            out[places] = piece.take(rows[places] - first, axis=0)
         return out
 
     def block_rows(self, hook: str) -> int:

@@ -7,6 +7,7 @@
 3. Opening for writing takes the lock and clears away what a dead writer left half done.
 """
 
+import contextlib
 import io
 import threading
 import time
@@ -27,7 +28,7 @@ from activations.arrays import (
     write_object,
 )
 from activations.errors import InvalidInputError, MismatchError, OccupiedError
-from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout
+from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
 from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries
 from activations.manifest import read_manifest, write_atomically, write_manifest
 from activations.plan import PlannedGroup, PlanState
@@ -90,8 +91,11 @@ class StoreWriter:
         self._shapes_at = 0.0
 
     def __enter__(self) -> "StoreWriter":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock.__enter__()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.__enter__()
+        except OSError as error:
+            raise InvalidInputError(f"{self.folder} cannot be written to: {error}.") from error
         try:
             manifest = existing_manifest(self.folder)
             if manifest is None:
@@ -110,10 +114,8 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.update_shapes()
-        except OSError:
-            if error is None:
-                raise
+            with contextlib.suppress(OSError):  # a full disk; the next run brings them up to date
+                self.update_shapes()
         finally:
             self._lock.__exit__(kind, error, traceback)
 
@@ -178,8 +180,9 @@ class StoreWriter:
 
     def _create(self) -> None:
         content = {"spec": asdict(self.spec), **self._identity}
-        fingerprint = fingerprint_of({"format": FORMAT, **content})
-        write_manifest(self.folder, FORMAT, fingerprint, parents=[], created_by=_created_by(), **content)
+        write_manifest(
+            self.folder, FORMAT, identity_fingerprint(content), parents=[], created_by=_created_by(), **content
+        )
 
     def _require_same(self, manifest: Mapping[str, Any]) -> None:
         CaptureSpec(**manifest["spec"]).require_equal(self.spec, str(self.folder))
