@@ -4,15 +4,15 @@ import logging
 
 import typer
 
-from scope.cli import bench, capture, demo, index, inspect, serve, train, workspace
+from scope.cli import capture, demo, index, inspect, serve, train, workspace
 
 __all__ = ["app", "main"]
 
-HELP = """
+HELP = """\
 A mechanistic interpretability workbench: from text to a person looking at a feature.
 
+\b
 The line, in order:
-
   scope capture   run a model over text, keep what its hooks see          text -> STORE
   scope train     train a sparse autoencoder on a store                   STORE -> SAE_DIR
   scope index     note every firing of every feature, both ways           STORE, SAE_DIR -> INDEX
@@ -28,7 +28,7 @@ app = typer.Typer(
     name="scope", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-for module in (demo, capture, train, index, serve, inspect, workspace, bench):
+for module in (demo, capture, train, index, serve, inspect, workspace):
     module.register(app)
 
 

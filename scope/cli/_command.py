@@ -12,9 +12,10 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json as json_module
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
@@ -46,10 +47,17 @@ ProgressCallback = Callable[[int, int | None], None]
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterable[ProgressCallback]:  # type: ignore[misc]
+def progress_bar(label: str) -> Iterator[ProgressCallback]:
     """A progress bar on standard error as a context; what it yields takes (done, total or None)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<24}"),
@@ -169,18 +177,11 @@ def _config_parameters(config: type, required: set[str]) -> list[inspect.Paramet
         flag = "--" + field.name.replace("_", "-")
         declaration = f"{flag}/--no-{flag[2:]}" if hints[field.name] is bool else flag
         option = typer.Option(declaration, help=documentation.get(field.name, ""))
-        annotation = Annotated[_option_type(hints[field.name]), option]
+        annotation = Annotated[hints[field.name], option]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
     return parameters
-
-
-def _option_type(hint: Any) -> Any:
-    """typer has no Literal: its values are strings, which the config itself validates."""
-    if getattr(hint, "__origin__", None) is not None and str(hint).startswith("typing.Literal"):
-        return str
-    return hint
 
 
 def _field_docstrings(config: type) -> dict[str, str]:
@@ -188,7 +189,7 @@ def _field_docstrings(config: type) -> dict[str, str]:
     tree = ast.parse(inspect.cleandoc(inspect.getsource(config)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     found = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)
@@ -197,5 +198,3 @@ def _field_docstrings(config: type) -> dict[str, str]:
         ):
             found[statement.target.id] = " ".join(str(following.value.value).split())
     return found
-
-

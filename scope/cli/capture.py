@@ -1,11 +1,15 @@
 """`scope capture`: run a model over text and keep what its hooks see."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+
+if TYPE_CHECKING:
+    from activations.capture import CaptureReport
 
 __all__ = ["register"]
 
@@ -15,19 +19,15 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "capture")
     def capture(
-        model: Annotated[
-            str, typer.Option(help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file.")
-        ],
-        data: Annotated[
-            list[Path], typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")
-        ],
+        model: Annotated[str, typer.Option(help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file.")],
+        data: Annotated[list[Path], typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")],
         hook: Annotated[
             list[str], typer.Option(help="A hook name, such as blocks.8.hook_resid_post. May be repeated.")
         ],
         out: Annotated[Path, typer.Option(help="The store to make, or to go on with (NAME.zarr).")],
         max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens, BOS included.")] = None,
         context_size: Annotated[int, typer.Option(help="Tokens in the longest window, BOS included.")] = 256,
-        dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
+        dtype: Annotated[StorageDtype, typer.Option(help="How activations are stored.")] = "bfloat16",
         batch_size: Annotated[int, typer.Option(help="Tokens that the model runs at once.")] = 4096,
         rows_per_group: Annotated[
             int | None, typer.Option(help="Rows in a unit of work and commit: a power of two up to 65,536.")
@@ -74,4 +74,27 @@ def register(app: typer.Typer) -> None:
                 rows_per_group=rows_per_group,
                 progress=progress,
             )
-        return Outcome(report.to_dict(), report.summary())
+        return Outcome(_facts(report), _summary(report))
+
+
+def _facts(report: "CaptureReport") -> dict[str, Any]:
+    figures = report._asdict()
+    store = figures.pop("store")
+    return {"store": str(store.path), "id": store.id, "hooks": list(store.hooks), **figures}
+
+
+def _summary(report: "CaptureReport") -> str:
+    speed = report.new_rows / report.seconds if report.seconds else 0.0
+    lines = [
+        f"{report.store.path} holds {report.rows:,} tokens of {report.documents:,} documents; "
+        f"{report.new_rows:,} of them are new, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
+    ]
+    if report.windowed_documents:
+        size = report.store.spec.context_size
+        lines.append(
+            f"{report.windowed_documents:,} documents are longer than the context of {size} tokens and were cut into "
+            "windows of that size, each with its own BOS."
+        )
+    if report.empty_documents:
+        lines.append(f"{report.empty_documents:,} documents have no text and were left out.")
+    return "\n".join(lines)

@@ -33,10 +33,7 @@ def _describe(what: str) -> dict[str, Any]:
 
     path = Path(what)
     if (path / "cfg.json").is_file():
-        from scope.saes.formats import load
-
-        sae = load(path)
-        return {"kind": "sae", **sae.info()}
+        return _describe_sae(path)
     if (path / "manifest.json").is_file():
         return {"kind": read_manifest(path)["format"], **_open(path).info()}
     from scope.models import LanguageModel
@@ -46,6 +43,18 @@ def _describe(what: str) -> dict[str, Any]:
     except UnknownNameError as error:
         raise UnknownNameError("store, SAE, index or model", what, error.near) from error
     return {"kind": "model", **model.info()}
+
+
+def _describe_sae(path: Path) -> dict[str, Any]:
+    from scope.saes.formats import load
+    from scope.training.evaluate import read_quality
+
+    sae = load(path)
+    config = sae.config_as_stored().to_dict()
+    known = {name: value for name, value in config.items() if value is not None and name != "metadata"}
+    metadata = {name: value for name, value in sae.cfg.metadata.to_dict().items() if value is not None}
+    quality = read_quality(path)
+    return {"kind": "sae", "id": sae.fingerprint[:12], **known, "metadata": metadata, "quality": quality}
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

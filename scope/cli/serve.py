@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "serve")
     def serve(
-        workspace: Annotated[Path, typer.Argument(help="The folder with stores, SAEs and indexes.")] = Path("workspace"),
+        workspace: Annotated[Path, typer.Argument(help="The folder with stores, SAEs and indexes.")] = Path(
+            "workspace"
+        ),
         host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(help="Port to listen at.")] = 8050,
     ) -> Outcome:

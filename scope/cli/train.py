@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._command import Outcome, command
 from scope.training.config import TrainConfig
 
 __all__ = ["register"]
@@ -21,19 +21,19 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option(help="The folder for the SAE.")],
         config: TrainConfig,
         evaluate_tokens: Annotated[
-            int, typer.Option(help="Held-out tokens for the cross-entropy (0: leave it out).")
+            int, typer.Option(help="Held-out tokens for the cross-entropy; 0 leaves it out and needs no model.")
         ] = 4096,
+        model: Annotated[
+            str | None, typer.Option(help="The store's model, where it is not found under its own name.")
+        ] = None,
     ) -> Outcome:
-        """Train a sparse autoencoder on one hook of a store; measure it on the held-out documents."""
-        from scope.cli._steps import evaluate_sae, train_sae
+        """Train a sparse autoencoder on one hook of a store, and measure it on the held-out documents."""
+        from activations.store import ActivationStore
+        from scope.cli._steps import measure_sae, optional_model_of, train_sae
 
-        report = train_sae(store, hook, config, out, progress_bar)
-        say("Measuring on held-out documents")
-        quality = evaluate_sae(store, out, evaluate_tokens, progress_bar)
-        data = {"sae": str(out), "id": report.sae.fingerprint[:12], **report.to_dict(), **quality}
-        return Outcome(data, f"{report.summary()}\n{quality_line(quality)}")
-
-
-def quality_line(quality: dict[str, float]) -> str:
-    """How good an SAE is, in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in quality.items() if isinstance(value, float))
+        opened = ActivationStore.open(store)
+        report = train_sae(opened, hook, config, out)
+        language_model = optional_model_of(opened, model, config.device) if evaluate_tokens else None
+        quality = measure_sae(report.sae, out, opened, language_model, evaluate_tokens)
+        data = {"sae": str(out), "id": report.sae.fingerprint[:12], **report.to_dict(), **quality.to_dict()}
+        return Outcome(data, f"{report.summary()}\n{quality.summary()}")

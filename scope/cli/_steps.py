@@ -1,0 +1,94 @@
+"""What several commands do: open what they were given, find the model that filled a store, train, measure, index."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scope.cli._command import progress_bar, say
+from scope.errors import MismatchError, ScopeError
+
+if TYPE_CHECKING:
+    from activations.store import ActivationStore
+    from scope.features.index import FeatureIndex
+    from scope.models import LanguageModel
+    from scope.training import TrainConfig, TrainReport
+    from scope.training.evaluate import Quality
+
+__all__ = ["index_sae", "load_model_of", "measure_sae", "train_sae"]
+
+
+def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
+    """The model that filled a store.
+
+    Args:
+        store: the store, which remembers what its model was loaded as.
+        name: load this one instead, if it is the same model.
+        device: where it runs.
+
+    Raises:
+        MismatchError: the model has other weights or another tokenizer than the store's.
+    """
+    from scope.models import LanguageModel
+
+    wanted = name or store.manifest.get("load_name") or store.spec.model
+    say(f"Loading {wanted}")
+    model = LanguageModel.load(wanted, revision=store.spec.revision, device=device)
+    for field in ("weight_hash", "tokenizer_hash"):
+        got, expected = getattr(model.identity, field), getattr(store.spec, field)
+        if got != expected:
+            raise MismatchError(
+                f"{wanted} has the {field.replace('_', ' ')} {got}, but {store.path} was captured with {expected} "
+                f"({store.spec.model}). Give the model of the store with --model."
+            )
+    return model
+
+
+def optional_model_of(store: "ActivationStore", name: str | None, device: str | None) -> "LanguageModel | None":
+    """As `load_model_of`, but None, with a word, where the store's own model is not on this machine."""
+    try:
+        return load_model_of(store, name, device)
+    except MismatchError:
+        raise
+    except ScopeError as error:
+        if name is not None:
+            raise
+        say(f"Going on without the model: {error}")
+        return None
+
+
+def train_sae(store: "ActivationStore", hook: str, config: "TrainConfig", out: Path) -> "TrainReport":
+    """Train on one hook of a store, with a progress bar."""
+    from scope.training import train
+
+    with progress_bar("Training (rows)") as progress:
+        return train(store, hook, config, out, progress=progress)
+
+
+def measure_sae(sae: Any, out: Path, store: "ActivationStore", model: "LanguageModel | None", tokens: int) -> "Quality":
+    """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it."""
+    from scope.training.evaluate import evaluate
+
+    with progress_bar("Measuring (passes)") as progress:
+        quality = evaluate(sae, store, model if tokens else None, ce_tokens=tokens, progress=progress)
+    quality.save(out)
+    return quality
+
+
+def index_sae(
+    store: "ActivationStore", sae_folder: Path, out: Path, model: "LanguageModel | None", allow_mismatch: bool = False
+) -> "FeatureIndex":
+    """Index an SAE's firings on a store, with a progress bar. The figures beside the SAE go into the index."""
+    from scope.features.build import build_index
+    from scope.saes.formats import load
+    from scope.training.evaluate import read_quality
+
+    sae = load(sae_folder)
+    with progress_bar("Indexing (rows)") as progress:
+        return build_index(
+            store,
+            sae,
+            out,
+            model=model,
+            metrics=read_quality(sae_folder),
+            allow_mismatch=allow_mismatch,
+            progress=progress,
+        )

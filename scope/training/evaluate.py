@@ -1,0 +1,143 @@
+"""`evaluate`: one call for the figures by which an SAE is judged, all on held-out documents of its store.
+
+1. Reconstruction over all held-out rows (`reconstruction_metrics`): fvu, l0, dead and over-dense share.
+2. With a model, cross-entropy with the SAE spliced in (`delta_ce`), over held-out windows drawn at random until
+   `ce_tokens` are reached, two of each document before any gives more, so that the interval has documents to resample.
+3. `Quality.save` puts it beside the SAE as `quality.json`, where the workspace and the index find it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from activations.manifest import write_atomically
+from activations.store import ActivationStore
+from scope.errors import InvalidInputError
+from scope.saes.base import SAE
+from scope.training.metrics import (
+    CrossEntropyMetrics,
+    LossModel,
+    ReconstructionMetrics,
+    delta_ce,
+    mean_activation,
+    reconstruction_metrics,
+)
+
+__all__ = ["QUALITY_NAME", "Quality", "evaluate", "read_quality"]
+
+QUALITY_NAME = "quality.json"
+WINDOWS_PER_DOCUMENT = 2
+
+
+class Quality(NamedTuple):
+    """How good an SAE is on held-out documents; the definitions are in `scope.training.metrics`."""
+
+    reconstruction: ReconstructionMetrics
+    cross_entropy: CrossEntropyMetrics | None
+    """None where no model was given."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, flat and JSON-able: fvu, fvu_all, l0, dead_share, …, delta_ce, ce_recovered, …"""
+        return {
+            **self.reconstruction.to_dict(),
+            **(self.cross_entropy.to_dict() if self.cross_entropy else {}),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `quality.json` into the SAE's folder."""
+        write_atomically(folder / QUALITY_NAME, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        seen = self.reconstruction
+        lines = [
+            f"On {seen.n_rows:,} held-out rows: fvu {seen.fvu:.4f}{_interval(seen.fvu_interval)}, l0 {seen.l0:.1f}, "
+            f"no firing there {seen.dead_share:.1%}, denser than 10% {seen.over_dense_share:.1%}",
+        ]
+        loss = self.cross_entropy
+        if loss is not None:
+            lines.append(
+                f"On {loss.n_tokens:,} held-out tokens: delta_ce {loss.delta_ce:.3f}{_interval(loss.delta_ce_interval)}"
+                f" nats (plain {loss.ce:.3f}, spliced {loss.ce_sae:.3f}, mean in its place {loss.ce_mean:.3f}; "
+                f"recovered {loss.ce_recovered:.1%})"
+            )
+        return "\n".join(lines)
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+
+
+def read_quality(folder: Path) -> dict[str, Any]:
+    """The figures that `Quality.save` left beside an SAE; empty where there are none."""
+    path = folder / QUALITY_NAME
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def evaluate(
+    sae: SAE,
+    store: ActivationStore,
+    model: LossModel | None = None,
+    *,
+    ce_tokens: int = 4096,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Quality:
+    """Measure an SAE on the held-out documents of a store.
+
+    Args:
+        sae: takes raw activations; its `hook_name` is captured in the store.
+        store: the activations, and the tokens for the cross-entropy.
+        model: the model that filled the store; None leaves the cross-entropy out.
+        ce_tokens: tokens to measure the cross-entropy on, at least.
+        seed: of the draw of windows and of the intervals.
+        progress: called with (passes done, passes in all).
+
+    Raises:
+        InvalidInputError: the store has no held-out rows.
+        UnknownNameError, MismatchError: the store lacks the SAE's hook, or it has another width.
+    """
+    report = progress or (lambda done, total: None)
+    passes = 1 if model is None else 4
+    reconstruction = reconstruction_metrics(sae, store, seed=seed)
+    report(1, passes)
+    if model is None:
+        return Quality(reconstruction, None)
+    windows, documents = held_out_windows(store, ce_tokens, seed)
+    loss = delta_ce(
+        model,
+        sae,
+        windows,
+        mean_activation(store, str(sae.hook_name)),
+        documents=documents,
+        seed=seed,
+        progress=lambda done, total: report(1 + done, passes),
+    )
+    return Quality(reconstruction, loss)
+
+
+def held_out_windows(store: ActivationStore, n_tokens: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of held-out windows of two tokens or more, drawn without replacement, and each one's document.
+
+    Two windows of each document are taken before any document gives more.
+    """
+    held_out = store.documents().query("held_out")["document"]
+    sequences = store.sequences()
+    sequences = sequences[sequences["document"].isin(held_out) & (sequences["n_rows"] > 1)]
+    if sequences.empty:
+        raise InvalidInputError(
+            "The store has no held-out documents to measure on; capture more text (one title in ten is held out)."
+        )
+    drawn = sequences.sample(frac=1, random_state=seed)
+    drawn["rank"] = drawn.groupby("document").cumcount() // WINDOWS_PER_DOCUMENT
+    drawn = drawn.sort_values("rank", kind="stable")
+    enough = int(np.searchsorted(drawn["n_rows"].cumsum().to_numpy(), n_tokens)) + 1
+    chosen = drawn.head(enough)
+    windows = [
+        store.rows(int(start), int(start + length)).token_id.astype(np.int32)
+        for start, length in zip(chosen["start_row"], chosen["n_rows"], strict=True)
+    ]
+    return windows, chosen["document"].astype(int).tolist()
