@@ -177,7 +177,8 @@ def _config_parameters(config: type, required: set[str]) -> list[inspect.Paramet
         flag = "--" + field.name.replace("_", "-")
         declaration = f"{flag}/--no-{flag[2:]}" if hints[field.name] is bool else flag
         option = typer.Option(declaration, help=documentation.get(field.name, ""))
-        annotation = Annotated[hints[field.name], option]  # type: ignore[valid-type]
+        hint: Any = hints[field.name]
+        annotation = Annotated[hint, option]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
