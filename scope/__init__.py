@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scope.saes.base import SAE
     from scope.saes.formats import load as load_sae
     from scope.training import TrainConfig, train
+    from scope.training.evaluate import evaluate
     from scope.workspace import Workspace
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "build_index",
     "capture",
+    "evaluate",
     "features_on_prompt",
     "load_sae",
     "sample_text",
@@ -50,6 +52,7 @@ HOMES = {
     "Workspace": "scope.workspace",
     "build_index": "scope.features.build",
     "capture": "activations.capture",
+    "evaluate": "scope.training.evaluate",
     "features_on_prompt": "scope.features.prompt",
     "load_sae": ("scope.saes.formats", "load"),
     "sample_text": "scope.sample",
