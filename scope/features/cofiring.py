@@ -20,6 +20,7 @@ __all__ = ["SAMPLE", "Cofiring", "cofiring_features", "count_features"]
 
 SAMPLE = 2**15
 """Rows looked at per feature, at most; a conditional rate is then known to 0.6 percentage points or better (95%)."""
+READ_AHEAD = 2**20
 
 
 class Cofiring(NamedTuple):
@@ -42,15 +43,31 @@ def count_features(rows: np.ndarray, indptr: np.ndarray, feature: np.ndarray) ->
     """
     starts = indptr[rows]
     lengths = indptr[rows + 1] - starts
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    if len(rows) and lengths.min() == lengths.max():
+        places = (starts[:, None] + np.arange(lengths[0])).reshape(-1)
+    else:
+        ends = np.cumsum(lengths)
+        places = np.arange(int(lengths.sum())) + np.repeat(starts - (ends - lengths), lengths)
     found = feature[places]
-    if 4 * total < int(found.max(initial=0)):
+    if 4 * len(found) < int(found.max(initial=0)):
         return np.unique(found, return_counts=True)
     counts = np.bincount(found)
     others = np.flatnonzero(counts)
     return others, counts[others]
+
+
+class _Ahead:
+    """Reads a list of rows from one end to the other, many features at a time."""
+
+    def __init__(self, rows_of: Callable[[int, int], np.ndarray], end: int) -> None:
+        self._rows_of, self._end = rows_of, end
+        self._start, self._rows = 0, np.empty(0, np.int64)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if stop > self._start + len(self._rows):
+            self._start = start
+            self._rows = self._rows_of(start, min(max(stop, start + READ_AHEAD), self._end))
+        return self._rows[start - self._start : stop - self._start]
 
 
 def cofiring_features(
@@ -72,14 +89,18 @@ def cofiring_features(
     n = np.diff(list_indptr)
     features = np.full((d_sae, N_COFIRING), -1, np.int32)
     both = np.zeros((d_sae, N_COFIRING))
+    lists = _Ahead(rows_of, int(list_indptr[-1]))
     for one in np.flatnonzero(n):
         step = -(-int(n[one]) // SAMPLE)
-        rows = rows_of(int(list_indptr[one]), int(list_indptr[one + 1]))[::step].astype(np.int64)
+        rows = lists.read(int(list_indptr[one]), int(list_indptr[one + 1]))[::step].astype(np.int64)
         rows.sort()
         others, counts = count_features(rows, indptr, feature)
         kept = others != one
         others, counts = others[kept].astype(np.int64), counts[kept] * (n[one] / len(rows))
         jaccard = counts / (n[one] + n[others] - counts)
+        if len(others) > N_COFIRING:
+            strong = jaccard >= np.partition(jaccard, -N_COFIRING)[-N_COFIRING]
+            others, counts, jaccard = others[strong], counts[strong], jaccard[strong]
         order = np.lexsort((others, -jaccard))[:N_COFIRING]
         features[one, : len(order)] = others[order]
         both[one, : len(order)] = counts[order]

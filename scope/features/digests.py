@@ -88,7 +88,7 @@ class CheckedArray:
         if len(self) * self._row_bytes != entry["bytes"]:
             raise IntegrityError(f"{path} has {entry['bytes']:,} bytes; an array of shape {self.shape} has not.")
         empty = entry["bytes"] == 0
-        self._bytes = np.zeros(0, np.uint8) if empty else np.memmap(path, mode="r", dtype=np.uint8)
+        self._bytes = np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
         self._array = self._bytes.view(dtype).reshape(self.shape)
         self._digests: list[str] = entry["blocks"]
         # Two threads may both check a block; either writes the same truth.

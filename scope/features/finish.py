@@ -160,7 +160,8 @@ class _Arrays:
         for name, dtype in log.arrays.items():
             path = file_of(folder, name, dtype)
             size = path.stat().st_size
-            array = np.memmap(path, dtype_of(dtype), "r") if size else np.empty(0, dtype_of(dtype))
+            # As a plain array: slicing a np.memmap costs microseconds.
+            array = np.asarray(np.memmap(path, dtype_of(dtype), "r")) if size else np.empty(0, dtype_of(dtype))
             self._arrays[name] = (dtype, array)
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -54,7 +54,7 @@ def open_runs(segments: Sequence[Segment], paths: Sequence[Path], d_sae: int) ->
     for segment, path in zip(segments, paths, strict=True):
         if segment.firing_stop == segment.firing_start:
             continue
-        packed = np.memmap(path, dtype=np.uint64, mode="r")
+        packed = np.asarray(np.memmap(path, dtype=np.uint64, mode="r"))
         shift = np.uint64(segment.row_bits + KEY_BITS)
         starts = np.searchsorted(packed, np.arange(d_sae, dtype=np.uint64) << shift)
         indptr = np.append(starts, len(packed)).astype(np.int64)

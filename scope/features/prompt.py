@@ -1,11 +1,21 @@
-"""Which features fire on a text that is not in the index, in the index's own units."""
+"""Which features fire on a text that is not in the index, in the index's own units.
+
+1. Run the model once, keeping what the SAE's hook sees and the residual stream before the final norm.
+2. Round the activations to the dtype that the index was built from, and encode all rows but BOS and special tokens.
+3. Turn feature activations into firing strengths, rounded to bfloat16, as the index does.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+
+from activations.source import RowFlag, bf16_to_float32
+from scope.errors import MismatchError, OutOfRangeError
+
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
+    from scope.features.index import FeatureIndex
 
 __all__ = ["PromptFeatures", "features_on_prompt"]
 
@@ -18,36 +28,47 @@ class PromptFeatures:
     d_sae: int
     tokens: tuple[str, ...]
     """Display strings, BOS included where the model has one."""
-    token_ids: "np.ndarray"
+    token_ids: np.ndarray
     """int64 `(seq,)`."""
-    flags: "np.ndarray"
+    flags: np.ndarray
     """`RowFlag` bits, uint8 `(seq,)`. Features on BOS and special tokens are left out, as in the index."""
-    table: "pd.DataFrame"
+    table: pd.DataFrame
     """Columns position, token, feature, value (firing strength), rank (within the position): every firing, by
     position, then by strength."""
-    next_logits: "np.ndarray"
+    next_logits: np.ndarray
     """float32 `(seq, d_vocab)`: the model's own logits after each token."""
-    final_residual: "np.ndarray"
+    final_residual: np.ndarray
     """float32 `(seq, d_model)`: the residual stream that goes into the final norm."""
 
     @property
-    def features(self) -> "np.ndarray":
+    def features(self) -> np.ndarray:
         """Ids of the features that fire anywhere, by their strongest firing."""
-        raise NotImplementedError
+        strongest = self.table.groupby("feature")["value"].max().sort_values(ascending=False, kind="stable")
+        return strongest.index.to_numpy(np.int64)
 
-    def at(self, position: int) -> "pd.DataFrame":
+    def at(self, position: int) -> pd.DataFrame:
         """The rows of `table` for one position; raises OutOfRangeError."""
-        raise NotImplementedError
+        if not 0 <= position < len(self.tokens):
+            last = len(self.tokens) - 1
+            raise OutOfRangeError(f"There is no position {position}: the prompt has positions 0 to {last}.")
+        return self.table[self.table["position"] == position]
 
-    def values_of(self, feature: int) -> "np.ndarray":
+    def values_of(self, feature: int) -> np.ndarray:
         """float32 `(seq,)`: one feature's strength on each token, 0 where it does not fire."""
-        raise NotImplementedError
+        if not 0 <= feature < self.d_sae:
+            raise OutOfRangeError(f"There is no feature {feature}: the SAE has features 0 to {self.d_sae - 1:,}.")
+        values = np.zeros(len(self.tokens), np.float32)
+        here = self.table[self.table["feature"] == feature]
+        values[here["position"].to_numpy()] = here["value"]
+        return values
 
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from scope.features.html import prompt_html
+
+        return prompt_html(self)
 
 
-def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: Any = None) -> PromptFeatures:
+def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: "FeatureIndex | None" = None) -> PromptFeatures:
     """Run `model` on `prompt` and encode what the SAE's hook sees.
 
     Args:
@@ -59,5 +80,63 @@ def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: Any = None) 
     Raises:
         InvalidInputError: the prompt is empty or longer than the model's context.
         MismatchError: SAE, model and index do not belong together.
+        NonFiniteError: an activation or a feature is NaN or infinite.
     """
-    raise NotImplementedError
+    import torch
+
+    from scope.features.encode import encode_rows
+
+    if index is not None:
+        _check(model, sae, index)
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])))
+    token_ids = run.tokens.cpu().numpy().astype(np.int64)
+    flags = _flags(token_ids, model)
+    indexed = np.flatnonzero(flags & (RowFlag.BOS | RowFlag.SPECIAL) == 0)
+    x = run.activations[sae.hook_name].flatten(1)[torch.from_numpy(indexed).to(run.tokens.device)]
+    if index is not None:
+        x = x.to(getattr(torch, index.model_info["activation_dtype"]))
+    firings = encode_rows(sae, x, sae.decoder_norms)
+    tokens = [text.display for text in model.token_strings(run.tokens)]
+    position = np.repeat(indexed, firings.counts)
+    ends = np.cumsum(firings.counts)
+    table = pd.DataFrame(
+        {
+            "position": position,
+            "token": [tokens[place] for place in position],
+            "feature": firings.features.astype(np.int64),
+            "value": bf16_to_float32(firings.values),
+            "rank": np.arange(len(position)) - np.repeat(ends - firings.counts, firings.counts),
+        }
+    )
+    return PromptFeatures(
+        hook_name=sae.hook_name,
+        d_sae=sae.d_sae,
+        tokens=tuple(tokens),
+        token_ids=token_ids,
+        flags=flags,
+        table=table,
+        next_logits=run.logits.float().cpu().numpy(),
+        final_residual=run.activations[last].float().cpu().numpy(),
+    )
+
+
+def _flags(token_ids: np.ndarray, model: Any) -> np.ndarray:
+    special = np.isin(token_ids, sorted(model.special_token_ids))
+    flags = np.where(special, np.uint8(RowFlag.SPECIAL), np.uint8(0))
+    if model.bos_token_id is not None and token_ids[0] == model.bos_token_id:
+        flags[0] = RowFlag.BOS
+    return flags
+
+
+def _check(model: Any, sae: Any, index: "FeatureIndex") -> None:
+    if sae.fingerprint != index.sae_info["fingerprint"]:
+        raise MismatchError(
+            f"The index {index.name} is of another SAE ({index.sae_info['fingerprint'][:12]}) than the one given "
+            f"({sae.fingerprint[:12]})."
+        )
+    if model.identity.weight_hash != index.model_info["weight_hash"]:
+        raise MismatchError(
+            f"The index {index.name} was built from {index.model_info['name']}; the model given is {model.name}, with "
+            "other weights."
+        )

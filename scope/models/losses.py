@@ -20,7 +20,7 @@ from scope.models.taps import tapped
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["cross_entropy", "final_norm_gain", "logit_effects", "unembed"]
+__all__ = ["cross_entropy", "final_norm_gain", "final_norm_scale", "logit_effects", "unembed"]
 
 CHUNK_BYTES = 2**28
 """Logits that are held at once."""
@@ -37,6 +37,17 @@ def final_norm_gain(model: "LanguageModel") -> Float[Tensor, " d_model"]:
     """What the final norm multiplies each dimension by: its weight, or 1 + weight for Gemma's norm."""
     norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
     return 1.0 + norm.weight if model.layout.family.gain_offset else norm.weight
+
+
+def final_norm_scale(model: "LanguageModel", residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """What the final norm divides a row of the residual stream by, float32: sqrt(mean(x^2) + eps), where a LayerNorm
+    takes the mean from x first."""
+    norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    x = residual.float()
+    if model.layout.family.centred_norm:
+        x = x - x.mean(-1, keepdim=True)
+    return (x.square().mean(-1) + eps).sqrt()
 
 
 def logit_effects(model: "LanguageModel", directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
