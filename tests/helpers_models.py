@@ -7,12 +7,14 @@ parameter, norm gains and biases too, is random, so that a missing `1 + w` or a 
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -153,6 +155,71 @@ def tiny_folder(kind: str) -> Path:
 
 
 @functools.cache
-def tiny_model(kind: str, attention: Any = "sdpa") -> LanguageModel:
+def tiny_model(kind: str, attention: Any = None) -> LanguageModel:
     """The tiny model as the workbench loads it: float32 on the CPU."""
     return LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32", attention=attention)
+
+
+@functools.cache
+def tiny_gguf() -> Path:
+    """The tiny Llama as a GGUF file (float32), with the byte-level tokenizer."""
+    model = tiny_model("llama").hf
+    tokenizer = tiny_model("gpt2").tokenizer
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    path = _root() / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    for name, tensor in model.state_dict().items():
+        layer = re.match(r"model\.layers\.(\d+)\.(.*)\.weight", name)
+        new = f"blk.{layer[1]}.{names[layer[2]]}" if layer else names[name.removesuffix(".weight")]
+        writer.add_tensor(f"{new}.weight", tensor.numpy())
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens += [f"<unused{place}>" for place in range(config.vocab_size - len(tokens))]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class TinyDictionary(torch.nn.Module):
+    """A random ReLU dictionary that satisfies `scope.models.Dictionary` and nothing more."""
+
+    def __init__(self, hook_name: str, d_in: int = 32, d_sae: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.hook_name, self.d_in, self.d_sae = hook_name, d_in, d_sae
+        self.W_enc = torch.nn.Parameter(torch.randn(d_in, d_sae, generator=generator) * 0.1)
+        self.W_dec = torch.nn.Parameter(torch.randn(d_sae, d_in, generator=generator) * 0.1)
+        self.b_dec = torch.nn.Parameter(torch.randn(d_in, generator=generator) * 0.1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu((x - self.b_dec) @ self.W_enc)
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x))

@@ -50,7 +50,7 @@ class LanguageModel:
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
-        attention: Literal["sdpa", "eager"] = "sdpa",
+        attention: Literal["sdpa", "eager"] | None = None,
         allow_download: bool = False,
     ) -> "LanguageModel":
         """Load a model.
@@ -60,7 +60,8 @@ class LanguageModel:
             revision: branch, tag or commit of a model from the hub.
             device: where it runs; CUDA where there is one.
             dtype: in which it computes; "auto" is bfloat16 where the hardware has it, else float32.
-            attention: "sdpa" is fast, "eager" equals TransformerLens to the last digits.
+            attention: "sdpa" is fast and the default where the architecture has it (Gemma 2 has not); "eager" equals
+                TransformerLens to the last digits.
             allow_download: get what is not on this machine from the Hugging Face hub.
 
         Raises:

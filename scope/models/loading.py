@@ -194,7 +194,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_causal_lm(files: ModelFiles, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+def load_causal_lm(files: ModelFiles, device: torch.device, dtype: torch.dtype, attention: str | None) -> Any:
     """The Hugging Face model, ready to run: on its device, frozen, in evaluation mode.
 
     Raises:
