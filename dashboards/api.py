@@ -20,7 +20,9 @@ def register(server: Flask, context: Context) -> None:
         try:
             index = context.index(request.args.get("index", ""))
             feature = request.args.get("feature")
-            detail = token_detail(index, _row(request.args.get("row", "")), feature=feature_id(index, feature) if feature else None)
+            detail = token_detail(
+                index, _row(request.args.get("row", "")), feature=feature_id(index, feature) if feature else None
+            )
         except ScopeError as problem:
             return jsonify({"error": str(problem)}), 400
         answer: dict[str, Any] = {"row": detail.row, "n_features": detail.n_features, "features": detail.features}

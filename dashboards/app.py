@@ -98,8 +98,6 @@ def serve(workspace: "Workspace | str", host: str = "127.0.0.1", port: int = 805
     waitress.serve(app.server, host=host, port=port, threads=THREADS, ident=None)
 
 
-
-
 def draw(context: Context, view: View) -> Page:
     """Draw a view; an error becomes the page."""
     try:

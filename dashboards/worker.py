@@ -113,7 +113,7 @@ class ModelWorker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="model-worker", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            self._changed.notify_all()
             return job
 
     def get(self, id: str) -> Job | None:
@@ -129,11 +129,24 @@ class ModelWorker:
                     )
             return job
 
+    def result(self, key: object) -> Any:
+        """What the job with this key has found, as far as one is done and still known; else None."""
+        with self._changed:
+            for job in reversed(self._jobs.values()):
+                if job.key == key and job.state is JobState.DONE:
+                    return job.result
+        return None
+
     def position(self, job: Job) -> int:
         """How many requests are served before this one (0: it is next, or running)."""
         with self._changed:
             busy = int(self._running is not None and self._running is not job)
             return self._queue.index(job) + busy if job in self._queue else 0
+
+    def wait(self, job: Job, timeout: float) -> None:
+        """Block until a job has ended, at most `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not job.pending, timeout)
 
     def cancel(self, id: str) -> None:
         """Call a job off. One that has ended stays as it is."""
@@ -164,3 +177,4 @@ class ModelWorker:
                 if job.pending:
                     job.result, job.error = result, error
                     job.state = JobState.DONE if error is None else JobState.FAILED
+                self._changed.notify_all()

@@ -3,6 +3,8 @@ show (right-to-left text, Japanese, a token that is part of a character, `<scrip
 feature that never fires)."""
 
 import re
+import threading
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,21 +17,48 @@ from scope.errors import OutOfRangeError, UnknownNameError
 from scope.features.examples import Example, Examples
 
 TEXTS = [
-    ("Alice", "gutenberg", "en", "Alice was beginning to get very tired of sitting by her sister on the bank, and of "
-     "having nothing to do: once or twice she had peeped into the book her sister was reading, but it had no pictures "
-     "or conversations in it, “and what is the use of a book,” thought Alice, “without pictures or conversations?”\n"
-     "So she was considering in her own mind, as well as she could, for the hot day made her feel very sleepy.\n"),
-    ("sockets.py", "code", "code", "def serve(host, port):\n    with socket.socket() as server:\n        server.bind((host, port))\n"
-     "        # <script>alert('xss')</script> is only text\n        for line in server:\n            del line\n"),
-    ("ألف ليلة وليلة", "handbook", "ar", "يُحكى أنه كان في قديم الزمان ملك من ملوك ساسان بجزائر الهند والصين، صاحب جند وأعوان "
-     "وخدم وحشم له ولدان أحدهما كبير والآخر صغير، وكانا فارسين بطلين وكان الكبير أفرس من الصغير."),
-    ("吾輩は猫である", "handbook", "ja", "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で"
-     "ニャーニャー泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。"),
-    ("Handbook of <b>markup</b> & more", "handbook", "en", "The handbook says: write <script>alert(1)</script> and it shows as text. "
-     "Every page of the book is translated into twenty-six languages, and every language has the same pages.\n\n"),
+    (
+        "Alice",
+        "gutenberg",
+        "en",
+        "Alice was beginning to get very tired of sitting by her sister on the bank, and of "
+        "having nothing to do: once or twice she had peeped into the book her sister was reading, but it had no pictures "
+        "or conversations in it, “and what is the use of a book,” thought Alice, “without pictures or conversations?”\n"
+        "So she was considering in her own mind, as well as she could, for the hot day made her feel very sleepy.\n",
+    ),
+    (
+        "sockets.py",
+        "code",
+        "code",
+        "def serve(host, port):\n    with socket.socket() as server:\n        server.bind((host, port))\n"
+        "        # <script>alert('xss')</script> is only text\n        for line in server:\n            del line\n",
+    ),
+    (
+        "ألف ليلة وليلة",
+        "handbook",
+        "ar",
+        "يُحكى أنه كان في قديم الزمان ملك من ملوك ساسان بجزائر الهند والصين، صاحب جند وأعوان "
+        "وخدم وحشم له ولدان أحدهما كبير والآخر صغير، وكانا فارسين بطلين وكان الكبير أفرس من الصغير.",
+    ),
+    (
+        "吾輩は猫である",
+        "handbook",
+        "ja",
+        "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で"
+        "ニャーニャー泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。",
+    ),
+    (
+        "Handbook of <b>markup</b> & more",
+        "handbook",
+        "en",
+        "The handbook says: write <script>alert(1)</script> and it shows as text. "
+        "Every page of the book is translated into twenty-six languages, and every language has the same pages.\n\n",
+    ),
 ]
 FEATURES = 96
 DEAD = 7
+GATE = threading.Event()
+"""Lets prompts with "wait" in them go on."""
 LONG_LABEL = 3
 
 
@@ -47,13 +76,30 @@ class FakeIndex:
         self.id = self.fingerprint[:12]
         self.hook_name = "blocks.8.hook_resid_post"
         self.d_sae = FEATURES
-        self.sae_info = {"fingerprint": "5ae0" * 16, "architecture": "topk", "d_in": 640, "d_sae": FEATURES, "k": 8,
-                         "hook_name": self.hook_name, "name": "topk-96"}
-        self.model_info = {"name": "Gemma 3 270M, Q4_K_M dequantised", "revision": None, "weight_hash": "ab" * 32,
-                           "tokenizer_hash": "cd" * 32, "context_size": 256}
+        self.sae_info = {
+            "fingerprint": "5ae0" * 16,
+            "architecture": "topk",
+            "d_in": 640,
+            "d_sae": FEATURES,
+            "k": 8,
+            "hook_name": self.hook_name,
+            "name": "topk-96",
+        }
+        self.model_info = {
+            "name": "Gemma 3 270M, Q4_K_M dequantised",
+            "revision": None,
+            "weight_hash": "ab" * 32,
+            "tokenizer_hash": "cd" * 32,
+            "context_size": 256,
+        }
         self.metrics = {"fvu": 0.2132, "l0": 32.02, "delta_ce": 0.4312, "dead_share": 0.0104}
-        self.manifest = {"format": "feature-index", "version": 1, "fingerprint": self.fingerprint,
-                         "parents": ["5ae0" * 16], "created_by": "scope-workbench 0.1.0"}
+        self.manifest = {
+            "format": "feature-index",
+            "version": 1,
+            "fingerprint": self.fingerprint,
+            "parents": ["5ae0" * 16],
+            "created_by": "scope-workbench 0.1.0",
+        }
         rng = np.random.default_rng(0)
         tokens: list[str] = []
         documents, sequences = [], []
@@ -65,9 +111,11 @@ class FakeIndex:
                 sequences.append((document, document, len(tokens), len(pieces) + 1, 0))
                 tokens += ["<bos>", *pieces]
         self.documents = pd.DataFrame(
-            documents, columns=["document", "title", "source", "language", "license", "n_tokens", "held_out"])
+            documents, columns=["document", "title", "source", "language", "license", "n_tokens", "held_out"]
+        )
         self.sequences = pd.DataFrame(
-            sequences, columns=["sequence", "document", "start_row", "n_rows", "document_offset"])
+            sequences, columns=["sequence", "document", "start_row", "n_rows", "document_offset"]
+        )
         self.languages = ("ar", "code", "en", "ja")
         self.sources = ("code", "gutenberg", "handbook")
         self._tokens = np.array(tokens, dtype=object)
@@ -80,8 +128,9 @@ class FakeIndex:
         for feature in range(FEATURES):
             if feature == DEAD:
                 continue
-            hit = np.isin(self._tokens, words[feature :: FEATURES][: 1 + feature % 4]) | (
-                (rng.random(self.n_rows) < 0.002) & (self._tokens != "<bos>"))
+            hit = np.isin(self._tokens, words[feature::FEATURES][: 1 + feature % 4]) | (
+                (rng.random(self.n_rows) < 0.002) & (self._tokens != "<bos>")
+            )
             self._values[hit, feature] = rng.gamma(3.0, 60.0, hit.sum()).astype(np.float32)
         self.n_firings = int((self._values > 0).sum())
 
@@ -98,17 +147,32 @@ class FakeIndex:
             fired = values[values > 0]
             top = self.top_tokens(feature, 5)
             density = len(fired) / self.n_indexed_rows
-            rows.append({
-                "feature": feature, "n_firings": len(fired), "density": density, "density_low": density * 0.9,
-                "density_high": density * 1.1, "max_value": fired.max(initial=0), "mean_value": fired.mean() if len(fired) else 0.0,
-                "q50": np.median(fired) if len(fired) else 0.0, "top_token": top["token"].iloc[0] if len(top) else "",
-                "top_tokens": list(top["token"]), "top_logits": list(self.top_logits(feature, 5)["token"]),
-                "bottom_logits": list(self.bottom_logits(feature, 5)["token"]),
-                "top_language": self.by_language(feature)["language"].iloc[0] if len(fired) else "",
-                "language_entropy": 1.0, "top_source": "handbook", "dead": len(fired) == 0, "over_dense": density > 0.1,
-                "encoder_decoder_cosine": 0.71, "top_token_share": 0.4, "token_entropy": 2.2, "source_entropy": 1.1,
-                "label": "a very long label " * 11 + "of 200" if feature == LONG_LABEL else "",
-            })
+            rows.append(
+                {
+                    "feature": feature,
+                    "n_firings": len(fired),
+                    "density": density,
+                    "density_low": density * 0.9,
+                    "density_high": density * 1.1,
+                    "max_value": fired.max(initial=0),
+                    "mean_value": fired.mean() if len(fired) else 0.0,
+                    "q50": np.median(fired) if len(fired) else 0.0,
+                    "top_token": top["token"].iloc[0] if len(top) else "",
+                    "top_tokens": list(top["token"]),
+                    "top_logits": list(self.top_logits(feature, 5)["token"]),
+                    "bottom_logits": list(self.bottom_logits(feature, 5)["token"]),
+                    "top_language": self.by_language(feature)["language"].iloc[0] if len(fired) else "",
+                    "language_entropy": 1.0,
+                    "top_source": "handbook",
+                    "dead": len(fired) == 0,
+                    "over_dense": density > 0.1,
+                    "encoder_decoder_cosine": 0.71,
+                    "top_token_share": 0.4,
+                    "token_entropy": 2.2,
+                    "source_entropy": 1.1,
+                    "label": "a very long label " * 11 + "of 200" if feature == LONG_LABEL else "",
+                }
+            )
         return pd.DataFrame(rows)
 
     def info(self) -> dict[str, Any]:
@@ -136,18 +200,33 @@ class FakeIndex:
             start = max(int(sequence.start_row) + 1, row - window[0])
             stop = min(int(sequence.start_row + sequence.n_rows), row + window[1] + 1)
             about = self.documents.iloc[document]
-            made.append(Example(
-                feature, int(row), float(value), tuple(self._tokens[start:stop]),
-                tuple(float(v) for v in values[start:stop]), int(row - start), start, document, about.title,
-                about.source, about.language, int(row - sequence.start_row), int(row - sequence.start_row - 1),
-                int(rank), 1 - rank / max(n, 1)))
+            made.append(
+                Example(
+                    feature,
+                    int(row),
+                    float(value),
+                    tuple(self._tokens[start:stop]),
+                    tuple(float(v) for v in values[start:stop]),
+                    int(row - start),
+                    start,
+                    document,
+                    about.title,
+                    about.source,
+                    about.language,
+                    int(row - sequence.start_row),
+                    int(row - sequence.start_row - 1),
+                    int(rank),
+                    1 - rank / max(n, 1),
+                )
+            )
         return Examples(made)
 
     def top_examples(self, feature: int, n: int = 20, window: tuple[int, int] = (24, 12), **_: Any) -> Examples:
         return self._examples(feature, self.firings(feature, 0, n), window)
 
-    def quantile_examples(self, feature: int, low: float, high: float, n: int = 10, seed: int = 0,
-                          window: tuple[int, int] = (24, 12)) -> Examples:
+    def quantile_examples(
+        self, feature: int, low: float, high: float, n: int = 10, seed: int = 0, window: tuple[int, int] = (24, 12)
+    ) -> Examples:
         fired = self.firings(feature)
         band = fired.iloc[int((1 - high) * len(fired)) : int((1 - low) * len(fired))]
         return self._examples(feature, band.sample(min(n, len(band)), random_state=seed), window)
@@ -155,8 +234,16 @@ class FakeIndex:
     def random_examples(self, feature: int, n: int = 10, seed: int = 0, window: tuple[int, int] = (24, 12)) -> Examples:
         return self.quantile_examples(feature, 0, 1, n, seed, window)
 
-    def examples_in(self, feature: int, n: int = 10, *, language: str | None = None, source: str | None = None,
-                    window: tuple[int, int] = (24, 12), **_: Any) -> Examples:
+    def examples_in(
+        self,
+        feature: int,
+        n: int = 10,
+        *,
+        language: str | None = None,
+        source: str | None = None,
+        window: tuple[int, int] = (24, 12),
+        **_: Any,
+    ) -> Examples:
         fired = self.firings(feature)
         about = self.documents.iloc[self._row_document[fired["row"]]]
         keep = np.ones(len(fired), dtype=bool)
@@ -168,31 +255,57 @@ class FakeIndex:
 
     def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:
         others = [(self._check(feature) + step) % self.d_sae for step in range(1, n + 1)]
-        return pd.DataFrame({"feature": others, "cosine": np.linspace(0.8, 0.1, n),
-                             "top_token": self.table["top_token"].iloc[others].to_numpy(),
-                             "density": self.table["density"].iloc[others].to_numpy()})
+        return pd.DataFrame(
+            {
+                "feature": others,
+                "cosine": np.linspace(0.8, 0.1, n),
+                "top_token": self.table["top_token"].iloc[others].to_numpy(),
+                "density": self.table["density"].iloc[others].to_numpy(),
+            }
+        )
 
     def cofiring(self, feature: int, n: int = 20) -> pd.DataFrame:
         if not len(self.firings(feature, 0, 1)):
-            return self.neighbours(feature, 0).assign(jaccard=[], pmi=[], n_both=[], p_other_given_this=[], p_this_given_other=[])
-        return self.neighbours(feature, n).assign(jaccard=np.linspace(0.5, 0.01, n), pmi=np.linspace(5, 1, n), n_both=7,
-                                                  p_other_given_this=0.5, p_this_given_other=0.25)
+            return self.neighbours(feature, 0).assign(
+                jaccard=[], pmi=[], n_both=[], p_other_given_this=[], p_this_given_other=[]
+            )
+        return self.neighbours(feature, n).assign(
+            jaccard=np.linspace(0.5, 0.01, n),
+            pmi=np.linspace(5, 1, n),
+            n_both=7,
+            p_other_given_this=0.5,
+            p_this_given_other=0.25,
+        )
 
     def top_tokens(self, feature: int, n: int = 20) -> pd.DataFrame:
         values = self._values[:, self._check(feature)]
         rows = np.flatnonzero(values)
         grouped = pd.DataFrame({"token": self._tokens[rows], "value": values[rows]}).groupby("token")["value"]
         table = grouped.agg(["sum", "mean", "count"]).sort_values("sum", ascending=False).head(n).reset_index()
-        return pd.DataFrame({"token": table["token"], "token_id": range(len(table)), "mean_value": table["mean"],
-                             "count": table["count"], "share": table["sum"] / max(table["sum"].sum(), 1e-9), "rate": 0.5})
+        return pd.DataFrame(
+            {
+                "token": table["token"],
+                "token_id": range(len(table)),
+                "mean_value": table["mean"],
+                "count": table["count"],
+                "share": table["sum"] / max(table["sum"].sum(), 1e-9),
+                "rate": 0.5,
+            }
+        )
 
     def top_logits(self, feature: int, n: int = 20) -> pd.DataFrame:
         self._check(feature)
-        return pd.DataFrame({"token": [self._words[(feature * 7 + i) % len(self._words)] for i in range(n)],
-                             "effect": np.linspace(0.031, 0.004, n)})
+        return pd.DataFrame(
+            {
+                "token": [self._words[(feature * 7 + i) % len(self._words)] for i in range(n)],
+                "effect": np.linspace(0.031, 0.004, n),
+            }
+        )
 
     def bottom_logits(self, feature: int, n: int = 20) -> pd.DataFrame:
-        return self.top_logits(feature + 11 if feature + 11 < self.d_sae else 0, n).assign(effect=np.linspace(-0.02, -0.003, n))
+        return self.top_logits(feature + 11 if feature + 11 < self.d_sae else 0, n).assign(
+            effect=np.linspace(-0.02, -0.003, n)
+        )
 
     def _by(self, feature: int, column: str) -> pd.DataFrame:
         fired = self.firings(feature)
@@ -202,9 +315,18 @@ class FakeIndex:
             n_rows = int((self.documents[column].iloc[self._row_document] == name).sum())
             hits = int((about == name).sum())
             rate = hits / n_rows
-            rows.append({column: name, "n_firings": hits, "share": hits / max(len(fired), 1), "n_rows": n_rows,
-                         "rate": rate, "rate_low": rate * 0.8, "rate_high": min(1.0, rate * 1.2 + 1e-5),
-                         "mean_value": float(fired["value"][about == name].mean()) if hits else 0.0})
+            rows.append(
+                {
+                    column: name,
+                    "n_firings": hits,
+                    "share": hits / max(len(fired), 1),
+                    "n_rows": n_rows,
+                    "rate": rate,
+                    "rate_low": rate * 0.8,
+                    "rate_high": min(1.0, rate * 1.2 + 1e-5),
+                    "mean_value": float(fired["value"][about == name].mean()) if hits else 0.0,
+                }
+            )
         return pd.DataFrame(rows).sort_values("rate", ascending=False, ignore_index=True)
 
     def by_language(self, feature: int) -> pd.DataFrame:
@@ -221,8 +343,9 @@ class FakeIndex:
         ids = ids[np.argsort(-values[ids])]
         return pd.DataFrame({"feature": ids, "value": values[ids], "rank": range(len(ids))})
 
-    def query(self, sort: Any = (), filters: Any = None, text: str | None = None, start: int = 0,
-              stop: int | None = None) -> SimpleNamespace:
+    def query(
+        self, sort: Any = (), filters: Any = None, text: str | None = None, start: int = 0, stop: int | None = None
+    ) -> SimpleNamespace:
         table = self.table
         for column, wanted in (filters or {}).items():
             if column not in table:
@@ -230,8 +353,11 @@ class FakeIndex:
             table = table[table[column] == wanted]
         if text:
             low = text.lower()
-            hit = [low in " ".join([*row.top_tokens, *row.top_logits, *row.bottom_logits, row.label]).lower()
-                   or str(row.feature) == low for row in table.itertuples()]
+            hit = [
+                low in " ".join([*row.top_tokens, *row.top_logits, *row.bottom_logits, row.label]).lower()
+                or str(row.feature) == low
+                for row in table.itertuples()
+            ]
             table = table[hit]
         if sort:
             columns, ascending = zip(*sort, strict=True)
@@ -247,8 +373,17 @@ class FakeWorkspace:
         self.path = Path("/nowhere/workspace")
 
     def entries(self, kind: str | None = None) -> list[SimpleNamespace]:
-        entries = [SimpleNamespace(kind="feature-index", id=index.id, name=index.name, path=index.path,
-                                   manifest=index.manifest, problem=None) for index in self._indexes]
+        entries = [
+            SimpleNamespace(
+                kind="feature-index",
+                id=index.id,
+                name=index.name,
+                path=index.path,
+                manifest=index.manifest,
+                problem=None,
+            )
+            for index in self._indexes
+        ]
         return entries if kind in (None, "feature-index") else []
 
     def stores(self) -> list[SimpleNamespace]:
@@ -269,5 +404,102 @@ class FakeWorkspace:
     def parents(self, entry: SimpleNamespace) -> list[SimpleNamespace]:
         return []
 
+    def sae(self, id: str) -> SimpleNamespace:
+        return SimpleNamespace(hook_name="blocks.8.hook_resid_post")
+
+    def model_for(self, index: FakeIndex) -> "FakeModel":
+        return FakeModel(index)
+
     def index(self, id: str) -> FakeIndex:
         return next(index for index in self._indexes if index.id == self.find(id).id)
+
+
+# --- a model that needs no model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FakePromptFeatures:
+    """Stands in for `scope.features.PromptFeatures`."""
+
+    hook_name: str
+    d_sae: int
+    tokens: tuple[str, ...]
+    token_ids: np.ndarray
+    flags: np.ndarray
+    table: pd.DataFrame
+    next_logits: np.ndarray
+    final_residual: np.ndarray
+
+    def at(self, position: int) -> pd.DataFrame:
+        return self.table[self.table["position"] == position]
+
+    def values_of(self, feature: int) -> np.ndarray:
+        values = np.zeros(len(self.tokens), dtype=np.float32)
+        mine = self.table[self.table["feature"] == feature]
+        values[mine["position"]] = mine["value"]
+        return values
+
+
+class FakeModel:
+    """Tokens, vocabulary and logits, seeded; a text with "wait" in it waits for `GATE`."""
+
+    name = "Gemma 3 270M, Q4_K_M dequantised"
+    max_context_size = 2048
+
+    def __init__(self, index: "FakeIndex") -> None:
+        self.index = index
+        self.vocabulary = list(dict.fromkeys(["<bos>", " cold", "cold", " hot", " warm", *index._words]))
+        self.d_vocab = len(self.vocabulary)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(range(1 + len(split(text))))
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        return [
+            [self.vocabulary.index(piece) if piece in self.vocabulary else 1 for piece in split(text)] for text in texts
+        ]
+
+    def vocabulary_strings(self, ids: Any) -> list[str]:
+        return [self.vocabulary[int(id)] for id in ids]
+
+
+def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: Any = None) -> FakePromptFeatures:
+    """Stands in for `scope.features.prompt.features_on_prompt`."""
+    if "wait" in prompt:
+        GATE.wait(60)
+    tokens = ("<bos>", *split(prompt))
+    rng = np.random.default_rng(len(prompt))
+    rows = []
+    for position in range(1, len(tokens)):
+        ids = rng.choice(FEATURES, 8, replace=False)
+        values = np.sort(rng.gamma(3.0, 80.0, 8))[::-1]
+        rows += [
+            (position, tokens[position], int(id), float(value), rank)
+            for rank, (id, value) in enumerate(zip(ids, values, strict=True))
+        ]
+    flags = np.zeros(len(tokens), dtype=np.uint8)
+    flags[0] = 1
+    return FakePromptFeatures(
+        "blocks.8.hook_resid_post",
+        FEATURES,
+        tokens,
+        np.arange(len(tokens)),
+        flags,
+        pd.DataFrame(rows, columns=["position", "token", "feature", "value", "rank"]),
+        rng.normal(0, 2, (len(tokens), model.d_vocab)).astype(np.float32),
+        np.zeros((len(tokens), 4), dtype=np.float32),
+    )
+
+
+def fake_direct_logit_effects(model: Any, sae: Any, features: Any, position: int, target_token: int) -> pd.DataFrame:
+    """Stands in for `scope.attribution.direct.direct_logit_effects`."""
+    here = features.at(position)
+    signs = np.where((here["feature"] + target_token) % 3 == 0, -1.0, 1.0)
+    return pd.DataFrame(
+        {
+            "feature": here["feature"],
+            "position": position,
+            "strength": here["value"],
+            "effect": signs * here["value"] * 0.004,
+        }
+    )

@@ -2,7 +2,7 @@
    `#view` asks for), a change within a page rewrites the address, back and forward draw what it says. */
 (function () {
   "use strict";
-  const { setProps, copy, el } = window.scope;
+  const { setProps, copy } = window.scope;
   let visits = 0;
   let scrollTo = 0;
   let focusMain = false;
@@ -105,6 +105,20 @@
       return window.dash_clientside.no_update;
     },
 
+    /** Run a prompt: the text goes into the address, what was selected in the old one is let go. */
+    runPrompt(clicks, text, request) {
+      if (!clicks || !request) return [window.dash_clientside.no_update, window.dash_clientside.no_update];
+      refine({ text: text || null, token: null, feature: null, target: null }, true);
+      const query = Object.fromEntries(new URL(location.href).searchParams);
+      return [{ index: request.index, text: text || "", run: (request.run || 0) + 1 }, query];
+    },
+
+    /** A typed next token has been found. */
+    chooseTyped(found) {
+      if (found) window.scope.select({ target: found.target });
+      return window.dash_clientside.no_update;
+    },
+
     /** Another index: the same page, about that one. */
     switchIndex(index) {
       const current = new URL(location.href);
@@ -133,9 +147,17 @@
     go(address.href);
   });
 
-  window.scope.errorPanel = (text) => {
-    const panel = el("div", "state error");
-    panel.append(el("p", "", text));
-    return panel;
-  };
+  /* The prompt page: Ctrl-Enter runs, a sample fills the box and runs. */
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea")) {
+      event.preventDefault();
+      document.querySelector("[data-run]")?.click();
+    }
+  });
+  document.addEventListener("click", (event) => {
+    const sample = event.target.closest("[data-sample]");
+    if (!sample) return;
+    setProps("prompt-text", { value: sample.getAttribute("data-sample") });
+    setTimeout(() => document.querySelector("[data-run]")?.click(), 0);
+  });
 })();

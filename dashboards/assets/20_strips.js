@@ -9,18 +9,23 @@
   const { el, setProps } = window.scope;
   const specs = new WeakMap();
 
+  /** The blank before a word stays uncoloured, so that the highlight begins where the word does. */
   function fillToken(span, token) {
-    for (const piece of token.split(/(\n|\t|\r)/)) {
+    const word = token.replace(/^ +(?=\S)/, "");
+    if (word.length < token.length) span.append(document.createTextNode(token.slice(0, token.length - word.length)));
+    const ink = el("span", "ink");
+    for (const piece of word.split(/(\n|\t|\r)/)) {
       if (!piece) continue;
       if (piece === "\n" || piece === "\r") {
-        span.append(el("span", "mark", "⏎"));
-        span.append(el("span", "break", "\n"));
+        ink.append(el("span", "mark", "⏎"));
+        ink.append(el("span", "break", "\n"));
       } else if (piece === "\t") {
-        span.append(el("span", "mark", "⇥"), document.createTextNode("\t"));
+        ink.append(el("span", "mark", "⇥"), document.createTextNode("\t"));
       } else {
-        span.append(document.createTextNode(piece));
+        ink.append(document.createTextNode(piece));
       }
     }
+    span.append(ink);
   }
 
   function build(strip) {
@@ -44,7 +49,10 @@
       fillToken(span, token);
       if (special.has(place)) span.classList.add("special");
       if (spec.parts && spec.parts[place]) span.classList.add("part");
-      if (spec.pick) span.setAttribute("role", "option");
+      if (spec.pick) {
+        span.setAttribute("role", "option");
+        if (!token.trim()) span.setAttribute("aria-label", token.includes("\n") ? "line break" : "blank");
+      }
       fragment.append(span);
     });
     strip.append(fragment);

@@ -94,7 +94,10 @@ def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.
                 [
                     html.Span(
                         className="whisker",
-                        style={"--low": f"{row['rate_low'] / end:.3f}", "--high": f"{min(1, row['rate_high'] / end):.3f}"},
+                        style={
+                            "--low": f"{row['rate_low'] / end:.3f}",
+                            "--high": f"{min(1, row['rate_high'] / end):.3f}",
+                        },
                     )
                 ]
                 if row["n_firings"]
@@ -110,6 +113,11 @@ def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.
     shown = [html.Ul(rows[:limit], className="bars")]
     if len(rows) > limit:
         shown.append(
-            html.Details([html.Summary(f"{len(rows) - limit} more", className="small muted"), html.Ul(rows[limit:], className="bars")])
+            html.Details(
+                [
+                    html.Summary(f"{len(rows) - limit} more", className="small muted"),
+                    html.Ul(rows[limit:], className="bars"),
+                ]
+            )
         )
     return html.Div(shown)

@@ -19,7 +19,13 @@ def chart(figure: Any, *, id: str, height: int, words: str) -> dcc.Graph:
     """A figure of fixed height, so that nothing jumps when it arrives; `words` is what a screen reader says."""
     figure.update_layout(height=height)
     return dcc.Graph(
-        id=id, figure=figure, config=CONFIG, className="chart", style={"height": height}, responsive=True, **_label(words)
+        id=id,
+        figure=figure,
+        config=CONFIG,
+        className="chart",
+        style={"height": height},
+        responsive=True,
+        **_label(words),
     )
 
 

@@ -69,7 +69,14 @@ def _search(index: str) -> html.Div:
             placeholder="Search features",
             size="xs",
             rightSection=html.Kbd("/"),
-            attributes={"input": {"data-search": "true", "data-focus": "/", "data-index": index, "aria-label": "Search features"}},
+            attributes={
+                "input": {
+                    "data-search": "true",
+                    "data-focus": "/",
+                    "data-index": index,
+                    "aria-label": "Search features",
+                }
+            },
         ),
     )
 
@@ -114,7 +121,12 @@ def shell(theme: str) -> dmc.MantineProvider:
                             html.Div(
                                 className="rail-end",
                                 children=[
-                                    html.Button([icon("keys"), "Keys"], type="button", className="keys-button", **{"data-keys": "true"}),
+                                    html.Button(
+                                        [icon("keys"), "Keys"],
+                                        type="button",
+                                        className="keys-button",
+                                        **{"data-keys": "true"},
+                                    ),
                                     html.Button(
                                         [icon("sun"), icon("moon"), "Theme"],
                                         type="button",

@@ -18,7 +18,11 @@ def empty(title: str, *what_next: Any, command: str | None = None) -> html.Div:
     """An empty state: what is missing, what to do next, and the command to copy."""
     return html.Div(
         className="state",
-        children=[html.H2(title), *(html.P(line, className="muted") for line in what_next), *([code(command)] if command else [])],
+        children=[
+            html.H2(title),
+            *(html.P(line, className="muted") for line in what_next),
+            *([code(command)] if command else []),
+        ],
     )
 
 
@@ -54,7 +58,11 @@ def error(problem: Exception, doing: str, *, way_out: Any = None) -> html.Div:
     return html.Div(
         className="state error",
         role="alert",
-        children=[html.H2(doing), html.P(text, style={"overflowWrap": "anywhere"}), *([way_out] if way_out is not None else [])],
+        children=[
+            html.H2(doing),
+            html.P(text, style={"overflowWrap": "anywhere"}),
+            *([way_out] if way_out is not None else []),
+        ],
     )
 
 

@@ -88,16 +88,41 @@ def _head(index: str, feature: FeatureSummary) -> html.Header:
         className="feature-head",
         children=[
             html.Div(
-                [html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
-                 html.P(title, className="feature-title", dir="auto")],
+                [
+                    html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
+                    html.P(title, className="feature-title", dir="auto"),
+                ],
             ),
             html.Div(
                 className="feature-moves",
                 children=[
-                    link_button(icon("left"), href=feature_link(index, feature.previous), label="Previous feature", className="icon-only", **{"data-key": "ArrowLeft"}),
-                    link_button(icon("right"), href=feature_link(index, feature.next), label="Next feature", className="icon-only", **{"data-key": "ArrowRight"}),
-                    link_button(icon("shuffle"), href=feature_link(index, feature.random), label="A random feature", className="icon-only", **{"data-key": "r"}),
-                    button(icon("link"), label="Copy a link to this view", className="icon-only", **{"data-copy-link": "true"}),
+                    link_button(
+                        icon("left"),
+                        href=feature_link(index, feature.previous),
+                        label="Previous feature",
+                        className="icon-only",
+                        **{"data-key": "ArrowLeft"},
+                    ),
+                    link_button(
+                        icon("right"),
+                        href=feature_link(index, feature.next),
+                        label="Next feature",
+                        className="icon-only",
+                        **{"data-key": "ArrowRight"},
+                    ),
+                    link_button(
+                        icon("shuffle"),
+                        href=feature_link(index, feature.random),
+                        label="A random feature",
+                        className="icon-only",
+                        **{"data-key": "r"},
+                    ),
+                    button(
+                        icon("link"),
+                        label="Copy a link to this view",
+                        className="icon-only",
+                        **{"data-copy-link": "true"},
+                    ),
                 ],
             ),
         ],
@@ -178,8 +203,15 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                     ),
                     select("language", "Any language", opened.languages),
                     select("source", "Any source", opened.sources),
-                    button("⏎", label="Break lines where the text does", className="icon-only tiny", **{"data-break-lines": "true"}),
-                    html.Div([legend(float(feature.row["max_value"])), define("strength")], className="push legend-with-help"),
+                    button(
+                        "⏎",
+                        label="Break lines where the text does",
+                        className="icon-only tiny",
+                        **{"data-break-lines": "true"},
+                    ),
+                    html.Div(
+                        [legend(float(feature.row["max_value"])), define("strength")], className="push legend-with-help"
+                    ),
                 ],
             ),
             html.Div(_examples(context, index, feature.id, wanted), id="examples", **{"aria-live": "polite"}),
@@ -211,7 +243,9 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
     shown = sum(len(group.examples) for group in groups)
     if not shown:
         where = " and ".join(part for part in (wanted.language, wanted.source) if part) or "this part of the text"
-        return states.empty("No examples", f"The feature does not fire in {where}. Clear the filter to see where it does.")
+        return states.empty(
+            "No examples", f"The feature does not fire in {where}. Clear the filter to see where it does."
+        )
     parts: list[Any] = [example_groups(groups, index, scale)]
     if wanted.show == "random" and not (wanted.language or wanted.source):
         parts.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
@@ -226,19 +260,25 @@ def _side(index: Any, id: str, feature: FeatureSummary) -> list[Any]:
     parts: list[Any] = []
     if feature.fires:
         parts.append(html.Div(_histogram(feature), className="panel"))
-        parts.append(panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share"))
+        parts.append(
+            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
+        )
     parts.append(_logits(feature))
     if feature.fires:
         for name, frame in (("language", feature.by_language), ("source", feature.by_source)):
             links = {str(value): feature_link(id, feature.id, **{name: value}) for value in frame[name]}
-            parts.append(panel(f"By {name}", bars.rate_list(frame, links, 6), unit="firings per 1,000 tokens", term="rate"))
+            parts.append(
+                panel(f"By {name}", bars.rate_list(frame, links, 6), unit="firings per 1,000 tokens", term="rate")
+            )
     if len(feature.neighbours):
         listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}")
         parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
     if len(feature.cofiring):
         title = "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, P(this | it) {p_this_given_other:.3f}"
         parts.append(
-            panel("Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring")
+            panel(
+                "Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring"
+            )
         )
     parts.append(panel("In Python", code(_snippet(index, feature.id))))
     return parts
@@ -252,13 +292,27 @@ def _histogram(feature: FeatureSummary) -> Any:
 
 def _logits(feature: FeatureSummary) -> Any:
     if not len(feature.top_logits):
-        return panel("Direct logit effects", html.P("The index was built without the model, so they are not known. Build it again with the model at hand.", className="muted small"), term="logits")
+        return panel(
+            "Direct logit effects",
+            html.P(
+                "The index was built without the model, so they are not known. Build it again with the model at hand.",
+                className="muted small",
+            ),
+            term="logits",
+        )
     scale = max(feature.top_logits["effect"].abs().max(), feature.bottom_logits["effect"].abs().max())
     two = html.Div(
         className="two",
         children=[
-            html.Div([html.H3("Promotes", className="small muted"), bars.logit_list(feature.top_logits, scale, "positive")]),
-            html.Div([html.H3("Suppresses", className="small muted"), bars.logit_list(feature.bottom_logits, scale, "negative")]),
+            html.Div(
+                [html.H3("Promotes", className="small muted"), bars.logit_list(feature.top_logits, scale, "positive")]
+            ),
+            html.Div(
+                [
+                    html.H3("Suppresses", className="small muted"),
+                    bars.logit_list(feature.bottom_logits, scale, "negative"),
+                ]
+            ),
         ],
     )
     return panel("Direct logit effects", two, unit="logit per unit of strength", term="logits")
@@ -290,7 +344,12 @@ def register(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )
     def choose(
-        show: str, language: str | None, source: str | None, bar: dict[str, Any] | None, now: dict[str, Any], about: dict[str, Any]
+        show: str,
+        language: str | None,
+        source: str | None,
+        bar: dict[str, Any] | None,
+        now: dict[str, Any],
+        about: dict[str, Any],
     ) -> tuple[Any, Any, Any, Any]:
         base = ExampleRequest()
         if ctx.triggered_id == "feature-histogram":

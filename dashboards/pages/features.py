@@ -60,8 +60,11 @@ def render(context: Context, view: View) -> Page:
             html.Div(id="features-problem"),
             grid,
             html.P(
-                ["Density is the share of tokens that a feature fires on ", define("density"),
-                 "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale."],
+                [
+                    "Density is the share of tokens that a feature fires on ",
+                    define("density"),
+                    "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale.",
+                ],
                 className="small muted grid-note",
             ),
         ],
@@ -112,7 +115,9 @@ def _toolbar(view: View, languages: Any, sources: Any) -> html.Div:
 
 
 def _columns(sort: dict[str, bool]) -> list[dict[str, Any]]:
-    def column(field: str, title: str, width: int, renderer: str, *, sortable: bool = False, **more: Any) -> dict[str, Any]:
+    def column(
+        field: str, title: str, width: int, renderer: str, *, sortable: bool = False, **more: Any
+    ) -> dict[str, Any]:
         return {
             "field": field,
             "headerName": title,
@@ -129,7 +134,15 @@ def _columns(sort: dict[str, bool]) -> list[dict[str, Any]]:
         column("feature", "Feature", 92, "FeatureLink", sortable=True, minWidth=84, maxWidth=110),
         column("tokens", "Fires on", 300, "Tokens", minWidth=170, flex=3),
         column("density", "Density", 150, "Density", sortable=True, minWidth=128, maxWidth=190),
-        column("spark", "Strength", 116, "Spark", minWidth=110, maxWidth=130, headerTooltip="How strongly it fires: weak to strong, logarithmic"),
+        column(
+            "spark",
+            "Strength",
+            116,
+            "Spark",
+            minWidth=110,
+            maxWidth=130,
+            headerTooltip="How strongly it fires: weak to strong, logarithmic",
+        ),
         column("max_value", "Max", 92, "Number", sortable=True, minWidth=78, maxWidth=110, type="rightAligned"),
         column("mean_value", "Mean", 92, "Number", sortable=True, minWidth=78, maxWidth=110, type="rightAligned"),
         column("logits", "Promotes", 240, "Logits", minWidth=150, flex=2),

@@ -5,7 +5,7 @@ from typing import Any
 from dash import html
 
 from dashboards.components import states
-from dashboards.components.controls import link_button
+from dashboards.components.controls import code, link_button
 from dashboards.components.stats import stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent
@@ -35,7 +35,9 @@ def render(context: Context, view: View) -> Page:
     else:
         parts.append(_indexes(indexes))
         parts += _table("SAEs", saes, "scope train STORE --hook NAME --arch topk --d-sae 4096 --k 32 --out SAE_DIR")
-        parts += _table("Activation stores", stores, "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE")
+        parts += _table(
+            "Activation stores", stores, "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE"
+        )
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
 
 
@@ -69,7 +71,12 @@ def _index_card(index: Artefact) -> html.Article:
         children=[
             html.Header([html.H3(html.A(facts["name"], href=link)), _health(index)]),
             html.P(
-                [facts["model"], " · ", html.Code(facts["hook"]), f" · {facts['architecture']}, {count(facts['d_sae'])} features"],
+                [
+                    facts["model"],
+                    " · ",
+                    html.Code(facts["hook"]),
+                    f" · {facts['architecture']}, {count(facts['d_sae'])} features",
+                ],
                 className="muted small",
             ),
             stats(_quality(facts)),
@@ -105,7 +112,12 @@ def _quality(facts: Any) -> list[html.Div]:
     d_sae = facts["d_sae"]
     shown.append(stat("dead", percent(facts["dead"] / d_sae), term="dead", title=f"{count(facts['dead'])} features"))
     shown.append(
-        stat("over-dense", percent(facts["over_dense"] / d_sae), term="over_dense", title=f"{count(facts['over_dense'])} features")
+        stat(
+            "over-dense",
+            percent(facts["over_dense"] / d_sae),
+            term="over_dense",
+            title=f"{count(facts['over_dense'])} features",
+        )
     )
     return shown
 
@@ -144,7 +156,11 @@ def _parents(artefact: Artefact) -> str:
 
 def _table(title: str, artefacts: list[Artefact], command: str) -> list[Any]:
     if not artefacts:
-        return [html.Section([html.H2(title), states.empty(f"No {title[0].lower() + title[1:] if title != 'SAEs' else title} here", command=command)])]
+        return [
+            html.Section(
+                [html.H2(title), html.P("None here. One is made with:", className="muted small"), code(command)]
+            )
+        ]
     rows = [
         html.Tr(
             [
@@ -159,7 +175,9 @@ def _table(title: str, artefacts: list[Artefact], command: str) -> list[Any]:
     ]
     head = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "Made from", "Health")]))
     return [
-        html.Section([html.H2(title), html.Div(html.Table([head, html.Tbody(rows)], className="table"), className="scroll")])
+        html.Section(
+            [html.H2(title), html.Div(html.Table([head, html.Tbody(rows)], className="table"), className="scroll")]
+        )
     ]
 
 
@@ -173,5 +191,3 @@ def _describe_row(artefact: Artefact) -> Any:
             words.append(f"{count(facts[name])} {unit}")
     hooks = facts.get("hooks") or ([facts["hook_name"]] if facts.get("hook_name") else [])
     return [" · ".join(words), *([" · ", html.Code(", ".join(map(str, hooks)))] if hooks else [])]
-
-

@@ -1,0 +1,183 @@
+"""Chromium through Playwright, and dashboards served in threads of this process.
+
+Chromium is the one of `CHROMIUM=` or Debian's. Where there is none these tests are skipped; with `CI` set they fail.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import helpers_dashboards as fakes
+
+TIMEOUT = 20_000
+"""Milliseconds."""
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Server:
+    """A dashboard in a thread, at a free port."""
+
+    def __init__(self, workspace: Any) -> None:
+        import waitress
+
+        from dashboards.app import create_app
+
+        app = create_app(workspace)
+        self._server = waitress.create_server(app.server, host="127.0.0.1", port=0, threads=8, ident=None)
+        self.url = f"http://127.0.0.1:{self._server.effective_port}"
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.close()
+
+
+class Visit:
+    """A browser page, and everything that should not have happened on it."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.url = page, url
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", self._dialog)
+        page.on("request", self._request)
+
+    def _dialog(self, dialog: Any) -> None:
+        self.errors.append(f"a dialog opened: {dialog.message}")
+        dialog.dismiss()
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self.url + "/", "data:", "blob:")):
+            self.outside.append(request.url)
+
+    def open(self, path: str, wait_for: str = "#content > *") -> Any:
+        """Go to an address of the dashboard and wait until `wait_for` is there."""
+        self.page.goto(self.url + path)
+        self.page.wait_for_selector(wait_for)
+        return self.page
+
+    def until(self, expression: str) -> None:
+        """Wait until a JavaScript expression holds (the page's own policy forbids Playwright's wait_for_function)."""
+        deadline = time.monotonic() + TIMEOUT / 1000
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            self.page.wait_for_timeout(30)
+
+    def check(self) -> None:
+        """Nothing left the machine, nothing failed, nothing opened."""
+        assert self.outside == []
+        assert self.errors == []
+
+
+def find_chromium() -> str | None:
+    """The browser to drive."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    executable = find_chromium()
+    if executable is None:
+        message = "There is no Chromium: install Debian's chromium, or give one with CHROMIUM=."
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[[Any], Server]]:
+    """Serves workspaces until the session ends."""
+    servers: list[Server] = []
+
+    def start(workspace: Any) -> Server:
+        servers.append(Server(workspace))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def fake_model() -> Iterator[None]:
+    """A `FakeModel` is answered by the fakes; any other model as always."""
+    import scope.attribution.direct as direct
+    import scope.features.prompt as prompt
+
+    real_features, real_direct = prompt.features_on_prompt, direct.direct_logit_effects
+
+    def features(model: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_features_on_prompt if isinstance(model, fakes.FakeModel) else real_features
+        return answer(model, *rest, **more)
+
+    def effects(model: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_direct_logit_effects if isinstance(model, fakes.FakeModel) else real_direct
+        return answer(model, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "features_on_prompt", features)
+        patch.setattr(direct, "direct_logit_effects", effects)
+        yield
+
+
+@pytest.fixture(scope="session")
+def fake_dashboard(serve: Callable[[Any], Server], fake_model: None) -> Server:
+    """A dashboard over the index in memory; a prompt with "wait" in it keeps the model busy until `GATE` opens."""
+    return serve(fakes.FakeWorkspace(fakes.FakeIndex()))
+
+
+@pytest.fixture(scope="session")
+def contexts(browser: Any) -> Iterator[dict[tuple[int, str], Any]]:
+    """One browser context per width and theme, so that scripts are fetched and compiled once."""
+    made: dict[tuple[int, str], Any] = {}
+    yield made
+    for context in made.values():
+        context.close()
+
+
+@pytest.fixture
+def visit(browser: Any, contexts: dict[tuple[int, str], Any], fake_dashboard: Server) -> Iterator[Callable[..., Visit]]:
+    """Opens a tab: `visit(width=390, theme="dark", server=…)`; what it remembers is forgotten afterwards."""
+    pages = []
+
+    def start(width: int = 1440, theme: str = "light", server: Server | None = None) -> Visit:
+        if (width, theme) not in contexts:
+            contexts[width, theme] = browser.new_context(
+                viewport={"width": width, "height": 900 if width > 500 else 844},
+                color_scheme=theme,
+                permissions=["clipboard-read", "clipboard-write"],
+            )
+            contexts[width, theme].set_default_timeout(TIMEOUT)
+        pages.append(contexts[width, theme].new_page())
+        return Visit(pages[-1], (server or fake_dashboard).url)
+
+    yield start
+    for page in pages:
+        if page.url.startswith("http"):
+            page.evaluate("localStorage.clear()")
+        page.close()
