@@ -69,7 +69,7 @@ def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: Model
     app = Dash(
         "dashboards",
         title=NAME,
-        update_title=None,  # type: ignore[arg-type]
+        update_title=None,
         index_string=INDEX,
         assets_ignore=r"^theme\.js$",
         suppress_callback_exceptions=True,

@@ -19,12 +19,13 @@ from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scope.features.index import FeatureIndex
     from scope.features.prompt import PromptFeatures
 
 __all__ = ["MAX_TOKENS", "N_PREDICTIONS", "Analysis", "Prediction", "PromptJobs", "Push", "TypedToken"]
 
 MAX_TOKENS = 512
-"""Longest prompt that the page takes. The logits of every position are held at once: 0.5 GB for this many of Gemma's."""
+"""Longest prompt that the page takes. All its logits are held at once: 0.5 GB with Gemma's vocabulary."""
 N_PREDICTIONS = 10
 CHUNK = 64
 
@@ -120,20 +121,14 @@ class PromptJobs:
         return Analysis(text, replace(found, next_logits=np.empty((0, 0), dtype=np.float32)), predictions)
 
     def _push(self, job: Job, index: str, text: str, token_id: int) -> Push:
-        import pandas as pd
-
         from scope.attribution.direct import direct_logit_effects
 
         analysis = self.context.worker.result(("analyse", index, text)) or self._analyse(job, index, text)
         model, sae = self._loaded(job, index)
         if not 0 <= token_id < model.d_vocab:
             raise UnknownNameError("token", token_id, hint=f"The vocabulary has tokens 0 to {model.d_vocab - 1:,}.")
-        tables = []
-        for position in sorted(set(analysis.features.table["position"])):
-            job.report("tracing the direct paths", int(position), analysis.n_tokens)
-            tables.append(direct_logit_effects(model, sae, analysis.features, int(position), token_id))
-        columns = ["feature", "position", "strength", "effect"]
-        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+        job.report("tracing the direct paths")
+        table = direct_logit_effects(model, sae, analysis.features, None, token_id)
         return Push(token_id, model.vocabulary_strings([token_id])[0], table)
 
     def _typed(self, job: Job, index: str, typed: str) -> TypedToken:
@@ -157,14 +152,22 @@ class PromptJobs:
         if fingerprint not in self._saes:
             job.report("loading the SAE")
             self._saes[fingerprint] = self.context.workspace.sae(fingerprint)
-        name = str(opened.model_info.get("name"))
+        name = str(opened.model_info["name"])
         if name not in self._models:
-            job.report(f"loading {name}; this takes some seconds the first time")
-            self._models[name] = self.context.workspace.model_for(opened)
+            job.report(f"loading {name}, which takes some seconds the first time")
+            self._models[name] = _load_model(opened)
         model = self._models[name]
         if opened.hook_name != self._saes[fingerprint].hook_name:
             raise MismatchError(f"The SAE reads {self._saes[fingerprint].hook_name}, the index {opened.hook_name}.")
         return model, self._saes[fingerprint]
+
+
+def _load_model(index: "FeatureIndex") -> Any:
+    """The model that an index was built from, from this machine."""
+    from scope.models import LanguageModel
+
+    info = index.model_info
+    return LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
 
 
 def _predictions(

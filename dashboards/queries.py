@@ -31,10 +31,13 @@ __all__ = [
     "describe",
     "examples",
     "feature_id",
+    "feature_name",
     "feature_rows",
     "parse_sort",
+    "records",
     "sae_name",
     "summary",
+    "table_row",
     "token_detail",
     "tokens_label",
 ]
@@ -139,7 +142,7 @@ def feature_rows(
     if wanted.source:
         filters["top_source"] = wanted.source
     result = index.query(sort=list(sort), filters=filters, text=wanted.text.strip() or None, start=start, stop=stop)
-    return [_grid_row(index, row) for row in result.rows.to_dict("records")], int(result.total)
+    return [_grid_row(index, row) for row in records(result.rows)], int(result.total)
 
 
 def _grid_row(index: "FeatureIndex", row: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +159,16 @@ def _grid_row(index: "FeatureIndex", row: Mapping[str, Any]) -> dict[str, Any]:
         "over_dense": bool(row["over_dense"]),
         "spark": spark(index.histogram(int(row["feature"]))[1]) if not row["dead"] else [],
     }
+
+
+def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows of a frame, by column name."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def table_row(index: "FeatureIndex", feature: int) -> dict[str, Any]:
+    """One feature's row of `FeatureIndex.table`."""
+    return {str(name): value for name, value in index.table.iloc[feature].items()}
 
 
 def spark(counts: np.ndarray) -> list[float]:
@@ -216,7 +229,7 @@ def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
     others = alive[alive != feature]
     return FeatureSummary(
         id=feature,
-        row=index.table.iloc[feature].to_dict(),
+        row=table_row(index, feature),
         edges=edges,
         counts=counts,
         top_tokens=index.top_tokens(feature, 8),
@@ -236,6 +249,11 @@ def tokens_label(row: Mapping[str, Any], n: int = 4) -> str:
     """A name for a feature that has none: its top tokens, "told · asked · said"."""
     tokens = dict.fromkeys(" ".join(str(token).split()) for token in row["top_tokens"])
     return " · ".join([token for token in tokens if token][:n])
+
+
+def feature_name(row: Mapping[str, Any], n: int = 4) -> str:
+    """The feature's label, or its top tokens where it has none."""
+    return str(row.get("label") or "") or tokens_label(row, n)
 
 
 @dataclass(frozen=True)
@@ -337,7 +355,7 @@ def token_detail(index: "FeatureIndex", row: int, n: int = 8, feature: int | Non
             "feature": int(id),
             "value": float(value),
             "rank": rank_of[int(id)],
-            "label": tokens_label(index.table.iloc[int(id)], 3),
+            "label": feature_name(table_row(index, int(id)), 3),
         }
         for id, value in zip(shown["feature"], shown["value"], strict=True)
     ]

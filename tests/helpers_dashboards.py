@@ -22,8 +22,9 @@ TEXTS = [
         "gutenberg",
         "en",
         "Alice was beginning to get very tired of sitting by her sister on the bank, and of "
-        "having nothing to do: once or twice she had peeped into the book her sister was reading, but it had no pictures "
-        "or conversations in it, “and what is the use of a book,” thought Alice, “without pictures or conversations?”\n"
+        "having nothing to do: once or twice she had peeped into the book her sister was reading, but it had no "
+        "pictures or conversations in it, “and what is the use of a book,” thought Alice, "
+        "“without pictures or conversations?”\n"
         "So she was considering in her own mind, as well as she could, for the hot day made her feel very sleepy.\n",
     ),
     (
@@ -170,7 +171,7 @@ class FakeIndex:
                     "top_token_share": 0.4,
                     "token_entropy": 2.2,
                     "source_entropy": 1.1,
-                    "label": "a very long label " * 11 + "of 200" if feature == LONG_LABEL else "",
+                    "label": ("a very long label " * 12)[:200] if feature == LONG_LABEL else "",
                 }
             )
         return pd.DataFrame(rows)
@@ -407,9 +408,6 @@ class FakeWorkspace:
     def sae(self, id: str) -> SimpleNamespace:
         return SimpleNamespace(hook_name="blocks.8.hook_resid_post")
 
-    def model_for(self, index: FakeIndex) -> "FakeModel":
-        return FakeModel(index)
-
     def index(self, id: str) -> FakeIndex:
         return next(index for index in self._indexes if index.id == self.find(id).id)
 
@@ -491,14 +489,16 @@ def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: A
     )
 
 
-def fake_direct_logit_effects(model: Any, sae: Any, features: Any, position: int, target_token: int) -> pd.DataFrame:
+def fake_direct_logit_effects(
+    model: Any, sae: Any, features: Any, position: int | None, target_token: int
+) -> pd.DataFrame:
     """Stands in for `scope.attribution.direct.direct_logit_effects`."""
-    here = features.at(position)
+    here = features.table if position is None else features.at(position)
     signs = np.where((here["feature"] + target_token) % 3 == 0, -1.0, 1.0)
     return pd.DataFrame(
         {
             "feature": here["feature"],
-            "position": position,
+            "position": here["position"],
             "strength": here["value"],
             "effect": signs * here["value"] * 0.004,
         }

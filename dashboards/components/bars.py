@@ -7,6 +7,7 @@ from dash import html
 from dashboards.components.strip import token
 from dashboards.format import exact, number, percent, plural
 from dashboards.links import feature_link
+from dashboards.queries import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,7 @@ def token_list(frame: "pd.DataFrame") -> html.Ul:
                 _value(percent(row["share"]), row["share"]),
                 title=f"{plural(int(row['count']), 'firing')}, mean strength {number(row['mean_value'])}",
             )
-            for row in frame.to_dict("records")
+            for row in records(frame)
         ],
     )
 
@@ -68,7 +69,7 @@ def feature_list(frame: "pd.DataFrame", index: str, column: str, title: str) -> 
                 _value(number(row[column]), row[column]),
                 title=title.format(**row),
             )
-            for row in frame.to_dict("records")
+            for row in records(frame)
         ],
     )
 
@@ -108,7 +109,7 @@ def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.
                 f"{number(1000 * row['rate_low'])} to {number(1000 * row['rate_high'])} per 1,000"
             ),
         )
-        for row in frame.to_dict("records")
+        for row in records(frame)
     ]
     shown = [html.Ul(rows[:limit], className="bars")]
     if len(rows) > limit:

@@ -10,11 +10,11 @@ from dash import html
 
 from dashboards.components.controls import define
 from dashboards.components.firings import choice, firing_list, prediction_chips
-from dashboards.components.strip import legend, token, token_strip
+from dashboards.components.strip import Kind, legend, token, token_strip
 from dashboards.format import plural
 from dashboards.links import feature_link
 from dashboards.prompts import Analysis, Push
-from dashboards.queries import tokens_label
+from dashboards.queries import feature_name, table_row
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
@@ -113,7 +113,7 @@ def _strip_values(view: PromptView) -> tuple[np.ndarray, str]:
 
 def _strip_part(view: PromptView) -> html.Section:
     values, words = _strip_values(view)
-    kind = "effect" if view.by_effect else "activation"
+    kind: Kind = "effect" if view.by_effect else "activation"
     size = np.abs(values)
     # A few tokens (sinks) can be a hundred times as strong as the rest; they are cut off where that happens.
     scale = float(min(size.max(initial=0.0), 4 * np.quantile(size, 0.9))) if view.feature is None else 0.0
@@ -168,7 +168,7 @@ def _feature_note(view: PromptView) -> html.P | None:
         className="small muted",
         children=[
             html.A(f"Feature {view.feature}", href=feature_link(view.index.id, view.feature)),
-            f" ({tokens_label(view.index.table.iloc[view.feature], 4)}) fires on {plural(fires, 'token')} of this prompt.",
+            f" ({feature_name(table_row(view.index, view.feature))}) fires on {plural(fires, 'token')} of this prompt.",
         ],
     )
 
@@ -179,12 +179,11 @@ def _rows(view: PromptView) -> list[dict[str, Any]]:
     if view.push is not None:
         here = view.push.table[view.push.table["position"] == view.position]
         effects = dict(zip(here["feature"].astype(int), here["effect"].astype(float), strict=True))
-    labels = view.index.table
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "feature": int(feature),
             "value": float(value),
-            "label": str(labels.iloc[int(feature)].get("label") or "") or tokens_label(labels.iloc[int(feature)], 5),
+            "label": feature_name(table_row(view.index, int(feature)), 5),
             "effect": effects.get(int(feature), 0.0),
         }
         for feature, value in zip(found["feature"], found["value"], strict=True)

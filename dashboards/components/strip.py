@@ -5,7 +5,7 @@ nodes: a page with thousands of tokens costs Dash one component per strip, and m
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from dash import html
@@ -19,7 +19,7 @@ Kind = Literal["activation", "effect", "count"]
 
 def token_strip(
     tokens: Sequence[str],
-    values: Sequence[float],
+    values: Iterable[float],
     *,
     scale: float,
     kind: Kind = "activation",

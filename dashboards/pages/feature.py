@@ -23,8 +23,8 @@ from dashboards.queries import (
     band_of_bin,
     examples,
     feature_id,
+    feature_name,
     summary,
-    tokens_label,
 )
 from scope.figures import activation_histogram, histogram_frame
 
@@ -82,8 +82,7 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
 
 
 def _head(index: str, feature: FeatureSummary) -> html.Header:
-    label = str(feature.row.get("label") or "")
-    title = label or tokens_label(feature.row, 5)
+    title = feature_name(feature.row, 5)
     return html.Header(
         className="feature-head",
         children=[
@@ -96,26 +95,19 @@ def _head(index: str, feature: FeatureSummary) -> html.Header:
             html.Div(
                 className="feature-moves",
                 children=[
-                    link_button(
-                        icon("left"),
-                        href=feature_link(index, feature.previous),
-                        label="Previous feature",
-                        className="icon-only",
-                        **{"data-key": "ArrowLeft"},
-                    ),
-                    link_button(
-                        icon("right"),
-                        href=feature_link(index, feature.next),
-                        label="Next feature",
-                        className="icon-only",
-                        **{"data-key": "ArrowRight"},
-                    ),
-                    link_button(
-                        icon("shuffle"),
-                        href=feature_link(index, feature.random),
-                        label="A random feature",
-                        className="icon-only",
-                        **{"data-key": "r"},
+                    *(
+                        link_button(
+                            icon(name),
+                            href=feature_link(index, other),
+                            label=words,
+                            className="icon-only",
+                            **{"data-key": key},
+                        )
+                        for name, other, words, key in (
+                            ("left", feature.previous, "Previous feature", "ArrowLeft"),
+                            ("right", feature.next, "Next feature", "ArrowRight"),
+                            ("shuffle", feature.random, "A random feature", "r"),
+                        )
                     ),
                     button(
                         icon("link"),
@@ -161,9 +153,9 @@ def _no_firings(index: Any, id: str, feature: FeatureSummary) -> html.Div:
         [
             states.empty(
                 "This feature never fires",
-                f"It is zero on all {count(index.n_indexed_rows)} tokens of this index, so there are no examples. What it "
-                "would promote and which features point the same way is still known. A larger text may wake it: index "
-                "more documents, or look at another feature.",
+                f"It is zero on all {count(index.n_indexed_rows)} tokens of this index, so there are no examples. What "
+                "it would promote and which features point the same way is still known. A larger text may wake it: "
+                "index more documents, or look at another feature.",
             ),
             link_button("A random feature that fires", href=feature_link(id, feature.random), className="main-action"),
         ]
@@ -274,7 +266,10 @@ def _side(index: Any, id: str, feature: FeatureSummary) -> list[Any]:
         listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}")
         parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
     if len(feature.cofiring):
-        title = "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, P(this | it) {p_this_given_other:.3f}"
+        title = (
+            "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, "
+            "P(this | it) {p_this_given_other:.3f}"
+        )
         parts.append(
             panel(
                 "Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring"

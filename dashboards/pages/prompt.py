@@ -185,8 +185,8 @@ def register(app: Dash, context: Context) -> None:
         index, text = asked["index"], asked["text"]
         analysis = context.worker.result(("analyse", index, text))
         if analysis is None:
-            pending = bool(now) and (job := context.worker.get(now.get("analysis", ""))) is not None and job.pending
-            return states.skeleton(34, 34, 220) if pending else []
+            job = context.worker.get((now or {}).get("analysis", ""))
+            return states.skeleton(34, 34, 220) if job is not None and job.pending else []
         selection = Selection.of(query)
         push = context.worker.result(("push", index, text, selection.target)) if selection.target is not None else None
         try:

@@ -81,8 +81,8 @@ def _index_card(index: Artefact) -> html.Article:
             ),
             stats(_quality(facts)),
             html.P(
-                f"{count(facts['n_firings'])} firings on {count(facts['n_rows'])} tokens of {count(facts['n_documents'])} "
-                f"documents in {len(facts['languages'])} languages",
+                f"{count(facts['n_firings'])} firings on {count(facts['n_rows'])} tokens of "
+                f"{count(facts['n_documents'])} documents in {len(facts['languages'])} languages",
                 className="small muted",
             ),
             html.Div(

@@ -125,10 +125,12 @@ def serve() -> Iterator[Callable[[Any], Server]]:
 
 @pytest.fixture(scope="session")
 def fake_model() -> Iterator[None]:
-    """A `FakeModel` is answered by the fakes; any other model as always."""
+    """A `FakeIndex` gets a `FakeModel`, and that is answered by the fakes; any other model as always."""
+    import dashboards.prompts as prompts
     import scope.attribution.direct as direct
     import scope.features.prompt as prompt
 
+    real_load = prompts._load_model
     real_features, real_direct = prompt.features_on_prompt, direct.direct_logit_effects
 
     def features(model: Any, *rest: Any, **more: Any) -> Any:
@@ -139,7 +141,11 @@ def fake_model() -> Iterator[None]:
         answer = fakes.fake_direct_logit_effects if isinstance(model, fakes.FakeModel) else real_direct
         return answer(model, *rest, **more)
 
+    def load(index: Any) -> Any:
+        return fakes.FakeModel(index) if isinstance(index, fakes.FakeIndex) else real_load(index)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "_load_model", load)
         patch.setattr(prompt, "features_on_prompt", features)
         patch.setattr(direct, "direct_logit_effects", effects)
         yield

@@ -1,0 +1,163 @@
+"""What the pages show, as plain objects: addresses, numbers, grid rows, examples."""
+
+import json
+
+import helpers_dashboards as fakes
+import numpy as np
+import pytest
+from dash import html
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboards import links, queries
+from dashboards.components.prompt_view import Selection
+from dashboards.components.strip import token, token_strip
+from dashboards.format import duration, percent, plural
+from dashboards.glossary import GLOSSARY
+from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def index() -> fakes.FakeIndex:
+    return fakes.FakeIndex(repeats=3)
+
+
+def plain(component: object) -> str:
+    """All text of a component."""
+    if isinstance(component, str):
+        return component
+    if isinstance(component, list | tuple):
+        return "".join(plain(child) for child in component)
+    children = getattr(component, "children", None)
+    return "" if children is None else plain(children)
+
+
+@given(text=st.text(min_size=1), feature=st.integers(0, 10**6))
+def test_an_address_is_read_as_it_was_written(text: str, feature: int) -> None:
+    address = links.prompt_link("ab12", text=text, feature=feature)
+    path, _, search = address.partition("?")
+    view = links.parse(path, "?" + search)
+    assert (view.page, view.index, view.get("text"), view.get("feature")) == ("prompt", "ab12", text, str(feature))
+
+
+@pytest.mark.parametrize(
+    ("path", "page", "target"),
+    [
+        ("/", "workspace", ""),
+        ("/features", "features", ""),
+        ("/feature/12", "feature", "12"),
+        ("/x", "", ""),
+        (None, "workspace", ""),
+    ],
+)
+def test_paths(path: str | None, page: str, target: str) -> None:
+    view = links.parse(path, None)
+    assert (view.page, view.target) == (page, target)
+
+
+def test_selection_ignores_what_cannot_be_read() -> None:
+    assert Selection.of({"token": "3", "feature": "-1", "target": "x", "sort": "effect"}) == Selection(
+        3, None, None, "effect", ""
+    )
+    assert Selection.of(None) == Selection()
+
+
+def test_numbers_in_words() -> None:
+    assert percent(0.1234) == "12.3%"
+    assert percent(float("nan")) == "–"
+    assert (plural(1, "token"), plural(1200, "token")) == ("1 token", "1,200 tokens")
+    assert (duration(0.42), duration(61), duration(600)) == ("0.4 s", "61 s", "10 min")
+
+
+def test_grid_rows_are_a_slice_and_json(index: fakes.FakeIndex) -> None:
+    rows, total = queries.feature_rows(index, queries.FeatureFilter(), [("density", False)], 10, 20)
+    assert (len(rows), total) == (10, fakes.FEATURES)
+    json.dumps(rows)
+    densities = [row["density"] for row in rows]
+    assert densities == sorted(densities, reverse=True)
+    dead, total = queries.feature_rows(index, queries.FeatureFilter(show="dead"), [], 0, 10)
+    assert total == 1
+    assert (dead[0]["feature"], dead[0]["spark"]) == (fakes.DEAD, [])
+    found, _ = queries.feature_rows(index, queries.FeatureFilter(text="script", language="ja"), [], 0, 99)
+    assert all(row["top_language"] == "ja" for row in found)
+
+
+def test_sorting_takes_known_columns_only() -> None:
+    assert queries.parse_sort("density:desc,feature:asc") == [("density", False), ("feature", True)]
+    assert queries.parse_sort("path:desc,,x") == []
+
+
+@pytest.mark.parametrize("text", ["-1", "96", "1.5", "", "x", "٣", "1e1", " 1"])
+def test_feature_ids_that_do_not_exist_are_refused_with_the_valid_range(index: fakes.FakeIndex, text: str) -> None:
+    with pytest.raises(OutOfRangeError, match="0 to 95"):
+        queries.feature_id(index, text)
+
+
+def test_examples_come_in_the_groups_that_were_asked_for(index: fakes.FakeIndex) -> None:
+    (top,) = queries.examples(index, 2, queries.ExampleRequest(n=5))
+    assert len(top.examples) == 5
+    bands = queries.examples(index, 2, queries.ExampleRequest("quantiles"))
+    strongest = [max(example.value for example in band.examples) for band in bands]
+    assert strongest == sorted(strongest, reverse=True)
+    (arabic,) = queries.examples(index, 15, queries.ExampleRequest(language="ar"))
+    assert {example.language for example in arabic.examples} == {"ar"}
+    (none,) = queries.examples(index, fakes.DEAD, queries.ExampleRequest())
+    assert none.examples == ()
+    with pytest.raises(UnknownNameError, match="language"):
+        queries.examples(index, 2, queries.ExampleRequest(language="xx"))
+    with pytest.raises(InvalidInputError, match="best"):
+        queries.examples(index, 2, queries.ExampleRequest("best"))
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=30))
+def test_a_bar_of_the_histogram_is_a_band_of_quantiles(counts: list[int]) -> None:
+    array = np.array(counts)
+    if not array.sum():
+        with pytest.raises(OutOfRangeError):
+            queries.band_of_bin(array, 0)
+        return
+    bands = [queries.band_of_bin(array, bin) for bin in range(len(counts))]
+    assert bands[0][0] == 0
+    assert bands[-1][1] == 1
+    widths = [(high - low) * array.sum() for low, high in bands]
+    assert widths == pytest.approx(counts)
+
+
+def test_token_detail_lists_the_feature_whatever_its_rank(index: fakes.FakeIndex) -> None:
+    row = int(index.firings(2, 0, 1)["row"].iloc[0])
+    detail = queries.token_detail(index, row, n=1, feature=2)
+    assert 2 in [one["feature"] for one in detail.features]
+    ranks = {one["feature"]: one["rank"] for one in detail.features}
+    assert ranks[2] == list(index.features_at(row)["feature"]).index(2) + 1
+
+
+def test_a_long_label_is_the_name_of_its_feature(index: fakes.FakeIndex) -> None:
+    assert len(queries.summary(index, fakes.LONG_LABEL).row["label"]) == 200
+    assert queries.feature_name(queries.table_row(index, fakes.LONG_LABEL)).startswith("a very long label")
+    assert "·" in queries.feature_name(queries.table_row(index, 2), 3)
+
+
+def test_an_index_that_cannot_be_read_is_shown_with_its_problem(index: fakes.FakeIndex) -> None:
+    entry = fakes.FakeWorkspace(index).indexes()[0]
+    entry.problem = "it is broken"
+    artefact = queries.describe(fakes.FakeWorkspace(index), entry)
+    assert artefact.problem == "it is broken"
+
+
+@given(st.text())
+def test_a_token_keeps_its_text(text: str) -> None:
+    drawn = plain(token(text))
+    assert drawn.replace("⏎", "\n").replace("⇥", "\t").replace("␍", "\r").replace("␣", " ") == text.replace(
+        "⏎", "\n"
+    ).replace("⇥", "\t").replace("␍", "\r").replace("␣", " ")
+
+
+def test_a_strip_is_one_component_and_carries_its_text_as_data() -> None:
+    strip = token_strip(["<b>", " x"], [0.0, 2.0], scale=2.0)
+    assert isinstance(strip, html.Div)
+    assert not getattr(strip, "children", None)
+    assert json.loads(strip.to_plotly_json()["props"]["data-strip"])["t"] == ["<b>", " x"]
+
+
+def test_every_definition_is_a_sentence() -> None:
+    assert all(entry.definition.endswith(".") for entry in GLOSSARY.values())
