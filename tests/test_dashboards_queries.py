@@ -134,7 +134,7 @@ def test_token_detail_lists_the_feature_whatever_its_rank(index: fakes.FakeIndex
 def test_a_long_label_is_the_name_of_its_feature(index: fakes.FakeIndex) -> None:
     assert len(queries.summary(index, fakes.LONG_LABEL).row["label"]) == 200
     assert queries.feature_name(queries.table_row(index, fakes.LONG_LABEL)).startswith("a very long label")
-    assert "·" in queries.feature_name(queries.table_row(index, 2), 3)
+    assert queries.feature_name({"top_tokens": [" told", "\n", "asked", " told"]}) == "told · asked"
 
 
 def test_an_index_that_cannot_be_read_is_shown_with_its_problem(index: fakes.FakeIndex) -> None:

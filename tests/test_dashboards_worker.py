@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dashboards.worker import CalledOffError, Job, JobState, ModelWorker
+from dashboards.worker import MAX_QUEUED, CalledOffError, Job, JobState, ModelWorker
 from scope.errors import InvalidInputError
 
 LONG = 20.0
@@ -97,11 +97,12 @@ def test_a_job_that_takes_too_long_is_answered(gate: threading.Event) -> None:
 
 def test_a_full_queue_is_refused_and_old_results_are_forgotten(gate: threading.Event) -> None:
     worker = ModelWorker()
-    worker.submit("blocker", lambda job: gate.wait(LONG))
-    jobs = []
+    started = threading.Event()
+    worker.submit("blocker", lambda job: (started.set(), gate.wait(LONG)))
+    assert started.wait(LONG)
+    jobs = [worker.submit(n, lambda job: None) for n in range(MAX_QUEUED)]
     with pytest.raises(InvalidInputError, match="already wait"):
-        for n in range(100):
-            jobs.append(worker.submit(n, lambda job: None))
+        worker.submit("one more", lambda job: None)
     gate.set()
     worker.wait(jobs[-1], LONG)
     for n in range(1000, 1100):
