@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scope.models.hooks import HookPoint, HookTable
     from scope.models.language_model import LanguageModel
     from scope.models.run import EditContext, EditFunction, Generation, RunResult
-    from scope.models.tokens import TokenText
+    from scope.models.token_text import TokenText
 
 __all__ = [
     "Dictionary",
@@ -37,7 +37,7 @@ _HOMES = {
     "HookTable": "hooks",
     "LanguageModel": "language_model",
     "RunResult": "run",
-    "TokenText": "tokens",
+    "TokenText": "token_text",
 }
 
 

@@ -5,9 +5,7 @@ and with byte fallback (Gemma) a character may be spread over several tokens. Su
 and which share of it the token is: "é" spread over two tokens reads "é ¹⁄₂", "é ²⁄₂".
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,38 +13,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from scope.errors import InvalidInputError, OutOfRangeError
+from scope.models.token_text import BYTE_TOKEN, TokenText, characters_of, texts_of
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
 __all__ = ["TokenReader", "TokenText", "prompt_ids"]
-
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """A token as it stands in a text. The `new_text`s of a text's tokens, joined, are the text."""
-
-    id: int
-    text: str
-    """All characters that the token has a byte of, spaces kept. Bytes that are no text are shown as <0x9C>."""
-    new_text: str
-    """The characters that begin in this token."""
-    part: tuple[int, int] | None
-    """(k, n): the token is the k-th of n tokens that share a character. None where all its characters are whole."""
-    special: bool
-    """A special token, such as <bos>."""
-
-    @property
-    def display(self) -> str:
-        """The text, followed by the share of a character where the token is one: "é ¹⁄₂"."""
-        if self.part is None:
-            return self.text
-        k, n = self.part
-        return f"{self.text} {str(k).translate(SUPERSCRIPT)}⁄{str(n).translate(SUBSCRIPT)}"
 
 
 class TokenReader:
@@ -75,7 +47,7 @@ class TokenReader:
 
     def vocabulary_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself: Gemma's `▁the` is " the", bytes that are no text are shown as <0x9C>."""
-        return ["".join(character for *_, character in _characters(self._bytes_of(token))) for token in ids]
+        return ["".join(character for *_, character in characters_of(self._bytes_of(token))) for token in ids]
 
     def _bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for."""
@@ -91,49 +63,6 @@ class TokenReader:
             return bytes(self._byte_level[character] for character in piece)
         byte = BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
-
-
-def texts_of(ids: Sequence[int], pieces: Sequence[bytes], special_ids: frozenset[int]) -> list[TokenText]:
-    """The tokens of a text, given the bytes that each stands for."""
-    characters = _characters(b"".join(pieces))
-    owners = [owner for owner, piece in enumerate(pieces) for _ in piece]
-    texts: list[list[str]] = [[] for _ in pieces]
-    new: list[list[str]] = [[] for _ in pieces]
-    parts: dict[int, tuple[int, int]] = {}
-    for start, stop, character in characters:
-        sharers = sorted(set(owners[start:stop]))
-        new[sharers[0]].append(character)
-        for k, owner in enumerate(sharers, start=1):
-            texts[owner].append(character)
-            if len(sharers) > 1:
-                parts.setdefault(owner, (k, len(sharers)))
-    return [
-        TokenText(token, "".join(text), "".join(begun), parts.get(i), token in special_ids)
-        for i, (token, text, begun) in enumerate(zip(map(int, ids), texts, new, strict=True))
-    ]
-
-
-def _characters(content: bytes) -> list[tuple[int, int, str]]:
-    """(start, stop, character) of each character of some bytes; a byte that is no part of one stands alone."""
-    characters = []
-    at = 0
-    while at < len(content):
-        width = _utf8_width(content[at])
-        try:
-            characters.append((at, at + width, content[at : at + width].decode()))
-        except UnicodeDecodeError:
-            width = 1
-            characters.append((at, at + 1, f"<0x{content[at]:02X}>"))
-        at += width
-    return characters
-
-
-def _utf8_width(first: int) -> int:
-    if first >= 0xF0:
-        return 4
-    if first >= 0xE0:
-        return 3
-    return 2 if first >= 0xC0 else 1
 
 
 def _byte_level_alphabet() -> dict[str, int]:
