@@ -74,6 +74,7 @@ def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: Model
         assets_ignore=r"^theme\.js$",
         suppress_callback_exceptions=True,
         serve_locally=True,
+        enable_mcp=False,
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
         on_error=_log_and_keep,
     )

@@ -91,6 +91,7 @@ def describe(workspace: "Workspace", entry: "Entry", index: "FeatureIndex | None
                 "dead": int(index.table["dead"].sum()),
                 "over_dense": int(index.table["over_dense"].sum()),
                 "metrics": dict(index.metrics),
+                "mismatches": list(index.manifest.get("allowed_mismatches", ())),
             }
         parents = tuple(workspace.parents(entry)) if problem is None else ()
     except (ScopeError, OSError, KeyError) as error:

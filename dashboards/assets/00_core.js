@@ -87,5 +87,19 @@
     try { return localStorage.getItem("scope-" + name); } catch (error) { return null; }
   }
 
+  /* When the server is gone, whatever was asked of it says so. */
+  const plainFetch = window.fetch.bind(window);
+  window.fetch = async (...request) => {
+    try {
+      return await plainFetch(...request);
+    } catch (error) {
+      if (error instanceof TypeError) {
+        document.body.classList.remove("navigating");
+        toast("The dashboard does not answer. Is scope serve still running?");
+      }
+      throw error;
+    }
+  };
+
   window.scope = { el, number, oneIn, tokenText, getJson, setProps, toast, copy, remember, recall };
 })();

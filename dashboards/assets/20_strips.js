@@ -2,8 +2,8 @@
    tokens cost Dash one component. Text goes in as text.
 
    JSON: t tokens, v values, m end of the scale, k "activation" | "effect", c centre, s selected, r row of the first token,
-   f feature, i index, from provenance, pick: name of the store that a clicked token is written to, parts: bytes shares,
-   special: positions of special tokens. */
+   f feature, i index, p position of the centre, from provenance, pick whether a click selects, special: positions of
+   special tokens. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
   const { el, setProps } = window.scope;
@@ -11,8 +11,10 @@
 
   /** The blank before a word stays uncoloured, so that the highlight begins where the word does. */
   function fillToken(span, token) {
-    const word = token.replace(/^ +(?=\S)/, "");
-    if (word.length < token.length) span.append(document.createTextNode(token.slice(0, token.length - word.length)));
+    const share = token.match(/^([^]*) ([⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)$/);
+    const text = share ? share[1] : token;
+    const word = text.replace(/^ +(?=\S)/, "");
+    if (word.length < text.length) span.append(document.createTextNode(text.slice(0, text.length - word.length)));
     const ink = el("span", "ink");
     for (const piece of word.split(/(\n|\t|\r)/)) {
       if (!piece) continue;
@@ -24,6 +26,10 @@
       } else {
         ink.append(document.createTextNode(piece));
       }
+    }
+    if (share) {
+      ink.append(el("span", "share", share[2]));
+      span.title = "part " + share[2] + " of the bytes of a character";
     }
     span.append(ink);
   }
@@ -48,7 +54,6 @@
       span.dataset.n = place;
       fillToken(span, token);
       if (special.has(place)) span.classList.add("special");
-      if (spec.parts && spec.parts[place]) span.classList.add("part");
       if (spec.pick) {
         span.setAttribute("role", "option");
         if (!token.trim()) span.setAttribute("aria-label", token.includes("\n") ? "line break" : "blank");

@@ -49,7 +49,6 @@
 
   function about(spec, n) {
     const parts = [];
-    if (spec.parts && spec.parts[n]) parts.push(spec.parts[n]);
     if (spec.from) parts.push(spec.from);
     if (spec.p !== undefined && spec.p !== null) parts.push("position " + (spec.p + n - spec.c).toLocaleString("en-US"));
     return parts.join(" · ");

@@ -92,6 +92,10 @@ def _index_card(index: Artefact) -> html.Article:
                 ],
                 className="chips",
             ),
+            *(
+                html.P(f"Built although it does not fit: {mismatch}", className="small warning")
+                for mismatch in facts["mismatches"]
+            ),
             _provenance(index),
         ],
     )

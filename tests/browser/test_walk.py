@@ -1,0 +1,96 @@
+"""A walk through the dashboard on the demo's workspace: browser, feature, prompt, feature, and back."""
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import helpers_dashboards as fakes
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.real]
+
+MODEL_TIMEOUT = 180_000
+"""Milliseconds that the first prompt may take: the model is loaded for it."""
+
+
+@pytest.fixture(scope="module")
+def walked(request: pytest.FixtureRequest, serve: Callable[[Any], Any], fake_model: None) -> Any:
+    """A dashboard over the workspace that the demo makes; over the index in memory where that fixture is missing."""
+    from scope.workspace import Workspace
+
+    try:
+        path = request.getfixturevalue("demo_workspace")
+    except pytest.FixtureLookupError:
+        return serve(fakes.FakeWorkspace(fakes.FakeIndex()))
+    return serve(Workspace(path))
+
+
+def query(page: Any) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
+
+
+def test_walk(visit: Callable, walked: Any) -> None:
+    opened = visit(server=walked)
+    page = opened.open("/", ".card .stats")
+    assert "fvu" in page.text_content(".card .stats")
+    page.click(".card >> text=Look at features")
+
+    page.wait_for_selector(".features-grid .cell-spark")
+    assert "Gemma 3 270M" in page.text_content("#header")
+    assert "blocks.8.hook_resid_post" in page.text_content("#header")
+    page.click(".ag-header-cell[col-id=max_value]")
+    opened.until("new URL(location).searchParams.get('sort') === 'max_value:desc'")
+    page.wait_for_selector(".features-grid .ag-row[row-index='2'] a")
+    page.click(".features-grid .ag-row[row-index='2'] [col-id=tokens]")
+
+    page.wait_for_selector(".example .tok.centre[data-on]")
+    first = urlsplit(page.url).path
+    page.wait_for_selector("#feature-histogram .bars")
+    strengths = page.locator(".example .value").all_text_contents()
+    assert [float(text.replace(",", "")) for text in strengths] == sorted(
+        (float(text.replace(",", "")) for text in strengths), reverse=True
+    )
+    page.keyboard.press("ArrowRight")
+    opened.until(f"location.pathname !== '{first}'")
+    page.go_back()
+    opened.until(f"location.pathname === '{first}'")
+
+    page.click(".rail a[data-page=prompt]")
+    page.wait_for_selector("[data-sample]")
+    page.fill("#prompt-text", "The opposite of hot is")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#prompt-strip .tok", timeout=MODEL_TIMEOUT)
+    assert page.text_content("#prompt-strip").endswith("The opposite of hot is")
+    page.click("#prompt-strip .tok:has-text(' hot')")
+    page.wait_for_selector("h2:has-text('hot')")
+    page.click("#prompt-strip .tok:has-text(' is')")
+    page.wait_for_selector(".firing")
+    page.click("aside .chips .chip >> nth=0")
+    page.wait_for_selector(".firing-bar.effect", timeout=MODEL_TIMEOUT)
+    asked = query(page)
+    assert asked["text"] == "The opposite of hot is"
+    page.click(".firing-label >> nth=0")
+    page.wait_for_selector(".firing-label[aria-pressed=true]")
+    strength = page.locator(".firing-bar.strength .number").first.text_content()
+    feature = page.locator(".firing > a").first.text_content()
+    page.click(".firing > a >> nth=0")
+
+    page.wait_for_selector(f"h1:has-text('Feature {feature}')")
+    page.go_back()
+    page.wait_for_selector(".firing-bar.effect", timeout=MODEL_TIMEOUT)
+    assert page.locator(".firing-bar.strength .number").first.text_content() == strength
+    page.reload()
+    page.wait_for_selector(".firing-bar.effect", timeout=MODEL_TIMEOUT)
+    page.click(".rail a[data-page=features]")
+    page.wait_for_selector(".features-grid .cell-spark")
+    opened.check()
+
+
+def test_random_examples_of_the_real_index_fit_a_phone(visit: Callable, walked: Any) -> None:
+    opened = visit(width=390, server=walked)
+    page = opened.open("/features", ".features-grid .cell-spark")
+    numbers = page.locator(".features-grid .ag-row a").all_text_contents()[:3]
+    for number in numbers:
+        page = opened.open(f"/feature/{number}?show=random", ".example .tok, .state")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.check()
