@@ -17,12 +17,16 @@ from typing import Any
 import gguf
 import torch
 import transformers
+from jaxtyping import TypeCheckError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from scope.errors import InvalidInputError
 from scope.models import LanguageModel
 from scope.models.loading import quiet_transformers
 
+WRONG_TYPE = (InvalidInputError, TypeCheckError)
+"""What a value of another type gets: our error, or jaxtyping's where the run-time check is on."""
 KINDS = ("gemma3", "llama", "gpt2")
 MORE_KINDS = ("gemma2", "mistral", "qwen2", "qwen3")
 TEXT = (
@@ -158,6 +162,12 @@ def tiny_folder(kind: str) -> Path:
 def tiny_model(kind: str, attention: Any = None) -> LanguageModel:
     """The tiny model as the workbench loads it: float32 on the CPU."""
     return LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32", attention=attention)
+
+
+@functools.cache
+def real_model() -> LanguageModel:
+    """Gemma 3 270M (marker `real`), float32 on the CPU, loaded once for all tests."""
+    return LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, TinyDictionary, tiny_model
+from helpers_models import KINDS, WRONG_TYPE, TinyDictionary, tiny_model
 from torch import Tensor
 
 from scope import interventions
@@ -186,7 +186,7 @@ def test_feature_ids_out_of_range_are_refused_never_wrapped(ids: object) -> None
 
 @pytest.mark.parametrize("ids", [[], [3, 3], [1.5], [[1], [2]], [True]])
 def test_feature_ids_that_make_no_sense_are_refused(ids: object) -> None:
-    with pytest.raises(InvalidInputError):
+    with pytest.raises(WRONG_TYPE):
         ablate_features(TinyDictionary(HOOK), ids)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_models import tiny_folder, tiny_gguf, tiny_model
+from helpers_models import WRONG_TYPE, real_model, tiny_folder, tiny_gguf, tiny_model
 
 from activations.source import HookedModel
 from scope.errors import IntegrityError, InvalidInputError, MissingDependencyError, UnknownNameError
@@ -122,7 +122,7 @@ def test_wrong_arguments_are_refused_before_anything_is_read(monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["", "  ", None, 3])
 def test_what_is_no_name_is_refused(name: object) -> None:
-    with pytest.raises(InvalidInputError):
+    with pytest.raises(WRONG_TYPE):
         LanguageModel.load(name)  # type: ignore[arg-type]
 
 
@@ -262,7 +262,7 @@ def test_loading_and_capture_need_neither_transformer_lens_nor_sae_lens() -> Non
 
 @pytest.mark.real
 def test_the_packaged_model_is_named_for_what_it_is() -> None:
-    model = LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
+    model = real_model()
     assert model.name == model.identity.model == "Gemma 3 270M, Q4_K_M dequantised"
     assert model.files.load_name == "gemma-3-270m"
     assert (model.n_layers, model.d_model, model.d_vocab) == (18, 640, 262_144)

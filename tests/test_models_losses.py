@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, tiny_model
+from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_model
 from torch import Tensor
 
-from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
+from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.interventions import ablate, combine, set_
-from scope.models import EditContext, LanguageModel, losses
+from scope.models import EditContext, losses
 
 
 def windows(lengths: tuple[int, ...] = (9, 4, 9, 2, 30)) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def test_logit_effects_are_the_change_of_the_logits(kind: str, monkeypatch: pyte
 
 def test_directions_of_another_width_are_refused() -> None:
     for shape in ((3, 31), (32,), (3, 1)):
-        with pytest.raises(MismatchError, match="expected"):
+        with pytest.raises(WRONG_TYPE):
             tiny_model("llama").logit_effects(torch.zeros(shape))
 
 
@@ -115,7 +115,7 @@ def test_progress_and_refusals() -> None:
 
 @pytest.mark.real
 def test_the_real_model_predicts_english_and_its_unembedding_names_tokens() -> None:
-    model = LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
+    model = real_model()
     text = "It was a bright cold day in April, and the clocks were striking thirteen. The people looked up in surprise."
     (nats,) = model.cross_entropy([model.tokenize(text).numpy()])
     assert 2 < nats.mean() < 4

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, MORE_KINDS, tiny_model
+from helpers_models import KINDS, MORE_KINDS, real_model, tiny_model
 from torch import Tensor
 
 from scope.models import HookPoint, LanguageModel
@@ -151,14 +151,18 @@ def test_a_hook_of_the_bridge_alone_goes_with_the_others() -> None:
 
 @pytest.mark.real
 def test_the_real_model_equals_the_bridge_at_every_kind_of_hook() -> None:
-    model = LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32", attention="eager")
+    model = real_model()
     tokens = model.tokenize("The river is deep, but nobody knows why; 日本 and café cost 42 euros.")
     points = [
         point
         for point in fast_points(model)
         if not point.name.startswith("blocks.") or int(point.name.split(".")[1]) in REAL_LAYERS
     ]
-    result = model.run(tokens, hooks=[point.name for point in points])
+    model.hf.set_attn_implementation("eager")
+    try:
+        result = model.run(tokens, hooks=[point.name for point in points])
+    finally:
+        model.hf.set_attn_implementation("sdpa")
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any, name: str) -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers_models import KINDS, TinyDictionary, tiny_folder, tiny_model
+from helpers_models import KINDS, WRONG_TYPE, TinyDictionary, tiny_folder, tiny_model
 from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
@@ -135,7 +135,7 @@ def test_edits_of_several_hooks_are_made_in_model_order() -> None:
 def test_an_edit_that_returns_another_shape_is_refused(edit: object, message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         tiny_model("llama").run(PROMPT, edits={HOOK: edit})  # type: ignore[dict-item]
-    with pytest.raises(InvalidInputError, match="function"):
+    with pytest.raises(WRONG_TYPE):
         tiny_model("llama").run(PROMPT, edits={HOOK: 3})  # type: ignore[dict-item]
 
 
@@ -165,7 +165,7 @@ def test_an_sae_that_does_not_fit_is_refused() -> None:
         model.run(PROMPT, saes={"a": TinyDictionary(HOOK), "b": TinyDictionary(HOOK)}, splice="with_error")
     with pytest.raises(InvalidInputError, match="no row per token"):
         model.run(PROMPT, saes=TinyDictionary("blocks.0.attn.hook_pattern"))
-    with pytest.raises(UnknownNameError, match="with_error"):
+    with pytest.raises(WRONG_TYPE, match="with_error"):
         model.run(PROMPT, saes=TinyDictionary(HOOK), splice="with error")  # type: ignore[arg-type]
 
 
@@ -227,7 +227,7 @@ def test_sampling_is_seeded_and_bad_settings_are_refused() -> None:
     one, two = (model.generate(PROMPT, 8, temperature=2.0, seed=3).tokens for _ in range(2))
     assert torch.equal(one, two)
     assert not torch.equal(one, model.generate(PROMPT, 8, temperature=2.0, seed=4).tokens)
-    for settings in ({"temperature": -1}, {"max_new_tokens": 0}, {"max_new_tokens": 60}):
+    for settings in ({"temperature": -1.0}, {"max_new_tokens": 0}, {"max_new_tokens": 60}):
         with pytest.raises(InvalidInputError):
             model.generate(PROMPT, **settings)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, tiny_model
+from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_model
 
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.models import LanguageModel, TokenText
@@ -103,7 +103,7 @@ def test_bos_is_put_in_front_once_and_only_where_there_is_one() -> None:
     "prompt", ["", [], torch.empty(0, dtype=torch.long), torch.ones(2, 3, dtype=torch.long), torch.ones(3), [[1], [2]]]
 )
 def test_what_is_no_prompt_is_refused(prompt: object) -> None:
-    with pytest.raises(InvalidInputError):
+    with pytest.raises(WRONG_TYPE):
         tiny_model("gemma3").run(prompt)  # type: ignore[arg-type]
 
 
@@ -125,7 +125,7 @@ def test_chat_messages_go_through_the_chat_template() -> None:
 
 @pytest.mark.real
 def test_the_real_tokenizers_tokens_join_to_the_text() -> None:
-    model = LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
+    model = real_model()
     for text in [*TEXTS, "𓀀𓂀 hieroglyphs", "<table>\n\n\n  code"]:
         tokens = model.token_strings(model.tokenize(text))
         assert "".join(token.new_text for token in tokens[1:]) == text

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -12,9 +13,11 @@ from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
 from scope.models.hooks import HookPoint
 from scope.models.run import EditContext, EditFunction
 
-__all__ = ["Edit", "Positions", "as_integers", "as_positions", "combine"]
+__all__ = ["Edit", "Integers", "Positions", "as_integers", "as_positions", "combine"]
 
-Positions = int | Sequence[int] | None
+Integers = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor
+"""One integer or several."""
+Positions = Integers | None
 """One token position, several, or None for all. Position 0 is BOS where the tokenizer has one."""
 
 
@@ -97,8 +100,8 @@ def as_positions(positions: Positions) -> tuple[int, ...] | None:
     return chosen
 
 
-def as_integers(values: Any, what: str) -> list[int]:
-    """One integer or several (a sequence, array or tensor) as a list."""
+def as_integers(values: Integers, what: str) -> list[int]:
+    """One integer or several as a list; raises `InvalidInputError` for anything else."""
     tensor = torch.as_tensor(values)
     wrong = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.ndim > 1
     if wrong and tensor.numel():

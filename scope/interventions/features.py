@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope.errors import InvalidInputError, OutOfRangeError
-from scope.interventions.edit import Edit, Positions, as_integers, as_positions
+from scope.interventions.edit import Edit, Integers, Positions, as_integers, as_positions
 from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same_output
 from scope.models.run import EditContext
 from scope.saes.base import SAE
@@ -38,7 +38,7 @@ def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) 
 
 def ablate_features(
     sae: Dictionary,
-    ids: int | Sequence[int],
+    ids: Integers,
     positions: Positions = None,
     *,
     error_term: bool = True,
@@ -50,7 +50,7 @@ def ablate_features(
 
 def set_features(
     sae: Dictionary,
-    ids: int | Sequence[int],
+    ids: Integers,
     values: float | Sequence[float] | Float[Tensor, " n"],
     positions: Positions = None,
     *,
@@ -71,7 +71,7 @@ def set_features(
 
 def scale_features(
     sae: Dictionary,
-    ids: int | Sequence[int],
+    ids: Integers,
     factor: float,
     positions: Positions = None,
     *,
@@ -84,7 +84,7 @@ def scale_features(
 
 def _edit(
     sae: Dictionary,
-    ids: int | Sequence[int],
+    ids: Integers,
     change: Callable[[Tensor], Tensor],
     positions: Positions,
     error_term: bool,
@@ -109,7 +109,7 @@ def _edit(
     return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in)
 
 
-def _checked_ids(sae: Dictionary, ids: int | Sequence[int]) -> list[int]:
+def _checked_ids(sae: Dictionary, ids: Integers) -> list[int]:
     chosen = as_integers(ids, "Feature ids")
     if not chosen or len(set(chosen)) < len(chosen):
         raise InvalidInputError(f"Feature ids must be at least one and all different; got {chosen}.")

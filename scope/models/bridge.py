@@ -7,7 +7,8 @@ fast path's very own: no weight is held twice. It runs with eager attention, whi
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from scope.errors import InvalidInputError, MissingDependencyError, UnknownNameE
 from scope.models.bridge_hooks import GATED_HOOKS
 from scope.models.hooks import HookPoint
 from scope.models.loading import quiet_transformers
-from scope.models.taps import Handler, StopForward
+from scope.models.taps import Countdown, Handler, StopForward
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
@@ -65,31 +66,29 @@ def bridge_forward(
 ) -> Float[Tensor, "batch n d_vocab"] | None:
     """What `LanguageModel.forward` does, through the bridge."""
     bridge = model.bridge
-    remaining = len(handlers)
-
-    def adapted(point: HookPoint, handler: Handler) -> Callable[..., Tensor | None]:
-        def hook(tensor: Tensor, hook: Any) -> Tensor | None:
-            nonlocal remaining
-            new = handler(tensor)
-            if new is not None and point.site is not None and point.site.stream:
-                new = tensor.copy_(new)  # the layer adds to this very tensor: see scope.models.taps
-            remaining -= 1
-            if not logits and remaining == 0:
-                raise StopForward
-            return new
-
-        return hook
-
-    hooks = [(_name_in(bridge, point), adapted(point, handler)) for point, handler in handlers.items()]
+    countdown = Countdown(len(handlers), stop=not logits)
+    hooks = [
+        (_name_in(bridge, point), partial(_hook, point=point, handler=handler, countdown=countdown))
+        for point, handler in handlers.items()
+    ]
     output = None
     opened = _opened(bridge, [name for name, _ in hooks])
     with model.lock, opened, bridge.hooks(fwd_hooks=hooks), contextlib.suppress(StopForward):
         output = bridge(tokens)
-    if output is None and remaining:
+    if output is None and countdown.remaining:
         raise InvalidInputError("TransformerLens did not call a hook that it lists; ask for others.")
     if output is None or not logits:
         return None
     return output[:, -1:] if logits == "last" else output
+
+
+def _hook(tensor: Tensor, hook: Any, point: HookPoint, handler: Handler, countdown: Countdown) -> Tensor | None:
+    """A hook function as the bridge calls it."""
+    new = handler(tensor)
+    if new is not None and point.site is not None and point.site.stream:
+        new = tensor.copy_(new)  # the layer adds to this very tensor: see scope.models.taps
+    countdown.tick()
+    return new
 
 
 def _name_in(bridge: Any, point: HookPoint) -> str:

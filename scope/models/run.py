@@ -240,7 +240,7 @@ def continuations(
     temperature: float,
     seed: int | None,
     stop_ids: frozenset[int],
-) -> Int[Tensor, " seq"]:
+) -> Int[Tensor, " longer"]:
     """The prompt and what follows: each step runs the whole text again, so that edits see it as `run` shows it."""
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     for _ in range(max_new_tokens):

@@ -10,6 +10,7 @@ No hook stays behind, whatever happens in between.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from scope.models.hooks import HookPoint, Site
 
-__all__ = ["Handler", "StopForward", "tapped"]
+__all__ = ["Countdown", "Handler", "StopForward", "tapped"]
 
 Handler = Callable[[Tensor], Tensor | None]
 """From the tensor at a hook, (batch, seq, *row_shape), to its replacement, or None to leave it as it is."""
@@ -36,54 +37,61 @@ def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) 
         handlers: fast-path hook points and their handlers, in model order.
         stop: break the pass off after the last handler; the body's remaining statements are then skipped.
     """
-    remaining = len(handlers)
-
-    def run(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
-        nonlocal remaining
-        tensor = apply_handler(site, handler, tensor)
-        remaining -= 1
-        if stop and remaining == 0:
-            raise StopForward
-        return tensor
-
-    groups: dict[tuple[str, str], list[tuple[Site, Handler]]] = {}
+    countdown = Countdown(len(handlers), stop)
+    taps: dict[tuple[str, str], _Tap] = {}
     for point, handler in handlers.items():
         site = point.site
         assert site is not None, f"{point.name} is not on the fast path"
-        groups.setdefault((site.module, site.where), []).append((site, handler))
-
-    def on_input(taps: list[tuple[Site, Handler]]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            tensor = args[0]
-            for site, handler in taps:
-                tensor = run(site, handler, tensor)
-            return (tensor, *args[1:])
-
-        return hook
-
-    def on_output(taps: list[tuple[Site, Handler]]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            tensor = output[0] if isinstance(output, tuple) else output
-            for site, handler in taps:
-                tensor = run(site, handler, tensor)
-            return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-        return hook
-
+        taps.setdefault((site.module, site.where), _Tap(countdown, [])).handlers.append((site, handler))
     handles = []
     try:
-        for (path, where), taps in groups.items():
+        for (path, where), tap in taps.items():
             module = model.get_submodule(path)
             if where == "input":
-                handles.append(module.register_forward_pre_hook(on_input(taps)))
+                handles.append(module.register_forward_pre_hook(tap.on_input))
             else:
-                handles.append(module.register_forward_hook(on_output(taps)))
+                handles.append(module.register_forward_hook(tap.on_output))
         yield
     except StopForward:
         pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Countdown:
+    """Ends a forward pass once the last handler has been called."""
+
+    remaining: int
+    stop: bool
+
+    def tick(self) -> None:
+        self.remaining -= 1
+        if self.stop and self.remaining == 0:
+            raise StopForward
+
+
+@dataclass
+class _Tap:
+    """The handlers on one side of one module."""
+
+    countdown: Countdown
+    handlers: list[tuple[Site, Handler]]
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._through(args[0]), *args[1:])
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self._through(output[0]), *output[1:])
+        return self._through(output)
+
+    def _through(self, tensor: Tensor) -> Tensor:
+        for site, handler in self.handlers:
+            tensor = apply_handler(site, handler, tensor)
+            self.countdown.tick()
+        return tensor
 
 
 def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
