@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -12,6 +13,15 @@ from activations.source import ActivationBatch, RowFlag
 from activations.spec import StorageDtype
 
 HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they save on tensors this small, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class MemorySource:

@@ -45,6 +45,8 @@ class TrainConfig:
     """Rows whose norm is more than this many times the median are left out of training (sinks). 0: none is."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
+    shuffle_bytes: int = 2**30
+    """Activations held in memory to shuffle rows; where all fit, every pass is a full shuffle."""
     checkpoint_steps: int = 500
     """Steps between checkpoints."""
     log_steps: int = 10
@@ -65,7 +67,7 @@ class TrainConfig:
             raise InvalidInputError(
                 f"tokens is {self.tokens:,}, less than a batch of {self.batch_size:,}. Train on more, or lower it."
             )
-        for name in ("checkpoint_steps", "log_steps", "dead_feature_tokens", "k_aux"):
+        for name in ("checkpoint_steps", "log_steps", "dead_feature_tokens", "k_aux", "shuffle_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(f"{name} is {value:,}; expected at least 1.")

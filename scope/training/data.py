@@ -92,9 +92,9 @@ def shuffled_batches(source: ActivationSource, hook: str, config: TrainConfig) -
             hook,
             config.batch_size,
             config.seed,
-            passes=None,
             tokens=config.steps * config.batch_size,
             select=Selection(exclude_flags=EXCLUDED, max_norm_ratio=config.max_norm_ratio or None),
+            memory_bytes=config.shuffle_bytes,
             start=start,
         )
 

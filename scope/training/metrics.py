@@ -50,6 +50,8 @@ __all__ = [
 NORM_RATIO = 10.0
 OVER_DENSE = 0.1
 RESAMPLES = 1000
+MEMORY_BYTES = 2**26
+"""Activations held in memory to draw rows at random."""
 
 Interval = tuple[float, float]
 
@@ -121,7 +123,8 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     n = len(sums)
     counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    values = statistic(counts @ sums)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of few documents may leave nothing to divide by
+        values = statistic(counts @ sums)
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -163,7 +166,9 @@ def reconstruction_metrics(
         raise MismatchError(f"{name} has a width of {width:,}; the SAE reads {sae.d_in:,} (d_in).")
     held_out = RowFlag.HELD_OUT if held_out_only else RowFlag(0)
     selection = Selection(exclude_flags=RowFlag.BOS, require_flags=held_out)
-    batches = ShuffledBatches(source, name, batch_size, seed, tokens=max_rows, select=selection)
+    batches = ShuffledBatches(
+        source, name, batch_size, seed, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
+    )
     norms = [x.norm(dim=-1) for _, x in _float_rows(batches, source)]
     n_rows = sum(len(part) for part in norms)
     if not n_rows:
@@ -185,7 +190,8 @@ def mean_activation(
     name = resolve_hook(source, hook)
     selection = Selection(exclude_flags=EXCLUDED, max_norm_ratio=max_norm_ratio)
     total, n = torch.zeros(width_of(source, name)[0], dtype=torch.float64), 0
-    for _, x in _float_rows(ShuffledBatches(source, name, batch_size, 0, select=selection), source):
+    batches = ShuffledBatches(source, name, batch_size, 0, passes=1, select=selection, memory_bytes=MEMORY_BYTES)
+    for _, x in _float_rows(batches, source):
         total += x.sum(dim=0, dtype=torch.float64)
         n += len(x)
     return (total / n).float()

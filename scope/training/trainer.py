@@ -125,7 +125,7 @@ class SAETrainer:
             auxk_coefficient=self.config.auxk_coefficient,
             k_aux=self.config.k_aux_for(self.sae.d_in),
         )
-        with self._autocast():
+        with torch.enable_grad(), self._autocast():
             loss = self.sae.training_loss(x, context)
         loss.total.backward()
         learning_rate = self.config.peak_lr * learning_rate_share(
