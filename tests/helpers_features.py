@@ -14,7 +14,7 @@ from torch import Tensor
 from activations.source import ActivationBatch, ModelIdentity, RowFlag, bf16_to_float32, float32_to_bf16
 from activations.spec import CaptureSpec, fingerprint_of
 from scope.features import FeatureIndex, build_index
-from scope.models.tokens import texts_of
+from scope.models.token_text import texts_of
 from scope.saes.base import SAEMetadata, SparseFeatures
 from scope.saes.topk import TopKConfig, TopKSAE
 

@@ -7,18 +7,22 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activations.ledger import WriterLock
 from activations.manifest import read_manifest, write_atomically
 from activations.source import RowFlag
 from activations.spec import fingerprint_of
-from scope.errors import InvalidInputError, OccupiedError
+from scope.errors import InterruptedRunError, InvalidInputError, OccupiedError
 from scope.features.checks import check_model, check_sae
 from scope.features.index import FeatureIndex
 from scope.features.layout import FORMAT
+
+if TYPE_CHECKING:
+    from scope.features.segments import SegmentLog
 
 __all__ = ["EXCLUDED", "build_index"]
 
@@ -58,6 +62,7 @@ def build_index(
         NonFiniteError: an activation or a feature is NaN or infinite.
         IntegrityError: the store, or what an earlier call committed, is damaged.
         LockedError: another process is building this index.
+        InterruptedRunError: Ctrl-C or a full disk; what is committed stays.
     """
     if batch_size < 1 or segment_firings < 1:
         raise InvalidInputError(
@@ -85,24 +90,37 @@ def build_index(
     from scope.features.finish import finish_index
     from scope.features.segments import SegmentLog
 
+    extra = {"metrics": dict(metrics or {}), "allowed_mismatches": mismatches, "excluded_flags": int(EXCLUDED)}
     with WriterLock(out / "build"):
         log = SegmentLog(out, sae.d_sae)
         steps = _Steps(progress, n_rows, log.n_rows)
-        encode_segments(
-            source,
-            hook,
-            sae,
-            log,
-            n_rows,
-            exclude=int(EXCLUDED),
-            batch_size=batch_size,
-            segment_firings=segment_firings,
-            progress=steps.encoded,
-        )
-        extra = {"metrics": dict(metrics or {}), "allowed_mismatches": mismatches, "excluded_flags": int(EXCLUDED)}
-        finish_index(log, source, hook, sae, model, identity, extra, segment_firings, steps.finishing)
+        with _resumable(log):
+            encode_segments(
+                source,
+                hook,
+                sae,
+                log,
+                n_rows,
+                exclude=int(EXCLUDED),
+                batch_size=batch_size,
+                segment_firings=segment_firings,
+                progress=steps.encoded,
+            )
+            finish_index(log, source, hook, sae, model, identity, extra, segment_firings, steps.finishing)
     _clear_build(out)
     return FeatureIndex.open(out)
+
+
+@contextmanager
+def _resumable(log: "SegmentLog") -> Iterator[None]:
+    """Say what stays when a build is interrupted or can't write."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        why = f"a file could not be written or read: {error}" if isinstance(error, OSError) else "it was interrupted"
+        raise InterruptedRunError(
+            f"The build of {log.folder} stopped: {why}. {log.n_rows:,} rows are committed; run the same again to go on."
+        ) from error
 
 
 class _Steps:

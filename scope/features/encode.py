@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ from scope.kernels.tensors import as_tensor
 __all__ = ["NonFiniteRowError", "encode_rows", "encode_segments", "strength_bits"]
 
 MAX_SEGMENT_ROWS = 2**24
+
+
+class _Part(NamedTuple):
+    """An encoded batch."""
+
+    firings: RowFirings
+    columns: dict[str, np.ndarray]
+    n_indexed: int
 
 
 class NonFiniteRowError(NonFiniteError):
@@ -83,24 +91,29 @@ def encode_segments(
         progress: told the rows done.
     """
     norms = sae.decoder_norms
-    pending: list[tuple[RowFirings, dict[str, np.ndarray], int]] = []
-    held = 0
+    pending: list[_Part] = []
     with ThreadPoolExecutor(1, "segment") as thread:
         committing: Future[Segment] | None = None
-        for batch in _batches(source, hook, batch_size, log.n_rows, n_rows):
-            part = _encode_batch(source, hook, sae, norms, batch, exclude)
-            pending.append(part)
-            held += len(part[0].features)
-            if held >= segment_firings or sum(len(p[0].counts) for p in pending) >= MAX_SEGMENT_ROWS:
-                if committing is not None:
-                    committing.result()
-                committing = thread.submit(_commit, log, pending)
-                pending, held = [], 0
-            progress(int(batch.rows[-1]) + 1)
-        if committing is not None:
-            committing.result()
-        if pending:
-            _commit(log, pending)
+        try:
+            for batch in _batches(source, hook, batch_size, log.n_rows, n_rows):
+                pending.append(_encode_batch(source, hook, sae, norms, batch, exclude))
+                if _is_full(pending, segment_firings):
+                    if committing is not None:
+                        committing.result()
+                    full, pending = pending, []
+                    committing = thread.submit(_commit, log, full)
+                progress(int(batch.rows[-1]) + 1)
+        finally:
+            # Also when interrupted: what is encoded is kept.
+            if committing is not None:
+                committing.result()
+            if pending:
+                _commit(log, pending)
+
+
+def _is_full(parts: "list[_Part]", segment_firings: int) -> bool:
+    held = sum(len(part.firings.features) for part in parts)
+    return held >= segment_firings or sum(len(part.firings.counts) for part in parts) >= MAX_SEGMENT_ROWS
 
 
 def _batches(source: Any, hook: str, batch_size: int, start: int, stop: int) -> Iterator[ActivationBatch]:
@@ -118,9 +131,7 @@ def _batches(source: Any, hook: str, batch_size: int, start: int, stop: int) -> 
             return
 
 
-def _encode_batch(
-    source: Any, hook: str, sae: Any, norms: torch.Tensor, batch: ActivationBatch, exclude: int
-) -> tuple[RowFirings, dict[str, np.ndarray], int]:
+def _encode_batch(source: Any, hook: str, sae: Any, norms: torch.Tensor, batch: ActivationBatch, exclude: int) -> _Part:
     start, n = int(batch.rows[0]), len(batch.rows)
     indexed = np.flatnonzero(batch.flags & exclude == 0)
     x = as_tensor(batch.activations[hook], source.dtype, norms.device)
@@ -133,17 +144,17 @@ def _encode_batch(
     counts[indexed] = firings.counts
     rows = source.rows(start, start + n)
     columns = {name: getattr(rows, name) for name in ROW_COLUMNS}
-    return RowFirings(counts, firings.features, firings.values), columns, len(indexed)
+    return _Part(RowFirings(counts, firings.features, firings.values), columns, len(indexed))
 
 
 def _nothing() -> RowFirings:
     return RowFirings(np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint16))
 
 
-def _commit(log: SegmentLog, parts: list[tuple[RowFirings, dict[str, np.ndarray], int]]) -> Segment:
-    firings = RowFirings(*(np.concatenate([getattr(part[0], name) for part in parts]) for name in RowFirings._fields))
-    columns = {name: np.concatenate([part[1][name] for part in parts]) for name in ROW_COLUMNS}
-    return log.commit(firings, columns, sum(part[2] for part in parts))
+def _commit(log: SegmentLog, parts: list[_Part]) -> Segment:
+    firings = RowFirings(*map(np.concatenate, zip(*(part.firings for part in parts), strict=True)))
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in ROW_COLUMNS}
+    return log.commit(firings, columns, sum(part.n_indexed for part in parts))
 
 
 def _where(source: Any, hook: str, row: int) -> str:

@@ -119,6 +119,11 @@ class FeatureIndex:
         """
         return self._table
 
+    @property
+    def array_dtypes(self) -> dict[str, str]:
+        """dtype of each flat array on disk."""
+        return {name: str(described["dtype"]) for name, described in self.manifest["arrays"].items()}
+
     @cached_property
     def documents(self) -> pd.DataFrame:
         """document, title, source, language, license, n_tokens, held_out."""

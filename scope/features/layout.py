@@ -19,7 +19,17 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["FORMAT", "N_BINS", "N_COFIRING", "N_LOGITS", "N_NEIGHBOURS", "N_TOKENS", "ROW_COLUMNS", "dtype_of"]
+__all__ = [
+    "FIRINGS",
+    "FORMAT",
+    "N_BINS",
+    "N_COFIRING",
+    "N_LOGITS",
+    "N_NEIGHBOURS",
+    "N_TOKENS",
+    "ROW_COLUMNS",
+    "dtype_of",
+]
 __all__ += ["feature_dtype", "file_of", "row_dtype"]
 
 FORMAT: Final = "feature-index"
@@ -34,6 +44,8 @@ N_NEIGHBOURS: Final = 20
 """Nearest decoder rows kept per feature."""
 N_LOGITS: Final = 20
 """Tokens kept per feature with the largest and with the smallest logit effects."""
+
+FIRINGS: Final = "by_feature/firings.zarr"
 
 ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
 

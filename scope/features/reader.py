@@ -17,7 +17,7 @@ from activations.manifest import read_manifest
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
 from scope.features.digests import BLOCK, CheckedArray, digest_file, read_digests
-from scope.features.layout import FORMAT, dtype_of, file_of, row_dtype
+from scope.features.layout import FIRINGS, FORMAT, dtype_of, file_of, row_dtype
 from scope.features.lists import ListReader
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class IndexReader:
         self._arrays: dict[str, CheckedArray] = {}
         self.d_sae = int(self.manifest["d_sae"])
         self.n_rows = int(self.manifest["n_rows"])
-        firings = path / "by_feature" / "firings.zarr"
+        firings = path / FIRINGS
         self._list_rows = ListReader(firings / "row", row_dtype(self.n_rows))
         self._list_values = ListReader(firings / "value", "uint16")
 

@@ -63,8 +63,7 @@ class ListStatistics:
         self._indptr = indptr
         self._lookup = lookup
         self._low = np.minimum(low, 0).astype(np.float64)
-        width = np.maximum(high, 0) - self._low
-        self._bins_per_unit = np.divide(N_BINS, width, out=np.zeros(d_sae), where=width > 0)
+        self._width = np.maximum(high, 0) - self._low
         self.sum = np.zeros(d_sae)
         self.sum_of_squares = np.zeros(d_sae)
         self.position_sum = np.zeros(d_sae)
@@ -85,7 +84,8 @@ class ListStatistics:
         self.sum[present] += np.add.reduceat(values, starts)
         self.sum_of_squares[present] += np.add.reduceat(values**2, starts)
         self.position_sum[present] += np.add.reduceat(self._lookup.position[rows].astype(np.float64), starts)
-        bins = (values - self._low[present][local]) * self._bins_per_unit[present][local]
+        # Multiplied first, so that a value on an edge falls into the upper bin whatever the width.
+        bins = (values - self._low[present][local]) * N_BINS / self._width[present][local]
         self.histogram[present] += _counts(local, np.minimum(bins.astype(np.int64), N_BINS - 1), len(present), N_BINS)
         self._take_quantiles(piece.start, present, values)
         sequences = self._lookup.sequence[rows]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scope.models.tokens import BYTE_TOKEN, texts_of
+from scope.models.token_text import BYTE_TOKEN, texts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +42,7 @@ class Vocabulary:
     """Looks up token strings by id. Safe across threads."""
 
     def __init__(self, table: "pd.DataFrame") -> None:
+        self.table = table
         self.token_ids = table["token_id"].to_numpy(np.int64)
         self.n_rows = table["n_rows"].to_numpy(np.int64)
         self._texts = table["text"].to_numpy(object)

@@ -31,15 +31,17 @@ def short_number(value: float | None) -> str:
     """Three significant digits; thousands separated; powers of ten below 0.001 and from 10 million."""
     if value is None or not math.isfinite(value):
         return "–"
-    size = abs(value)
-    if size == 0:
+    if value == 0:
         return "0"
-    if size < 1e-3 or size >= 1e7:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    if size >= 999.5:
-        return f"{value:,.0f}".replace("-", "−")
-    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}".replace("-", "−")
+    mantissa, power = f"{value:.2e}".split("e")
+    exponent = int(power)
+    if exponent < -3 or exponent >= 7:
+        text = f"{mantissa}e{exponent}"
+    elif exponent >= 3:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.{2 - exponent}f}"
+    return text.replace("-", "−")
 
 
 def one_in(density: float | None) -> str:

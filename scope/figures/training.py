@@ -54,7 +54,7 @@ def training_curves(
                 y=points[metric],
                 mode="lines",
                 name=as_label(str(name)),
-                legendgroup=str(name),
+                legendgroup=as_label(str(name)),
                 showlegend=row == 1 and len(runs) > 1,
                 line={"color": palette.categories[number % len(palette.categories)], "width": 1.5},
                 hovertext=[f"{as_label(str(name))} {short_number(v)}".strip() for v in points[metric]],

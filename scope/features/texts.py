@@ -1,0 +1,73 @@
+"""The text of an index: its tables, and how many rows it has of each language, source and token."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["RowCounts", "Texts", "count_rows", "read_texts"]
+
+CHUNK_ROWS = 2**20
+UNKNOWN = "unknown"
+
+
+class Texts(NamedTuple):
+    """The text's tables and what rows have to do with them."""
+
+    documents: "pd.DataFrame"
+    sequences: "pd.DataFrame"
+    languages: tuple[str, ...]
+    sources: tuple[str, ...]
+    language_of: np.ndarray
+    """Language number by sequence."""
+    source_of: np.ndarray
+
+
+class RowCounts(NamedTuple):
+    """Rows by language and by source, those on which no feature may fire left out, and by token id, with them."""
+
+    by_language: np.ndarray
+    by_source: np.ndarray
+    by_token: np.ndarray
+
+
+def read_texts(source: Any, n_rows: int) -> Texts:
+    """The tables of a source, cut to its first `n_rows` rows; a document without language or source gets "unknown"."""
+    sequences = source.sequences()
+    sequences = sequences[sequences["start_row"] < n_rows].reset_index(drop=True)
+    sequences["n_rows"] = sequences["n_rows"].clip(upper=n_rows - sequences["start_row"])
+    documents = source.documents()
+    documents = documents[documents["document"].isin(sequences["document"])].reset_index(drop=True)
+    languages, language_of = _numbered(documents, sequences, "language")
+    sources, source_of = _numbered(documents, sequences, "source")
+    return Texts(documents, sequences, languages, sources, language_of, source_of)
+
+
+def _numbered(documents: "pd.DataFrame", sequences: "pd.DataFrame", column: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The values of a column of the documents, and by sequence which of them it has."""
+    import pandas as pd
+
+    documents[column] = documents[column].fillna("").replace("", UNKNOWN).astype(str)
+    codes, names = pd.factorize(documents[column], sort=True)
+    of_document = np.zeros(int(documents["document"].max()) + 1, np.int64)
+    of_document[documents["document"]] = codes
+    of_sequence = np.zeros(int(sequences["sequence"].max()) + 1, np.int64)
+    of_sequence[sequences["sequence"]] = of_document[sequences["document"]]
+    return tuple(map(str, names)), of_sequence
+
+
+def count_rows(columns: Mapping[str, np.ndarray], texts: Texts, excluded: int) -> RowCounts:
+    """Count rows, given the columns of `rows/`; rows with one of the `excluded` flags are not indexed."""
+    by_language = np.zeros(len(texts.languages), np.int64)
+    by_source = np.zeros(len(texts.sources), np.int64)
+    by_token = np.zeros(1 + int(columns["token_id"].max()), np.int64)
+    for start in range(0, len(columns["flags"]), CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        sequence = columns["sequence"][chunk][columns["flags"][chunk] & excluded == 0]
+        by_language += np.bincount(texts.language_of[sequence], minlength=len(by_language))
+        by_source += np.bincount(texts.source_of[sequence], minlength=len(by_source))
+        by_token += np.bincount(columns["token_id"][chunk], minlength=len(by_token))
+    return RowCounts(by_language, by_source, by_token)
