@@ -49,7 +49,8 @@ GLOSSARY: dict[str, Definition] = {
     "logits": Definition(
         "direct logit effect",
         "How far one unit of firing strength moves each next token's logit along the residual stream alone, later "
-        "layers left out. The mean over the vocabulary is taken out.",
+        "layers left out, before the final norm divides by its scale (which depends on the token; the prompt page "
+        "puts it in). The mean over the vocabulary is taken out.",
         "(unit decoder row × final norm gain) · W_U − mean",
     ),
     "neighbours": Definition(

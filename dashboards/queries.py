@@ -73,30 +73,54 @@ class Artefact:
 
 def describe(workspace: "Workspace", entry: "Entry", index: "FeatureIndex | None" = None) -> Artefact:
     """Facts about one artefact. One that cannot be read is shown with its problem, never left out."""
-    facts: dict[str, Any] = dict(entry.manifest)
-    problem = entry.problem
+    if entry.problem is not None:
+        return Artefact(entry, {}, (), entry.problem)
     try:
         if index is not None:
-            facts |= {
-                "name": index.name,
-                "model": index.model_info.get("name", ""),
-                "hook": index.hook_name,
-                "architecture": index.sae_info.get("architecture", ""),
-                "k": index.sae_info.get("k"),
-                "d_sae": index.d_sae,
-                "n_rows": index.n_rows,
-                "n_firings": index.n_firings,
-                "n_documents": len(index.documents),
-                "languages": index.languages,
-                "dead": int(index.table["dead"].sum()),
-                "over_dense": int(index.table["over_dense"].sum()),
-                "metrics": dict(index.metrics),
-                "mismatches": list(index.manifest.get("allowed_mismatches", ())),
-            }
-        parents = tuple(workspace.parents(entry)) if problem is None else ()
-    except (ScopeError, OSError, KeyError) as error:
-        problem, parents = str(error), ()
-    return Artefact(entry, facts, parents, problem)
+            facts = _index_facts(index)
+        elif entry.kind == "activation-store":
+            facts = _store_facts(workspace.store(entry.id).info())
+        else:
+            facts = _sae_facts(entry.manifest)
+        return Artefact(entry, facts, tuple(workspace.parents(entry)), None)
+    except (ScopeError, OSError, KeyError, ValueError) as error:
+        return Artefact(entry, {}, (), str(error))
+
+
+def _index_facts(index: "FeatureIndex") -> dict[str, Any]:
+    return {
+        "name": index.name,
+        "model": index.model_info.get("name", ""),
+        "hook": index.hook_name,
+        "sae": sae_name(index),
+        "d_sae": index.d_sae,
+        "n_rows": index.n_rows,
+        "n_firings": index.n_firings,
+        "n_documents": len(index.documents),
+        "languages": index.languages,
+        "dead": int(index.table["dead"].sum()),
+        "over_dense": int(index.table["over_dense"].sum()),
+        "metrics": dict(index.metrics),
+        "mismatches": list(index.manifest.get("allowed_mismatches", ())),
+    }
+
+
+def _store_facts(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": info["spec"]["model"],
+        "rows": info["rows"],
+        "documents": info["documents"],
+        "hooks": list(info["hooks"]),
+        "files": list(info["text"].get("files", ())),
+        "complete": info["complete"],
+    }
+
+
+def _sae_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """From the manifest alone: opening an SAE would load torch."""
+    training = manifest.get("training") or {}
+    hook = training.get("hook")
+    return {"d_sae": training.get("d_sae"), "trained_on": training.get("tokens"), "hooks": [hook] if hook else []}
 
 
 def sae_name(index: "FeatureIndex") -> str:

@@ -2,7 +2,7 @@
    tokens cost Dash one component. Text goes in as text.
 
    JSON: t tokens, v values, m end of the scale, k "activation" | "effect", c centre, s selected, r row of the first token,
-   f feature, i index, p position of the centre, from provenance, pick whether a click selects, special: positions of
+   f feature, i index, p position of the centre, more whether text was cut off on either side, from provenance, pick whether a click selects, special: positions of
    special tokens. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
@@ -60,14 +60,16 @@
       }
       fragment.append(span);
     });
+    if (spec.more && spec.more[0]) strip.append(el("span", "cut", "…"));
     strip.append(fragment);
+    if (spec.more && spec.more[1]) strip.append(el("span", "cut", "…"));
     strip.setAttribute("dir", "auto");
     paint(strip, spec);
   }
 
   function paint(strip, spec) {
     const scale = spec.m > 0 ? spec.m : 1;
-    Array.from(strip.children).forEach((span, place) => {
+    strip.querySelectorAll(".tok").forEach((span, place) => {
       const value = spec.v[place] || 0;
       const share = Math.min(1, Math.abs(value) / scale);
       if (share > 0) {
@@ -124,7 +126,7 @@
     const from = now ? Number(now.dataset.n) : spec.pick ? spec.s : spec.c - step;
     const place = Math.max(0, Math.min(spec.t.length - 1, from + step));
     if (now) now.classList.remove("at");
-    const span = strip.children[place];
+    const span = strip.querySelectorAll(".tok")[place];
     span.classList.add("at");
     if (spec.pick) pick(strip, place);
     window.scope.tip.showToken(span, spec, false);

@@ -149,7 +149,7 @@
     if (event.key === "Escape" && !box.hidden) hide();
     if (event.key === "Enter" && event.target instanceof HTMLElement && event.target.matches(".strip:not(.pick)")) {
       const spec = window.scope.stripSpec(event.target);
-      const span = event.target.querySelector(".tok.at") || event.target.children[spec.c];
+      const span = event.target.querySelector(".tok.at") || event.target.querySelectorAll(".tok")[spec.c];
       if (span) pinToken(span, spec);
     }
   });

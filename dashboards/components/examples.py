@@ -11,6 +11,9 @@ from scope.features.examples import Example
 
 __all__ = ["example_card", "example_groups"]
 
+AFTER = 12
+"""Tokens that an example shows after its own."""
+
 
 def example_card(example: Example, index: str, scale: float) -> html.Article:
     """One example; `scale` is the feature's maximum, the same for all its examples."""
@@ -27,6 +30,7 @@ def example_card(example: Example, index: str, scale: float) -> html.Article:
             "i": index,
             "p": example.document_position,
             "from": origin,
+            "more": _cut(example),
         },
     )
     where = f"{origin} · position {example.document_position:,}"
@@ -38,6 +42,12 @@ def example_card(example: Example, index: str, scale: float) -> html.Article:
             html.Div(where, className="from", dir="auto"),
         ],
     )
+
+
+def _cut(example: Example) -> tuple[bool, bool]:
+    """Whether the window that the model saw goes on before and after what is shown. Position 0 is BOS; how long the
+    window is the example does not say, so one that shows all the tokens it asked for is taken to go on."""
+    return example.position - example.centre > 1, len(example.tokens) - 1 - example.centre >= AFTER
 
 
 def example_groups(groups: Sequence[ExampleGroup], index: str, scale: float) -> html.Div:

@@ -310,7 +310,7 @@ def _logits(feature: FeatureSummary) -> Any:
             ),
         ],
     )
-    return panel("Direct logit effects", two, unit="logit per unit of strength", term="logits")
+    return panel("Direct logit effects", two, unit="per unit of strength, before the final norm", term="logits")
 
 
 def _snippet(index: Any, feature: int) -> str:

@@ -16,7 +16,6 @@ from dashboards.queries import FeatureFilter, feature_rows, parse_sort
 __all__ = ["register", "render"]
 
 BLOCK = 60
-DEFAULT_SORT = "density:desc"
 SHOWS = (("all", "All"), ("alive", "Alive"), ("dead", "Dead"), ("over-dense", "Over-dense"))
 
 
@@ -24,7 +23,7 @@ def render(context: Context, view: View) -> Page:
     """The browser of one index, as its address says."""
     entry = context.entry(view)
     index = context.index(entry.id)
-    sort = dict(parse_sort(view.get("sort", DEFAULT_SORT)))
+    sort = dict(parse_sort(view.get("sort")))
     grid = dag.AgGrid(
         id="features-grid",
         className="features-grid",
@@ -126,7 +125,7 @@ def _columns(sort: dict[str, bool]) -> list[dict[str, Any]]:
             "cellRenderer": renderer,
             "sortable": sortable,
             **({"sort": "asc" if sort[field] else "desc"} if field in sort else {}),
-            **({"sortingOrder": ["desc", "asc"]} if field != "feature" else {"sortingOrder": ["asc", "desc"]}),
+            "sortingOrder": ["desc", "asc", None],
             **more,
         }
 

@@ -26,6 +26,8 @@ from scope.errors import ScopeError
 __all__ = ["register", "render"]
 
 POLL_MS = 400
+SKELETON = (30, 56, 16, 28, 28, 28, 28)
+"""Heights of what will stand there."""
 FAILED = "The prompt could not be run"
 SAMPLES = (
     "The opposite of hot is",
@@ -67,7 +69,7 @@ def render(context: Context, view: View) -> Page:
             ),
             _progress(),
             html.Div(id="prompt-status"),
-            html.Div(states.skeleton(34, 34, 220) if text else _invitation(), id="prompt-result"),
+            html.Div(states.skeleton(*SKELETON) if text else _invitation(), id="prompt-result"),
             dcc.Store(id="prompt-request", data={"index": entry.id, "text": text}),
             dcc.Store(id="prompt-selection", data=view.query),
             dcc.Store(id="prompt-jobs"),
@@ -186,7 +188,7 @@ def register(app: Dash, context: Context) -> None:
         analysis = context.worker.result(("analyse", index, text))
         if analysis is None:
             job = context.worker.get((now or {}).get("analysis", ""))
-            return states.skeleton(34, 34, 220) if job is not None and job.pending else []
+            return states.skeleton(*SKELETON) if job is not None and job.pending else []
         selection = Selection.of(query)
         push = context.worker.result(("push", index, text, selection.target)) if selection.target is not None else None
         try:

@@ -16,6 +16,8 @@ from scope.errors import ScopeError
 
 __all__ = ["render"]
 
+UNITS = (("d_sae", "features"), ("rows", "tokens"), ("documents", "documents"), ("trained_on", "tokens of training"))
+
 
 def render(context: Context, view: View) -> Page:
     """The page of the whole workspace."""
@@ -75,7 +77,7 @@ def _index_card(index: Artefact) -> html.Article:
                     facts["model"],
                     " · ",
                     html.Code(facts["hook"]),
-                    f" · {facts['architecture']}, {count(facts['d_sae'])} features",
+                    f" · {facts['sae']}",
                 ],
                 className="muted small",
             ),
@@ -129,6 +131,8 @@ def _quality(facts: Any) -> list[html.Div]:
 def _health(artefact: Artefact) -> html.Span:
     if artefact.problem:
         return html.Span("cannot be read", className="health bad")
+    if artefact.facts.get("complete") is False:
+        return html.Span("not complete; capturing again goes on", className="health bad")
     return html.Span("readable", className="health good")
 
 
@@ -151,8 +155,9 @@ def _provenance(artefact: Artefact) -> html.Details:
 
 
 def _parents(artefact: Artefact) -> str:
-    known = [f"{parent.name} ({parent.id})" for parent in artefact.parents]
-    missing = len(artefact.entry.manifest.get("parents", ())) - len(known)
+    known = list(artefact.facts.get("files", ()))
+    missing = len(artefact.entry.manifest.get("parents", ())) - len(artefact.parents)
+    known += [f"{parent.name} ({parent.id})" for parent in artefact.parents]
     if missing > 0:
         known.append(f"{missing} not in this workspace")
     return ", ".join(known) or "nothing recorded"
@@ -189,9 +194,7 @@ def _describe_row(artefact: Artefact) -> Any:
     if artefact.problem:
         return artefact.problem
     facts = artefact.facts
-    words = [str(facts[name]) for name in ("model", "architecture") if facts.get(name)]
-    for name, unit in (("n_rows", "rows"), ("d_sae", "features")):
-        if isinstance(facts.get(name), int):
-            words.append(f"{count(facts[name])} {unit}")
-    hooks = facts.get("hooks") or ([facts["hook_name"]] if facts.get("hook_name") else [])
-    return [" · ".join(words), *([" · ", html.Code(", ".join(map(str, hooks)))] if hooks else [])]
+    words = [str(facts["model"])] if facts.get("model") else []
+    words += [f"{count(facts[name])} {unit}" for name, unit in UNITS if isinstance(facts.get(name), int)]
+    hooks = [html.Code(hook) for hook in facts.get("hooks", ())]
+    return html.Span([part for item in [*words, *hooks] for part in (" · ", item)][1:])
