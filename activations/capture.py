@@ -163,6 +163,9 @@ def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[
     if not hooks:
         raise InvalidInputError("No hook was given; expected at least one hook name.")
     canonical = {name: model.resolve_hook(name) for name in hooks}
+    for hook in canonical.values():
+        if not hook or "/" in hook or hook.startswith((".", "__")):
+            raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
     aliases = {name: hook for name, hook in canonical.items() if name != hook}
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
 
@@ -272,6 +275,7 @@ class _Pass:
         theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
         if own is not None or theirs is not None:
             self._raise(own, theirs)
+        self._report()
 
     def _plan(self) -> None:
         """Body of the planner: make known the groups that are planned, then plan on."""
@@ -308,7 +312,6 @@ class _Pass:
                 pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
                 self.collector.add(task, batch, pending)
                 self._report()
-        self._report()
 
     def _windows(self, group: int) -> list[Window]:
         record = self.writer.ledger.records[PLAN][group]

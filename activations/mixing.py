@@ -72,7 +72,9 @@ def mix(pieces: Iterator[Piece], capacity: int, share: float, rng: np.random.Gen
             taken, free = np.split(free, [len(rows[part])])
             yield Fill(taken, rows[part], None if values is None else {hook: v[part] for hook, v in values.items()})
             done += len(taken)
-    yield Give(rng.permutation(np.setdiff1d(np.arange(capacity), free)))
+    is_left = np.ones(capacity, bool)
+    is_left[free] = False
+    yield Give(rng.permutation(np.flatnonzero(is_left)))
 
 
 def skip(events: Iterator[Fill | Give], n_rows: int, capacity: int) -> Iterator[Fill | Give]:

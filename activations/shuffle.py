@@ -35,6 +35,8 @@ GIVEN_SHARE = 0.25
 """Part of the buffer that is handed out at once; the reader is as much ahead."""
 MIN_READ_AHEAD = 4
 EVENT_BYTES = 2**20
+BOOKKEEPING_BYTES = 24
+"""Per row of the buffer: its id, and its place in lists of slots."""
 NUMPY_DTYPES: dict[str, Any] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 NO_FLAGS = RowFlag(0)
@@ -121,7 +123,7 @@ class ShuffledBatches:
         if n_rows == 0:
             raise InvalidInputError(f"The selection leaves no row of {source!r}: {select}.")
         row_bytes = sum(math.prod(empty.shape[1:]) for empty in self._no_rows.values()) * np.dtype(dtype).itemsize
-        fitting = memory_bytes // row_bytes
+        fitting = memory_bytes // (row_bytes + BOOKKEEPING_BYTES)
         self.in_memory = n_rows is not None and n_rows <= fitting
         """Whether all chosen rows are held in memory, so that each pass is a full shuffle."""
         self.capacity = n_rows if n_rows is not None and self.in_memory else max(1, int(fitting / (1 + GIVEN_SHARE)))

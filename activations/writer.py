@@ -132,9 +132,6 @@ class StoreWriter:
             shapes: feature shape of each hook, by canonical name.
             aliases: other names that were used for them.
         """
-        for hook in shapes:
-            if not hook or "/" in hook or hook.startswith((".", "__")):
-                raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
         capture = hooks_capture_id(list(shapes))
         content = {"hooks": {hook: {"shape": list(shape)} for hook, shape in shapes.items()}, "aliases": dict(aliases)}
         self._declare(capture, content, self.layout.hook_arrays(shapes))

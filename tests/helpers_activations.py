@@ -1,13 +1,16 @@
 """A `HookedModel` without torch: causal, deterministic, and as fast as numpy."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from activations.errors import UnknownNameError
 from activations.source import ModelIdentity, float32_to_bf16
 from activations.spec import StorageDtype
+from activations.store import ActivationStore
 
 BOS = 2
 SPECIAL = frozenset({0, 1, BOS})
@@ -75,3 +78,28 @@ class FakeModel:
         features = np.arange(1, np.prod(shape) + 1)
         values = np.sin(state[:, None] * 0.001 * features + phase) * (1 + state[:, None] % 7)
         return values.astype(np.float32).reshape(len(window), *shape)
+
+
+def write_text(path: Path, n_documents: int = 24, seed: int = 0, longest: int = 90) -> Path:
+    """A jsonl file of random documents, some empty, of several languages."""
+    rng = np.random.default_rng(seed)
+    with open(path, "w") as file:
+        for number in range(n_documents):
+            text = "".join(rng.choice(list("abc ~"), rng.integers(0, longest)))
+            row = {"text": text, "title": f"title {number}", "language": ["en", "de"][number % 2], "score": number}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a store with its bytes, but the journal, which holds times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "journal.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def expected_rows(model: FakeModel, store: ActivationStore, hook: str) -> np.ndarray:
+    """What the model gives for every row of a store, each window run alone and whole (float32)."""
+    tokens = store.rows(0, store.n_rows)
+    starts = np.flatnonzero(tokens.position == 0)
+    windows = np.split(tokens.token_id, starts[1:])
+    return np.concatenate([model.rows_at(hook, window) for window in windows])
