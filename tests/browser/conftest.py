@@ -70,8 +70,13 @@ class Visit:
             self.outside.append(request.url)
 
     def open(self, path: str, wait_for: str = "#content > *") -> Any:
-        """Go to an address of the dashboard and wait until `wait_for` is there."""
-        self.page.goto(self.url + path)
+        """Go to an address of the dashboard and wait until `wait_for` is there; as a link does it where the tab
+        already shows the dashboard, which is much faster than loading it anew."""
+        if self.page.url.startswith(self.url):
+            self.page.evaluate("path => window.scope.go(path)", path)
+            self.until("!document.body.classList.contains('navigating')")
+        else:
+            self.page.goto(self.url + path)
         self.page.wait_for_selector(wait_for)
         return self.page
 
