@@ -107,7 +107,8 @@ def capture(
     if rows_per_group is None and manifest is not None:
         rows_per_group = manifest["spec"]["rows_per_group"]
     spec = _spec(made, shapes, context_size, dtype, rows_per_group)
-    with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes)) as writer:
+    load_name = made.identity.load_name
+    with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
         passes = _passes(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = any(before.values()) or not passes or text is None

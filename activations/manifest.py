@@ -16,7 +16,7 @@ FORMATS: dict[str, int] = {"activation-store": 1, "sae": 1, "feature-index": 1}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader sees the old bytes or the new ones, and fsync both file and folder."""
+    """Replace `path` by `content` so that a reader sees the old bytes or the new; fsync both file and folder."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with open(temporary, "wb") as file:
         file.write(content)

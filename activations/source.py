@@ -50,6 +50,8 @@ class ModelIdentity:
     tokenizer_hash: str
     bos_token_id: int | None
     compute_dtype: str
+    load_name: str | None = None
+    """What the model was loaded as, so that it can be found again; no part of what identifies a store."""
 
 
 class PendingRows(Protocol):

@@ -77,15 +77,24 @@ class StoreWriter:
         spec: what every row has in common.
         identity: what else must be equal when a run is resumed, by name (JSON-able); kept in the manifest.
         hooks: the hooks that a new store begins with; with the rest they make its fingerprint.
+        load_name: what the model was loaded as, for the manifest of a new store.
     """
 
-    def __init__(self, folder: Path, spec: CaptureSpec, identity: Mapping[str, Any], hooks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: CaptureSpec,
+        identity: Mapping[str, Any],
+        hooks: Sequence[str],
+        load_name: str | None = None,
+    ) -> None:
         self.folder = folder
         self.spec = spec
         self.layout = StoreLayout(spec)
         self.journal = Journal(folder)
         self.ledger: Ledger
         self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
+        self._load_name = load_name
         self._lock = WriterLock(folder)
         self._shapes_lock = threading.Lock()
         self._shapes_at = 0.0
@@ -178,7 +187,13 @@ class StoreWriter:
     def _create(self) -> None:
         content = {"spec": asdict(self.spec), **self._identity}
         write_manifest(
-            self.folder, FORMAT, identity_fingerprint(content), parents=[], created_by=_created_by(), **content
+            self.folder,
+            FORMAT,
+            identity_fingerprint(content),
+            parents=[],
+            created_by=_created_by(),
+            load_name=self._load_name,
+            **content,
         )
 
     def _require_same(self, manifest: Mapping[str, Any]) -> None:

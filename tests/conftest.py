@@ -1,8 +1,27 @@
-"""Shared fixtures: no network, the real model (cached once a run), Debian's Chromium."""
+"""Shared fixtures: no network, run-time shape checks, and the demo's workspace made once a run."""
 
 import os
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("PIP_NO_INDEX", "1")
-os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PIP_NO_INDEX"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+import pytest
+
+CHECKED = ("scope.kernels", "scope.models", "scope.saes", "scope.interventions", "scope.training", "scope.attribution")
+"""Packages whose tensor annotations are checked at run time."""
+
+_hook = jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace that `scope demo` makes from the real model, at a small size."""
+    from scope.cli.demo import DemoConfig, make_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "workspace"
+    make_demo(folder, DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600))
+    return folder

@@ -65,7 +65,10 @@ class HookPoint:
 
 
 class HookTable:
-    """Hook points in the order in which the model reaches them. Iterates over `HookPoint`s; indexed by any name."""
+    """Hook points: those of the fast path in the order in which the model reaches them, then those of the bridge.
+
+    Iterates over `HookPoint`s; indexed by name or alias.
+    """
 
     def __init__(self, points: Iterable[HookPoint]) -> None:
         self._points = tuple(points)
@@ -94,7 +97,7 @@ class HookTable:
         return tuple(point.name for point in self._points)
 
     def rank(self, name: str) -> int:
-        """Place of a hook in model order."""
+        """Place of a hook in the table: for hooks of the fast path, in model order."""
         return self._rank[self[name].name]
 
     def select(self, kind: HookKind | None) -> "HookTable":
@@ -117,7 +120,7 @@ class HookTable:
 
 
 def build_hook_table(layout: Layout) -> HookTable:
-    """All hook points of a model, in model order: those of the fast path, then those that only the bridge has."""
+    """All hook points of a model: those of the fast path in model order, then those that only the bridge has."""
     fast = [*_first(layout), *(point for i in range(layout.n_layers) for point in _layer(layout, i)), *_last(layout)]
     taken = {name for point in fast for name in (point.name, *point.aliases)}
     bridge = [

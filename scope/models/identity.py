@@ -22,6 +22,7 @@ def identify(model: "LanguageModel") -> ModelIdentity:
         tokenizer_hash=_tokenizer_hash(model),
         bos_token_id=model.bos_token_id,
         compute_dtype=str(model.dtype).removeprefix("torch."),
+        load_name=model.files.load_name,
     )
 
 

@@ -22,7 +22,7 @@ from scope.models import identity, loading, losses
 from scope.models.architectures import Layout, find_layout
 from scope.models.dictionaries import Saes
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
-from scope.models.rows import HostCopy, collect_rows
+from scope.models.rows import HostCopy, check_windows, collect_rows
 from scope.models.run import EditFunction, Generation, RunResult, SpliceMode, continuations, run
 from scope.models.taps import Handler, tapped
 from scope.models.tokens import TokenReader, TokenText, prompt_ids
@@ -258,6 +258,7 @@ class LanguageModel:
     ) -> HostCopy:
         """Run windows and keep what the hooks see, as rows of real tokens: see `activations.source.HookedModel`."""
         points = {name: self._fast_point(name) for name in hooks}
+        check_windows(windows, 1, self.max_context_size, self.d_vocab)
         in_order = sorted(points, key=self.hook_table.rank)
 
         def forward(tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
@@ -350,7 +351,7 @@ class LanguageModel:
         self,
         windows: Sequence[np.ndarray],
         edits: Mapping[str, EditFunction] | None = None,
-        batch_size: int = 4096,
+        batch_size: int = 2048,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> list[Float[np.ndarray, " n"]]:
         """Next-token loss in nats at each position of each window; see `scope.models.losses`."""

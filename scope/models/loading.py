@@ -97,13 +97,12 @@ def _gguf(path: Path) -> ModelFiles:
 
 def _from_hub(name: str, revision: str | None, allow_download: bool) -> ModelFiles:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(
             snapshot_download(name, revision=revision, local_files_only=not allow_download, allow_patterns=HUB_FILES)
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # whatever the network, the hub or its cache may raise
         if allow_download:
             hint = f"Downloading it failed: {error}"
         else:

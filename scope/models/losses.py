@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.errors import InvalidInputError, MismatchError
-from scope.models.rows import WindowBatch, pack_windows
+from scope.errors import MismatchError
+from scope.models.rows import WindowBatch, check_windows, pack_windows
 from scope.models.run import EditContext, EditFunction, apply_edits, resolve_edits
 from scope.models.taps import tapped
 
@@ -101,13 +101,10 @@ def cross_entropy(
 
     Raises:
         InvalidInputError: a window is too short or longer than the model's context.
+        OutOfRangeError: a token id that the vocabulary does not have.
         UnknownNameError: an edit names a hook that does not exist.
     """
-    for window in windows:
-        if not 2 <= len(window) <= model.max_context_size:
-            raise InvalidInputError(
-                f"A window has {len(window)} tokens; a loss needs from 2 to {model.max_context_size:,}."
-            )
+    check_windows(windows, 2, model.max_context_size, model.d_vocab)
     shortest = min((len(window) for window in windows), default=0)
     changes = resolve_edits(model.hook_table, edits, shortest)
     names = sorted(changes, key=model.hook_table.rank)

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from activations.spec import StorageDtype
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, OutOfRangeError
 
-__all__ = ["HostCopy", "WindowBatch", "as_rows", "collect_rows", "pack_windows"]
+__all__ = ["HostCopy", "WindowBatch", "as_rows", "check_windows", "collect_rows", "pack_windows"]
 
 STORAGE: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -56,6 +56,21 @@ class WindowBatch:
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def check_windows(windows: Sequence[np.ndarray], shortest: int, longest: int, d_vocab: int) -> None:
+    """Refuse windows that a model cannot run.
+
+    Raises:
+        InvalidInputError: a window has fewer than `shortest` or more than `longest` tokens.
+        OutOfRangeError: a token id that the vocabulary does not have.
+    """
+    for window in windows:
+        if not shortest <= len(window) <= longest:
+            raise InvalidInputError(f"A window has {len(window):,} tokens; expected from {shortest} to {longest:,}.")
+        low, high = int(window.min()), int(window.max())
+        if low < 0 or high >= d_vocab:
+            raise OutOfRangeError(f"A window has token ids from {low} to {high}; the model has {d_vocab:,} tokens.")
 
 
 def pack_windows(windows: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:

@@ -121,7 +121,8 @@ class _AtHook:
         reconstruction = dictionary.decode(features)
         if self.splice == "with_error":
             reconstruction = reconstruction + (x - reconstruction).detach()
-        reconstruction = torch.where(self.context.bos[..., None], x, reconstruction)
+        bos = self.context.bos[..., None].to(x.device)
+        reconstruction = torch.where(bos, x, reconstruction)
         return reconstruction.to(value.device, value.dtype).view(value.shape)
 
     def _recorded(self, value: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def _grown(value: Tensor) -> tuple[Tensor, Tensor]:
     inner = value.squeeze(0).clone()
     if inner.requires_grad:
         inner.retain_grad()
-    else:
+    elif inner.is_floating_point():
         inner.requires_grad_()
     return inner.unsqueeze(0), inner
 
@@ -201,8 +202,8 @@ def run(
     changes = resolve_edits(table, edits, len(tokens))
     dictionaries = resolve_dictionaries(table, saes, splice=bool(splice))
     wanted = {*asked.values(), *dictionaries}
-    last = max((table.rank(name) for name in wanted), default=-1)
-    names = sorted({*wanted, *changes}, key=table.rank)
+    needed = {*wanted, *(changes if logits else _early_enough(table, changes, wanted))}
+    names = sorted(needed, key=table.rank)
     batch = tokens[None]
     bos = model.bos_mask(batch)
     activations: dict[str, Tensor] = {}
@@ -220,7 +221,6 @@ def run(
             features=features,
         )
         for name in names
-        if logits or table.rank(name) <= last
     }
     with torch.set_grad_enabled(grad):
         output = model.forward(batch, handlers, logits)
@@ -230,6 +230,13 @@ def run(
         activations={name: activations[canonical] for name, canonical in asked.items()},
         features=features,
     )
+
+
+def _early_enough(table: HookTable, changes: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Hooks of edits that something wanted may depend on: all but those after the last wanted hook."""
+    last = max((table.rank(name) for name in wanted), default=-1)
+    ordered = all(table[name].path == "fast" for name in (*changes, *wanted))
+    return [name for name in changes if not ordered or table.rank(name) <= last]
 
 
 def continuations(

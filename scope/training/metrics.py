@@ -24,7 +24,7 @@ where BOS rows pass through untouched; the share of rows that the SAE covers is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -197,6 +197,7 @@ def mean_activation(
     return (total / n).float()
 
 
+@runtime_checkable
 class LossModel(Protocol):
     """What `delta_ce` asks of a model; `scope.models.LanguageModel` is one."""
 
@@ -213,7 +214,7 @@ class LossModel(Protocol):
 def delta_ce(
     model: LossModel,
     sae: SAE,
-    windows: Sequence[Int[np.ndarray, " n"]],
+    windows: Sequence[Int[np.ndarray, " _"]],
     mean: Float[Tensor, " d_in"],
     *,
     documents: Sequence[int] | None = None,
@@ -344,7 +345,7 @@ class _Tally:
         )
 
 
-def _squares_about(sums: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def _squares_about(sums: np.ndarray, mean: np.ndarray) -> np.ndarray | np.float64:
     """sum ‖x - mean‖² from the sums of ‖x‖², 1 and x."""
     squares, n, vectors = sums[..., 1], sums[..., 2], sums[..., 3:]
     result: np.ndarray = squares - 2 * vectors @ mean + n * (mean @ mean)
