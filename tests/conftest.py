@@ -14,7 +14,7 @@ import pytest
 CHECKED = ("scope.kernels", "scope.models", "scope.saes", "scope.interventions", "scope.training", "scope.attribution")
 """Packages whose tensor annotations are checked at run time."""
 
-_hook = jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+_hook = jaxtyping.install_import_hook(CHECKED, "helpers_checks.checked")
 
 
 @pytest.fixture(scope="session")

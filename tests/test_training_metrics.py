@@ -1,7 +1,7 @@
 """The metrics against brute force, from their definitions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from helpers_training import HOOK, MemorySource, one_thread, synthetic, with_fla
 
 from activations.source import RowFlag
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+from scope.models.run import EditContext
 from scope.saes.base import SAEMetadata
 from scope.saes.topk import TopKConfig, TopKSAE
 from scope.training.metrics import bootstrap, delta_ce, mean_activation, reconstruction_metrics
@@ -101,12 +102,6 @@ def test_the_bootstrap_resamples_documents() -> None:
     assert low < 5 < high
 
 
-class Context(NamedTuple):
-    name: str
-    tokens: torch.Tensor
-    bos: torch.Tensor
-
-
 class ToyModel:
     """Activations are rows of a table; a token's loss is the squared distance of its activation from what it was."""
 
@@ -121,7 +116,7 @@ class ToyModel:
             tokens = torch.from_numpy(window)[None].long()
             value = self.table[tokens].clone()
             for name, edit in (edits or {}).items():
-                value = edit(value, Context(name, tokens, tokens == self.bos_token_id))
+                value = edit(value, EditContext(name, tokens, tokens == self.bos_token_id))
             losses.append(1 + (value - self.table[tokens]).square().sum(-1)[0, :-1].detach().numpy())
         return losses
 

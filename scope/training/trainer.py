@@ -97,13 +97,13 @@ class SAETrainer:
         self.firing_tokens = 0
 
     @torch.no_grad()
-    def initialise(self, sample: Float[Tensor, "rows width"]) -> None:
+    def initialise(self, sample: Float[Tensor, "rows *width"]) -> None:
         """Settle the scale and b_dec from a sample of raw activations."""
         rows = self._checked(sample)
         self.scale = expected_norm_scale(rows)
         self.sae.b_dec.copy_(geometric_median(rows * self.scale))
 
-    def step(self, batch: Float[Tensor, "batch width"], rows: Any = None) -> StepReport:
+    def step(self, batch: Float[Tensor, "*batch width"], rows: Any = None) -> StepReport:
         """Train on a batch of raw activations.
 
         Args:
