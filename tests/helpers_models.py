@@ -10,11 +10,12 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import pytest
 import torch
 import transformers
 from jaxtyping import TypeCheckError
@@ -28,7 +29,7 @@ from scope.models.loading import quiet_transformers
 WRONG_TYPE = (InvalidInputError, TypeCheckError)
 """What a value of another type gets: our error, or jaxtyping's where the run-time check is on."""
 KINDS = ("gemma3", "llama", "gpt2")
-MORE_KINDS = ("gemma2", "mistral", "qwen2", "qwen3")
+MORE_KINDS = ("gemma2", "gemma3_multimodal", "mistral", "qwen2", "qwen3")
 TEXT = (
     "The cat sat on the mat and looked at the moon. She thinks that the river is deep, but it is not.\n"
     "In 1905 the old mill by the river burned down; nobody knew why. Le café était fermé à midi.\n"
@@ -97,6 +98,20 @@ def _gemma(version: int, d_vocab: int) -> Any:
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**config))
 
 
+def _gemma3_multimodal(d_vocab: int) -> Any:
+    text = _gemma(3, d_vocab).config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=380,
+        boi_token_index=381,
+        eoi_token_index=382,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def _llama(d_vocab: int) -> Any:
     config = _rotary_config(d_vocab, tie_word_embeddings=False)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
@@ -123,10 +138,21 @@ _BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenize
     "llama": (_llama, _sentencepiece_tokenizer),
     "gpt2": (_gpt2, _byte_level_tokenizer),
     "gemma2": (functools.partial(_gemma, 2), _sentencepiece_tokenizer),
+    "gemma3_multimodal": (_gemma3_multimodal, _sentencepiece_tokenizer),
     "mistral": (_mistral, _sentencepiece_tokenizer),
     "qwen2": (functools.partial(_qwen, 2), functools.partial(_byte_level_tokenizer, bos=False)),
     "qwen3": (functools.partial(_qwen, 3), functools.partial(_byte_level_tokenizer, bos=False)),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny matrices on several threads cost ten times as much where the cores are busy. Import it to use it."""
+    threads = torch.get_num_threads()
+    if "real" not in request.keywords:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

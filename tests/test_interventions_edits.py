@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import KINDS, WRONG_TYPE, TinyDictionary, tiny_model
+from helpers_models import one_thread as one_thread
 from torch import Tensor
 
 from scope import interventions

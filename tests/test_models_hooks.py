@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers_models import KINDS, WRONG_TYPE, tiny_model
+from helpers_models import one_thread as one_thread
 
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.models import HookTable

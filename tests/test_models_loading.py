@@ -109,6 +109,11 @@ def test_an_unknown_model_is_refused_without_network(name: str, expected: str) -
         LanguageModel.load(name)
 
 
+def test_a_failed_download_says_so() -> None:
+    with pytest.raises(UnknownNameError, match="Downloading it failed"):  # HF_HUB_OFFLINE is set in tests
+        LanguageModel.load("google/no-such-model", allow_download=True)
+
+
 def test_wrong_arguments_are_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_model", lambda *_: pytest.fail("looked for the model"))
     folder = str(tiny_folder("llama"))
@@ -140,8 +145,9 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, missing: str, 
 
 
 def test_a_revision_needs_a_hub() -> None:
-    with pytest.raises(InvalidInputError, match="revision"):
-        LanguageModel.load(str(tiny_folder("llama")), revision="main")
+    for name in (str(tiny_folder("llama")), "gemma-3-270m", str(tiny_gguf())):
+        with pytest.raises(InvalidInputError, match="revision"):
+            LanguageModel.load(name, revision="main")
 
 
 def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

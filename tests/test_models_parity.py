@@ -3,12 +3,14 @@
 Both with eager attention in float32; equal means within 1e-5 of the largest value.
 """
 
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers_models import KINDS, MORE_KINDS, real_model, tiny_model
+from helpers_models import one_thread as one_thread
 from torch import Tensor
 
 from scope.models import HookPoint, LanguageModel
@@ -147,6 +149,43 @@ def test_a_hook_of_the_bridge_alone_goes_with_the_others() -> None:
     torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
     unedited = model.run(TOKENS, hooks=["blocks.3.hook_resid_post"]).activations["blocks.3.hook_resid_post"]
     assert not torch.allclose(unedited, result.activations["blocks.3.hook_resid_post"])
+
+
+def test_an_edit_of_the_bridge_counts_for_what_is_read_later() -> None:
+    model = tiny_model("gemma3", "eager")
+    hook = "blocks.3.hook_resid_post"
+    zero = {"blocks.1.attn.hook_pattern": lambda value, context: torch.zeros_like(value)}
+    edited = model.run(TOKENS, hooks=[hook], edits=zero, logits=False).activations[hook]
+    assert relative_difference(edited, model.run(TOKENS, hooks=[hook], edits=zero).activations[hook]) == 0
+    assert not torch.allclose(edited, model.run(TOKENS, hooks=[hook]).activations[hook])
+
+
+def test_a_bridge_gives_gradients_too_and_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    boot, settings = TransformerBridge.boot_transformers, []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        settings.append(os.environ.get("PIP_NO_INDEX"))
+        return boot(*args, **kwargs)
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", spy)
+    monkeypatch.delenv("PIP_NO_INDEX", raising=False)
+    shared = tiny_model("llama", "eager")
+    model = LanguageModel(shared.hf, shared.files)
+    names = ["embed.hook_in", "blocks.1.attn.hook_pattern", "blocks.1.attn.hook_v"]
+    result = model.run(TOKENS, hooks=names, grad=True)
+    assert settings == ["1"]
+    assert "PIP_NO_INDEX" not in os.environ
+    assert result.logits is not None
+    result.logits[-1, 7].backward()
+    pattern, values = (result.activations[name].grad for name in names[1:])
+    assert pattern is not None
+    assert pattern.abs().max() > 0
+    by_fast_path = model.run(TOKENS, hooks=names[2:], grad=True)
+    assert by_fast_path.logits is not None
+    by_fast_path.logits[-1, 7].backward()
+    torch.testing.assert_close(values, by_fast_path.activations[names[2]].grad)
 
 
 @pytest.mark.real

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import KINDS, tiny_model
+from helpers_models import one_thread as one_thread
 
 from activations.source import bf16_to_float32
-from scope.errors import InvalidInputError, UnknownNameError
+from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.models.rows import pack_windows
 
 HOOKS = ("hook_embed", "blocks.0.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.hook_resid_post")
@@ -116,6 +117,12 @@ def test_wrong_hooks_are_refused_before_the_model_runs(monkeypatch: pytest.Monke
         model.forward_rows(windows(), ["blocks.1.hook_resid"], "float32", 64)
     with pytest.raises(InvalidInputError):
         model.forward_rows(windows(), ["blocks.1.attn.hook_pattern"], "float32", 64)
+    for length in (0, 65):
+        with pytest.raises(InvalidInputError, match="from 1 to 64"):
+            model.forward_rows([np.ones(length, np.int32)], HOOKS, "float32", 64)
+    for token in (-1, 100_000):
+        with pytest.raises(OutOfRangeError, match=str(token)):
+            model.forward_rows([np.array([2, token], np.int32)], HOOKS, "float32", 64)
 
 
 def test_rows_do_not_depend_on_what_ran_before() -> None:

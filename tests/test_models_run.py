@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from helpers_models import KINDS, WRONG_TYPE, TinyDictionary, tiny_folder, tiny_model
+from helpers_models import one_thread as one_thread
 from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_model
+from helpers_models import one_thread as one_thread
 
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.models import LanguageModel, TokenText
@@ -131,6 +132,6 @@ def test_the_real_tokenizers_tokens_join_to_the_text() -> None:
         assert "".join(token.new_text for token in tokens[1:]) == text
     parts = [token.part for token in model.token_strings(model.tokenize("𓀀", prepend_bos=False))]
     assert parts == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    every = model.vocabulary_strings(range(model.d_vocab))
-    assert len(every) == model.d_vocab
-    assert not any("▁" in text for text in every[1000:2000])
+    every_tenth = model.vocabulary_strings(range(0, model.d_vocab, 10))
+    assert all(every_tenth)
+    assert not any("▁" in text for text in every_tenth)

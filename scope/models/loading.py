@@ -64,12 +64,15 @@ def find_model(name: str, revision: str | None = None, allow_download: bool = Fa
     if not isinstance(name, str) or not name.strip():
         raise InvalidInputError(f"The name of a model is a non-empty string; got {name!r}.")
     path = Path(name).expanduser()
-    if name.lower() in PACKAGED_MODELS:
-        return _refuse_revision(revision, _packaged(name.lower()))
-    if path.suffix.lower() == ".gguf":
-        return _refuse_revision(revision, _gguf(path))
-    if path.is_dir():
-        return _refuse_revision(revision, ModelFiles(_complete(path), path.resolve().name, None, str(path.resolve())))
+    packaged, gguf, folder = name.lower() in PACKAGED_MODELS, path.suffix.lower() == ".gguf", path.is_dir()
+    if revision is not None and (packaged or gguf or folder):
+        raise InvalidInputError(f"Only models from the Hugging Face hub have revisions; {name!r} has none.")
+    if packaged:
+        return _packaged(name.lower())
+    if gguf:
+        return _gguf(path)
+    if folder:
+        return ModelFiles(_complete(path), path.resolve().name, None, str(path.resolve()))
     if not HUB_ID.fullmatch(name):
         raise _unknown(name, "Give a folder, a .gguf file or a Hugging Face id.")
     return _from_hub(name, revision, allow_download)
@@ -125,12 +128,6 @@ def _complete(folder: Path) -> Path:
                 f"{folder} holds no {what} of a model; expected {' or '.join(patterns)} there.{pickled}"
             )
     return folder
-
-
-def _refuse_revision(revision: str | None, files: ModelFiles) -> ModelFiles:
-    if revision is not None:
-        raise InvalidInputError(f"Only models from the Hugging Face hub have revisions; {files.load_name!r} has none.")
-    return files
 
 
 def _unknown(name: str, hint: str) -> UnknownNameError:
