@@ -1,18 +1,13 @@
 """Capture: drive a `HookedModel` over text and fill a store.
 
 1. Check everything that was given; nothing is written before all of it is found good.
-2. A *planner* thread tokenises ahead of the model and commits row groups of the plan (`activations.plan`).
-3. The calling thread reads each committed group of the plan back, packs its windows into batches, and sends them
-   through the model. A batch's result may still be on its way to the host when the next one starts.
-4. A *collector* thread waits for results, looks for NaN and Inf, and scatters rows to their places in shards.
-5. *Writer* threads put checksums on full shards and write them; the last shard of a row group commits it
-   (`activations.collect`).
+2. Take the lock and open or make the store (`activations.writer`).
+3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
+4. Run each in one pass over the rows (`activations.passes`).
 
-Channels between these are short and row groups in flight are few, so memory is bounded by a few batches and a few
-shards. Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
+Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations.collect import Collector, GroupTask
-from activations.errors import InterruptedRunError, InvalidInputError, MismatchError
+from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN
-from activations.pipeline import Channel, Stopped, Worker
-from activations.plan import Window, Windowing, group_windows, pack_batches, plan_groups
+from activations.passes import CapturePass, Progress
 from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
 from activations.store import ActivationStore
@@ -34,13 +27,6 @@ from activations.writer import StoreWriter, existing_manifest
 __all__ = ["CaptureReport", "capture"]
 
 DEFAULT_BATCH_SIZE = 8192
-PLAN_AHEAD = 4
-"""Row groups that the planner may be ahead of the model."""
-RESULTS_PENDING = 2
-WRITERS = 2
-GROUPS_IN_FLIGHT = WRITERS + 1
-
-Progress = Callable[[int, int | None], None]
 
 
 class CaptureReport(NamedTuple):
@@ -53,7 +39,7 @@ class CaptureReport(NamedTuple):
     """Rows that this run computed."""
     seconds: float
     resumed: bool
-    """Whether an earlier run had left committed rows."""
+    """Whether the store was there before, with at least some of its text tokenised."""
     documents: int
     """Documents that have rows."""
     windowed_documents: int
@@ -104,6 +90,8 @@ def capture(
     _check_text(text, manifest, out)
     made = _made(model)
     shapes, aliases = _resolve(made, hooks)
+    if manifest is None and text is not None:
+        _require_tokens(text, made)
     if rows_per_group is None and manifest is not None:
         rows_per_group = manifest["spec"]["rows_per_group"]
     spec = _spec(made, shapes, context_size, dtype, rows_per_group)
@@ -111,11 +99,11 @@ def capture(
     with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
         passes = _passes(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
-        resumed = any(before.values()) or not passes or text is None
+        resumed = writer.plan_state.n_rows > 0
         if passes:
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
-            _Pass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
+            CapturePass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
         seconds = time.monotonic() - started
@@ -155,6 +143,12 @@ def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out
     text.check()
     if manifest is None and not any(document.text.strip() for document in text.documents()):
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+
+
+def _require_tokens(text: TextSource, model: HookedModel) -> None:
+    written = (document.text for document in text.documents() if document.text.strip())
+    if not any(len(model.encode_documents([some])[0]) for some in written):
+        raise InvalidInputError(f"There is no text in {', '.join(text.names)}: no document has a token.")
 
 
 def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -229,124 +223,3 @@ def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases:
         names = {alias: hook for alias, hook in aliases.items() if hook in left}
         unfinished.append(writer.declare_hooks(left, names))
     return unfinished
-
-
-class _Pass:
-    """One pass of the model over all rows that a capture lacks."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
-        declared = writer.ledger.declarations[capture_id]["hooks"]
-        self.model, self.text, self.writer, self.capture_id = model, text, writer, capture_id
-        self.hooks = sorted(declared)
-        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
-        self.plan = ActivationStore.open(writer.folder)
-        self.plan.use_ledger(writer.ledger)
-        self.groups: Channel[int] = Channel(PLAN_AHEAD)
-        arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})
-        self.collector = Collector(writer, capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
-        self.rows_before = 0
-
-    def run(self) -> None:
-        """Capture what is missing; whatever stops it, threads have ended when this returns."""
-        planner = Worker("planner", self._plan, self._wind_down)
-        collector = Worker("collector", self.collector.collect, self._wind_down)
-        writers = [Worker(f"writer {i}", self.collector.write, self._stop) for i in range(WRITERS)]
-        for worker in (planner, collector, *writers):
-            worker.start()
-        own: BaseException | None = None
-        try:
-            self._feed()
-            self.collector.results.close()
-        except BaseException as error:
-            own = error
-            self._wind_down()
-        collector.join_fully()
-        self.collector.jobs.close()
-        for worker in (*writers, planner):
-            worker.join_fully()
-        theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
-        if own is not None or theirs is not None:
-            self._raise(own, theirs)
-        self._report()
-
-    def _plan(self) -> None:
-        """Body of the planner: make known the groups that are planned, then plan on."""
-        writer = self.writer
-        for group in range(writer.ledger.committed_groups(PLAN)):
-            self.groups.put(group)
-        state = writer.plan_state
-        if not state.complete:
-            assert self.text is not None
-            windowing = Windowing(
-                context_size=writer.spec.context_size,
-                bos_token_id=writer.spec.bos_token_id,
-                special_token_ids=self.model.special_token_ids,
-                rows_per_group=writer.spec.rows_per_group,
-                max_tokens=self.max_tokens,
-                max_document_tokens=self.text.max_document_tokens,
-            )
-            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state):
-                writer.commit_plan(planned)
-                self.groups.put(planned.group)
-        self.groups.close()
-
-    def _feed(self) -> None:
-        """Send the row groups that are not committed through the model."""
-        done = dict(self.writer.ledger.records[self.capture_id])
-        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
-        for group in self.groups:
-            if group in done:
-                continue
-            batches = pack_batches(self._windows(group), self.batch_size)
-            record = self.writer.ledger.records[PLAN][group]
-            task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
-            for batch in batches:
-                pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
-                self.collector.add(task, batch, pending)
-                self._report()
-
-    def _windows(self, group: int) -> list[Window]:
-        record = self.writer.ledger.records[PLAN][group]
-        first = self.plan.rows(record.row_start, record.row_start + 1)
-        start = record.row_start - int(first.position[0])
-        rows = self.plan.rows(start, record.row_stop)
-        return group_windows(rows.token_id, rows.position, record.row_start - start)
-
-    def _report(self) -> None:
-        if self.progress is not None:
-            state = self.writer.plan_state
-            total = state.n_rows if state.complete else self.max_tokens
-            self.progress(self.rows_before + self.collector.rows_collected, total)
-
-    def _wind_down(self) -> None:
-        """End early, but let shards that are full be written."""
-        self.groups.stop()
-        self.collector.results.stop()
-
-    def _stop(self) -> None:
-        """End at once."""
-        self._wind_down()
-        self.collector.stop()
-
-    def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
-        rows = self.writer.ledger.committed_rows(self.capture_id)
-        resume = f"{rows:,} rows are committed in {self.writer.folder}; run the same command again to resume."
-        with contextlib.suppress(OSError):  # the disk may be full
-            self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
-        if theirs is None and isinstance(own, KeyboardInterrupt):
-            raise InterruptedRunError(f"Interrupted. {resume}") from own
-        if isinstance(theirs, OSError):
-            raise InterruptedRunError(f"Stopped, because a file could not be written: {theirs}. {resume}") from theirs
-        error = theirs if isinstance(own, Stopped) or own is None else own
-        assert error is not None
-        error.add_note(resume)
-        raise error

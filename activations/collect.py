@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, ShardBuffer
+from activations.batching import Batch
 from activations.errors import MismatchError, NonFiniteError
 from activations.pipeline import Channel
-from activations.plan import Batch
 from activations.source import PendingRows
 from activations.spec import StorageDtype
 from activations.store import ActivationStore

@@ -134,7 +134,7 @@ class StoreFeed:
         # Blocks are runs of inner chunks, which are read and verified whole anyway.
         self._block = max(map(store.block_rows, hooks))
         stretches = [(start, min(self._end, start + SCAN_ROWS)) for start in range(0, self._end, SCAN_ROWS)]
-        by_flags = [chooser.by_flags(store.rows(start, stop).flags) for start, stop in stretches]
+        by_flags = [chooser.by_flags(store.flags(start, stop)) for start, stop in stretches]
         if chooser.max_norm_ratio is not None and any(chosen.any() for chosen in by_flags):
             self._bound_norms(stretches, by_flags, chooser.max_norm_ratio)
         self._bits = np.packbits(np.concatenate([*by_flags, np.zeros(0, bool)]))

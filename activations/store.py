@@ -6,7 +6,6 @@ reading never write. `activations.layout` shows what lies where; `activations.wr
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,6 +145,10 @@ class ActivationStore:
         except UnknownNameError:
             return False
 
+    def capture_of(self, hook: str) -> str:
+        """The ledger's id of the pass that captured a hook."""
+        return self._capture_of[self.resolve_hook(hook)]
+
     def read(self, hook: str, start: int, stop: int) -> np.ndarray:
         """Activations of the rows `[start, stop)`, `(stop - start, *feature_shape)`, in the storage dtype (bfloat16
         as uint16 bits), verified.
@@ -191,6 +194,11 @@ class ActivationStore:
         """Token columns of the rows `[start, stop)`; planned rows may be read before their activations are there."""
         self._require(PLAN, "tokens", start, stop)
         return TokenRows(*(self._read_column(column, start, stop) for column in TokenRows._fields))
+
+    def flags(self, start: int, stop: int) -> np.ndarray:
+        """`RowFlag` bits of the rows `[start, stop)`, uint8."""
+        self._require(PLAN, "tokens", start, stop)
+        return self._read_column("flags", start, stop)
 
     def sequences(self) -> "pd.DataFrame":
         """The windows: `sequence, document, start_row, n_rows, document_offset`.
@@ -264,19 +272,11 @@ class ActivationStore:
     def ledger(self) -> Ledger:
         return self._ledger
 
-    def capture_of(self, hook: str) -> str:
-        """The ledger's id of the pass that captured a hook."""
-        return self._capture_of[self.resolve_hook(hook)]
-
     @property
     def _capture_of(self) -> dict[str, str]:
         declarations = self._ledger.declarations
         found = {hook: capture for capture in declarations for hook in declarations[capture].get("hooks", {})}
         return dict(sorted(found.items()))
-
-    @cached_property
-    def _rows_per_group(self) -> int:
-        return self.spec.rows_per_group
 
     def _as_float32(self, values: np.ndarray) -> np.ndarray:
         return bf16_to_float32(values) if self.dtype == "bfloat16" else values.astype(np.float32, copy=False)
@@ -295,7 +295,7 @@ class ActivationStore:
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(group, first row, last row + 1) of each row group that the rows touch."""
-        size = self._rows_per_group
+        size = self.spec.rows_per_group
         for group in range(start // size, -(-stop // size)):
             yield group, max(start, group * size), min(stop, (group + 1) * size)
 
@@ -312,7 +312,7 @@ class ActivationStore:
         for group, first, last in self._pieces(start, stop):
             path, record = self._record(self._capture_of[hook], array, layout, group)
             what = f"{array}, rows {first:,} to {last:,}"
-            within = first - group * self._rows_per_group
+            within = first - group * self.spec.rows_per_group
             read_raw(path, layout, record, within, out[first - start : last - start], what)
         return out
 
@@ -320,7 +320,7 @@ class ActivationStore:
         layout = self.layout.column(column)
         pieces = [np.empty(0, layout.storage_dtype)]
         for group, first, last in self._pieces(start, stop):
-            offset = group * self._rows_per_group
+            offset = group * self.spec.rows_per_group
             pieces.append(self._decoded(column, layout, group)[first - offset : last - offset])
         return np.concatenate(pieces)
 
@@ -360,7 +360,7 @@ class ActivationStore:
         return ActivationBatch(
             rows=np.arange(start, stop),
             activations={hook: self.read(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
-            flags=self._read_column("flags", start, stop),
+            flags=self.flags(start, stop),
             norms={hook: self.norms(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
         )
 

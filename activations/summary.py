@@ -65,7 +65,7 @@ def norm_statistics(store: ActivationStore, hook: str) -> dict[str, Any]:
     pieces = [np.empty(0, np.float32)]
     for group in range(0, n_groups, step):
         start, stop = group * size, min(n_rows, (group + 1) * size)
-        is_bos = (store.rows(start, stop).flags & RowFlag.BOS) > 0
+        is_bos = (store.flags(start, stop) & RowFlag.BOS) > 0
         pieces.append(store.norms(hook, start, stop)[~is_bos])
     norms = np.concatenate(pieces)
     if not len(norms):

@@ -9,15 +9,8 @@ from helpers_activations import BOS, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activations.plan import (
-    PlannedGroup,
-    PlanState,
-    Window,
-    Windowing,
-    group_windows,
-    pack_batches,
-    plan_groups,
-)
+from activations.batching import Window, group_windows, pack_batches
+from activations.plan import PlannedGroup, PlanState, Windowing, plan_groups
 from activations.source import RowFlag
 from activations.text import Document, is_held_out
 

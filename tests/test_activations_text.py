@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from activations import documents
 from activations import text as text_module
 from activations.errors import InvalidInputError, UnknownNameError
 from activations.text import Document, TextSource, is_held_out
@@ -46,7 +47,7 @@ def test_another_text_column(path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_start_skips_exactly(path: Path, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "LINES_PER_BLOCK", 4)
+    monkeypatch.setattr(documents, "LINES_PER_BLOCK", 4)
     monkeypatch.setattr(text_module, "BLOCKS_PER_POOL", 2)
     source = TextSource(path, shuffle_seed=seed)
     everything = list(source.documents())
@@ -79,6 +80,13 @@ def test_missing_values_are_empty_documents(tmp_path: Path) -> None:
     assert [d.source for d in TextSource(file).documents()][2] == "a"
     pq.write_table(pa.table({"text": pa.array(["x", None])}), tmp_path / "a.parquet")
     assert [d.text for d in TextSource(tmp_path / "a.parquet").documents()] == ["x", ""]
+
+
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a\\ud800b \\ud83d\\ude00", "title": "\\udc00"}\n')
+    (document,) = TextSource(file).documents()
+    assert (document.text, document.title) == ("a\ufffdb \U0001f600", "\ufffd")
 
 
 def test_fingerprint_follows_content_and_settings_but_not_the_folder(path: Path, tmp_path: Path) -> None:
@@ -179,6 +187,7 @@ def test_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
     source = TextSource("hf://owner/name:config@test")
     source.check()
+    assert TextSource(Path("hf://owner/name:config@test")) == source
     assert [d.title for d in source.documents(55)] == ["t55", "t56"]
     assert set(calls) == {("owner/name", "config", "test", True)}
     assert source.fingerprint != TextSource("hf://owner/name").fingerprint

@@ -1,0 +1,160 @@
+"""One pass of the model over the rows that a capture lacks, as a pipeline of threads.
+
+1. A *planner* thread tokenises ahead of the model and commits row groups of the plan (`activations.plan`).
+2. The calling thread reads each committed group of the plan back, packs its windows into batches
+   (`activations.batching`), and sends them through the model. A batch's result may still be on its way to the host
+   when the next one starts.
+3. A *collector* thread waits for results, looks for NaN and Inf, and scatters rows to their places in shards.
+4. *Writer* threads put checksums on full shards and write them; the last shard of a row group commits it
+   (`activations.collect`).
+
+Channels between these are short and row groups in flight are few, so memory is bounded by a few batches and a few
+shards, whatever the length of the run.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+from activations.batching import Window, group_windows, pack_batches
+from activations.collect import Collector, GroupTask
+from activations.errors import InterruptedRunError
+from activations.layout import PLAN
+from activations.pipeline import Channel, Stopped, Worker
+from activations.plan import Windowing, plan_groups
+from activations.source import HookedModel
+from activations.store import ActivationStore
+from activations.text import TextSource
+from activations.writer import StoreWriter
+
+__all__ = ["CapturePass", "Progress"]
+
+PLAN_AHEAD = 4
+"""Row groups that the planner may be ahead of the model."""
+RESULTS_PENDING = 2
+"""Results that may wait for the collector, besides the one that it works on."""
+WRITERS = 2
+GROUPS_IN_FLIGHT = WRITERS + 1
+"""Row groups whose shards are in memory: one that fills, and those that are written."""
+
+Progress = Callable[[int, int | None], None]
+
+
+class CapturePass:
+    """One pass of the model over all rows that a capture lacks."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        text: TextSource | None,
+        writer: StoreWriter,
+        capture_id: str,
+        max_tokens: int | None,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        declared = writer.ledger.declarations[capture_id]["hooks"]
+        self.model, self.text, self.writer, self.capture_id = model, text, writer, capture_id
+        self.hooks = sorted(declared)
+        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+        self.plan = ActivationStore.open(writer.folder)
+        self.plan.use_ledger(writer.ledger)
+        self.groups: Channel[int] = Channel(PLAN_AHEAD)
+        arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})
+        self.collector = Collector(writer, capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
+        self.rows_before = 0
+
+    def run(self) -> None:
+        """Capture what is missing; whatever stops it, threads have ended when this returns."""
+        planner = Worker("planner", self._plan, self._wind_down)
+        collector = Worker("collector", self.collector.collect, self._wind_down)
+        writers = [Worker(f"writer {i}", self.collector.write, self._stop) for i in range(WRITERS)]
+        own: BaseException | None = None
+        try:
+            for worker in (planner, collector, *writers):
+                worker.start()
+            self._feed()
+            self.collector.results.close()
+        except BaseException as error:
+            own = error
+            self._wind_down()
+        collector.join_fully()
+        self.collector.jobs.close()
+        for worker in (*writers, planner):
+            worker.join_fully()
+        theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
+        if own is not None or theirs is not None:
+            self._raise(own, theirs)
+        self._report()
+
+    def _plan(self) -> None:
+        """Body of the planner: make known the groups that are planned, then plan on."""
+        writer = self.writer
+        for group in range(writer.ledger.committed_groups(PLAN)):
+            self.groups.put(group)
+        state = writer.plan_state
+        if not state.complete:
+            assert self.text is not None
+            windowing = Windowing(
+                context_size=writer.spec.context_size,
+                bos_token_id=writer.spec.bos_token_id,
+                special_token_ids=self.model.special_token_ids,
+                rows_per_group=writer.spec.rows_per_group,
+                max_tokens=self.max_tokens,
+                max_document_tokens=self.text.max_document_tokens,
+            )
+            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state):
+                writer.commit_plan(planned)
+                self.groups.put(planned.group)
+        self.groups.close()
+
+    def _feed(self) -> None:
+        """Send the row groups that are not committed through the model."""
+        done = dict(self.writer.ledger.records[self.capture_id])
+        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
+        for group in self.groups:
+            if group in done:
+                continue
+            batches = pack_batches(self._windows(group), self.batch_size)
+            record = self.writer.ledger.records[PLAN][group]
+            task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
+            for batch in batches:
+                pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
+                self.collector.add(task, batch, pending)
+                self._report()
+
+    def _windows(self, group: int) -> list[Window]:
+        record = self.writer.ledger.records[PLAN][group]
+        first = self.plan.rows(record.row_start, record.row_start + 1)
+        start = record.row_start - int(first.position[0])
+        rows = self.plan.rows(start, record.row_stop)
+        return group_windows(rows.token_id, rows.position, record.row_start - start)
+
+    def _report(self) -> None:
+        if self.progress is not None:
+            state = self.writer.plan_state
+            total = state.n_rows if state.complete else self.max_tokens
+            self.progress(self.rows_before + self.collector.rows_collected, total)
+
+    def _wind_down(self) -> None:
+        """End early, but let shards that are full be written."""
+        self.groups.stop()
+        self.collector.results.stop()
+
+    def _stop(self) -> None:
+        """End at once."""
+        self._wind_down()
+        self.collector.stop()
+
+    def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
+        rows = self.writer.ledger.committed_rows(self.capture_id)
+        resume = f"{rows:,} rows are committed in {self.writer.folder}; run the same command again to resume."
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
+        if isinstance(own, KeyboardInterrupt):
+            raise InterruptedRunError(f"Interrupted. {resume}") from own
+        if isinstance(theirs, OSError):
+            raise InterruptedRunError(f"Stopped by a file error: {theirs}. {resume}") from theirs
+        error = theirs if isinstance(own, Stopped) or own is None else own
+        assert error is not None
+        error.add_note(resume)
+        raise error
