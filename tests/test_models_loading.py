@@ -72,18 +72,22 @@ def test_hashes_follow_the_content_not_the_files(tmp_path: Path, cache: Path) ->
 
 def test_a_digest_is_computed_once_for_a_file_that_does_not_change(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(b"one")
+    size = hashing.WORTH_REMEMBERING
+    path.write_bytes(b"1" * size)
     calls = []
 
     def compute() -> str:
-        calls.append(path.read_bytes())
+        calls.append(path.stat().st_size)
         return hashing.file_digest(path)
 
     first = hashing.remembered("file", [path], compute)
     assert hashing.remembered("file", [path], compute) == first
-    path.write_bytes(b"three")
+    path.write_bytes(b"1" * (size + 1))
     assert hashing.remembered("file", [path], compute) != first
-    assert calls == [b"one", b"three"]
+    assert calls == [size, size + 1]
+    path.write_bytes(b"small")
+    assert hashing.remembered("file", [path], compute) == hashing.remembered("file", [path], compute)
+    assert len(list((cache / "digests").iterdir())) == 2
 
 
 def test_weights_cut_short_are_refused(tmp_path: Path) -> None:

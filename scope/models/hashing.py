@@ -21,6 +21,10 @@ from scope.errors import IntegrityError
 __all__ = ["cache_folder", "file_digest", "remembered", "tokenizer_digest", "weight_digest"]
 
 
+WORTH_REMEMBERING = 4 * 2**20
+"""Bytes from which on a digest is kept."""
+
+
 def cache_folder() -> Path:
     """Where converted models and digests are kept: `$SCOPE_CACHE`, or `~/.cache/scope-workbench`."""
     chosen = os.environ.get("SCOPE_CACHE")
@@ -30,9 +34,13 @@ def cache_folder() -> Path:
 def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
     """`compute()`, or its result of an earlier time when none of `files` has changed since in size or time.
 
-    The cache is a convenience: where it cannot be written the digest is computed again.
+    The cache is a convenience: where it cannot be written the digest is computed again, and for a few megabytes it
+    is not worth its files.
     """
-    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    files = sorted(files)
+    if sum(path.stat().st_size for path in files) < WORTH_REMEMBERING:
+        return compute()
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = xxhash.xxh3_128_hexdigest(json.dumps([kind, 1, state]).encode())
     path = cache_folder() / "digests" / key
     with contextlib.suppress(OSError):
