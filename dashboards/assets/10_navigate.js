@@ -105,10 +105,10 @@
       return window.dash_clientside.no_update;
     },
 
-    /** Run a prompt: the text goes into the address, what was selected in the old one is let go. */
+    /** Run a prompt: the text goes into the address, the token that was selected in the old one is let go. */
     runPrompt(clicks, text, request) {
       if (!clicks || !request) return [window.dash_clientside.no_update, window.dash_clientside.no_update];
-      refine({ text: text || null, token: null, feature: null, target: null }, true);
+      refine({ text: text || null, token: null }, true);
       const query = Object.fromEntries(new URL(location.href).searchParams);
       return [{ index: request.index, text: text || "", run: (request.run || 0) + 1 }, query];
     },

@@ -16,7 +16,7 @@
     box.hidden = false;
     const width = box.offsetWidth;
     const height = box.offsetHeight;
-    const left = Math.max(12, Math.min(rect.left, innerWidth - width - 12));
+    const left = Math.max(12, Math.min(rect.left, document.documentElement.clientWidth - width - 12));
     const below = rect.bottom + 8;
     const top = below + height > innerHeight - 8 && rect.top - height - 8 > 0 ? rect.top - height - 8 : below;
     box.style.left = left + "px";
@@ -153,7 +153,13 @@
       if (span) pinToken(span, spec);
     }
   });
-  addEventListener("scroll", () => { if (shown || pinned) hide(); }, { passive: true });
+  /* What is pinned moves with its token, until that leaves the window. */
+  addEventListener("scroll", () => {
+    if (!pinned) { if (shown) hide(); return; }
+    const rect = pinned.getBoundingClientRect();
+    if (!pinned.isConnected || rect.bottom < 0 || rect.top > innerHeight) hide();
+    else place(pinned);
+  }, { passive: true });
 
   document.addEventListener("DOMContentLoaded", () => document.body.append(box));
   if (document.body) document.body.append(box);

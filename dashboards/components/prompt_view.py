@@ -80,11 +80,8 @@ class PromptView:
 def draw_prompt(view: PromptView) -> html.Div:
     """The whole result."""
     return html.Div(
-        className="columns prompt-columns",
-        children=[
-            html.Div([_strip_part(view), _firings_part(view)]),
-            html.Aside([_next_part(view)]),
-        ],
+        className="prompt-columns",
+        children=[_strip_part(view), html.Aside([_next_part(view)]), _firings_part(view)],
     )
 
 

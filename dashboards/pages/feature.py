@@ -14,7 +14,7 @@ from dashboards.components.stats import density_interval, stat, stats
 from dashboards.components.strip import legend
 from dashboards.context import Context
 from dashboards.format import count, density, exact, number, percent, plural
-from dashboards.links import View, feature_link
+from dashboards.links import View, feature_link, prompt_link
 from dashboards.pages import Page
 from dashboards.queries import (
     MAX_EXAMPLES,
@@ -108,6 +108,12 @@ def _head(index: str, feature: FeatureSummary) -> html.Header:
                             ("right", feature.next, "Next feature", "ArrowRight"),
                             ("shuffle", feature.random, "A random feature", "r"),
                         )
+                    ),
+                    link_button(
+                        icon("prompt"),
+                        href=prompt_link(index, feature=feature.id),
+                        label="Look for it in a prompt",
+                        className="icon-only",
                     ),
                     button(
                         icon("link"),

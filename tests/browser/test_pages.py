@@ -193,7 +193,7 @@ def test_prompt_runs_and_its_address_restores_it(visit: Callable) -> None:
     page.wait_for_selector(READY["prompt"])
     page.click("#prompt-strip .tok:has-text('hot')")
     page.wait_for_selector(".firing")
-    page.click(".prompt-columns aside .chips .chip >> nth=0")
+    page.click("aside .chips .chip >> nth=0")
     page.wait_for_selector(".firing-bar.effect")
     page.click("button:has-text('By effect')")
     page.click(".firing-label >> nth=1")

@@ -1,10 +1,10 @@
 """A walk through the dashboard on the demo's workspace: browser, feature, prompt, feature, and back."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import helpers_dashboards as fakes
 import pytest
 
 pytestmark = [pytest.mark.browser, pytest.mark.real]
@@ -14,15 +14,11 @@ MODEL_TIMEOUT = 180_000
 
 
 @pytest.fixture(scope="module")
-def walked(request: pytest.FixtureRequest, serve: Callable[[Any], Any], fake_model: None) -> Any:
-    """A dashboard over the workspace that the demo makes; over the index in memory where that fixture is missing."""
+def walked(demo_workspace: Path, serve: Callable[[Any], Any]) -> Any:
+    """A dashboard over the workspace that the demo makes."""
     from scope.workspace import Workspace
 
-    try:
-        path = request.getfixturevalue("demo_workspace")
-    except pytest.FixtureLookupError:
-        return serve(fakes.FakeWorkspace(fakes.FakeIndex()))
-    return serve(Workspace(path))
+    return serve(Workspace(demo_workspace))
 
 
 def query(page: Any) -> dict[str, str]:
