@@ -34,18 +34,18 @@ def test_known_features_are_recovered() -> None:
 def test_auxk_revives_dead_features() -> None:
     rows = synthetic(20_000).rows
     dead = {}
-    for coefficient in (0.0, 1 / 32):
+    for coefficient in (0.0, 1 / 8):
         config = replace(CONFIG, auxk_coefficient=coefficient, dead_feature_tokens=2048)
         trainer = SAETrainer(config, 32)
         trainer.initialise(rows[:4096])
         with torch.no_grad():
-            trainer.sae.b_enc[32:] = -5  # half of the features are never among the largest four
+            trainer.sae.b_enc[32:] = -2.5  # half of the features are never among the largest four
         generator = torch.Generator().manual_seed(1)
         for _ in range(config.steps):
             trainer.step(rows[torch.randint(len(rows), (256,), generator=generator)])
         dead[coefficient] = int((trainer.tokens_since_fired >= 2048).sum())
     assert dead[0.0] >= 24
-    assert dead[1 / 32] <= dead[0.0] / 2
+    assert dead[1 / 8] <= 8
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -188,10 +188,14 @@ def test_one_step_equals_sae_lens() -> None:
     )
     optimiser = torch.optim.Adam(theirs.parameters(), lr=5e-3, betas=(0.9, 0.999))
     output.loss.backward()
+    # We take out of the gradient what would only change a decoder row's norm, and bring the rows back to 1.
+    with torch.no_grad():
+        along = (theirs.W_dec.grad * theirs.W_dec).sum(dim=-1, keepdim=True)
+        theirs.W_dec.grad -= along * theirs.W_dec
     optimiser.step()
     report = trainer.step(rows[:256])
     assert float(report.loss) * 32 == pytest.approx(float(output.loss), rel=1e-5)
     expected = dict(theirs.named_parameters())
-    expected["W_dec"] = expected["W_dec"] / expected["W_dec"].norm(dim=-1, keepdim=True)  # ours are brought back to 1
+    expected["W_dec"] = expected["W_dec"] / expected["W_dec"].norm(dim=-1, keepdim=True)
     for name, parameter in trainer.sae.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-4)

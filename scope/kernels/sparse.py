@@ -61,6 +61,8 @@ def decode(
     values: Float[Tensor, "batch k"], ids: Int[Tensor, "batch k"], W: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
     """Sum of k rows of W for each row of the batch, weighted by `values`."""
+    if not torch.is_grad_enabled():  # a weight that requires gradients takes a slower path, even here
+        values, W = values.detach(), W.detach()
     return functional.embedding_bag(ids, W, per_sample_weights=values.to(W.dtype), mode="sum")
 
 

@@ -153,8 +153,8 @@ class TrainingLoss(NamedTuple):
 
     total: Float[Tensor, ""]
     """The scalar to differentiate: the mean over rows of the reconstruction's squared error, plus the other parts."""
-    residual: Float[Tensor, "batch d_in"]
-    """x - x_hat, detached."""
+    squared_error: Float[Tensor, ""]
+    """That mean of ‖x - x_hat‖² alone, detached."""
     features: SparseFeatures
     """What fired, detached."""
     parts: dict[str, Float[Tensor, ""]]

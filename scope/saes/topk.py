@@ -69,14 +69,15 @@ class TopKSAE(SAE):
     def training_loss(self, x: Float[Tensor, "batch d_in"], context: TrainingContext) -> TrainingLoss:
         centred = self._centred(x)
         values, ids, groups = topk_encode(centred, self.W_enc.T, self.b_enc, self.cfg.k)
-        residual = x - (sparse_decode(values, ids, self.W_dec, groups) + self.b_dec)
-        total = residual.square().sum() / len(x)
+        x_hat = sparse_decode(values, ids, self.W_dec, groups) + self.b_dec
+        error = functional.mse_loss(x_hat, x, reduction="sum") / len(x)
+        total = error
         parts = {}
         if context.dead is not None and context.auxk_coefficient:
-            auxk = context.auxk_coefficient * self._auxk(centred, residual.detach(), context)
+            auxk = context.auxk_coefficient * self._auxk(centred, x - x_hat.detach(), context)
             total = total + auxk
             parts["auxk"] = auxk.detach()
-        return TrainingLoss(total, residual.detach(), SparseFeatures(ids, values.detach()), parts)
+        return TrainingLoss(total, error.detach(), SparseFeatures(ids, values.detach()), parts)
 
     def _auxk(self, centred: Tensor, residual: Tensor, context: TrainingContext) -> Tensor:
         assert context.dead is not None
@@ -87,7 +88,7 @@ class TopKSAE(SAE):
             activations = activations * (activations >= smallest)
         # Few dead features explain little of the error; full weight would only make them noisy.
         share = min(1.0, len(dead) / context.k_aux)
-        return share * (residual - activations @ self.W_dec[dead]).square().sum() / len(residual)
+        return share * functional.mse_loss(activations @ self.W_dec[dead], residual, reduction="sum") / len(residual)
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x

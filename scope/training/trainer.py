@@ -2,8 +2,9 @@
 
 1. The first batch (or `initialise`, given a larger sample) settles the scale, after which rows have an expected norm of
    sqrt(d_in), and b_dec, the sample's geometric median.
-2. Each `step` scales its batch, takes the gradient of the architecture's `training_loss`, clips it, and lets Adam move
-   the weights; then the decoder's rows are brought back to norm 1. A batch with a NaN or an Inf is refused before.
+2. Each `step` scales its batch, takes the gradient of the architecture's `training_loss`, takes out what would only
+   change the norm of a decoder row, clips it, and lets Adam move the weights; then the decoder's rows are brought back
+   to norm 1. A batch with a NaN or an Inf is refused before.
 3. `export` folds the scale into the weights. As the decoder's rows have norm 1, that leaves W_enc and W_dec alone and
    divides the biases: the exported SAE takes raw activations, and its values are in the model's own units.
 
@@ -84,6 +85,8 @@ class SAETrainer:
         )
         generator = torch.Generator().manual_seed(config.seed)
         self.sae: SAE = sae_class(cfg, generator=generator, device=config.device)
+        with torch.no_grad():
+            self.sae.W_enc.mul_(config.init_encoder_scale)
         # Adam works on contiguous views of the same memory: W_enc is laid out by feature.
         self._rows = {name: _by_rows(tensor.detach()) for name, tensor in self.sae.named_parameters()}
         self.optimiser = torch.optim.Adam(
@@ -140,7 +143,7 @@ class SAETrainer:
             learning_rate=learning_rate,
             loss=loss.total.detach() / d_in,
             grad_norm=grad_norm,
-            fvu=loss.residual.square().sum() / (x - x.mean(dim=0)).square().sum(),
+            fvu=loss.squared_error * len(x) / (x.norm().square() - len(x) * x.mean(dim=0).norm().square()),
             l0=fired / len(x),
             dead=dead.sum().float(),
             parts={name: value / d_in for name, value in loss.parts.items()},
@@ -221,6 +224,9 @@ class SAETrainer:
 
     @torch.no_grad()
     def _move(self, learning_rate: float) -> Tensor:
+        assert self.sae.W_dec.grad is not None
+        along = (self.sae.W_dec.grad * self.sae.W_dec).sum(dim=-1, keepdim=True)
+        self.sae.W_dec.grad.addcmul_(along, self.sae.W_dec, value=-1)
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
             self._rows[name].grad = _by_rows(parameter.grad)
