@@ -6,6 +6,7 @@
   let visits = 0;
   let scrollTo = 0;
   let focusMain = false;
+  let sampleText = null;
 
   history.scrollRestoration = "manual";
 
@@ -106,8 +107,11 @@
     },
 
     /** Run a prompt: the text goes into the address, the token that was selected in the old one is let go. */
-    runPrompt(clicks, text, request) {
+    runPrompt(clicks, request) {
       if (!clicks || !request) return [window.dash_clientside.no_update, window.dash_clientside.no_update];
+      // What stands in the box counts: Dash may not have heard of the last keystrokes yet.
+      const text = sampleText ?? document.getElementById("prompt-text").value;
+      sampleText = null;
       refine({ text: text || null, token: null }, true);
       const query = Object.fromEntries(new URL(location.href).searchParams);
       return [{ index: request.index, text: text || "", run: (request.run || 0) + 1 }, query];
@@ -157,7 +161,8 @@
   document.addEventListener("click", (event) => {
     const sample = event.target.closest("[data-sample]");
     if (!sample) return;
-    setProps("prompt-text", { value: sample.getAttribute("data-sample") });
-    setTimeout(() => document.querySelector("[data-run]")?.click(), 0);
+    sampleText = sample.getAttribute("data-sample");
+    setProps("prompt-text", { value: sampleText });
+    document.querySelector("[data-run]")?.click();
   });
 })();

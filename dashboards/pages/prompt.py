@@ -106,7 +106,6 @@ def register(app: Dash, context: Context) -> None:
         Output("prompt-request", "data"),
         Output("prompt-selection", "data"),
         Input("prompt-run", "n_clicks"),
-        State("prompt-text", "value"),
         State("prompt-request", "data"),
         prevent_initial_call=True,
     )
