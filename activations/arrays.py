@@ -33,14 +33,17 @@ import xxhash
 from activations.errors import IntegrityError
 
 __all__ = [
+    "GROUP_METADATA",
     "ArrayLayout",
     "ObjectRecord",
     "ShardBuffer",
     "damaged_rows",
     "open_zarr",
     "pack_shard",
+    "read_object",
     "read_packed",
     "read_raw",
+    "sync_folder",
     "write_object",
 ]
 

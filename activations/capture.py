@@ -27,6 +27,8 @@ from activations.writer import StoreWriter, existing_manifest
 __all__ = ["CaptureReport", "capture"]
 
 DEFAULT_BATCH_SIZE = 8192
+TRIED_CHARACTERS = 10_000
+"""How much of a document is tokenised to see whether there is anything to capture."""
 
 
 class CaptureReport(NamedTuple):
@@ -146,7 +148,7 @@ def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out
 
 
 def _require_tokens(text: TextSource, model: HookedModel) -> None:
-    written = (document.text for document in text.documents() if document.text.strip())
+    written = (document.text[:TRIED_CHARACTERS] for document in text.documents() if document.text.strip())
     if not any(len(model.encode_documents([some])[0]) for some in written):
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: no document has a token.")
 

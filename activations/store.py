@@ -80,6 +80,8 @@ class ActivationStore:
     def refresh(self) -> None:
         """See what was committed meanwhile."""
         self._ledger.refresh()
+        with self._cache_lock:
+            self._cache.clear()
 
     def use_ledger(self, ledger: Ledger) -> None:
         """See what a writer in this process commits, as it does."""

@@ -180,7 +180,7 @@ class StoreWriter:
                 rows = self.ledger.committed_rows(capture)
                 for array, layout in self._arrays_of(capture).items():
                     path, content = self.folder / array / "zarr.json", layout.metadata(rows)
-                    if path.read_bytes() != content:
+                    if not path.exists() or path.read_bytes() != content:
                         write_atomically(path, content)
             self._shapes_at = time.monotonic()
 

@@ -97,14 +97,14 @@ def test_tables_and_flags(text: TextSource, tmp_path: Path) -> None:
     assert store.document_at(store.n_rows - 1)["title"] == documents["title"].iloc[-1]
 
 
-@pytest.mark.parametrize("rows_per_group", [1, 4, 16, 256])
-@pytest.mark.parametrize("batch_size", [1, 50, 1000])
+@pytest.mark.parametrize(
+    ("rows_per_group", "batch_size"),
+    [(1, 50), (4, 1), (4, 50), (4, 1000), (16, 1), (16, 50), (16, 1000), (256, 1), (256, 1000)],
+)
 def test_row_groups_and_batches_leave_no_trace(
     text: TextSource, tmp_path: Path, rows_per_group: int, batch_size: int
 ) -> None:
     """Windows that cross row groups, even several, give what one row group gives."""
-    if rows_per_group == 1 and batch_size != 50:
-        pytest.skip("many files, and nothing new")
     settings = {"max_tokens": 150, "context_size": 24, "rows_per_group": rows_per_group, "batch_size": batch_size}
     store = run(text, tmp_path / "a.zarr", **settings).store
     whole = run(text, tmp_path / "b.zarr", **{**settings, "rows_per_group": 4096}).store
@@ -269,7 +269,6 @@ def test_an_occupied_folder_is_refused(text: TextSource, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(OccupiedError, match="is a file"):
         run(text, tmp_path / "file")
-    (tmp_path / "file.d").mkdir(mode=0o500)
 
 
 @pytest.mark.parametrize(
