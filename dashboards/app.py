@@ -8,10 +8,12 @@
 """
 
 import logging
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash import ClientsideFunction, Dash, Input, Output, no_update
+from dash import ClientsideFunction, Dash, Input, Output, no_update, set_props
 from dash.exceptions import PreventUpdate
 from flask import Response
 
@@ -22,7 +24,7 @@ from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
 from dashboards.pages import Page, feature, features, prompt, workspace
 from dashboards.worker import ModelWorker
-from scope.errors import ScopeError, UnknownNameError
+from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ __all__ = ["create_app", "serve"]
 LOG = logging.getLogger("dashboards")
 NAME = "Scope"
 THREADS = 8
+MAX_REQUEST = 2**22
+"""Bytes of a request, at most."""
 PAGES: dict[str, Callable[[Context, View], Page]] = {
     "workspace": workspace.render,
     "features": features.render,
@@ -88,15 +92,27 @@ def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: Model
     return app
 
 
-def serve(workspace: "Workspace | str", host: str = "127.0.0.1", port: int = 8050) -> None:
-    """Serve the dashboard of a workspace until interrupted: one process, threads for requests, one for the model."""
+def serve(workspace: "Workspace | str | Path", host: str = "127.0.0.1", port: int = 8050) -> None:
+    """Serve the dashboard of a workspace until interrupted: one process, threads for requests, one for the model.
+
+    Raises:
+        InvalidInputError: nothing can be served at this address, most often because its port is taken.
+    """
     import waitress
 
     from scope.workspace import Workspace
 
-    opened = Workspace(workspace) if isinstance(workspace, str) else workspace
+    opened = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
     app = create_app(opened, host=host)
-    waitress.serve(app.server, host=host, port=port, threads=THREADS, ident=None)
+    try:
+        server = waitress.create_server(
+            app.server, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_REQUEST
+        )
+    except (OSError, OverflowError) as problem:
+        raise InvalidInputError(
+            f"The dashboard cannot be served at {host}:{port} ({problem}). Is it served already? Give another --port."
+        ) from problem
+    server.run()
 
 
 def draw(context: Context, view: View) -> Page:
@@ -118,6 +134,12 @@ def _register_router(app: Dash, context: Context) -> None:
         Output("page", "title"),
         Input("content", "children"),
         Input("about", "data"),
+        prevent_initial_call=True,
+    )
+    app.clientside_callback(
+        ClientsideFunction("scope", "showTrouble"),
+        Output("trouble", "storage_type"),
+        Input("trouble", "data"),
         prevent_initial_call=True,
     )
     app.clientside_callback(
@@ -161,8 +183,10 @@ def _header(context: Context, view: View) -> Any:
 
 
 def _log_and_keep(problem: Exception) -> Any:
-    """The last resort for a callback that has no panel of its own: the page stays as it is."""
+    """The last resort for a callback that has no panel of its own: the page stays as it is, and says so."""
     LOG.error("A callback failed", exc_info=problem)
+    words = str(problem) if isinstance(problem, ScopeError) else f"{type(problem).__name__}: {problem}"
+    set_props("trouble", {"data": {"text": f"That did not work. {words}", "at": time.time()}})
     return no_update
 
 

@@ -91,16 +91,24 @@ class PromptJobs:
 
     def submit_analysis(self, index: str, text: str) -> Job:
         """Queue the analysis of a text; the job's result is an `Analysis`."""
-        return self.context.worker.submit(("analyse", index, text), lambda job: self._analyse(job, index, text))
+        return self.context.worker.submit(_analysis_key(index, text), lambda job: self._analyse(job, index, text))
 
     def submit_push(self, index: str, text: str, token_id: int) -> Job:
         """Queue the direct effects on one next token; the job's result is a `Push`."""
-        key = ("push", index, text, token_id)
+        key = _push_key(index, text, token_id)
         return self.context.worker.submit(key, lambda job: self._push(job, index, text, token_id))
 
     def submit_typed(self, index: str, typed: str) -> Job:
         """Queue the look-up of a typed token; the job's result is a `TypedToken`."""
         return self.context.worker.submit(("typed", index, typed), lambda job: self._typed(job, index, typed))
+
+    def analysis(self, index: str, text: str) -> Analysis | None:
+        """The analysis of a text, where it is done."""
+        return self.context.worker.result(_analysis_key(index, text))
+
+    def push(self, index: str, text: str, token_id: int | None) -> Push | None:
+        """The direct effects on a next token, where they are done."""
+        return None if token_id is None else self.context.worker.result(_push_key(index, text, token_id))
 
     # --- run by the worker ----------------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ class PromptJobs:
     def _push(self, job: Job, index: str, text: str, token_id: int) -> Push:
         from scope.attribution.direct import direct_logit_effects
 
-        analysis = self.context.worker.result(("analyse", index, text)) or self._analyse(job, index, text)
+        analysis = self.analysis(index, text) or self._analyse(job, index, text)
         model, sae = self._loaded(job, index)
         if not 0 <= token_id < model.d_vocab:
             raise UnknownNameError("token", token_id, hint=f"The vocabulary has tokens 0 to {model.d_vocab - 1:,}.")
@@ -160,6 +168,14 @@ class PromptJobs:
         if opened.hook_name != self._saes[fingerprint].hook_name:
             raise MismatchError(f"The SAE reads {self._saes[fingerprint].hook_name}, the index {opened.hook_name}.")
         return model, self._saes[fingerprint]
+
+
+def _analysis_key(index: str, text: str) -> tuple[str, ...]:
+    return ("analyse", index, text)
+
+
+def _push_key(index: str, text: str, token_id: int) -> tuple[str, str, str, int]:
+    return ("push", index, text, token_id)
 
 
 def _load_model(index: "FeatureIndex") -> Any:

@@ -9,7 +9,7 @@ from dash import html
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboards import links, queries
+from dashboards import artefacts, links, queries
 from dashboards.components.prompt_view import Selection
 from dashboards.components.strip import token, token_strip
 from dashboards.format import duration, percent, plural
@@ -140,7 +140,7 @@ def test_a_long_label_is_the_name_of_its_feature(index: fakes.FakeIndex) -> None
 def test_an_index_that_cannot_be_read_is_shown_with_its_problem(index: fakes.FakeIndex) -> None:
     entry = fakes.FakeWorkspace(index).indexes()[0]
     entry.problem = "it is broken"
-    artefact = queries.describe(fakes.FakeWorkspace(index), entry)
+    artefact = artefacts.describe(fakes.FakeWorkspace(index), entry)
     assert artefact.problem == "it is broken"
 
 

@@ -1,6 +1,7 @@
 """The dashboard's server without a browser: who is let in, what every answer carries, what a request may name."""
 
 import json
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import helpers_dashboards as fakes
 import pytest
 
+from dashboards import serve
 from dashboards.app import create_app
+from scope.errors import InvalidInputError
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,15 @@ def test_token_detail_refuses_what_does_not_exist(client: Any, index: fakes.Fake
 def test_palette_has_both_themes(client: Any) -> None:
     text = get(client, "/palette.css").text
     assert text.count("--scope-accent:") == 2
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidInputError, match=f"127.0.0.1:{port}"):
+            serve("nowhere", port=port)
 
 
 def test_importing_the_dashboard_leaves_torch_alone() -> None:

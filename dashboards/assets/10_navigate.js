@@ -57,6 +57,10 @@
     const url = new URL(link.href);
     if (url.origin !== location.origin || (url.hash && url.pathname === location.pathname)) return;
     event.preventDefault();
+    const now = new URL(location.href).searchParams;
+    for (const name of (link.dataset.carry || "").split(" ")) {
+      if (name && now.has(name) && now.get(name) !== "band") url.searchParams.set(name, now.get(name));
+    }
     go(url.href);
   });
 
@@ -91,6 +95,12 @@
         if (recallFocus) document.querySelector('[data-focus="/"]')?.focus();
         recallFocus = false;
       });
+      return window.dash_clientside.no_update;
+    },
+
+    /** Something failed that has no place of its own on the page. */
+    showTrouble(trouble) {
+      if (trouble) window.scope.toast(trouble.text);
       return window.dash_clientside.no_update;
     },
 

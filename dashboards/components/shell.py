@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import dash_mantine_components as dmc
 from dash import dcc, html
 
+from dashboards.artefacts import sae_name
 from dashboards.components.controls import button, icon
 from dashboards.links import features_link, prompt_link, workspace_link
-from dashboards.queries import sae_name
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
@@ -109,6 +109,7 @@ def shell(theme: str) -> dmc.MantineProvider:
             dcc.Store(id="view"),
             dcc.Store(id="about"),
             dcc.Store(id="theme-now", data=theme),
+            dcc.Store(id="trouble"),
             html.A("Skip to the page", href="#page", className="skip"),
             html.Div(
                 className="shell",

@@ -1,14 +1,14 @@
 """Statistics: a name with its "?", a value, and what belongs under it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dash import html
 
 from dashboards.components.controls import define
-from dashboards.format import density, exact
+from dashboards.format import exact, number
 
-__all__ = ["density_interval", "stat", "stats"]
+__all__ = ["interval", "stat", "stats"]
 
 
 def stat(name: str, value: str, *, term: str | None = None, note: Any = None, title: str | None = None) -> html.Div:
@@ -28,14 +28,15 @@ def stats(items: Sequence[html.Div]) -> html.Dl:
     return html.Dl(list(items), className="stats")
 
 
-def density_interval(low: float, value: float, high: float) -> html.Div:
-    """The interval of a density, drawn: the bar is the interval, the tick the estimate; the axis starts at 0."""
+def interval(low: float, value: float, high: float, form: Callable[[float], str] = number) -> html.Div:
+    """A 95% interval, drawn: the bar is the interval, the tick the estimate; the axis starts at 0. `form` writes its
+    ends for a reader who cannot see it."""
     end = high * 1.25 or 1.0
     return html.Div(
         className="interval",
         role="img",
         title=f"95% interval: {exact(low)} to {exact(high)}",
-        **{"aria-label": f"95% interval from {density(low)} to {density(high)}"},
+        **{"aria-label": f"95% interval from {form(low)} to {form(high)}"},
         children=[
             html.I(style={"left": f"{100 * low / end:.2f}%", "width": f"{100 * (high - low) / end:.2f}%"}),
             html.B(style={"left": f"{100 * value / end:.2f}%"}),

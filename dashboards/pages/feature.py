@@ -3,18 +3,22 @@
 from typing import Any
 
 import dash_mantine_components as dmc
-from dash import ClientsideFunction, Dash, Input, Output, State, ctx, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
-from dashboards.components import bars, states
-from dashboards.components.charts import chart, theme_of_request
-from dashboards.components.controls import button, code, define, icon, link_button, panel
+from dashboards.components import states
+from dashboards.components.controls import button, define, icon
 from dashboards.components.examples import example_groups
-from dashboards.components.stats import density_interval, stat, stats
+from dashboards.components.feature_view import (
+    HISTOGRAM_HEIGHT,
+    feature_head,
+    feature_side,
+    feature_statistics,
+    no_firings,
+)
 from dashboards.components.strip import legend
 from dashboards.context import Context
-from dashboards.format import count, density, exact, number, percent, plural
-from dashboards.links import View, feature_link, prompt_link
+from dashboards.links import View, feature_link
 from dashboards.pages import Page
 from dashboards.queries import (
     MAX_EXAMPLES,
@@ -23,7 +27,6 @@ from dashboards.queries import (
     band_of_bin,
     examples,
     feature_id,
-    feature_name,
     summary,
 )
 from scope.figures import activation_histogram, histogram_frame
@@ -32,7 +35,6 @@ __all__ = ["register", "render"]
 
 SHOWS = (("top", "Top"), ("quantiles", "Quantiles"), ("random", "Random"))
 STEP = 20
-HISTOGRAM_HEIGHT = 232
 
 
 def render(context: Context, view: View) -> Page:
@@ -41,16 +43,13 @@ def render(context: Context, view: View) -> Page:
     index = context.index(entry.id)
     feature = summary(index, feature_id(index, view.target))
     wanted = request_of(view.query)
-    if feature.fires:
-        main: list[Any] = [_example_part(context, entry.id, feature, wanted)]
-    else:
-        main = [_no_firings(index, entry.id, feature)]
+    main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
     content = html.Div(
         className="feature-page",
         children=[
-            _head(entry.id, feature),
-            _statistics(feature),
-            html.Div(className="columns", children=[html.Div(main), html.Aside(_side(index, entry.id, feature))]),
+            feature_head(entry.id, feature),
+            feature_statistics(feature),
+            html.Div(className="columns", children=[html.Div(main), html.Aside(feature_side(index, feature))]),
         ],
     )
     address = "" if view.index else feature_link(entry.id, feature.id, **view.query)
@@ -78,93 +77,6 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
         seed=whole("seed", 0),
         low=share("low", 0.0),
         high=share("high", 1.0),
-    )
-
-
-def _head(index: str, feature: FeatureSummary) -> html.Header:
-    title = feature_name(feature.row, 5)
-    return html.Header(
-        className="feature-head",
-        children=[
-            html.Div(
-                [
-                    html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
-                    html.P(title, className="feature-title", dir="auto"),
-                ],
-            ),
-            html.Div(
-                className="feature-moves",
-                children=[
-                    *(
-                        link_button(
-                            icon(name),
-                            href=feature_link(index, other),
-                            label=words,
-                            className="icon-only",
-                            **{"data-key": key},
-                        )
-                        for name, other, words, key in (
-                            ("left", feature.previous, "Previous feature", "ArrowLeft"),
-                            ("right", feature.next, "Next feature", "ArrowRight"),
-                            ("shuffle", feature.random, "A random feature", "r"),
-                        )
-                    ),
-                    link_button(
-                        icon("prompt"),
-                        href=prompt_link(index, feature=feature.id),
-                        label="Look for it in a prompt",
-                        className="icon-only",
-                    ),
-                    button(
-                        icon("link"),
-                        label="Copy a link to this view",
-                        className="icon-only",
-                        **{"data-copy-link": "true"},
-                    ),
-                ],
-            ),
-        ],
-    )
-
-
-def _statistics(feature: FeatureSummary) -> html.Dl:
-    row = feature.row
-    interval = density_interval(row["density_low"], row["density"], row["density_high"])
-    shown = [
-        stat("density", density(row["density"]), term="density", note=interval, title=exact(row["density"])),
-        stat("firings", count(row["n_firings"]), term="firings"),
-    ]
-    if feature.fires:
-        shown += [
-            stat("maximum", number(row["max_value"]), term="max", title=exact(row["max_value"])),
-            stat("mean", number(row["mean_value"]), term="mean", title=exact(row["mean_value"])),
-        ]
-        for name, title, form in (
-            ("top_token_share", "top token", percent),
-            ("token_entropy", "token entropy", lambda value: f"{number(value)} bits"),
-        ):
-            if row.get(name) is not None:
-                term = {"top_token_share": "token_share"}.get(name, name)
-                shown.append(stat(title, form(row[name]), term=term, title=exact(row[name])))
-    if row.get("encoder_decoder_cosine") is not None:
-        cosine = row["encoder_decoder_cosine"]
-        shown.append(stat("enc–dec cosine", number(cosine), term="encoder_decoder_cosine", title=exact(cosine)))
-    if row.get("over_dense"):
-        shown.append(stat("flag", "over-dense", term="over_dense"))
-    return stats(shown)
-
-
-def _no_firings(index: Any, id: str, feature: FeatureSummary) -> html.Div:
-    return html.Div(
-        [
-            states.empty(
-                "This feature never fires",
-                f"It is zero on all {count(index.n_indexed_rows)} tokens of this index, so there are no examples. What "
-                "it would promote and which features point the same way is still known. A larger text may wake it: "
-                "index more documents, or look at another feature.",
-            ),
-            link_button("A random feature that fires", href=feature_link(id, feature.random), className="main-action"),
-        ]
     )
 
 
@@ -212,15 +124,13 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                     ),
                 ],
             ),
-            html.Div(_examples(context, index, feature.id, wanted), id="examples", **{"aria-live": "polite"}),
+            html.Div(_examples(context, index, feature.id, wanted), id="examples"),
             _stores(index, feature.id, wanted),
         ],
     )
 
 
 def _stores(index: str, feature: int, wanted: ExampleRequest) -> html.Div:
-    from dash import dcc
-
     return html.Div(
         [
             dcc.Store(id="feature-of-page", data={"index": index, "feature": feature}),
@@ -254,82 +164,42 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
     return html.Div(parts)
 
 
-def _side(index: Any, id: str, feature: FeatureSummary) -> list[Any]:
-    parts: list[Any] = []
-    if feature.fires:
-        parts.append(html.Div(_histogram(feature), className="panel"))
-        parts.append(
-            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
-        )
-    parts.append(_logits(feature))
-    if feature.fires:
-        for name, frame in (("language", feature.by_language), ("source", feature.by_source)):
-            links = {str(value): feature_link(id, feature.id, **{name: value}) for value in frame[name]}
-            parts.append(
-                panel(f"By {name}", bars.rate_list(frame, links, 6), unit="firings per 1,000 tokens", term="rate")
-            )
-    if len(feature.neighbours):
-        listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}")
-        parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
-    if len(feature.cofiring):
-        title = (
-            "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, "
-            "P(this | it) {p_this_given_other:.3f}"
-        )
-        parts.append(
-            panel(
-                "Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring"
-            )
-        )
-    parts.append(panel("In Python", code(_snippet(index, feature.id))))
-    return parts
-
-
-def _histogram(feature: FeatureSummary) -> Any:
-    figure = activation_histogram(histogram_frame(feature.edges, feature.counts), theme=theme_of_request())
-    words = f"Histogram of {plural(int(feature.counts.sum()), 'firing')}; a click on a bar shows its examples"
-    return chart(figure, id="feature-histogram", height=HISTOGRAM_HEIGHT, words=words)
-
-
-def _logits(feature: FeatureSummary) -> Any:
-    if not len(feature.top_logits):
-        return panel(
-            "Direct logit effects",
-            html.P(
-                "The index was built without the model, so they are not known. Build it again with the model at hand.",
-                className="muted small",
-            ),
-            term="logits",
-        )
-    scale = max(feature.top_logits["effect"].abs().max(), feature.bottom_logits["effect"].abs().max())
-    two = html.Div(
-        className="two",
-        children=[
-            html.Div(
-                [html.H3("Promotes", className="small muted"), bars.logit_list(feature.top_logits, scale, "positive")]
-            ),
-            html.Div(
-                [
-                    html.H3("Suppresses", className="small muted"),
-                    bars.logit_list(feature.bottom_logits, scale, "negative"),
-                ]
-            ),
-        ],
-    )
-    return panel("Direct logit effects", two, unit="per unit of strength, before the final norm", term="logits")
-
-
-def _snippet(index: Any, feature: int) -> str:
-    return (
-        "from scope.features import FeatureIndex\n\n"
-        f'index = FeatureIndex.open("{index.path}")\n'
-        f"index.feature({feature})\n"
-        f"index.activations([{feature}])  # every firing, as a DataFrame"
-    )
-
-
 def register(app: Dash, context: Context) -> None:
     """What changes within the page: which examples are shown, and the colours of the histogram."""
+    _register_choice(app, context)
+    _register_paging(app)
+    app.clientside_callback(
+        ClientsideFunction("scope", "examplesAddress"),
+        Output("examples", "className"),
+        Input("examples-request", "data"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output("examples", "children"),
+        Input("examples-request", "data"),
+        State("feature-of-page", "data"),
+        prevent_initial_call=True,
+    )
+    def show(wanted: dict[str, Any], about: dict[str, Any]) -> Any:
+        return _examples(context, about["index"], about["feature"], ExampleRequest(**wanted))
+
+    @app.callback(
+        Output("feature-histogram", "figure"),
+        Input("theme-now", "data"),
+        State("feature-of-page", "data"),
+        prevent_initial_call=True,
+    )
+    def recolour(theme: str, about: dict[str, Any] | None) -> Any:
+        if not about:
+            raise PreventUpdate
+        frame = histogram_frame(*context.index(about["index"]).histogram(about["feature"]))
+        figure = activation_histogram(frame, theme="dark" if theme == "dark" else "light")
+        return figure.update_layout(height=HISTOGRAM_HEIGHT)
+
+
+def _register_choice(app: Dash, context: Context) -> None:
+    """The segmented control, the two filters and the bars of the histogram choose which examples are shown."""
 
     @app.callback(
         Output("examples-request", "data"),
@@ -367,6 +237,10 @@ def register(app: Dash, context: Context) -> None:
             raise PreventUpdate
         return {**base.__dict__, "language": language or "", "source": source or ""}, "top", no_update, no_update
 
+
+def _register_paging(app: Dash) -> None:
+    """More of the same, or others drawn at random."""
+
     @app.callback(
         Output("examples-request", "data", allow_duplicate=True),
         Input("examples-more", "n_clicks"),
@@ -388,32 +262,3 @@ def register(app: Dash, context: Context) -> None:
         if not clicks:
             raise PreventUpdate
         return {**now, "seed": now["seed"] + 1}
-
-    @app.callback(
-        Output("examples", "children"),
-        Input("examples-request", "data"),
-        State("feature-of-page", "data"),
-        prevent_initial_call=True,
-    )
-    def show(wanted: dict[str, Any], about: dict[str, Any]) -> Any:
-        return _examples(context, about["index"], about["feature"], ExampleRequest(**wanted))
-
-    app.clientside_callback(
-        ClientsideFunction("scope", "examplesAddress"),
-        Output("examples", "className"),
-        Input("examples-request", "data"),
-        prevent_initial_call=True,
-    )
-
-    @app.callback(
-        Output("feature-histogram", "figure"),
-        Input("theme-now", "data"),
-        State("feature-of-page", "data"),
-        prevent_initial_call=True,
-    )
-    def recolour(theme: str, about: dict[str, Any] | None) -> Any:
-        if not about:
-            raise PreventUpdate
-        frame = histogram_frame(*context.index(about["index"]).histogram(about["feature"]))
-        figure = activation_histogram(frame, theme="dark" if theme == "dark" else "light")
-        return figure.update_layout(height=HISTOGRAM_HEIGHT)

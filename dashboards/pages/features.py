@@ -5,7 +5,9 @@ from typing import Any
 import dash_ag_grid as dag
 import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, Output, State, html
+from dash.exceptions import PreventUpdate
 
+from dashboards.components import states
 from dashboards.components.controls import define
 from dashboards.context import Context
 from dashboards.format import plural
@@ -165,6 +167,7 @@ def register(app: Dash, context: Context) -> None:
     @app.callback(
         Output("features-grid", "getRowsResponse"),
         Output("features-count", "children"),
+        Output("features-problem", "children"),
         Input("features-grid", "getRowsRequest"),
         State("features-text", "value"),
         State("features-show", "value"),
@@ -174,14 +177,17 @@ def register(app: Dash, context: Context) -> None:
     )
     def rows(
         asked: dict[str, Any] | None, text: str | None, show: str, language: str | None, source: str | None
-    ) -> tuple[dict[str, Any], Any]:
+    ) -> tuple[dict[str, Any], Any, Any]:
         if not asked:
-            return {"rowData": [], "rowCount": 0}, ""
-        index = context.index(asked["context"]["index"])
+            raise PreventUpdate
         wanted = FeatureFilter(text or "", show, language or "", source or "")
         sort = parse_sort(",".join(f"{item['colId']}:{item['sort']}" for item in asked.get("sortModel") or ()))
-        found, total = feature_rows(index, wanted, sort, int(asked["startRow"]), int(asked["endRow"]))
-        return {"rowData": found, "rowCount": total}, _count(total, index.d_sae)
+        try:
+            index = context.index(asked["context"]["index"])
+            found, total = feature_rows(index, wanted, sort, int(asked["startRow"]), int(asked["endRow"]))
+        except Exception as problem:
+            return {"rowData": [], "rowCount": 0}, "", states.error(problem, "These features could not be shown")
+        return {"rowData": found, "rowCount": total}, _count(total, index.d_sae), None
 
 
 def _count(total: int, d_sae: int) -> str:

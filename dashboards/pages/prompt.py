@@ -25,7 +25,11 @@ from scope.errors import ScopeError
 
 __all__ = ["register", "render"]
 
+Record = dict[str, Any]
+
 POLL_MS = 400
+TYPED_TIMEOUT = 20.0
+"""Seconds to wait for a typed token to be looked up."""
 SKELETON = (30, 56, 16, 28, 28, 28, 28)
 """Heights of what will stand there."""
 FAILED = "The prompt could not be run"
@@ -98,9 +102,16 @@ def _invitation() -> html.Div:
 
 
 def register(app: Dash, context: Context) -> None:
-    """Running, watching, drawing."""
+    """Running, watching, drawing, and typing a next token."""
     jobs = PromptJobs(context)
+    _register_running(app, jobs)
+    _register_watching(app, context)
+    _register_drawing(app, context, jobs)
+    _register_typed(app, context, jobs)
 
+
+def _register_running(app: Dash, jobs: PromptJobs) -> None:
+    """From the text to jobs of the worker."""
     app.clientside_callback(
         ClientsideFunction("scope", "runPrompt"),
         Output("prompt-request", "data"),
@@ -117,21 +128,23 @@ def register(app: Dash, context: Context) -> None:
         Input("prompt-selection", "data"),
         State("prompt-jobs", "data"),
     )
-    def start(
-        asked: dict[str, Any] | None, query: dict[str, str] | None, now: dict[str, Any] | None
-    ) -> tuple[Any, Any]:
+    def start(asked: Record | None, query: dict[str, str] | None, now: Record | None) -> tuple[Any, Any]:
         if not asked or not (asked.get("text") or "").strip():
             return {"text": ""}, True
-        target = Selection.of(query).target
-        wanted = {"index": asked["index"], "text": asked["text"], "target": target, "run": asked.get("run", 0)}
+        index, text, target = asked["index"], asked["text"], Selection.of(query).target
+        wanted: Record = {"index": index, "text": text, "target": target, "run": asked.get("run", 0)}
         if now and {name: now.get(name) for name in wanted} == wanted:
             raise PreventUpdate
         try:
-            wanted["analysis"] = jobs.submit_analysis(asked["index"], asked["text"]).id
-            wanted["push"] = jobs.submit_push(asked["index"], asked["text"], target).id if target is not None else None
+            wanted["analysis"] = jobs.submit_analysis(index, text).id
+            wanted["push"] = jobs.submit_push(index, text, target).id if target is not None else None
         except ScopeError as problem:
             wanted["problem"] = str(problem)
         return wanted, False
+
+
+def _register_watching(app: Dash, context: Context) -> None:
+    """Progress and cancel, while there is something to wait for."""
 
     @app.callback(
         Output("prompt-progress", "hidden"),
@@ -145,7 +158,7 @@ def register(app: Dash, context: Context) -> None:
         State("prompt-ready", "data"),
         prevent_initial_call=True,
     )
-    def watch(_: int | None, asked: dict[str, Any] | None, ready: dict[str, Any] | None) -> tuple[Any, ...]:
+    def watch(_: int | None, asked: Record | None, ready: Record | None) -> tuple[Any, ...]:
         if not asked:
             raise PreventUpdate
         if asked.get("problem"):
@@ -164,13 +177,17 @@ def register(app: Dash, context: Context) -> None:
         State("prompt-jobs", "data"),
         prevent_initial_call=True,
     )
-    def cancel(clicks: int | None, asked: dict[str, Any] | None) -> Any:
+    def cancel(clicks: int | None, asked: Record | None) -> Any:
         if not clicks or not asked:
             raise PreventUpdate
         for name in ("analysis", "push"):
             if asked.get(name):
                 context.worker.cancel(asked[name])
         return {**asked, "cancelled": True}
+
+
+def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
+    """What is known, for what is selected."""
 
     @app.callback(
         Output("prompt-result", "children"),
@@ -180,22 +197,19 @@ def register(app: Dash, context: Context) -> None:
         State("prompt-jobs", "data"),
         prevent_initial_call=True,
     )
-    def draw(_: Any, query: dict[str, str] | None, asked: dict[str, Any], now: dict[str, Any] | None) -> Any:
+    def draw(_: Any, query: dict[str, str] | None, asked: Record | None, now: Record | None) -> Any:
         if not asked or not (asked.get("text") or "").strip():
             return _invitation()
-        index, text = asked["index"], asked["text"]
-        analysis = context.worker.result(("analyse", index, text))
+        index, text, selection = asked["index"], asked["text"], Selection.of(query)
+        analysis = jobs.analysis(index, text)
         if analysis is None:
             job = context.worker.get((now or {}).get("analysis", ""))
             return states.skeleton(*SKELETON) if job is not None and job.pending else []
-        selection = Selection.of(query)
-        push = context.worker.result(("push", index, text, selection.target)) if selection.target is not None else None
         try:
+            push = jobs.push(index, text, selection.target)
             return draw_prompt(PromptView(context.index(index), analysis, push, selection))
         except Exception as problem:
             return states.error(problem, "This prompt could not be shown")
-
-    _register_typed(app, context, jobs)
 
 
 def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
@@ -209,11 +223,11 @@ def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
         State("prompt-request", "data"),
         prevent_initial_call=True,
     )
-    def typed(submits: int | None, value: str | None, asked: dict[str, Any]) -> tuple[Any, Any]:
+    def typed(submits: int | None, value: str | None, asked: Record) -> tuple[Any, Any]:
         if not submits or not value:
             raise PreventUpdate
         job = jobs.submit_typed(asked["index"], value)
-        context.worker.wait(job, 20.0)
+        context.worker.wait(job, TYPED_TIMEOUT)
         if job.state is not JobState.DONE:
             problem = job.error or TimeoutError("The model is busy with another request. Try again in a moment.")
             return no_update, html.Span(str(problem), className="small", role="alert")

@@ -4,14 +4,14 @@ from typing import Any
 
 from dash import html
 
+from dashboards.artefacts import Artefact, describe
 from dashboards.components import states
 from dashboards.components.controls import code, link_button
-from dashboards.components.stats import stat, stats
+from dashboards.components.stats import interval, stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent
 from dashboards.links import View, features_link, prompt_link
 from dashboards.pages import Page
-from dashboards.queries import Artefact, describe
 from scope.errors import ScopeError
 
 __all__ = ["render"]
@@ -114,7 +114,9 @@ def _quality(facts: Any) -> list[html.Div]:
     ):
         if metrics.get(name) is not None:
             unit = " nats" if name == "delta_ce" else ""
-            shown.append(stat(title, number(metrics[name]) + unit, term=term, title=exact(metrics[name])))
+            ends = metrics.get(f"{name}_interval")
+            drawn = interval(ends[0], metrics[name], ends[1]) if ends else None
+            shown.append(stat(title, number(metrics[name]) + unit, term=term, title=exact(metrics[name]), note=drawn))
     d_sae = facts["d_sae"]
     shown.append(stat("dead", percent(facts["dead"] / d_sae), term="dead", title=f"{count(facts['dead'])} features"))
     shown.append(

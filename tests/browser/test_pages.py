@@ -13,7 +13,7 @@ MARKUP = "A <script>alert('no')</script> & <b>bold</b>"
 PAGES = {
     "workspace": "/",
     "features": "/features",
-    "feature": "/feature/2",
+    "feature": "/feature/2?n=6",
     "dead": f"/feature/{fakes.DEAD}",
     "prompt": "/prompt?text=" + quote(MARKUP) + "&token=4&target=2",
 }
@@ -90,9 +90,10 @@ def test_browser_sorts_and_filters_on_the_server_and_keeps_it_in_the_address(vis
 
 def test_keys(visit: Callable) -> None:
     opened = visit()
-    page = opened.open("/feature/2?index=" + fakes.FakeIndex(repeats=1).id, READY["feature"])
+    page = opened.open("/feature/2?show=random", READY["feature"])
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("h1:has-text('Feature 3')")
+    assert query(page)["show"] == "random"
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector("h1:has-text('Feature 2')")
     page.go_back()

@@ -1,0 +1,198 @@
+"""What the feature page shows beside the examples: its head, its statistics, and the column on the right."""
+
+from typing import TYPE_CHECKING, Any
+
+from dash import html
+
+from dashboards.components import bars, states
+from dashboards.components.charts import chart, theme_of_request
+from dashboards.components.controls import button, code, icon, link_button, panel
+from dashboards.components.stats import interval, stat, stats
+from dashboards.format import count, density, exact, number, percent, plural
+from dashboards.links import feature_link, prompt_link
+from dashboards.queries import FeatureSummary, feature_name
+from scope.figures import activation_histogram, histogram_frame
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+
+__all__ = ["HISTOGRAM_HEIGHT", "feature_head", "feature_side", "feature_statistics", "no_firings"]
+
+HISTOGRAM_HEIGHT = 232
+SHOWN_GROUPS = 6
+"""Languages or sources that are listed at once."""
+CARRIED = "show language source"
+"""What of the address the moves from one feature to the next keep."""
+
+
+def feature_head(index: str, feature: FeatureSummary) -> html.Header:
+    """Id, name, and where to go from here."""
+    title = feature_name(feature.row, 5)
+    return html.Header(
+        className="feature-head",
+        children=[
+            html.Div(
+                [
+                    html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
+                    html.P(title, className="feature-title", dir="auto"),
+                ],
+            ),
+            html.Div(
+                className="feature-moves",
+                children=[
+                    *(
+                        link_button(
+                            icon(name),
+                            href=feature_link(index, other),
+                            label=words,
+                            className="icon-only",
+                            **{"data-key": key, "data-carry": CARRIED},
+                        )
+                        for name, other, words, key in (
+                            ("left", feature.previous, "Previous feature", "ArrowLeft"),
+                            ("right", feature.next, "Next feature", "ArrowRight"),
+                            ("shuffle", feature.random, "A random feature", "r"),
+                        )
+                    ),
+                    link_button(
+                        icon("prompt"),
+                        href=prompt_link(index, feature=feature.id),
+                        label="Look for it in a prompt",
+                        className="icon-only",
+                    ),
+                    button(
+                        icon("link"),
+                        label="Copy a link to this view",
+                        className="icon-only",
+                        **{"data-copy-link": "true"},
+                    ),
+                ],
+            ),
+        ],
+    )
+
+
+def feature_statistics(feature: FeatureSummary) -> html.Dl:
+    """The feature in numbers."""
+    row = feature.row
+    drawn = interval(row["density_low"], row["density"], row["density_high"], density)
+    shown = [
+        stat("density", density(row["density"]), term="density", note=drawn, title=exact(row["density"])),
+        stat("firings", count(row["n_firings"]), term="firings"),
+    ]
+    if feature.fires:
+        shown += [
+            stat("maximum", number(row["max_value"]), term="max", title=exact(row["max_value"])),
+            stat("mean", number(row["mean_value"]), term="mean", title=exact(row["mean_value"])),
+        ]
+        for name, title, form in (
+            ("top_token_share", "top token", percent),
+            ("token_entropy", "token entropy", lambda value: f"{number(value)} bits"),
+        ):
+            if row.get(name) is not None:
+                term = {"top_token_share": "token_share"}.get(name, name)
+                shown.append(stat(title, form(row[name]), term=term, title=exact(row[name])))
+    if row.get("encoder_decoder_cosine") is not None:
+        cosine = row["encoder_decoder_cosine"]
+        shown.append(stat("enc–dec cosine", number(cosine), term="encoder_decoder_cosine", title=exact(cosine)))
+    if row.get("over_dense"):
+        shown.append(stat("flag", "over-dense", term="over_dense"))
+    return stats(shown)
+
+
+def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
+    """What stands in the place of examples where there are none."""
+    return html.Div(
+        [
+            states.empty(
+                "This feature never fires",
+                f"It is zero on all {count(index.n_indexed_rows)} tokens of this index, so there are no examples. What "
+                "it would promote and which features point the same way is still known. A larger text may wake it: "
+                "index more documents, or look at another feature.",
+            ),
+            link_button(
+                "A random feature that fires", href=feature_link(index.id, feature.random), className="main-action"
+            ),
+        ]
+    )
+
+
+def feature_side(index: "FeatureIndex", feature: FeatureSummary) -> list[Any]:
+    """The column on the right, from what the feature fires on to how to load it."""
+    id = index.id
+    parts: list[Any] = []
+    if feature.fires:
+        parts.append(html.Div(_histogram(feature), className="panel"))
+        parts.append(
+            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
+        )
+    parts.append(_logits(feature))
+    if feature.fires:
+        for name, frame in (("language", feature.by_language), ("source", feature.by_source)):
+            links = {str(value): feature_link(id, feature.id, **{name: value}) for value in frame[name]}
+            parts.append(
+                panel(
+                    f"By {name}",
+                    bars.rate_list(frame, links, SHOWN_GROUPS),
+                    unit="firings per 1,000 tokens",
+                    term="rate",
+                )
+            )
+    if len(feature.neighbours):
+        listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}")
+        parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
+    if len(feature.cofiring):
+        title = (
+            "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, "
+            "P(this | it) {p_this_given_other:.3f}"
+        )
+        parts.append(
+            panel(
+                "Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring"
+            )
+        )
+    parts.append(panel("In Python", code(_snippet(index, feature.id))))
+    return parts
+
+
+def _histogram(feature: FeatureSummary) -> Any:
+    figure = activation_histogram(histogram_frame(feature.edges, feature.counts), theme=theme_of_request())
+    words = f"Histogram of {plural(int(feature.counts.sum()), 'firing')}; a click on a bar shows its examples"
+    return chart(figure, id="feature-histogram", height=HISTOGRAM_HEIGHT, words=words)
+
+
+def _logits(feature: FeatureSummary) -> Any:
+    if not len(feature.top_logits):
+        return panel(
+            "Direct logit effects",
+            html.P(
+                "The index was built without the model, so they are not known. Build it again with the model at hand.",
+                className="muted small",
+            ),
+            term="logits",
+        )
+    scale = max(feature.top_logits["effect"].abs().max(), feature.bottom_logits["effect"].abs().max())
+    two = html.Div(
+        className="two",
+        children=[
+            html.Div(
+                [html.H3("Promotes", className="small muted"), bars.logit_list(feature.top_logits, scale, "positive")]
+            ),
+            html.Div(
+                [
+                    html.H3("Suppresses", className="small muted"),
+                    bars.logit_list(feature.bottom_logits, scale, "negative"),
+                ]
+            ),
+        ],
+    )
+    return panel("Direct logit effects", two, unit="per unit of strength, before the final norm", term="logits")
+
+
+def _snippet(index: "FeatureIndex", feature: int) -> str:
+    return (
+        "from scope.features import FeatureIndex\n\n"
+        f'index = FeatureIndex.open("{index.path}")\n'
+        f"index.feature({feature})\n"
+        f"index.activations([{feature}])  # every firing, as a DataFrame"
+    )
