@@ -15,7 +15,7 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" 
 attribution since.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,22 +24,37 @@ from torch import Tensor
 from scope.errors import MismatchError, OutOfRangeError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
-    from scope.features.prompt import PromptFeatures
+__all__ = ["FiringFeatures", "direct_effects", "direct_logit_effects"]
 
-__all__ = ["direct_effects", "direct_logit_effects"]
+
+@runtime_checkable
+class FiringFeatures(Protocol):
+    """What fires on the tokens of a text; `scope.features.PromptFeatures` is one."""
+
+    hook_name: str
+    d_sae: int
+    table: "pd.DataFrame"
+    """Columns position, feature, value (firing strength)."""
+    final_residual: "np.ndarray"
+    """float32 `(seq, d_model)`: the residual stream that goes into the final norm."""
+
+    def at(self, position: int) -> "pd.DataFrame":
+        """The rows of `table` for one position."""
+        ...
 
 
 def direct_logit_effects(
-    model: Any, sae: Any, features: "PromptFeatures", position: int | None, target_token: int
+    model: Any, sae: Any, features: FiringFeatures, position: int | None, target_token: int
 ) -> "pd.DataFrame":
     """Columns feature, position, strength, effect (logits): by absolute effect, the largest first.
 
     Args:
         model: a `scope.models.LanguageModel`.
         sae: the dictionary.
-        features: a `scope.features.PromptFeatures` of this model and SAE.
+        features: what fires on a text, such as `scope.features.features_on_prompt` finds it.
         position: the token whose next token is asked about (the direct path never crosses positions); None for all.
         target_token: id of the next token.
     Raises:
@@ -67,13 +82,13 @@ def direct_logit_effects(
 
 @torch.no_grad()
 def direct_effects(
-    model: Any, directions: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"], target_token: int
+    model: Any, directions: Float[Tensor, "n width"], residual: Float[Tensor, "n d_model"], target_token: int
 ) -> Float[Tensor, " n"]:
     """The centred logit of one token that each direction adds along the direct path.
 
     Args:
         model: a `scope.models.LanguageModel`.
-        directions: what is added to the residual stream.
+        directions: what is added to the residual stream, as wide as it.
         residual: the residual stream into the final norm where each is added; it sets the norm's scale.
         target_token: id of the token.
     Raises:
