@@ -353,7 +353,9 @@ class ActivationStore:
             record = self._ledger.records[PLAN][group]
             what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
             content = read_object(self.path / name, record.objects[name], what)
-            pieces.append(parquet.read_table(pyarrow.BufferReader(content)))
+            # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
+            opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
+            pieces.append(opened.read(use_threads=False))
         if not pieces:
             raise InvalidInputError(f"{self.path} has no committed rows yet.")
         return pyarrow.concat_tables(pieces).to_pandas()

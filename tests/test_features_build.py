@@ -216,7 +216,7 @@ def damage(path: Path, at: int) -> None:
         ("by_token/value.bfloat16", lambda index: index.features_at(70)),
         ("by_token/feature.uint16", lambda index: index.features_in(0, 400)),
         ("rows/token_id.int32", lambda index: index.tokens(0, 10)),
-        ("statistics/histogram.int64", lambda index: index.histogram(3)),
+        ("statistics/histogram.uint32", lambda index: index.histogram(3)),
         ("by_feature/firings.zarr/row/c.0", lambda index: index.firings(0)),
         ("by_feature/firings.zarr/value/c.0", lambda index: index.firings(39)),
         ("tables/features.parquet", lambda index: index.table),

@@ -6,7 +6,7 @@ import pytest
 from helpers_features import D_IN, TEXTS, FakeModel, FakeStore, WideSAE, dense_strengths, small_sae, tiny_index
 
 from activations.source import RowFlag
-from scope.features import FeatureIndex, build_index, decoder
+from scope.features import FeatureIndex, build_index, layout
 from scope.features.statistics import entropy_bits, wilson
 
 
@@ -52,20 +52,13 @@ def test_rows_with_unlike_numbers_of_firings(tmp_path, signed, budget):
         assert index.histogram(feature)[1].sum() == np.count_nonzero(dense[:, feature])
 
 
-def test_more_features_than_uint16_holds(tmp_path, monkeypatch):
-    none = decoder.Neighbours(np.zeros((66_000, 1), np.int32), np.zeros((66_000, 1), np.float32))
-    monkeypatch.setattr(decoder, "nearest_decoders", lambda unit, progress=None: none)  # takes 70,000^2 steps
-    store = FakeStore(FakeModel(), repeats=1)
-    sae = WideSAE(66_000, threshold=3.8)
-    index = build_index(store, sae, tmp_path / "wide.index")
-    dense = dense_strengths(store, sae)
+def test_feature_ids_as_uint32(tmp_path, monkeypatch):
+    assert layout.feature_dtype(2**16) == "uint16"
+    assert layout.feature_dtype(2**16 + 1) == "uint32"
+    monkeypatch.setattr("scope.features.segments.feature_dtype", lambda d_sae: "uint32")
+    index, store, sae = tiny_index(tmp_path)
     assert index.array_dtypes["by_token/feature"] == "uint32"
-    rows, features = np.nonzero(dense)
-    high = int(features.max())
-    assert high > 2**16
-    assert index.firings(high)["value"].tolist() == sorted(dense[dense[:, high] != 0, high], reverse=True)
-    found = index.features_in(0, index.n_rows)
-    assert sorted(zip(found["row"], found["feature"], strict=True)) == list(zip(rows, features, strict=True))
+    assert_holds(index, dense_strengths(store, sae))
 
 
 def test_statistics(built):

@@ -45,25 +45,25 @@ def test_an_id_that_is_no_feature():
     assert sort_rows(np.array([[1, 50]]), float32_to_bf16(np.array([[1.0, 0.0]], np.float32)), 50).features == [1]
 
 
-@pytest.mark.parametrize("budget", [1, 5, 64, 10**6])
-def test_merging_sorts_by_feature_strength_and_row(tmp_path, budget):
+@pytest.mark.parametrize(("budget", "d_sae"), [(1, 20), (5, 20), (64, 20), (10**6, 20), (64, 200_000)])
+def test_merging_sorts_by_feature_strength_and_row(tmp_path, budget, d_sae):
     rng = np.random.default_rng(budget)
-    log, expected = SegmentLog(tmp_path, 20), []
+    log, expected = SegmentLog(tmp_path, d_sae), []
     for _ in range(5):
         n, start = int(rng.integers(1, 60)), log.n_rows
-        ids = np.stack([rng.permutation(20)[:6] for _ in range(n)])
+        ids = np.stack([rng.choice(d_sae, 6, replace=False) for _ in range(n)])
         ids[:, 0] = np.where((ids == 3).any(axis=1), ids[:, 0], 3)  # feature 3 fires nearly everywhere
         values = rng.integers(-2, 4, (n, 6)).astype(np.float32)  # many equal ones, and zeros
         columns = {name: np.zeros(n) for name in ("token_id", "sequence", "position", "flags")}
-        log.commit(sort_rows(ids, float32_to_bf16(values), 20), columns, n)
+        log.commit(sort_rows(ids, float32_to_bf16(values), d_sae), columns, n)
         expected += [
             (int(ids[i, j]), -float(values[i, j]), start + i) for i, j in zip(*np.nonzero(values), strict=True)
         ]
-    again = SegmentLog(tmp_path, 20)
+    again = SegmentLog(tmp_path, d_sae)
     assert again.segments == log.segments
-    runs = open_runs(again.segments, [again.run_path(segment.number) for segment in again.segments], 20)
+    runs = open_runs(again.segments, [again.run_path(segment.number) for segment in again.segments], d_sae)
     found, complete = [], {}
-    for piece in merge_runs(runs, 20, again.n_rows, budget):
+    for piece in merge_runs(runs, d_sae, again.n_rows, budget):
         assert piece.start == len(found)
         assert 0 < len(piece.rows) <= budget
         values = bf16_to_float32(piece.values)

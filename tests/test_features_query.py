@@ -267,7 +267,7 @@ def test_panels_escape_everything(built, busy):
     panels = [index._repr_html_(), index.random_examples(busy)[0]._repr_html_()]
     panels += [index.feature(feature)._repr_html_() for feature in [busy, 5, *script]]
     for feature in range(40):
-        panels.append(index.top_examples(feature, 100)._repr_html_())
+        panels.append(index.top_examples(feature, 12)._repr_html_())
     for panel in panels:
         parser = _Tags()
         parser.feed(panel)
@@ -283,7 +283,7 @@ def test_panels_escape_everything(built, busy):
 def test_reading_from_many_threads(built):
     index, _, _ = built
     fresh = FeatureIndex.open(index.path)
-    jobs = list(range(40)) * 3
+    jobs = list(range(40)) * 2
 
     def look(feature: int):
         return (

@@ -36,7 +36,7 @@ def build_index(
     out: str | Path,
     *,
     model: Any = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     allow_mismatch: bool = False,
     batch_size: int = 4096,
     segment_firings: int = 2**23,
@@ -50,7 +50,7 @@ def build_index(
         out: folder of the index, `NAME.index`. Taken as it is when it already holds this very index, resumed when
             it holds part of it.
         model: gives tokens their strings and features their logit effects; without it tokens show as their ids.
-        metrics: numbers to keep in the manifest, such as fvu, l0 and delta_ce.
+        metrics: JSON-able facts about the SAE to keep in the manifest, such as fvu, l0 and delta_ce.
         allow_mismatch: index although the SAE was trained on another model or tokenizer; recorded in the manifest.
         batch_size: rows to encode at once.
         segment_firings: firings to hold in memory at once, about 40 bytes each.

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from activations.source import ActivationBatch
 from scope.errors import NonFiniteError
@@ -21,7 +23,7 @@ from scope.features.layout import ROW_COLUMNS
 from scope.features.segments import Segment, SegmentLog
 from scope.kernels.tensors import as_tensor
 
-__all__ = ["NonFiniteRowError", "encode_rows", "encode_segments", "strength_bits"]
+__all__ = ["NonFiniteRowError", "encode_rows", "encode_segments", "firing_strengths"]
 
 MAX_SEGMENT_ROWS = 2**24
 
@@ -42,26 +44,24 @@ class NonFiniteRowError(NonFiniteError):
         self.row = row
 
 
-def strength_bits(sae: Any, x: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature ids and firing strengths as bfloat16, `(n, k)` each, of activations `(n, d_in)`.
-
-    Args:
-        norms: the SAE's decoder norms, float32 `(d_sae,)`.
-    """
+def firing_strengths(
+    sae: Any, x: Float[Tensor, "n d_in"], norms: Float[Tensor, " d_sae"]
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Feature ids and firing strengths, rounded to bfloat16, of activations; `norms` are the SAE's decoder norms."""
     ids, values = sae.encode_sparse(x)
     return ids, (values.float() * norms[ids.long()]).to(torch.bfloat16)
 
 
 @torch.inference_mode()
-def encode_rows(sae: Any, x: torch.Tensor, norms: torch.Tensor) -> RowFirings:
-    """The firings of activations `(n, d_in)`, in index order.
+def encode_rows(sae: Any, x: Float[Tensor, "n d_in"], norms: Float[Tensor, " d_sae"]) -> RowFirings:
+    """The firings of activations, in index order.
 
     Raises:
         NonFiniteRowError: an activation or a feature is NaN or infinite.
     """
     # A sum is finite where all terms are (or enormous); three times as fast as asking each entry.
     finite = torch.isfinite(x.sum(dim=1, dtype=torch.float32))
-    ids, strengths = strength_bits(sae, x.to(norms.device), norms)
+    ids, strengths = firing_strengths(sae, x.to(norms.device), norms)
     finite &= torch.isfinite(strengths).all(dim=1).to(finite.device)
     if not bool(finite.all()):
         raise NonFiniteRowError(int((~finite).nonzero()[0]))
@@ -131,7 +131,7 @@ def _batches(source: Any, hook: str, batch_size: int, start: int, stop: int) -> 
             return
 
 
-def _encode_batch(source: Any, hook: str, sae: Any, norms: torch.Tensor, batch: ActivationBatch, exclude: int) -> _Part:
+def _encode_batch(source: Any, hook: str, sae: Any, norms: Tensor, batch: ActivationBatch, exclude: int) -> _Part:
     start, n = int(batch.rows[0]), len(batch.rows)
     indexed = np.flatnonzero(batch.flags & exclude == 0)
     x = as_tensor(batch.activations[hook], source.dtype, norms.device)

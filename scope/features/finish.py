@@ -223,17 +223,18 @@ def _gather(
 
 def _write_statistics(arrays: _Arrays, gathered: Gathered, cofiring: Cofiring) -> None:
     lists, tokens = gathered.lists, gathered.tokens
+    count = row_dtype(len(arrays["rows/flags"]))  # no feature fires more often than there are rows
     for name, dtype, array in (
-        ("histogram", "int64", lists.histogram),
-        ("language_firings", "int64", lists.by_language),
-        ("language_strength", "float64", lists.strength_by_language),
-        ("source_firings", "int64", lists.by_source),
-        ("source_strength", "float64", lists.strength_by_source),
+        ("histogram", count, lists.histogram),
+        ("language_firings", count, lists.by_language),
+        ("language_strength", "float32", lists.strength_by_language),
+        ("source_firings", count, lists.by_source),
+        ("source_strength", "float32", lists.strength_by_source),
         ("token_id", "int32", tokens.tokens),
-        ("token_firings", "int64", tokens.counts),
-        ("token_strength", "float64", tokens.strengths),
+        ("token_firings", count, tokens.counts),
+        ("token_strength", "float32", tokens.strengths),
         ("cofiring_feature", "int32", cofiring.features),
-        ("cofiring_both", "float64", cofiring.both),
+        ("cofiring_both", "float32", cofiring.both),
     ):
         arrays.write(f"statistics/{name}", dtype, array)
 

@@ -21,7 +21,9 @@ __all__ = ["examples_html", "feature_html", "index_html", "prompt_html", "token_
 PALETTE = PALETTES["light"]
 STRIP = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;text-align:start"
 MUTED = f"color:{PALETTE.muted};font-size:12px"
-NUMBER = "font-variant-numeric:tabular-nums;text-align:right"
+SHOWN_METRICS = ("fvu", "l0", "delta_ce")
+NUMBER = "font-variant-numeric:tabular-nums;text-align:right;padding:1px 12px 1px 0"
+TABLE = '<table style="font-size:inherit;border-collapse:collapse;margin:8px 0">'
 
 
 def token_strip(tokens: Sequence[str], values: Sequence[float], maximum: float, centre: int | None = None) -> str:
@@ -89,7 +91,7 @@ def index_html(index: "FeatureIndex") -> str:
         "text": f"{info['n_documents']:,} documents, {info['n_rows']:,} tokens, {len(info['languages'])} languages",
         "firings": f"{info['n_firings']:,} ({short_number(info['firings_per_row'])} a token)",
         "dead": f"{info['dead']:,}",
-        **{escape(name): escape(short_number(value)) for name, value in info["metrics"].items()},
+        **{name: short_number(info["metrics"][name]) for name in SHOWN_METRICS if name in info["metrics"]},
     }
     table = index.query(sort=[("n_firings", False)], filters={"over_dense": False, "dead": False}, stop=10).rows
     rows = "".join(
@@ -98,11 +100,11 @@ def index_html(index: "FeatureIndex") -> str:
         f'<td style="text-align:left">{_tokens(row["top_tokens"][:6])}</td></tr>'
         for row in table.to_dict("records")
     )
-    head = "".join(f'<th style="{MUTED};text-align:right">{name}</th>' for name in ("feature", "fires on", "max"))
+    head = "".join(f'<th style="{MUTED};{NUMBER}">{name}</th>' for name in ("feature", "fires on", "max"))
     head += f'<th style="{MUTED};text-align:left">top tokens</th>'
     name = f'<div style="font-size:16px;font-weight:600">Feature index {escape(info["name"])} '
     name += f'<code style="{MUTED}">{info["id"]}</code></div>'
-    return _panel(f"{name}{_facts(facts)}<table><tr>{head}</tr>{rows}</table>")
+    return _panel(f"{name}{_facts(facts)}{TABLE}<tr>{head}</tr>{rows}</table>")
 
 
 def prompt_html(prompt: "PromptFeatures", n: int = 3) -> str:
@@ -118,7 +120,7 @@ def prompt_html(prompt: "PromptFeatures", n: int = 3) -> str:
         )
         rows.append(f'<tr><td dir="auto" style="text-align:left;white-space:pre">{_token(token)}</td>{cells}</tr>')
     head = f'<th style="{MUTED};text-align:left">token</th><th style="{MUTED}" colspan="{n}">strongest features</th>'
-    return _panel(f"<table><tr>{head}</tr>{''.join(rows)}</table>")
+    return _panel(f"{TABLE}<tr>{head}</tr>{''.join(rows)}</table>")
 
 
 def _panel(content: str) -> str:
@@ -132,7 +134,7 @@ def _facts(facts: dict[str, str]) -> str:
         f'<td style="text-align:left;font-variant-numeric:tabular-nums">{value}</td></tr>'
         for name, value in facts.items()
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f"{TABLE}{''.join(rows)}</table>"
 
 
 def _words(title: str, tokens: Sequence[Any]) -> str:

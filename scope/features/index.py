@@ -101,7 +101,7 @@ class FeatureIndex:
         return dict(self.manifest["model"])
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """What the caller of `build_index` passed in: fvu, l0, delta_ce and the like."""
         return dict(self.manifest["metrics"])
 
@@ -188,7 +188,7 @@ class FeatureIndex:
     def histogram(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """`(edges (n_bins + 1,), counts (n_bins,))`: all firings in linear bins from 0 to the feature's maximum."""
         feature = self._reader.check_feature(feature)
-        counts = self._reader.array("statistics/histogram").slice(feature, feature + 1)[0].copy()
+        counts = self._reader.array("statistics/histogram").slice(feature, feature + 1)[0].astype(np.int64)
         row = self.table.iloc[feature]
         edges = np.linspace(min(float(row["min_value"]), 0.0), max(float(row["max_value"]), 0.0), len(counts) + 1)
         return edges, counts

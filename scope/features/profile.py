@@ -13,7 +13,7 @@ def by_group(reader: IndexReader, group: str, feature: int) -> pd.DataFrame:
     """Firings by language or by source; see `FeatureIndex.by_language`."""
     listed = reader.manifest[{"language": "languages", "source": "sources"}[group]]
     names, rows = [name for name, _ in listed], np.array([n for _, n in listed], np.int64)
-    firings = reader.array(f"statistics/{group}_firings").slice(feature, feature + 1)[0]
+    firings = reader.array(f"statistics/{group}_firings").slice(feature, feature + 1)[0].astype(np.int64)
     strength = reader.array(f"statistics/{group}_strength").slice(feature, feature + 1)[0]
     low, high = wilson(firings, rows)
     table = pd.DataFrame(
@@ -38,7 +38,7 @@ def top_tokens(reader: IndexReader, table: pd.DataFrame, feature: int, n: int) -
         for name in ("token_id", "token_firings", "token_strength")
     )
     kept = tokens >= 0
-    tokens, counts, strengths = tokens[kept].astype(np.int64), counts[kept], strengths[kept]
+    tokens, counts, strengths = tokens[kept].astype(np.int64), counts[kept].astype(np.int64), strengths[kept]
     row = table.iloc[feature]
     first = abs(float(strengths[0])) if len(strengths) else 1.0
     # The table has the share of the first; the others follow from their strengths.
@@ -70,7 +70,7 @@ def cofiring(reader: IndexReader, table: pd.DataFrame, feature: int, n: int, n_i
         for name in ("cofiring_feature", "cofiring_both")
     )
     kept = others >= 0
-    others, both = others[kept].astype(np.int64), both[kept]
+    others, both = others[kept].astype(np.int64), both[kept].astype(np.float64)
     n_firings = table["n_firings"].to_numpy(np.int64)
     own, theirs = int(n_firings[feature]), n_firings[others]
     found = pd.DataFrame(

@@ -3,7 +3,6 @@
 `FeatureIndex` is what people use; it stands on this.
 """
 
-import io
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -93,14 +92,17 @@ class IndexReader:
 
     def table(self, name: str) -> "pd.DataFrame":
         """A table, such as `features`."""
-        import pandas as pd
+        import pyarrow
+        from pyarrow import parquet
 
         file = self.path / "tables" / f"{name}.parquet"
         content = file.read_bytes()
         blocks = [xxhash.xxh3_128_hexdigest(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
         if blocks != self._digests[f"tables/{name}.parquet"]["blocks"]:
             raise IntegrityError(f"{file} is damaged. Build the index again; `scope verify` lists all faults.")
-        return pd.read_parquet(io.BytesIO(content))
+        # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
+        opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
+        return opened.read(use_threads=False).to_pandas()
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":

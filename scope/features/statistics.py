@@ -165,7 +165,10 @@ class TokenStatistics:
 
     def _keep(self, groups: _TokenGroups) -> None:
         size = np.abs(groups.strengths)
-        order = np.lexsort((groups.tokens, -size, groups.features))
+        # Groups come by feature and token, so one stable sort by feature and size does; positive floats sort as bits.
+        key = (groups.features - groups.features[0]).astype(np.uint64) << np.uint64(32)
+        key |= ~size.astype(np.float32).view(np.uint32)
+        order = np.argsort(key, kind="stable")
         features, size = groups.features[order], size[order]
         starts = np.flatnonzero(np.concatenate([[True], features[1:] != features[:-1]]))
         present = features[starts]

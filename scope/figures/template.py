@@ -106,15 +106,24 @@ PALETTES: dict[Theme, Palette] = {
 def activation_colour(value: float, maximum: float, theme: Theme = "light") -> str:
     """Background of a token that a feature fires on with `value`, on a scale from 0 to `maximum`."""
     palette = PALETTES[theme]
-    share = value / maximum if maximum > 0 else 0.0
-    return mix(palette.page, palette.accent, share)
+    return _shade(palette.page, palette.accent, value / maximum if maximum > 0 else 0.0)
 
 
 def effect_colour(value: float, largest: float, theme: Theme = "light") -> str:
     """Background of a token with a signed effect, on a scale from `-largest` to `largest`."""
     palette = PALETTES[theme]
-    share = abs(value) / largest if largest > 0 else 0.0
-    return mix(palette.page, palette.negative_fill if value < 0 else palette.positive_fill, share)
+    fill = palette.negative_fill if value < 0 else palette.positive_fill
+    return _shade(palette.page, fill, abs(value) / largest if largest > 0 else 0.0)
+
+
+def _shade(page: str, fill: str, share: float) -> str:
+    return _mixed(page, fill, round(255 * min(share, 1.0)))
+
+
+@cache
+def _mixed(page: str, fill: str, step: int) -> str:
+    """One of the 256 steps from a page to a fill: a page of tokens asks thousands of times."""
+    return mix(page, fill, step / 255)
 
 
 def css_variables(theme: Theme) -> dict[str, str]:
