@@ -2,17 +2,30 @@
 
 from typing import Any
 
+import numpy as np
 from dash import dcc
 from flask import request
 
-from scope.figures import CONFIG, Theme
+from scope.figures import CONFIG, Theme, activation_colour, activation_histogram, histogram_frame
 
-__all__ = ["chart", "theme_of_request"]
+__all__ = ["HISTOGRAM_HEIGHT", "chart", "strength_histogram", "theme_of_request"]
+
+HISTOGRAM_HEIGHT = 232
 
 
 def theme_of_request() -> Theme:
     """The theme that the browser shows, from the cookie of assets/theme.js."""
     return "dark" if request.cookies.get("scope_theme") == "dark" else "light"
+
+
+def strength_histogram(edges: np.ndarray, counts: np.ndarray, theme: Theme) -> Any:
+    """`FeatureIndex.histogram` as a figure. Each bar gets its colour by name: Plotly's browser half warns about every
+    bar whose colour is a number on a scale."""
+    figure = activation_histogram(histogram_frame(edges, counts), theme=theme)
+    middles = (edges[:-1] + edges[1:]) / 2
+    colours = [activation_colour(middle, float(edges[-1]), theme) for middle in middles.tolist()]
+    figure.update_traces(marker={"color": colours, "colorscale": None, "cmin": None})
+    return figure.update_layout(height=HISTOGRAM_HEIGHT)
 
 
 def chart(figure: Any, *, id: str, height: int, words: str) -> dcc.Graph:

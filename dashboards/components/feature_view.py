@@ -5,20 +5,18 @@ from typing import TYPE_CHECKING, Any
 from dash import html
 
 from dashboards.components import bars, states
-from dashboards.components.charts import chart, theme_of_request
+from dashboards.components.charts import HISTOGRAM_HEIGHT, chart, strength_histogram, theme_of_request
 from dashboards.components.controls import button, code, icon, link_button, panel
 from dashboards.components.stats import interval, stat, stats
 from dashboards.format import count, density, exact, number, percent, plural
 from dashboards.links import feature_link, prompt_link
 from dashboards.queries import FeatureSummary, feature_name
-from scope.figures import activation_histogram, histogram_frame
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
 
-__all__ = ["HISTOGRAM_HEIGHT", "feature_head", "feature_side", "feature_statistics", "no_firings"]
+__all__ = ["feature_head", "feature_side", "feature_statistics", "no_firings"]
 
-HISTOGRAM_HEIGHT = 232
 SHOWN_GROUPS = 6
 """Languages or sources that are listed at once."""
 CARRIED = "show language source"
@@ -156,7 +154,7 @@ def feature_side(index: "FeatureIndex", feature: FeatureSummary) -> list[Any]:
 
 
 def _histogram(feature: FeatureSummary) -> Any:
-    figure = activation_histogram(histogram_frame(feature.edges, feature.counts), theme=theme_of_request())
+    figure = strength_histogram(feature.edges, feature.counts, theme_of_request())
     words = f"Histogram of {plural(int(feature.counts.sum()), 'firing')}; a click on a bar shows its examples"
     return chart(figure, id="feature-histogram", height=HISTOGRAM_HEIGHT, words=words)
 

@@ -7,10 +7,10 @@ from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html,
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
+from dashboards.components.charts import strength_histogram
 from dashboards.components.controls import button, define, icon
 from dashboards.components.examples import example_groups
 from dashboards.components.feature_view import (
-    HISTOGRAM_HEIGHT,
     feature_head,
     feature_side,
     feature_statistics,
@@ -29,7 +29,6 @@ from dashboards.queries import (
     feature_id,
     summary,
 )
-from scope.figures import activation_histogram, histogram_frame
 
 __all__ = ["register", "render"]
 
@@ -193,9 +192,8 @@ def register(app: Dash, context: Context) -> None:
     def recolour(theme: str, about: dict[str, Any] | None) -> Any:
         if not about:
             raise PreventUpdate
-        frame = histogram_frame(*context.index(about["index"]).histogram(about["feature"]))
-        figure = activation_histogram(frame, theme="dark" if theme == "dark" else "light")
-        return figure.update_layout(height=HISTOGRAM_HEIGHT)
+        edges, counts = context.index(about["index"]).histogram(about["feature"])
+        return strength_histogram(edges, counts, "dark" if theme == "dark" else "light")
 
 
 def _register_choice(app: Dash, context: Context) -> None:
