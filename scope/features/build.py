@@ -20,6 +20,7 @@ from scope.errors import InterruptedRunError, InvalidInputError, OccupiedError
 from scope.features.checks import check_model, check_sae
 from scope.features.index import FeatureIndex
 from scope.features.layout import FORMAT
+from scope.features.steps import BuildProgress
 
 if TYPE_CHECKING:
     from scope.features.segments import SegmentLog
@@ -54,7 +55,8 @@ def build_index(
         allow_mismatch: index although the SAE was trained on another model or tokenizer; recorded in the manifest.
         batch_size: rows to encode at once.
         segment_firings: firings to hold in memory at once, about 40 bytes each.
-        progress: called with (work done, work in all), counted in rows; finishing counts as some rows more.
+        progress: called with (work done, work in all), counted in rows; what follows their encoding counts as so
+            many rows more.
     Raises:
         UnknownNameError: the store lacks the SAE's hook.
         MismatchError: the SAE has another width, model or tokenizer than the store.
@@ -71,7 +73,7 @@ def build_index(
     hook, mismatches = check_sae(source, sae, allow_mismatch)
     if model is not None:
         mismatches += check_model(source, model, allow_mismatch)
-    n_rows = int(getattr(source, "rows_of", lambda _: source.n_rows)(hook))
+    n_rows = int(source.rows_of(hook) if hasattr(source, "rows_of") else source.n_rows)
     if n_rows == 0:
         raise InvalidInputError(f"There are no rows of {hook} to index. Capture some first.")
     identity = {
@@ -93,7 +95,8 @@ def build_index(
     extra = {"metrics": dict(metrics or {}), "allowed_mismatches": mismatches, "excluded_flags": int(EXCLUDED)}
     with WriterLock(out / "build"):
         log = SegmentLog(out, sae.d_sae)
-        steps = _Steps(progress, n_rows, log.n_rows)
+        step = BuildProgress(progress, n_rows, sae.d_sae, 0 if model is None else model.d_vocab)
+        step("encode", log.n_rows, n_rows)
         with _resumable(log):
             encode_segments(
                 source,
@@ -104,9 +107,9 @@ def build_index(
                 exclude=int(EXCLUDED),
                 batch_size=batch_size,
                 segment_firings=segment_firings,
-                progress=steps.encoded,
+                progress=lambda rows: step("encode", rows, n_rows),
             )
-            finish_index(log, source, hook, sae, model, identity, extra, segment_firings, steps.finishing)
+            finish_index(log, source, hook, sae, model, identity, extra, segment_firings, step)
     _clear_build(out)
     return FeatureIndex.open(out)
 
@@ -121,25 +124,6 @@ def _resumable(log: "SegmentLog") -> Iterator[None]:
         raise InterruptedRunError(
             f"The build of {log.folder} stopped: {why}. {log.n_rows:,} rows are committed; run the same again to go on."
         ) from error
-
-
-class _Steps:
-    """One bar for both phases."""
-
-    FINISH_SHARE = 0.5
-    """What finishing counts for, in the time of encoding; measured on two cores."""
-
-    def __init__(self, progress: Callable[[int, int | None], None] | None, n_rows: int, done: int) -> None:
-        self._progress = progress or (lambda done, total: None)
-        self._n_rows = n_rows
-        self._finish = max(1, round(self.FINISH_SHARE * n_rows))
-        self.encoded(done)
-
-    def encoded(self, rows: int) -> None:
-        self._progress(rows, self._n_rows + self._finish)
-
-    def finishing(self, share: float) -> None:
-        self._progress(self._n_rows + round(share * self._finish), self._n_rows + self._finish)
 
 
 def _is_complete(out: Path, fingerprint: str) -> bool:

@@ -8,13 +8,15 @@
 It starts over when it is interrupted: its result depends on nothing but the segments, the SAE and the model.
 """
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.arrays import sync_folder
 from activations.manifest import write_manifest
 from activations.spec import fingerprint_of
 from scope._version import __version__
@@ -26,17 +28,12 @@ from scope.features.lists import ListReader, ListWriter
 from scope.features.merge import merge_runs, open_runs
 from scope.features.segments import SegmentLog
 from scope.features.statistics import ListStatistics, RowLookup, TokenStatistics, extremes
+from scope.features.steps import BuildProgress
 from scope.features.table import Gathered, feature_table
 from scope.features.texts import RowCounts, Texts, count_rows, read_texts
 from scope.features.vocabulary import Vocabulary, vocabulary_table
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["finish_index"]
-
-WEIGHTS = {"check": 2.0, "merge": 30.0, "cofiring": 20.0, "decoder": 5.0, "logits": 30.0, "write": 3.0}
-"""What each step counts for in the progress."""
 
 
 class _MergedLists(NamedTuple):
@@ -58,7 +55,7 @@ def finish_index(
     identity: Mapping[str, Any],
     extra: Mapping[str, Any],
     budget: int,
-    progress: Callable[[float], None],
+    step: BuildProgress,
 ) -> None:
     """Complete the index whose rows are all committed.
 
@@ -68,16 +65,15 @@ def finish_index(
         identity: what the fingerprint is made of.
         extra: further entries of the manifest.
         budget: firings to hold in memory at once.
-        progress: told the share that is done.
+        step: told what is done.
     """
-    step = _step(progress)
     folder = log.folder
     for part in ("by_feature", "statistics", "tables"):
         shutil.rmtree(folder / part, ignore_errors=True)
         (folder / part).mkdir()
     for number, segment in enumerate(log.segments, start=1):
         log.check(segment)
-        step("check", number / len(log.segments))
+        step("check", number, len(log.segments))
     arrays = _Arrays(folder, log)
     texts = read_texts(source, log.n_rows)
     rows = count_rows({name: arrays[f"rows/{name}"] for name in ROW_COLUMNS}, texts, int(extra["excluded_flags"]))
@@ -99,10 +95,10 @@ def finish_index(
         folder,
         FORMAT,
         fingerprint_of(identity),
-        [source.fingerprint, sae.fingerprint],
+        [identity["store"], identity["sae"]],
         f"scope-workbench {__version__}",
         **extra,
-        **_description(source, hook, sae, model),
+        **_description(source, hook, sae, str(identity["sae"]), model),
         n_rows=log.n_rows,
         n_indexed_rows=int(rows.by_language.sum()),
         n_firings=log.n_firings,
@@ -110,7 +106,7 @@ def finish_index(
         sources=[[name, int(n)] for name, n in zip(texts.sources, rows.by_source, strict=True)],
         arrays=arrays.description(),
     )
-    step("write", 1.0)
+    step("write", 1)
 
 
 class _Arrays:
@@ -140,16 +136,7 @@ class _Arrays:
         return {name: {"dtype": dtype, "shape": list(array.shape)} for name, (dtype, array) in self._arrays.items()}
 
 
-def _step(progress: Callable[[float], None]) -> Callable[[str, float], None]:
-    total = sum(WEIGHTS.values())
-    names = list(WEIGHTS)
-    before = {name: sum(WEIGHTS[earlier] for earlier in names[:place]) for place, name in enumerate(names)}
-    return lambda name, share: progress((before[name] + WEIGHTS[name] * share) / total)
-
-
-def _merge(
-    log: SegmentLog, arrays: _Arrays, texts: Texts, budget: int, step: Callable[[str, float], None]
-) -> _MergedLists:
+def _merge(log: SegmentLog, arrays: _Arrays, texts: Texts, budget: int, step: BuildProgress) -> _MergedLists:
     lookup = RowLookup(
         arrays["rows/token_id"],
         arrays["rows/position"],
@@ -173,14 +160,14 @@ def _merge(
         values.append(piece.values)
         lists.add(piece)
         tokens.add(piece)
-        step("merge", (piece.start + len(piece.rows)) / max(log.n_firings, 1))
+        step("merge", piece.start + len(piece.rows), log.n_firings)
     rows.close()
     values.close()
     arrays.write("by_feature/indptr", "int64", indptr)
     return _MergedLists(indptr, low, high, lists, tokens)
 
 
-def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: Callable[[str, float], None]) -> Cofiring:
+def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: BuildProgress) -> Cofiring:
     rows = ListReader(arrays.folder / FIRINGS / "row", row_dtype(len(arrays["rows/flags"])))
     d_sae = len(indptr) - 1
     return cofiring_features(
@@ -188,18 +175,16 @@ def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: Callable[[str, float], 
         rows.read,
         arrays["by_token/indptr"],
         arrays["by_token/feature"],
-        lambda done: step("cofiring", done / d_sae),
+        lambda done: step("cofiring", done, d_sae),
     )
 
 
-def _gather(
-    lists: _MergedLists, texts: Texts, rows: RowCounts, sae: Any, model: Any, step: Callable[[str, float], None]
-) -> Gathered:
+def _gather(lists: _MergedLists, texts: Texts, rows: RowCounts, sae: Any, model: Any, step: BuildProgress) -> Gathered:
     unit = decoder.unit_decoder(sae)
-    neighbours = decoder.nearest_decoders(unit, lambda done: step("decoder", done / sae.d_sae))
+    neighbours = decoder.nearest_decoders(unit, lambda done: step("neighbours", done, sae.d_sae))
     logits = None
     if model is not None and unit.shape[1] == model.d_model:
-        logits = decoder.extreme_logits(unit, model, lambda done: step("logits", done / sae.d_sae))
+        logits = decoder.extreme_logits(unit, model, lambda done: step("logits", done, sae.d_sae))
     shown = [logits.top_tokens, logits.bottom_tokens] if logits is not None else []
     token_ids = np.unique(np.concatenate([np.flatnonzero(rows.by_token), *map(np.ravel, shown)]))
     n_rows = np.append(rows.by_token, np.zeros(max(0, int(token_ids[-1]) + 1 - len(rows.by_token)), np.int64))
@@ -240,22 +225,28 @@ def _write_statistics(arrays: _Arrays, gathered: Gathered, cofiring: Cofiring) -
 
 
 def _write_digests(folder: Path) -> None:
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] != "build"
-    )
-    names = {path.relative_to(folder).as_posix(): path for path in files}
+    """Record what the index consists of, once all of it is safe from a power cut."""
     own = {"manifest.json", "digests.json"}
-    write_digests(folder, {name: digest_file(path) for name, path in names.items() if name not in own})
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if name.parts[0] != "build" and name.as_posix() not in own:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            digests[name.as_posix()] = digest_file(path)
+    for part in {path.parent for path in folder.rglob("*") if path.is_file()}:
+        sync_folder(part)
+    write_digests(folder, digests)
 
 
-def _description(source: Any, hook: str, sae: Any, model: Any) -> dict[str, Any]:
+def _description(source: Any, hook: str, sae: Any, sae_fingerprint: str, model: Any) -> dict[str, Any]:
     spec = source.spec
     config = sae.cfg.to_dict()
     metadata = config.pop("metadata", {})
     return {
         "hook_name": hook,
         "d_sae": sae.d_sae,
-        "sae": {"fingerprint": sae.fingerprint, **config, "hook_name": sae.hook_name, "metadata": metadata},
+        "sae": {"fingerprint": sae_fingerprint, **config, "hook_name": sae.hook_name, "metadata": metadata},
         "model": {
             "name": spec.model,
             "revision": spec.revision,

@@ -107,15 +107,21 @@ class FeatureIndex:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per feature, indexed by the feature's id. Shared: copy before changing it. Columns:
+        """One row per feature, indexed by the feature's id. Shared between callers: copy before changing it.
 
-        feature, n_firings, density (firings per indexed row), density_low, density_high (Wilson, 95%), max_value,
-        mean_value, std_value, q50, q90, q99 (over firings), mean_position, top_token, top_token_share (of the
-        feature's summed strength), token_entropy (bits, over firings), top_tokens, top_token_means,
-        top_token_counts (lists, by summed strength), top_logits, top_logit_effects, bottom_logits,
-        bottom_logit_effects (lists; logit per unit of firing strength), neighbours, neighbour_cosines (lists, by
-        decoder cosine), encoder_decoder_cosine, top_language, language_entropy, top_source, source_entropy (bits,
-        over rates), dead, over_dense.
+        feature, n_firings
+        density, density_low, density_high: firings per indexed row, with its 95% interval (Wilson).
+        min_value, max_value (0 where it never fires), mean_value, std_value, q50, q90, q99: strengths of firings.
+        mean_position: place in the window, BOS being 0.
+        top_token, top_token_share: the token with the most summed strength, and its share of all.
+        token_entropy: bits, of firings over tokens.
+        top_tokens, top_token_means, top_token_counts: lists, by summed strength.
+        top_logits, top_logit_effects, bottom_logits, bottom_logit_effects: lists; logit per unit of strength.
+        neighbours, neighbour_cosines: lists, the nearest decoder rows.
+        encoder_decoder_cosine
+        top_language, top_source: where its rate is highest, by the lower end of the rate's interval.
+        language_entropy, source_entropy: bits, of rates (not counts) over groups.
+        dead (no firing), over_dense (density above 0.1)
         """
         return self._table
 
