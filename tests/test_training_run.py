@@ -102,6 +102,32 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "whole"]
 
 
+def test_a_run_that_cannot_be_saved_is_not_lost(
+    source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scope.saes.formats.saelens.write_atomically", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            train(source, HOOK, CONFIG, tmp_path / "one")
+    resumed = train(source, HOOK, CONFIG, tmp_path / "one")
+    assert resumed.resumed_at == resumed.steps == 30
+    assert resumed.sae.fingerprint == train(source, HOOK, CONFIG).sae.fingerprint
+
+
+@pytest.mark.parametrize("steps", [3, 13])
+def test_a_second_interrupt_stops_at_once(source: MemorySource, tmp_path: Path, steps: int) -> None:
+    def interrupt(done: int, total: int | None) -> None:
+        if done >= steps * 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="go on from it" if steps > 10 else "nothing was kept"):
+        train(source, HOOK, CONFIG, tmp_path / "one", progress=interrupt)
+    assert len(list(tmp_path.iterdir())) == (1 if steps > 10 else 0)
+
+
 def test_a_run_with_other_settings_is_not_taken_up(source: MemorySource, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         train(source, HOOK, CONFIG, tmp_path / "one", progress=Stopping(12))
@@ -155,7 +181,7 @@ def test_a_non_finite_row_stops_the_run_and_is_located(tmp_path: Path) -> None:
     rows[1234, 5] = torch.nan
     with pytest.raises(NonFiniteError, match=rf"{HOOK}.*1,?234"):
         train(MemorySource(rows), HOOK, replace(CONFIG, max_norm_ratio=0.0), tmp_path / "one")
-    assert not (tmp_path / "one").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(source: MemorySource, tmp_path: Path) -> None:

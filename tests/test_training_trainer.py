@@ -169,6 +169,19 @@ def test_an_unknown_architecture_is_refused() -> None:
         SAETrainer(replace(CONFIG, arch="top"), 32)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(InvalidInputError, match=device):
+        SAETrainer(replace(CONFIG, device=device), 32)
+
+
+def test_the_default_learning_rate_follows_width_and_batch() -> None:
+    at = replace(CONFIG, lr=None, d_sae=2**14, batch_size=2048, tokens=10_000)
+    assert at.peak_lr == pytest.approx(1e-3)
+    assert replace(at, d_sae=2**12).peak_lr == pytest.approx(2e-3)
+    assert replace(at, batch_size=512).peak_lr == pytest.approx(5e-4)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_one_step_equals_sae_lens() -> None:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig

@@ -115,5 +115,5 @@ class _TopKEncode(torch.autograd.Function):
         grad = grad_values * (values > 0)
         grad_x = sparse.decode(grad, ids, W) if ctx.needs_input_grad[0] else None
         grad_W = sparse.weighted_row_sums(x, grad, sparse.FeatureGroups(*groups))
-        grad_b = grad.new_zeros(len(W)).index_add_(0, ids.flatten(), grad.flatten())
+        grad_b = sparse.weighted_row_sums(x.new_ones(len(x), 1), grad, sparse.FeatureGroups(*groups)).squeeze(1)
         return grad_x, grad_W, grad_b, None

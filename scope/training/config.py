@@ -24,7 +24,7 @@ class TrainConfig:
     batch_size: int = 2048
     """Rows in a step."""
     lr: float | None = None
-    """Peak learning rate of Adam. None: 1e-3 x sqrt(2^14 / d_sae); the best rate falls with the width like that."""
+    """Peak learning rate of Adam. None: 1e-3 x sqrt(2^14 / d_sae) x sqrt(batch_size / 2048)."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises linearly from 0."""
     decay: float = 0.2
@@ -103,8 +103,8 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or its default for this width."""
-        return self.lr if self.lr is not None else 1e-3 * math.sqrt(2**14 / self.d_sae)
+        """`lr`, or its default for this width and batch size."""
+        return self.lr if self.lr is not None else 1e-3 * math.sqrt(2**14 / self.d_sae * self.batch_size / 2048)
 
     @property
     def dead_after(self) -> int:

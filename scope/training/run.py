@@ -78,12 +78,18 @@ def train(
     if out is None:
         return _Loop(trainer, stream, None, source, progress).run()
     with WorkFolder(Path(out), description) as work:
-        report = _Loop(trainer, stream, work, source, progress).run()
-        density = trainer.density
-        formats.save(
-            report.sae, work.out, density=density, companions={LOG_NAME: work.log()}, training=report.to_dict()
-        )
-    work.remove()
+        try:
+            report = _Loop(trainer, stream, work, source, progress).run()
+        except KeyboardInterrupt as error:  # outside of the steps, or a second one within
+            kept = (
+                f"The last checkpoint stays in {work.path}; give the same command or call again to go on from it."
+                if work.has_checkpoint
+                else "There was no checkpoint yet; nothing was kept."
+            )
+            raise InterruptedRunError(f"Training was interrupted. {kept}") from error
+        log, figures = {LOG_NAME: work.log()}, report.to_dict()
+        formats.save(report.sae, work.out, density=trainer.density, companions=log, training=figures)
+        work.remove()
     return report
 
 
@@ -117,8 +123,8 @@ class _Loop:
                 if step.step % config.log_steps == 0 or step.step == config.steps:
                     self._log(step, seconds)
                 self.progress(step.tokens, config.steps * config.batch_size)
-                if work and step.step % config.checkpoint_steps == 0 and step.step < config.steps:
-                    work.checkpoint(trainer, seconds)
+                if work and (step.step % config.checkpoint_steps == 0 or step.step == config.steps):
+                    work.checkpoint(trainer, seconds)  # the last one too: saving the SAE may fail, on a full disk say
                 if interrupted():
                     self._stop(seconds)
         return self._report(time.perf_counter() - started, resumed_at)

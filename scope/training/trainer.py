@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scope.errors import MismatchError, NonFiniteError
+from scope.errors import InvalidInputError, MismatchError, NonFiniteError
 from scope.saes import registry
 from scope.saes.base import SAE, SAEMetadata, TrainingContext
 from scope.training.config import TrainConfig
@@ -60,6 +60,10 @@ class SAETrainer:
         metadata: provenance for the SAE; its hook name is used in errors.
         reshape_activations: "hook_z" where the rows were flattened from heads x d_head.
 
+    Raises:
+        UnknownNameError: there is no such architecture.
+        InvalidInputError: the device cannot be used.
+
     Attributes:
         sae: the SAE in training, in scaled units. Use `export` for one that takes raw activations.
         scale: the factor that raw activations are multiplied by; None before the first batch.
@@ -73,6 +77,7 @@ class SAETrainer:
         metadata: SAEMetadata | None = None,
         reshape_activations: str = "none",
     ) -> None:
+        _require_device(config.device)
         self.config = config
         self.metadata = metadata or SAEMetadata()
         sae_class, config_class = registry.get(config.arch), registry.config_of(config.arch)
@@ -106,7 +111,7 @@ class SAETrainer:
         self.scale = expected_norm_scale(rows)
         self.sae.b_dec.copy_(geometric_median(rows * self.scale))
 
-    def step(self, batch: Float[Tensor, "*batch width"], rows: Any = None) -> StepReport:
+    def step(self, batch: Float[Tensor, "batch *width"], rows: Any = None) -> StepReport:
         """Train on a batch of raw activations.
 
         Args:
@@ -267,6 +272,13 @@ class SAETrainer:
         if self.config.compute_dtype == "bfloat16":
             return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"The device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _by_rows(tensor: Tensor) -> Tensor:

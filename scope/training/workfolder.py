@@ -26,6 +26,8 @@ LOG_NAME = "train.jsonl"
 class WorkFolder:
     """Opened for one output folder and one description of a run; a context manager that holds the lock.
 
+    On leaving, the folder goes unless there is a checkpoint in it to go on from.
+
     Raises:
         OccupiedError: the output folder holds something, or the run in the working folder is another.
         LockedError: another process works on it.
@@ -55,6 +57,8 @@ class WorkFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        if not self.has_checkpoint:
+            self.remove()
 
     @property
     def has_checkpoint(self) -> bool:
