@@ -1,13 +1,13 @@
 """The exceptions of the workbench: the tree of `activations.errors`, and what grows on it here.
 
-    ActivationsError (= ScopeError)
-    ├── InvalidInputError
-    │   ├── UnknownNameError
-    │   ├── MismatchError
-    │   ├── OccupiedError
-    │   └── OutOfRangeError (IndexError)       a feature id, row or position that does not exist
-    ├── MissingDependencyError (ImportError)   an optional package is not installed
-    ├── IntegrityError, NonFiniteError, LockedError, InterruptedRunError
+ActivationsError (= ScopeError)
+├── InvalidInputError
+│   ├── UnknownNameError
+│   ├── MismatchError
+│   ├── OccupiedError
+│   └── OutOfRangeError (IndexError)       a feature id, row or position that does not exist
+├── MissingDependencyError (ImportError)   an optional package is not installed
+├── IntegrityError, NonFiniteError, LockedError, InterruptedRunError
 """
 
 from activations.errors import (
