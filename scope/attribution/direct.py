@@ -34,12 +34,21 @@ __all__ = ["FiringFeatures", "direct_effects", "direct_logit_effects"]
 class FiringFeatures(Protocol):
     """What fires on the tokens of a text; `scope.features.PromptFeatures` is one."""
 
-    hook_name: str
-    d_sae: int
-    table: "pd.DataFrame"
-    """Columns position, feature, value (firing strength)."""
-    final_residual: "np.ndarray"
-    """float32 `(seq, d_model)`: the residual stream that goes into the final norm."""
+    @property
+    def hook_name(self) -> str: ...
+
+    @property
+    def d_sae(self) -> int: ...
+
+    @property
+    def table(self) -> "pd.DataFrame":
+        """Columns position, feature, value (firing strength)."""
+        ...
+
+    @property
+    def final_residual(self) -> "np.ndarray":
+        """float32 `(seq, d_model)`: the residual stream that goes into the final norm."""
+        ...
 
     def at(self, position: int) -> "pd.DataFrame":
         """The rows of `table` for one position."""
