@@ -8,6 +8,7 @@
 
 import json
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,9 @@ class Quality(NamedTuple):
                 f"recovered {loss.ce_recovered:.1%})"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.summary())}</pre>"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
