@@ -98,6 +98,8 @@ def weighted_row_sums(
     g: Float[Tensor, "batch d"], values: Float[Tensor, "batch k"], groups: FeatureGroups
 ) -> Float[Tensor, "d_sae d"]:
     """For each feature the sum of the rows of g that it fires on, weighted by its values; zeros where it never does."""
+    if not torch.is_grad_enabled():
+        values, g = values.detach(), g.detach()
     weights = values.flatten()[groups.order]
     return functional.embedding_bag(groups.rows, g.contiguous(), groups.offsets, per_sample_weights=weights, mode="sum")
 
