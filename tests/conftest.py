@@ -17,6 +17,16 @@ CHECKED = ("scope.kernels", "scope.models", "scope.saes", "scope.interventions",
 _hook = jaxtyping.install_import_hook(CHECKED, "helpers_checks.checked")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workspace that `scope demo` makes from the real model, at a small size."""

@@ -26,7 +26,7 @@ class DemoConfig:
 
     hook: str = "blocks.8.hook_resid_post"
     """The hook that is captured: the residual stream after the ninth of eighteen layers."""
-    max_tokens: int = 120_000
+    max_tokens: int = 100_000
     """Tokens to capture, BOS included."""
     context_size: int = 256
     """Tokens in a window."""
@@ -40,7 +40,7 @@ class DemoConfig:
     """Features that fire on a token."""
     passes: float = 6.0
     """How many times training sees each token."""
-    evaluate_tokens: int = 3000
+    evaluate_tokens: int = 2000
     """Held-out tokens for the cross-entropy."""
 
 
