@@ -26,7 +26,7 @@ class DemoConfig:
 
     hook: str = "blocks.8.hook_resid_post"
     """The hook that is captured: the residual stream after the ninth of eighteen layers."""
-    max_tokens: int = 100_000
+    max_tokens: int = 120_000
     """Tokens to capture, BOS included."""
     context_size: int = 256
     """Tokens in a window."""
@@ -34,11 +34,13 @@ class DemoConfig:
     """Tokens of one document, so that many documents and all languages are there."""
     rows_per_group: int = 8192
     """Rows in a unit of work and commit."""
-    d_sae: int = 4096
+    d_sae: int = 2048
     """Features of the SAE."""
     k: int = 32
     """Features that fire on a token."""
-    passes: float = 6.0
+    batch_size: int = 1024
+    """Tokens in a training step."""
+    passes: float = 12.0
     """How many times training sees each token."""
     evaluate_tokens: int = 2000
     """Held-out tokens for the cross-entropy."""
@@ -98,7 +100,8 @@ class _Demo:
         path = self.workspace.path_for("sae", "gemma-3-270m-topk")
         if (path / "manifest.json").is_file():
             return load(path), path
-        settings = TrainConfig(d_sae=config.d_sae, k=config.k, tokens=round(config.passes * store.n_rows))
+        tokens = round(config.passes * store.n_rows)
+        settings = TrainConfig(d_sae=config.d_sae, k=config.k, batch_size=config.batch_size, tokens=tokens)
         return train_sae(store, config.hook, settings, path).sae, path
 
     def measure(self, sae: "SAE", path: Path, store: "ActivationStore") -> dict[str, Any]:
