@@ -173,3 +173,19 @@ def test_the_training_loss_and_its_gradients_equal_the_dense_ones(n_dead: int, a
     torch.testing.assert_close(loss.squared_error, residual.square().sum(-1).mean().detach())
     for mine, parameter in zip(ours, sae.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_gradients_with_a_bfloat16_encoder_follow_those_in_float32() -> None:
+    """Under autocast the encoder's product is bfloat16 and everything after it float32, as on a GPU. k is d_sae, so
+    that rounding changes no feature's place."""
+    sae = make(k=40)
+    x = torch.randn(50, 12)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sae.training_loss(x, TrainingContext(dead=None, auxk_coefficient=0, k_aux=8)).total.backward()
+        gradients.append([parameter.grad for parameter in sae.parameters()])
+        assert all(gradient.dtype == torch.float32 for gradient in gradients[-1])
+        sae.zero_grad(set_to_none=True)
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (exact - rounded).norm() <= 0.02 * exact.norm()

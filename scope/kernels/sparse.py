@@ -100,7 +100,7 @@ def weighted_row_sums(
     """For each feature the sum of the rows of g that it fires on, weighted by its values; zeros where it never does."""
     if not torch.is_grad_enabled():
         values, g = values.detach(), g.detach()
-    weights = values.flatten()[groups.order]
+    weights = values.flatten()[groups.order].to(g.dtype)
     return functional.embedding_bag(groups.rows, g.contiguous(), groups.offsets, per_sample_weights=weights, mode="sum")
 
 
@@ -127,6 +127,6 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         values, ids, W, *groups = ctx.saved_tensors
-        grad_values = gather_dots(grad, W, ids) if ctx.needs_input_grad[0] else None
+        grad_values = gather_dots(grad, W, ids).to(values.dtype) if ctx.needs_input_grad[0] else None
         grad_W = weighted_row_sums(grad, values, FeatureGroups(*groups)) if ctx.needs_input_grad[2] else None
         return grad_values, None, grad_W, None, None, None
