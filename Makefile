@@ -35,7 +35,7 @@ demo: install
 check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports --config pyproject.toml
+	$(BIN)/lint-imports pyproject.toml
 	$(BIN)/mypy
 
 # Browser tests drive Debian's Chromium: from CHROMIUM=, else from the PATH, else installed where this runs as root.

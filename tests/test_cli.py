@@ -207,3 +207,28 @@ def test_the_demo_goes_on_with_what_is_there(demo_workspace):
     assert outcome.data["rows"] == 16_384
     assert 0 < outcome.data["fvu"] < 1
     assert outcome.data["delta_ce"] > 0
+
+
+def test_the_same_training_again_is_done_already(line):
+    arguments = ("train", line["store"], "--hook", HOOK, "--d-sae", 64, "--k", 4, "--tokens", 4096, "--batch-size", 256)
+    again = scope(*arguments, "--out", line["sae"], "--evaluate-tokens", 0, "--json")
+    assert "steps" not in again
+    assert again["fvu"] > 0
+    scope(*arguments, "--seed", 1, "--out", line["sae"], code=2)
+
+
+def test_a_store_without_held_out_documents_trains_all_the_same(tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the quick brown fox " * 100, "title": "page-0"}))
+    store = tmp_path / "s.zarr"
+    scope(*capture_arguments(tmp_path / "one.jsonl", store, {}))
+    options = ("--hook", HOOK, "--d-sae", 16, "--k", 2, "--tokens", 256, "--batch-size", 64, "--out", tmp_path / "sae")
+    trained = scope("train", store, *options, "--json")
+    assert "fvu" not in trained
+    assert (tmp_path / "sae" / "manifest.json").is_file()
+
+
+def test_a_command_line_that_cannot_be_read_answers_in_json_too(tmp_path):
+    run = [sys.executable, "-c", "from scope.cli import main; main()", "train", str(tmp_path), "--nope", "--json"]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert json.loads(result.stdout.splitlines()[-1])["error"]["type"] == "UsageError"

@@ -1,12 +1,16 @@
 """The command line: `scope`. Thin: each command checks its input, calls the library, and says what was done."""
 
+import json
 import logging
+import sys
 
 import typer
 
-from scope.cli import capture, demo, index, inspect, serve, train, workspace
+from scope.cli import _command, capture, demo, index, inspect, serve, train, workspace
 
 __all__ = ["app", "main"]
+
+WRONG_USE = 2
 
 HELP = """\
 A mechanistic interpretability workbench: from text to a person looking at a feature.
@@ -35,4 +39,10 @@ for module in (demo, capture, train, index, serve, inspect, workspace):
 def main() -> None:
     """The entry point of the command `scope`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
+    try:
+        app(standalone_mode=True)
+    except SystemExit as leaving:
+        if leaving.code == WRONG_USE and "--json" in sys.argv and not _command.said_something():
+            message = "The command line cannot be read; standard error says why."
+            typer.echo(json.dumps({"error": {"type": "UsageError", "message": message}}))
+        raise

@@ -38,6 +38,20 @@ class Outcome:
     exit_code: int = 0
 
 
+_answered = False
+
+
+def said_something() -> bool:
+    """Whether a command of this process has printed its answer or its error."""
+    return _answered
+
+
+def _answer(line: str) -> None:
+    global _answered
+    _answered = True
+    typer.echo(line)
+
+
 def say(message: str) -> None:
     """A line of log, on standard error."""
     typer.echo(message, err=True)
@@ -118,7 +132,7 @@ def command(
                 _fail(KeyboardInterrupt("Interrupted."), as_json, 1)
             except OSError as error:
                 _fail(error, as_json, 1)
-            typer.echo(json_module.dumps(outcome.data, default=str) if as_json else outcome.text)
+            _answer(json_module.dumps(outcome.data, default=str) if as_json else outcome.text)
             raise typer.Exit(outcome.exit_code)
 
         run.__signature__ = inspect.Signature([*own, *from_config, *_common_parameters()])  # type: ignore[attr-defined]
@@ -133,7 +147,7 @@ def command(
 def _fail(error: BaseException, as_json: bool, exit_code: int) -> NoReturn:
     say(f"Error: {error}")
     if as_json:
-        typer.echo(json_module.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+        _answer(json_module.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
     raise typer.Exit(exit_code)
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
     from scope.models import LanguageModel
+    from scope.saes.base import SAE
     from scope.training import TrainConfig, TrainReport
     from scope.training.evaluate import Quality
 
-__all__ = ["index_sae", "load_model_of", "measure_sae", "train_sae"]
+__all__ = ["finished_sae", "index_sae", "load_model_of", "measure_sae", "optional_model_of", "train_sae"]
 
 
 def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
@@ -63,6 +64,19 @@ def train_sae(store: "ActivationStore", hook: str, config: "TrainConfig", out: P
         return train(store, hook, config, out, progress=progress)
 
 
+def finished_sae(out: Path, store: "ActivationStore", hook: str, config: "TrainConfig") -> "SAE | None":
+    """The SAE in `out` if it is the result of this very run: same store, hook and settings."""
+    from activations.manifest import read_manifest
+    from scope.saes.formats import load
+
+    if not (out / "manifest.json").is_file() or store.fingerprint not in read_manifest(out).get("parents", ()):
+        return None
+    sae = load(out)
+    recorded = dict(sae.cfg.metadata.training or {})
+    same = sae.hook_name == store.resolve_hook(hook) and {**recorded, **config.to_dict()} == recorded
+    return sae if same else None
+
+
 def measure_sae(sae: Any, out: Path, store: "ActivationStore", model: "LanguageModel | None", tokens: int) -> "Quality":
     """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it."""
     from scope.training.evaluate import evaluate
@@ -82,7 +96,7 @@ def index_sae(
     from scope.training.evaluate import read_quality
 
     sae = load(sae_folder)
-    with progress_bar("Indexing (rows)") as progress:
+    with progress_bar("Indexing (steps)") as progress:
         return build_index(
             store,
             sae,

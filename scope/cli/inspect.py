@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Read every byte of a store or an index and compare it with what was recorded when it was written."""
         opened = _open(artefact)
-        with progress_bar("Verifying (objects)") as progress:
+        with progress_bar("Verifying") as progress:
             faults = opened.verify(progress)
         if not faults:
             return Outcome({"artefact": str(artefact), "faults": []}, f"{artefact} is as it was written.")

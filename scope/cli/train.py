@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from scope.cli._command import Outcome, command
+from scope.cli._command import Outcome, command, say
 from scope.training.config import TrainConfig
 
 __all__ = ["register"]
@@ -29,11 +29,21 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Train a sparse autoencoder on one hook of a store, and measure it on the held-out documents."""
         from activations.store import ActivationStore
-        from scope.cli._steps import measure_sae, optional_model_of, train_sae
+        from scope.cli._steps import finished_sae, measure_sae, optional_model_of, train_sae
 
         opened = ActivationStore.open(store)
-        report = train_sae(opened, hook, config, out)
-        language_model = optional_model_of(opened, model, config.device) if evaluate_tokens else None
-        quality = measure_sae(report.sae, out, opened, language_model, evaluate_tokens)
-        data = {"sae": str(out), "id": report.sae.fingerprint[:12], **report.to_dict(), **quality.to_dict()}
-        return Outcome(data, f"{report.summary()}\n{quality.summary()}")
+        held_out = bool(opened.documents()["held_out"].any())
+        if not held_out:
+            say("No document of this store is held out (one title in ten is): the quality will not be measured.")
+        sae = finished_sae(out, opened, hook, config)
+        if sae is None:
+            report = train_sae(opened, hook, config, out)
+            sae, figures, text = report.sae, report.to_dict(), report.summary()
+        else:
+            figures, text = {"hook": hook, "d_sae": sae.d_sae}, f"{out} holds the result of this very run already."
+        data = {"sae": str(out), "id": sae.fingerprint[:12], **figures}
+        if held_out:
+            language_model = optional_model_of(opened, model, config.device) if evaluate_tokens else None
+            quality = measure_sae(sae, out, opened, language_model, evaluate_tokens)
+            data, text = {**data, **quality.to_dict()}, f"{text}\n{quality.summary()}"
+        return Outcome(data, text)

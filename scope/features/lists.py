@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import threading
+import weakref
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -124,13 +125,10 @@ class ListReader:
             raise IntegrityError(f"{folder / 'zarr.json'} does not describe a list of {dtype}.")
         self._lock = threading.Lock()
         self._open: dict[int, tuple[int, np.ndarray]] = {}
+        weakref.finalize(self, _close_all, self._open)
 
     def __len__(self) -> int:
         return self._length
-
-    def __del__(self) -> None:
-        for descriptor, _ in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Entries `start` to `stop`.
@@ -209,3 +207,9 @@ def _metadata(length: int, dtype: np.dtype) -> dict[str, object]:
         "attributes": {},
         "storage_transformers": [],
     }
+
+
+def _close_all(opened: dict[int, tuple[int, np.ndarray]]) -> None:
+    for descriptor, _ in opened.values():
+        os.close(descriptor)
+    opened.clear()

@@ -109,7 +109,9 @@ def _from_hub(name: str, revision: str | None, allow_download: bool) -> ModelFil
         if allow_download:
             hint = f"Downloading it failed: {error}"
         else:
-            hint = "It is not on this machine; allow_download=True gets it from the Hugging Face hub."
+            hint = (
+                "It is not on this machine; allow_download=True (--allow-download) gets it from the Hugging Face hub."
+            )
         raise _unknown(name if revision is None else f"{name}@{revision}", hint) from error
     return ModelFiles(_complete(folder), name, folder.name, name)
 
