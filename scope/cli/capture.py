@@ -56,14 +56,16 @@ def register(app: typer.Typer) -> None:
         text = TextSource(
             data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
         )
-        text.check()
-        say(f"Loading {model}")
-        language_model = LanguageModel.load(
-            model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
-        )
+
+        def load() -> LanguageModel:
+            say(f"Loading {model}")
+            return LanguageModel.load(
+                model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
+            )
+
         with progress_bar("Capturing (rows)") as progress:
             report = run_capture(
-                language_model,
+                load,
                 text,
                 hook,
                 out,
