@@ -93,16 +93,14 @@ class _Demo:
         return report.store
 
     def train(self, store: "ActivationStore") -> tuple["SAE", Path]:
-        from scope.cli._steps import train_sae
-        from scope.saes.formats import load
+        from scope.cli._steps import finished_sae, train_sae
 
         config = self.config
         path = self.workspace.path_for("sae", "gemma-3-270m-topk")
-        if (path / "manifest.json").is_file():
-            return load(path), path
         tokens = round(config.passes * store.n_rows)
         settings = TrainConfig(d_sae=config.d_sae, k=config.k, batch_size=config.batch_size, tokens=tokens)
-        return train_sae(store, config.hook, settings, path).sae, path
+        sae = finished_sae(path, store, config.hook, settings)
+        return sae or train_sae(store, config.hook, settings, path).sae, path
 
     def measure(self, sae: "SAE", path: Path, store: "ActivationStore") -> dict[str, Any]:
         from scope.cli._steps import measure_sae
