@@ -97,7 +97,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
 
 def command(
-    app: typer.Typer, name: str, config: type | None = None, required: Iterable[str] = (), panel: str | None = None
+    app: typer.Typer, name: str, config: type | None = None, required: Iterable[str] = ()
 ) -> Callable[[Callable[..., Outcome]], Callable[..., None]]:
     """Register a function as a command of `app`.
 
@@ -106,7 +106,6 @@ def command(
         name: the command's name.
         config: a frozen dataclass; its fields become options, and the function's parameter `config` gets the object.
         required: fields of `config` that must be given.
-        panel: the heading under which `scope --help` lists the command.
     """
 
     def decorate(function: Callable[..., Outcome]) -> Callable[..., None]:
@@ -138,7 +137,7 @@ def command(
         run.__signature__ = inspect.Signature([*own, *from_config, *_common_parameters()])  # type: ignore[attr-defined]
         run.__doc__ = function.__doc__
         run.__name__ = function.__name__
-        app.command(name, rich_help_panel=panel)(run)
+        app.command(name)(run)
         return run
 
     return decorate
