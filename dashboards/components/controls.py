@@ -1,12 +1,14 @@
-"""Buttons, links, icons, definitions, code to copy."""
+"""Buttons, links, lists to choose from, icons, definitions, code to copy."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import dash_mantine_components as dmc
 from dash import html
 
 from dashboards.glossary import GLOSSARY
 
-__all__ = ["button", "code", "define", "icon", "link_button", "panel"]
+__all__ = ["button", "choice", "code", "define", "icon", "link_button", "panel"]
 
 
 def icon(name: str) -> html.Span:
@@ -58,3 +60,27 @@ def panel(title: str, *children: Any, term: str | None = None, unit: str = "", e
     if end is not None:
         head.append(html.Span(end, style={"marginInlineStart": "auto"}))
     return html.Section(className="panel", children=[html.Header(head), *children])
+
+
+def choice(id: str, title: str, values: Iterable[Any], value: str | None, size: str = "sm") -> dmc.Select:
+    """A searchable, clearable list.
+
+    Args:
+        id: of the component.
+        title: what stands there while nothing is chosen, and its accessible name.
+        values: to choose from.
+        value: the one that is chosen.
+        size: as Mantine has it.
+    """
+    return dmc.Select(
+        id=id,
+        data=[{"value": str(option), "label": str(option)} for option in values],
+        value=value,
+        placeholder=title,
+        clearable=True,
+        searchable=True,
+        size=size,
+        className="filter",
+        comboboxProps={"shadow": "md"},
+        **{"aria-label": title},
+    )

@@ -8,7 +8,7 @@ from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
 from dashboards.components.charts import strength_histogram
-from dashboards.components.controls import button, define, icon
+from dashboards.components.controls import button, choice, define, icon
 from dashboards.components.examples import example_groups
 from dashboards.components.feature_view import (
     feature_head,
@@ -82,20 +82,6 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
 def _example_part(context: Context, index: str, feature: FeatureSummary, wanted: ExampleRequest) -> html.Section:
     opened = context.index(index)
 
-    def select(name: str, title: str, values: Any) -> dmc.Select:
-        return dmc.Select(
-            id=f"examples-{name}",
-            data=[{"value": str(value), "label": str(value)} for value in values],
-            value=getattr(wanted, name) or None,
-            placeholder=title,
-            clearable=True,
-            searchable=True,
-            size="xs",
-            className="filter",
-            comboboxProps={"shadow": "md"},
-            **{"aria-label": title},
-        )
-
     return html.Section(
         className="examples-part",
         **{"aria-label": "Examples"},
@@ -110,8 +96,8 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                         size="xs",
                         **{"aria-label": "Which examples"},
                     ),
-                    select("language", "Any language", opened.languages),
-                    select("source", "Any source", opened.sources),
+                    choice("examples-language", "Any language", opened.languages, wanted.language or None, "xs"),
+                    choice("examples-source", "Any source", opened.sources, wanted.source or None, "xs"),
                     button(
                         "⏎",
                         label="Break lines where the text does",

@@ -8,7 +8,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, html
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
-from dashboards.components.controls import define
+from dashboards.components.controls import choice, define
 from dashboards.context import Context
 from dashboards.format import plural
 from dashboards.links import View, features_link
@@ -74,20 +74,6 @@ def render(context: Context, view: View) -> Page:
 
 
 def _toolbar(view: View, languages: Any, sources: Any) -> html.Div:
-    def select(name: str, title: str, values: Any) -> dmc.Select:
-        return dmc.Select(
-            id=f"features-{name}",
-            data=[{"value": str(value), "label": str(value)} for value in values],
-            value=view.get(name) or None,
-            placeholder=title,
-            clearable=True,
-            searchable=True,
-            size="sm",
-            className="filter",
-            comboboxProps={"shadow": "md"},
-            **{"aria-label": title},
-        )
-
     return html.Div(
         className="toolbar",
         role="search",
@@ -109,8 +95,8 @@ def _toolbar(view: View, languages: Any, sources: Any) -> html.Div:
                 size="sm",
                 **{"aria-label": "Which features"},
             ),
-            select("language", "Any main language", languages),
-            select("source", "Any main source", sources),
+            choice("features-language", "Any main language", languages, view.get("language") or None),
+            choice("features-source", "Any main source", sources, view.get("source") or None),
         ],
     )
 
