@@ -30,6 +30,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
+from activations.disk import write_file
 from activations.errors import IntegrityError
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
     "read_object",
     "read_packed",
     "read_raw",
-    "sync_folder",
     "write_object",
 ]
 
@@ -52,7 +52,6 @@ ZSTD_LEVEL = 1
 CRC = struct.Struct("<I")
 MISSING = 2**64 - 1
 BFLOAT16_NAN = 0x7FC0
-WRITE_BYTES = 2**22
 
 
 class ObjectRecord(NamedTuple):
@@ -216,32 +215,7 @@ def _index_bytes(extents: Sequence[tuple[int, int]], chunks_per_shard: int) -> b
 
 def write_object(path: Path, content: bytes | memoryview, crc32c: tuple[int, ...] = ()) -> ObjectRecord:
     """Write an object so that after a crash it is there whole, or not at all, and return what the ledger keeps."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    view = memoryview(content)
-    digest = xxhash.xxh3_128()
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            for start in range(0, len(view), WRITE_BYTES):
-                piece = view[start : start + WRITE_BYTES]
-                digest.update(piece)
-                while piece:
-                    piece = piece[file.write(piece) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
-        raise
-    sync_folder(path.parent)
-    return ObjectRecord(len(view), digest.hexdigest(), crc32c)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return ObjectRecord(len(content), write_file(path, content), crc32c)
 
 
 def read_raw(

@@ -24,9 +24,9 @@ from activations.arrays import (
     ObjectRecord,
     ShardBuffer,
     pack_shard,
-    sync_folder,
     write_object,
 )
+from activations.disk import sync_folder
 from activations.errors import InvalidInputError, MismatchError, OccupiedError
 from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
 from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries

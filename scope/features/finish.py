@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations.arrays import sync_folder
+from activations.disk import sync_folder
 from activations.manifest import write_manifest
 from activations.spec import fingerprint_of
 from scope._version import __version__
