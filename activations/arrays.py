@@ -30,7 +30,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from activations.disk import write_file
+from activations.disk import aligned_buffer, write_file
 from activations.errors import IntegrityError
 
 __all__ = [
@@ -156,7 +156,7 @@ class ShardBuffer:
     def __init__(self, layout: ArrayLayout) -> None:
         self.layout = layout
         stride = layout.chunk_bytes + CRC.size
-        self._bytes = np.empty(layout.chunks_per_shard * (stride + 16) + CRC.size, np.uint8)
+        self._bytes = aligned_buffer(layout.chunks_per_shard * (stride + 16) + CRC.size)
         chunks = self._bytes[: layout.chunks_per_shard * stride].reshape(layout.chunks_per_shard, stride)
         self._chunks = chunks[:, : layout.chunk_bytes]
         shape = (layout.chunks_per_shard, layout.rows_per_chunk, *layout.feature_shape)

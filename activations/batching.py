@@ -3,7 +3,8 @@
 1. A group's windows run up to the group's last row. A window that began in an earlier group runs from its start and
    only the rows that are this group's are kept: models are causal, so every row has its whole past, and a group's
    result depends on nothing but the plan.
-2. Windows are sorted by length and packed into batches under a budget of tokens, padding counted.
+2. Windows are sorted by length and packed into batches under a budget of tokens, padding counted. Where fewer tokens
+   a batch give no more batches, they are spread evenly: a small last batch costs nearly as much as a full one.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = ["Batch", "Window", "group_windows", "pack_batches"]
+
+BUDGETS_TRIED = 16
 
 
 class Window(NamedTuple):
@@ -53,15 +56,25 @@ def group_windows(token_ids: np.ndarray, positions: np.ndarray, group_start: int
 
 def pack_batches(windows: Sequence[Window], batch_size: int) -> list[Batch]:
     """Windows by falling length in batches of up to `batch_size` tokens, padding counted; a longer one runs alone."""
-    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].tokens))
+    ordered = sorted(windows, key=lambda window: -len(window.tokens))
+    batches = _packed(ordered, batch_size)
+    even = sum(len(some) * len(some[0].tokens) for some in batches) // max(1, len(batches))
+    for budget in range(even, batch_size, max(1, batch_size // BUDGETS_TRIED)):
+        evener = _packed(ordered, budget)
+        if len(evener) == len(batches):
+            batches = evener
+            break
+    return [_batch(some) for some in batches]
+
+
+def _packed(ordered: Sequence[Window], budget: int) -> list[list[Window]]:
     batches: list[list[Window]] = []
-    for index in order:
-        window = windows[index]
-        if batches and len(batches[-1][0].tokens) * (len(batches[-1]) + 1) <= batch_size:
+    for window in ordered:
+        if batches and len(batches[-1][0].tokens) * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(window)
         else:
             batches.append([window])
-    return [_batch(some) for some in batches]
+    return batches
 
 
 def _batch(windows: list[Window]) -> Batch:

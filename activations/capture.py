@@ -26,7 +26,6 @@ from activations.writer import StoreWriter, existing_manifest
 
 __all__ = ["CaptureReport", "capture"]
 
-DEFAULT_BATCH_SIZE = 8192
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
 
@@ -59,7 +58,7 @@ def capture(
     max_tokens: int | None = None,
     context_size: int = 256,
     dtype: StorageDtype = "bfloat16",
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     rows_per_group: int | None = None,
     progress: Progress | None = None,
 ) -> CaptureReport:
@@ -74,7 +73,7 @@ def capture(
         max_tokens: rows in all, BOS included; None for all of the text. The last window is cut there.
         context_size: tokens in a window, BOS included.
         dtype: how activations are stored.
-        batch_size: tokens that the model runs at once, padding included.
+        batch_size: tokens that the model runs at once, padding included; None for what suits the model's device.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
         progress: called with (rows done, rows in all or None) after each batch.
 
@@ -91,6 +90,7 @@ def capture(
     manifest = existing_manifest(out)
     _check_text(text, manifest, out)
     made = _made(model)
+    batch_size = made.default_batch_size if batch_size is None else batch_size
     shapes, aliases = _resolve(made, hooks)
     if manifest is None and text is not None:
         _require_tokens(text, made)
@@ -128,10 +128,10 @@ def _made(model: HookedModel | Callable[[], HookedModel]) -> HookedModel:
     return model if hasattr(type(model), "forward_rows") else model()  # type: ignore[operator, return-value]
 
 
-def _check_numbers(max_tokens: int | None, batch_size: int, dtype: str) -> None:
+def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str) -> None:
     if max_tokens is not None and max_tokens < 1:
         raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
     if dtype not in DTYPE_BYTES:
         raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")

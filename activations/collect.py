@@ -6,6 +6,8 @@ the writers; when the last of them is on disk the row group is committed and the
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,8 @@ EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 """All of them set: a NaN or an Inf."""
 
 CHECK_ITEMS = 2**17
+SCATTER_THREADS = 4
+"""Hooks whose rows are looked through and put in place at once."""
 
 Buffers = dict[str, ShardBuffer]
 """One row group's shards, by array."""
@@ -95,15 +99,18 @@ class Collector:
 
     def collect(self) -> None:
         """Fill row groups until the results end."""
-        for task, batch, pending in self.results:
-            if task.buffers is None:
-                task.buffers = self._free.get() or self._new_buffers()
-            self._scatter(task, batch, pending.wait())
-            task.batches_left -= 1
-            self.rows_collected += len(batch.rows)
-            if task.batches_left == 0:
-                for array, buffer in task.buffers.items():
-                    self.jobs.put(_Job(task, array, buffer))
+        with ThreadPoolExecutor(min(SCATTER_THREADS, len(self._hooks)), "scatter") as pool:
+            for task, batch, pending in self.results:
+                if task.buffers is None:
+                    task.buffers = self._free.get() or self._new_buffers()
+                values = pending.wait()
+                for _ in pool.map(partial(self._scatter, task, batch, values), self._hooks):
+                    pass  # the first error of a hook is raised here
+                task.batches_left -= 1
+                self.rows_collected += len(batch.rows)
+                if task.batches_left == 0:
+                    for array, buffer in task.buffers.items():
+                        self.jobs.put(_Job(task, array, buffer))
 
     def write(self) -> None:
         """Write shards until the jobs end, and commit each row group with its last one."""
@@ -119,25 +126,25 @@ class Collector:
     def _new_buffers(self) -> Buffers:
         return {array: ShardBuffer(layout) for array, layout in self._arrays.items()}
 
-    def _scatter(self, task: GroupTask, batch: Batch, values: Mapping[str, np.ndarray]) -> None:
+    def _scatter(self, task: GroupTask, batch: Batch, values: Mapping[str, np.ndarray], hook: str) -> None:
+        """Look through a hook's rows and put them in place."""
         assert task.buffers is not None
-        layout = self._writer.layout
-        for hook in self._hooks:
-            array, norm_array = layout.hook_array(hook), layout.norm_array(hook)
-            rows, norms = values[hook], values[f"norm/{hook}"]
-            n_tokens = sum(map(len, batch.windows))
-            if rows.shape != (n_tokens, *self._arrays[array].feature_shape) or norms.shape != (n_tokens,):
-                raise MismatchError(
-                    f"The model gave {hook} the shape {rows.shape} and its norms {norms.shape} for {n_tokens} tokens; "
-                    f"expected {(n_tokens, *self._arrays[array].feature_shape)}."
-                )
-            if batch.kept is not None:
-                rows, norms = rows[batch.kept], norms[batch.kept]
-            bad = _first_non_finite(rows, norms, self._writer.spec.dtype)
-            if bad is not None:
-                self._refuse(hook, task.row_start + int(batch.rows[bad]), float(norms[bad]))
-            task.buffers[array].put(batch.rows, rows)
-            task.buffers[norm_array].put(batch.rows, norms)
+        array, norm_array = self._writer.layout.hook_array(hook), self._writer.layout.norm_array(hook)
+        rows, norms = values[hook], values[f"norm/{hook}"]
+        n_tokens = sum(map(len, batch.windows))
+        expected = (n_tokens, *self._arrays[array].feature_shape)
+        if rows.shape != expected or norms.shape != (n_tokens,):
+            raise MismatchError(
+                f"The model gave {hook} the shape {rows.shape} and its norms {norms.shape} for {n_tokens} tokens; "
+                f"expected {expected}."
+            )
+        if batch.kept is not None:
+            rows, norms = rows[batch.kept], norms[batch.kept]
+        bad = _first_non_finite(rows, norms, self._writer.spec.dtype)
+        if bad is not None:
+            self._refuse(hook, task.row_start + int(batch.rows[bad]), float(norms[bad]))
+        task.buffers[array].put(batch.rows, rows)
+        task.buffers[norm_array].put(batch.rows, norms)
 
     def _refuse(self, hook: str, row: int, norm: float) -> None:
         document = ActivationStore.open(self._writer.folder).document_at(row)

@@ -32,9 +32,9 @@ PLAN_AHEAD = 4
 """Row groups that the planner may be ahead of the model."""
 RESULTS_PENDING = 2
 """Results that may wait for the collector, besides the one that it works on."""
-WRITERS = 2
-GROUPS_IN_FLIGHT = WRITERS + 1
-"""Row groups whose shards are in memory: one that fills, and those that are written."""
+WRITERS = 4
+GROUPS_IN_FLIGHT = 3
+"""Row groups whose shards are in memory: one that fills, and two that are written."""
 
 Progress = Callable[[int, int | None], None]
 

@@ -81,6 +81,11 @@ class HookedModel(Protocol):
         """The longest window that the model takes, in tokens."""
         ...
 
+    @property
+    def default_batch_size(self) -> int:
+        """Tokens at once, padding included, that the model runs fastest on its device."""
+        ...
+
     def resolve_hook(self, name: str) -> str:
         """The canonical name of a hook; raises `UnknownNameError` with near misses."""
         ...

@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
         max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens, BOS included.")] = None,
         context_size: Annotated[int, typer.Option(help="Tokens in the longest window, BOS included.")] = 256,
         dtype: Annotated[StorageDtype, typer.Option(help="How activations are stored.")] = "bfloat16",
-        batch_size: Annotated[int, typer.Option(help="Tokens that the model runs at once.")] = 4096,
+        batch_size: Annotated[
+            int | None, typer.Option(help="Tokens that the model runs at once; by default what suits the device.")
+        ] = None,
         rows_per_group: Annotated[
             int | None, typer.Option(help="Rows in a unit of work and commit: a power of two up to 65,536.")
         ] = None,
