@@ -105,7 +105,7 @@ class TextSource:
                 order = np.arange(size)
                 if self.shuffle_seed is not None:
                     order = np.random.default_rng([self.shuffle_seed, number]).permutation(size)
-                documents = [document for block in pool for document in block.load()]
+                documents = self._loaded(number, pool)
                 yield from (documents[index] for index in order[start:])
             start = max(0, start - size)
 
@@ -139,6 +139,19 @@ class TextSource:
     @cached_property
     def _blocks(self) -> list[Block]:
         return blocks_of(self._files, self.text_column)
+
+    @cached_property
+    def _last_pool(self) -> dict[int, list[Document]]:
+        return {}
+
+    def _loaded(self, number: int, pool: list[Block]) -> list[Document]:
+        """The documents of a pool; the last one is kept, because checking a source and reading it begin alike."""
+        documents = self._last_pool.get(number)
+        if documents is None:
+            self._last_pool.clear()
+            documents = [document for block in pool for document in block.load()]
+            self._last_pool[number] = documents
+        return documents
 
     def _pools(self) -> Iterator[list[Block]]:
         if self.shuffle_seed is None:

@@ -1,5 +1,7 @@
 """The plan: how documents become rows, row groups and batches."""
 
+import math
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -9,7 +11,7 @@ from helpers_activations import BOS, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activations.batching import Window, group_windows, pack_batches
+from activations.batching import OVERHEAD_SHARE, Window, group_windows, pack_batches
 from activations.plan import PlannedGroup, PlanState, Windowing, plan_groups
 from activations.source import RowFlag
 from activations.text import Document, is_held_out
@@ -174,10 +176,27 @@ def test_batches_hold_each_row_of_a_group_once(lengths: list[int], rows_per_grou
                 assert position[window[0]] == 0
 
 
-def test_batches_are_full() -> None:
-    windows = [Window(np.zeros(length, np.int32), 0, 0) for length in (3, 10, 10, 9, 1)]
-    shapes = [[len(window) for window in batch.windows] for batch in pack_batches(windows, 20)]
-    assert shapes == [[10, 10], [9, 3], [1]]
+@settings(max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), batch_size=st.sampled_from([1, 24, 64, 320]))
+def test_no_cut_into_batches_costs_less(lengths: list[int], batch_size: int) -> None:
+    windows = [Window(np.zeros(length, np.int32), 0, 0) for length in lengths]
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(groups: list[list[int]]) -> float:
+        padded = [group[0] * len(group) for group in groups]
+        fits = all(tokens <= batch_size or len(group) == 1 for tokens, group in zip(padded, groups, strict=True))
+        return sum(padded) + len(groups) * (batch_size // OVERHEAD_SHARE) if fits else math.inf
+
+    def cuts(rest: list[int]) -> Iterator[list[list[int]]]:
+        if not rest:
+            yield []
+        for size in range(1, len(rest) + 1):
+            for others in cuts(rest[size:]):
+                yield [rest[:size], *others]
+
+    packed = [[len(window) for window in batch.windows] for batch in pack_batches(windows, batch_size)]
+    assert [length for batch in packed for length in batch] == lengths
+    assert cost(packed) == min(map(cost, cuts(lengths)))
 
 
 def test_pack_is_deterministic_and_keeps_ties_in_order() -> None:

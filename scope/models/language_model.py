@@ -29,8 +29,8 @@ from scope.models.tokens import TokenReader, TokenText, prompt_ids
 
 __all__ = ["LanguageModel"]
 
-CPU_BATCH_SIZE = 2048
-CUDA_BATCH_SIZE = 16_384
+CPU_BATCH_SIZE = 1024
+CUDA_BATCH_SIZE = 32_768
 
 
 class LanguageModel:
