@@ -1,5 +1,7 @@
 """`forward_rows`: the rows of real tokens, in order, whatever the batching; and nothing runs past the last layer."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from helpers_models import one_thread as one_thread
 
 from activations.source import bf16_to_float32
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.models import LanguageModel
 from scope.models.rows import pack_windows
 
 HOOKS = ("hook_embed", "blocks.0.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.hook_resid_post")
@@ -152,3 +155,45 @@ def test_rows_of_a_gpu_equal_those_of_the_cpu() -> None:
         expected = tiny_model("gemma3").forward_rows(windows(seed), HOOKS, "float32", 30).wait()
         for name, values in rows.wait().items():
             np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_layers_see_what_the_plain_model_sees(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's place is taken by a function that counts: what it makes of a layer is its own business."""
+    compiled: list[str] = []
+
+    def count(forward: Callable[..., object], dynamic: bool) -> Callable[..., object]:
+        assert dynamic
+        layer = next(path for path, module in plain.hf.named_modules() if module is forward.__self__)
+
+        def run(*args: object, **kwargs: object) -> object:
+            compiled.append(layer)
+            return forward(*args, **kwargs)
+
+        return run
+
+    plain = tiny_model(kind)
+    expected = plain.forward_rows(windows(), HOOKS, "float32", 64).wait()
+    monkeypatch.setattr(torch, "compile", count)
+    model = LanguageModel(plain.hf, plain.files, compile=True)
+    rows = model.forward_rows(windows(), HOOKS, "float32", 64).wait()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(rows[name], values)
+    assert not compiled, "both layers have a hook inside"
+    model.forward_rows(windows(), ["blocks.1.hook_resid_post"], "float32", 1000).wait()
+    assert compiled == [model.layout.layer(0), model.layout.layer(1)]
+    assert model.identity.compute_dtype == "float32, compiled"
+    assert plain.identity.compute_dtype == "float32"
+    plain.forward_rows(windows(), ["blocks.1.hook_resid_post"], "float32", 1000)
+    assert len(compiled) == 2, "the layers are as they were"
+
+
+@pytest.mark.gpu
+def test_compiled_capture_on_a_gpu_is_the_model_up_to_rounding() -> None:
+    plain = tiny_model("llama")
+    model = LanguageModel.load(str(plain.files.folder), device="cuda", dtype="float32", compile=True)
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    rows = model.forward_rows(windows(), hooks, "float32", 30).wait()
+    for hook in hooks:
+        expected = plain.forward_rows(windows(), [hook], "float32", 30).wait()[hook]
+        np.testing.assert_allclose(rows[hook], expected, atol=1e-3 * np.abs(expected).max())

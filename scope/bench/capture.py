@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from scope.sample import sample_text
 __all__ = ["bench_capture"]
 
 CPU_SHAPES = (512, 1024, 2048, 4096)
-CUDA_SHAPES = (8192, 16_384, 32_768, 65_536)
+CUDA_SHAPES = (8192, 32_768, 65_536)
+CPU_TOKENS, CUDA_TOKENS = 8192, 4_000_000
 FLOOR_SECONDS = 2.0
 """Each shape is timed for at least so long."""
 READ_MEMORY_BYTES = 2**28
@@ -58,7 +60,7 @@ def bench_capture(config: CaptureBench, say: Callable[[str], None]) -> dict[str,
         folder = Path(name)
         source = config.model or _default_model(folder, device, say)
         say(f"Loading {source}")
-        model = LanguageModel.load(source, device=str(device))
+        model = LanguageModel.load(source, device=str(device), compile=config.compile)
         return _Bench(config, model, folder, say).run()
 
 
@@ -76,7 +78,7 @@ class _Bench:
     def __init__(self, config: CaptureBench, model: LanguageModel, folder: Path, say: Callable[[str], None]) -> None:
         cuda = model.device.type == "cuda"
         self.config, self.model, self.folder, self.say = config, model, folder, say
-        self.tokens = config.tokens or (1_500_000 if cuda else 8192)
+        self.tokens = config.tokens or (CUDA_TOKENS if cuda else CPU_TOKENS)
         self.context_size = config.context_size or (1024 if cuda else 256)
         self.shapes = CUDA_SHAPES if cuda else CPU_SHAPES
         self.hook = model.hook_table[config.hook or f"blocks.{_middle(model.n_layers)}.hook_resid_post"].name
@@ -90,18 +92,23 @@ class _Bench:
         disk = 0.0
         for number in range(self.config.rounds):
             self.say(f"Round {number + 1} of {self.config.rounds}")
-            rates["floor"].append(self._floor_rate(shape, self.tokens))
-            rates["ours"].append(self._capture_rate([self.hook], "one"))
+            rates["floor"].append(self._floor_rate(shape, self.few_tokens))
+            rates["ours"].append(self._capture_rate([self.hook], "one", self.tokens))
             disk = max(disk, raw_write_bandwidth(self.folder))
-            rates["four_hooks"].append(self._capture_rate(self.four_hooks, "four"))
+            rates["four_hooks"].append(self._capture_rate(self.four_hooks, "four", self.few_tokens))
             if self.config.with_peers:
                 rates["bridge"].append(peers.bridge_rate(self.model, self.hook, shape, self.context_size))
                 rates["saelens"].append(
-                    peers.saelens_rate(self.model, self.layer, self.tokens, self.context_size, self.folder)
+                    peers.saelens_rate(self.model, self.layer, self.few_tokens, self.context_size, self.folder)
                 )
-            rates["floor"].append(self._floor_rate(shape, self.tokens))
+            rates["floor"].append(self._floor_rate(shape, self.few_tokens))
         best = {name: max(of_rounds) if of_rounds else None for name, of_rounds in rates.items()}
         return {**self._description(shape), **_figures(best, disk, self._row_bytes(self.four_hooks)), **self._reading()}
+
+    @property
+    def few_tokens(self) -> int:
+        """Tokens for what takes long, or much of the disk."""
+        return max(min(self.tokens, CPU_TOKENS), self.tokens // 4)
 
     @property
     def four_hooks(self) -> list[str]:
@@ -126,21 +133,22 @@ class _Bench:
     def _floor_rate(self, shape: int, tokens: int) -> float:
         """Tokens per second of the plain forward, over at least `tokens` tokens and `FLOOR_SECONDS`."""
         batch = peers.token_batch(self.model, shape, self.context_size)
-        layers = self.model.hf.get_submodule(self.model.layout.layer(self.layer))
+        layer = self.model.hf.get_submodule(self.model.layout.layer(self.layer))
         backbone = self.model.hf.get_submodule(self.model.layout.backbone)
 
         def stop(*_: Any) -> None:
             raise peers.Stop
 
-        handle = layers.register_forward_hook(stop)
+        compiled = self.model.compiled_layers
+        handle = layer.register_forward_hook(stop)
         try:
-            return peers.rate_of(
-                partial(peers.until_stopped, backbone, batch), batch.numel(), self.model.device, tokens, FLOOR_SECONDS
-            )
+            with compiled.in_place(()) if compiled is not None else nullcontext():
+                run = partial(peers.until_stopped, backbone, batch)
+                return peers.rate_of(run, batch.numel(), self.model.device, tokens, FLOOR_SECONDS)
         finally:
             handle.remove()
 
-    def _capture_rate(self, hooks: Sequence[str], name: str) -> float:
+    def _capture_rate(self, hooks: Sequence[str], name: str, tokens: int) -> float:
         out = self.folder / f"{name}.zarr"
         shutil.rmtree(out, ignore_errors=True)
         started = time.perf_counter()
@@ -149,7 +157,7 @@ class _Bench:
             self.text,
             hooks,
             out,
-            max_tokens=self.tokens,
+            max_tokens=tokens,
             context_size=self.context_size,
             batch_size=self.config.batch_size,
         )
@@ -192,7 +200,7 @@ class _Bench:
         return {
             **describe_machine(self.model.device),
             "model": self.model.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "compute_dtype": self.model.identity.compute_dtype,
             "hook": self.hook,
             "four_hooks": self.four_hooks,
             "tokens": self.tokens,

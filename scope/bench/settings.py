@@ -19,9 +19,11 @@ class CaptureBench:
     device: str | None = None
     """Such as cpu or cuda. None: the best there is."""
     tokens: int | None = None
-    """Tokens to capture in a round. None: 8,192 on a CPU, 1,500,000 on a GPU."""
+    """Tokens to capture in a round. None: 8,192 on a CPU, 4,000,000 on a GPU."""
     context_size: int | None = None
     """Tokens in the longest window. None: 256 on a CPU, 1,024 on a GPU."""
+    compile: bool = False
+    """Whether our capture and the floor run compiled layers."""
     rounds: int = 2
     """How often each takes its turn; the best counts."""
     batch_size: int | None = None

@@ -46,6 +46,9 @@ def register(app: typer.Typer) -> None:
         compute_dtype: Annotated[
             str, typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32.")
         ] = "auto",
+        compile: Annotated[
+            bool, typer.Option("--compile", help="Compile the layers: faster on a GPU; last digits differ.")
+        ] = False,
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
@@ -62,7 +65,12 @@ def register(app: typer.Typer) -> None:
         def load() -> LanguageModel:
             say(f"Loading {model}")
             return LanguageModel.load(
-                model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
+                model,
+                revision=revision,
+                device=device,
+                dtype=compute_dtype,
+                compile=compile,
+                allow_download=allow_download,
             )
 
         with progress_bar("Capturing (rows)") as progress:

@@ -21,7 +21,7 @@ def identify(model: "LanguageModel") -> ModelIdentity:
         weight_hash=_weight_hash(model),
         tokenizer_hash=_tokenizer_hash(model),
         bos_token_id=model.bos_token_id,
-        compute_dtype=str(model.dtype).removeprefix("torch."),
+        compute_dtype=str(model.dtype).removeprefix("torch.") + (", compiled" if model.compiled_layers else ""),
         load_name=model.files.load_name,
     )
 

@@ -7,6 +7,7 @@ it can and the bridge where only that can see what was asked for.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from activations.spec import StorageDtype
 from scope.errors import InvalidInputError
 from scope.models import identity, loading, losses
 from scope.models.architectures import Layout, find_layout
+from scope.models.compiled import CompiledLayers
 from scope.models.dictionaries import Saes
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
 from scope.models.rows import HostCopy, check_windows, collect_rows
@@ -36,7 +38,7 @@ CUDA_BATCH_SIZE = 32_768
 class LanguageModel:
     """A causal language model. Make one with `LanguageModel.load`."""
 
-    def __init__(self, hf: Any, files: loading.ModelFiles) -> None:
+    def __init__(self, hf: Any, files: loading.ModelFiles, compile: bool = False) -> None:
         self.hf = hf
         """The Hugging Face model; its weights are frozen."""
         self.files = files
@@ -44,6 +46,9 @@ class LanguageModel:
         self.hook_table: HookTable = build_hook_table(self.layout)
         self.lock = threading.RLock()
         """Held during every pass: hooks of one pass must not fire in another."""
+        layers = {self.layout.layer(i): hf.get_submodule(self.layout.layer(i)) for i in range(self.layout.n_layers)}
+        self.compiled_layers = CompiledLayers(layers) if compile else None
+        """What `forward_rows` runs in the layers' place, where the model was loaded with `compile`."""
 
     @classmethod
     def load(
@@ -54,6 +59,7 @@ class LanguageModel:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         attention: Literal["sdpa", "eager"] | None = None,
+        compile: bool = False,
         allow_download: bool = False,
     ) -> "LanguageModel":
         """Load a model.
@@ -65,6 +71,9 @@ class LanguageModel:
             dtype: in which it computes; "auto" is bfloat16 where the hardware has it, else float32.
             attention: "sdpa" is fast and the default where the architecture has it (Gemma 2 has not); "eager" equals
                 TransformerLens to the last digits.
+            compile: run captures through `torch.compile`, which pays on a GPU after some seconds of compiling;
+                activations then differ in their last digits, so that a store remembers it (`compute_dtype`). A layer
+                with a hook inside, and everything but capture, runs uncompiled.
             allow_download: get what is not on this machine from the Hugging Face hub.
 
         Raises:
@@ -75,7 +84,7 @@ class LanguageModel:
         target = loading.pick_device(device)
         compute = loading.pick_dtype(dtype, target)
         files = loading.find_model(name, revision, allow_download)
-        return cls(loading.load_causal_lm(files, target, compute, attention), files)
+        return cls(loading.load_causal_lm(files, target, compute, attention), files, compile)
 
     # What it is
 
@@ -273,7 +282,9 @@ class LanguageModel:
         def forward(tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
             self.forward(tokens, {points[name][0]: keep[name] for name in in_order}, logits=False)
 
-        with torch.inference_mode():
+        hooked = [point.site.module for point, _ in points.values() if point.site is not None]
+        layers = self.compiled_layers.in_place(hooked) if self.compiled_layers is not None else nullcontext()
+        with self.lock, layers, torch.inference_mode():
             shapes = {name: shape for name, (_, shape) in points.items()}
             return collect_rows(windows, shapes, dtype, batch_size, self.device, forward)
 
