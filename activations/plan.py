@@ -22,7 +22,8 @@ from activations.text import Document, TextSource, is_held_out
 __all__ = ["TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
 
 ENCODE_DOCUMENTS = 64
-ENCODE_CHARACTERS = 2**18
+FIRST_CHARACTERS, ENCODE_CHARACTERS = 2**15, 2**18
+"""Text that is encoded at once: little at first, so that the model need not wait for it, then more."""
 TOKEN_COLUMNS = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
 """Per-token columns and their dtypes; `position` counts from the window's start, BOS included."""
 
@@ -180,7 +181,7 @@ def _encoded(
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
     """Each document with its ordinal and tokens, encoded some documents at a time."""
     some: list[Document] = []
-    characters = 0
+    characters, enough = 0, FIRST_CHARACTERS
     ordinal = start
 
     def flush() -> Iterator[tuple[int, Document, np.ndarray]]:
@@ -193,10 +194,10 @@ def _encoded(
     for document in text.documents(start):
         some.append(document)
         characters += len(document.text)
-        if len(some) >= ENCODE_DOCUMENTS or characters >= ENCODE_CHARACTERS:
+        if len(some) >= ENCODE_DOCUMENTS or characters >= enough:
             yield from flush()
             ordinal += len(some)
-            some, characters = [], 0
+            some, characters, enough = [], 0, min(ENCODE_CHARACTERS, 2 * enough)
     yield from flush()
 
 

@@ -3,18 +3,22 @@
 1. Windows are sorted by length and packed into batches of at most `batch_size` tokens, padding included.
 2. A batch is padded on the right, where causal attention never looks: no mask is needed, and attention stays on
    its fastest path.
-3. The rows of real tokens are picked out on the device, their norms taken in float32, and written, in the storage
+3. On a GPU attention is kept from cuDNN, which builds a plan for every new shape (a tenth of a second each), and ragged
+   text has many.
+4. The rows of real tokens are picked out on the device, their norms taken in float32, and written, in the storage
    dtype, where they belong in the order of the windows.
-4. On a GPU a side stream copies the result into pinned memory while the next windows are computed.
+5. On a GPU a side stream copies the result into pinned memory while the next windows are computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activations.spec import StorageDtype
 from scope.errors import InvalidInputError, OutOfRangeError
@@ -26,6 +30,9 @@ STORAGE: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class WindowBatch:
@@ -166,7 +173,8 @@ def collect_rows(
         out[name].index_copy_(0, batch.rows, rows)
         norms[name].index_copy_(0, batch.rows, row_norms)
 
-    for indices in pack_windows(windows, batch_size):
-        batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
-        forward(batch.tokens, {name: partial(keep, name, batch) for name in shapes})
+    with sdpa_kernel(ANY_SHAPE) if device.type == "cuda" else nullcontext():
+        for indices in pack_windows(windows, batch_size):
+            batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
+            forward(batch.tokens, {name: partial(keep, name, batch) for name in shapes})
     return HostCopy({**out, **{f"norm/{name}": values for name, values in norms.items()}})
