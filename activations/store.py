@@ -13,9 +13,9 @@ import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import FORMAT, PLAN, StoreLayout
+from activations.layout import FORMAT, PLAN, StoreLayout, identity_fingerprint
 from activations.ledger import Ledger
-from activations.manifest import ID_LENGTH, read_manifest
+from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
 
@@ -59,11 +59,12 @@ class ActivationStore:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.spec = CaptureSpec(**manifest["spec"])
+        self.spec = _spec_of(path, manifest)
         self.layout = StoreLayout(self.spec)
         self._ledger = Ledger(path)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
         self._cache_lock = threading.Lock()
+        self._manifest_fault: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -286,14 +287,40 @@ class ActivationStore:
     def _require_rows(self, hook: str, start: int, stop: int) -> None:
         self._require(self._capture_of[hook], hook, start, stop)
 
+    def manifest_fault(self) -> str:
+        """What is wrong with the manifest, empty if nothing is: its bytes, or that it is another store's."""
+        if self._manifest_fault is None:
+            declared = self._ledger.declarations.get(PLAN)
+            if not has_its_digest(self.manifest) or identity_fingerprint(self.manifest) != self.fingerprint:
+                self._manifest_fault = "changed: its content does not have its digest"
+            elif declared is not None and declared["spec"] != self.spec.fingerprint:
+                self._manifest_fault = "swapped: the ledger belongs to a store with another specification"
+            else:
+                self._manifest_fault = ""
+        return self._manifest_fault
+
     def _require(self, capture: str, what: str, start: int, stop: int) -> None:
+        if self.manifest_fault():
+            raise IntegrityError(
+                f"{self.path / 'manifest.json'} is damaged: {self._manifest_fault}. Restore it from a copy."
+            )
         committed = self._ledger.committed_rows(capture)
         if capture != PLAN:
             committed = min(committed, self._ledger.committed_rows(PLAN))
         if not 0 <= start <= stop <= committed:
+            if self._were_committed(capture, start, stop):
+                raise IntegrityError(
+                    f"Rows {start:,} to {stop:,} of {what} were committed once, but records of them are missing in "
+                    f"{self.path / 'ledger' / capture}. Restore them from a copy, or run the capture again."
+                )
             raise InvalidInputError(
                 f"Rows {start:,} to {stop:,} of {what} were asked for; {self.path} has {committed:,} committed rows."
             )
+
+    def _were_committed(self, capture: str, start: int, stop: int) -> bool:
+        from activations.integrity import lost_rows
+
+        return any(0 <= start <= stop <= lost for lost in lost_rows(self, {capture, PLAN}).values())
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(group, first row, last row + 1) of each row group that the rows touch."""
@@ -367,6 +394,13 @@ class ActivationStore:
             flags=self.flags(start, stop),
             norms={hook: self.norms(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
         )
+
+
+def _spec_of(path: Path, manifest: Mapping[str, Any]) -> CaptureSpec:
+    try:
+        return CaptureSpec(**manifest["spec"])
+    except (KeyError, TypeError, InvalidInputError) as error:
+        raise IntegrityError(f"{path / 'manifest.json'} is damaged ({error}). Restore it from a copy.") from error
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:
