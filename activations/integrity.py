@@ -1,7 +1,7 @@
 """`ActivationStore.verify`: is every byte still what the ledger recorded?"""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,14 +130,14 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
                 yield Fault(array.removeprefix("hooks/"), 0, 0, f"{array}/zarr.json", "missing or changed")
 
 
-def lost_rows(store: ActivationStore, captures: Collection[str]) -> dict[str, int]:
-    """The captures of these whose ledger lost a record, with the rows that they once had."""
+def lost_rows(store: ActivationStore) -> dict[str, int]:
+    """The captures whose ledger lost a record, with the rows that they once had: those that their arrays show."""
     found = {}
     for capture, arrays in _arrays_by_capture(store).items():
-        if capture in captures:
-            shown = _rows_shown_by_all(_content(store.path / array / "zarr.json") for array in arrays)
-            if shown > Ledger(store.path).committed_rows(capture):
-                found[capture] = shown
+        shown = _rows_shown_by_all(_content(store.path / array / "zarr.json") for array in arrays)
+        # What a writer committed since the store was opened is not lost, hence the second look.
+        if shown > store.ledger.committed_rows(capture) and shown > Ledger(store.path).committed_rows(capture):
+            found[capture] = shown
     return found
 
 

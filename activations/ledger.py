@@ -127,9 +127,13 @@ class Ledger:
                 declaration = json.loads(path.read_bytes())
                 if not has_its_digest(declaration):
                     raise ValueError("its digest differs")
+                if declaration["capture"] != path.parent.name:
+                    raise ValueError(f"it is that of {declaration['capture']}")
             except ValueError as error:
                 raise IntegrityError(f"{path} is damaged ({error}). Restore the file from a copy.") from error
-            declarations[path.parent.name] = {key: declaration[key] for key in declaration if key != DIGEST}
+            for name in (DIGEST, "capture"):
+                del declaration[name]
+            declarations[path.parent.name] = declaration
             records[path.parent.name] = {record.group: record for record in _read_capture(path.parent)}
         for path in self.folder.glob("*/*.json*"):
             declared = path.parent / "capture.json"
@@ -143,7 +147,7 @@ class Ledger:
             return
         folder = self.folder / capture
         folder.mkdir(parents=True, exist_ok=True)
-        declaration = json.dumps(with_digest(content), indent=1, sort_keys=True) + "\n"
+        declaration = json.dumps(with_digest({**content, "capture": capture}), indent=1, sort_keys=True) + "\n"
         write_atomically(folder / "capture.json", declaration.encode())
         self.declarations[capture] = dict(content)
         self.records[capture] = {}
@@ -204,7 +208,10 @@ def _read_capture(folder: Path) -> Iterator[GroupRecord]:
     names = sorted(entry.name for entry in os.scandir(folder) if _is_record(entry.name))
     for name in names:
         path = folder / name
-        for line in path.read_bytes().splitlines():
+        lines = path.read_bytes().splitlines()
+        if len(lines) != (RECORDS_PER_SEGMENT if name.startswith("segment-") else 1):
+            raise IntegrityError(f"{path} is damaged: it has {len(lines)} records. Restore the file from a copy.")
+        for line in lines:
             record = GroupRecord.from_line(line, path)
             if record.capture != folder.name or name not in (_record_name(record.group), _segment_name(record.group)):
                 raise IntegrityError(

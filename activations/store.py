@@ -5,7 +5,7 @@ reading never write. `activations.layout` shows what lies where; `activations.wr
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +51,9 @@ class Fault(NamedTuple):
     object: str
     """Path below the store."""
     problem: str
+
+    def __str__(self) -> str:
+        return f"{self.object} ({self.hook}, rows {self.row_start:,} to {self.row_stop:,}): {self.problem}"
 
 
 class ActivationStore:
@@ -238,6 +241,7 @@ class ActivationStore:
         if batch_size < 1:
             raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1.")
         names = [self.resolve_hook(hook) for hook in hooks]
+        self.require_whole()
         end = min(map(self.rows_of, names), default=self.n_rows)
         row_bytes = max((self.layout.hook(self.hook_shape(name)).row_bytes for name in names), default=1)
         per_block = max(1, READ_AHEAD_BYTES // (batch_size * row_bytes)) * batch_size
@@ -308,19 +312,27 @@ class ActivationStore:
         if capture != PLAN:
             committed = min(committed, self._ledger.committed_rows(PLAN))
         if not 0 <= start <= stop <= committed:
-            if self._were_committed(capture, start, stop):
-                raise IntegrityError(
-                    f"Rows {start:,} to {stop:,} of {what} were committed once, but records of them are missing in "
-                    f"{self.path / 'ledger' / capture}. Restore them from a copy, or run the capture again."
-                )
+            if 0 <= start <= stop:
+                self.require_whole({capture, PLAN}, stop)
             raise InvalidInputError(
                 f"Rows {start:,} to {stop:,} of {what} were asked for; {self.path} has {committed:,} committed rows."
             )
 
-    def _were_committed(self, capture: str, start: int, stop: int) -> bool:
+    def require_whole(self, captures: Collection[str] | None = None, n_rows: int = 0) -> None:
+        """Raise `IntegrityError` if the ledger lost a record: then rows that were committed seem never to have been.
+
+        Args:
+            captures: ids of the captures that are looked at; None for all.
+            n_rows: only if so many rows were committed once.
+        """
         from activations.integrity import lost_rows
 
-        return any(0 <= start <= stop <= lost for lost in lost_rows(self, {capture, PLAN}).values())
+        for capture, rows in lost_rows(self).items():
+            if n_rows <= rows and (captures is None or capture in captures):
+                raise IntegrityError(
+                    f"{rows:,} rows of {capture} were committed once, but a record of them is missing in "
+                    f"{self.path / 'ledger' / capture}. Restore it from a copy, or run the capture again."
+                )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(group, first row, last row + 1) of each row group that the rows touch."""
@@ -374,6 +386,7 @@ class ActivationStore:
         import pyarrow
         from pyarrow import parquet
 
+        self.require_whole()
         pieces = []
         for group in range(self._ledger.committed_groups(PLAN)):
             name = self.layout.table_object(table, group)
