@@ -220,7 +220,8 @@ def _read_capture(folder: Path) -> Iterator[GroupRecord]:
                 )
             yield record
     # A fold between two looks at the folder can hide both a segment and the records in it.
-    if any(entry.name.startswith("segment-") and entry.name not in names for entry in os.scandir(folder)):
+    now = {entry.name for entry in os.scandir(folder) if _is_record(entry.name)}
+    if any(name.startswith("segment-") for name in now.difference(names)):
         raise FileNotFoundError(f"{folder} was folded meanwhile")
 
 
