@@ -1,17 +1,18 @@
 """`ActivationStore.verify`: is every byte still what the ledger recorded?"""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
-from activations.layout import PLAN, ZARR_GROUPS, identity_fingerprint
+from activations.layout import PLAN, ZARR_GROUPS
+from activations.ledger import Ledger
 from activations.store import ActivationStore, Fault
 
-__all__ = ["verify_store"]
+__all__ = ["lost_rows", "verify_store"]
 
 READ_BYTES = 2**23
 
@@ -53,8 +54,15 @@ def _items(store: ActivationStore) -> Iterator[_Item]:
 
 
 def _arrays(store: ActivationStore) -> dict[str, ArrayLayout]:
-    shapes = {hook: store.hook_shape(hook) for hook in store.hooks}
-    return store.layout.plan_arrays() | store.layout.hook_arrays(shapes)
+    return {array: layout for arrays in _arrays_by_capture(store).values() for array, layout in arrays.items()}
+
+
+def _arrays_by_capture(store: ActivationStore) -> dict[str, dict[str, ArrayLayout]]:
+    found = {}
+    for capture, declared in store.ledger.declarations.items():
+        shapes = {hook: details["shape"] for hook, details in declared.get("hooks", {}).items()}
+        found[capture] = store.layout.plan_arrays() if capture == PLAN else store.layout.hook_arrays(shapes)
+    return found
 
 
 def _check(root: Path, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
@@ -94,33 +102,57 @@ def _digest(path: Path) -> str:
 
 
 def _manifest_faults(store: ActivationStore) -> Iterator[Fault]:
-    if identity_fingerprint(store.manifest) != store.fingerprint:
-        yield Fault("the store", 0, store.n_rows, "manifest.json", "changed: its content does not have its fingerprint")
+    if problem := store.manifest_fault():
+        yield Fault("the store", 0, store.n_rows, "manifest.json", problem)
 
 
 def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
     """What is wrong with the `zarr.json` files, which other tools go by. They may show fewer rows than are committed:
-    they are written after the rows."""
+    they are written after the rows. More is a sign that the ledger lost a record."""
     if PLAN not in store.ledger.declarations:
         return
     for group in ZARR_GROUPS:
         name = f"{group}/zarr.json".lstrip("/")
         if _content(store.path / name) != GROUP_METADATA:
             yield Fault(group or "the store", 0, 0, name, "missing or changed")
-    for array, layout in _arrays(store).items():
-        name = f"{array}/zarr.json"
-        content = _content(store.path / name)
-        if content != layout.metadata(_rows_shown(content, store.ledger.committed_rows(PLAN))):
-            yield Fault(array.removeprefix("hooks/"), 0, 0, name, "missing or changed")
+    contents = {array: _content(store.path / array / "zarr.json") for array in _arrays(store)}
+    # What a writer committed since the store was opened is no fault: the ledger is read after the files that go by it.
+    ledger = Ledger(store.path)
+    for capture, arrays in _arrays_by_capture(store).items():
+        committed, groups = ledger.committed_rows(capture), ledger.committed_groups(capture)
+        known = max(committed, _rows_shown_by_all(contents[array] for array in arrays))
+        if known > committed:
+            name = f"ledger/{capture}/{groups:08d}.json"
+            yield Fault(capture, committed, known, name, "missing (this record, or the segment that has it)")
+        for array, layout in arrays.items():
+            shown = _rows_shown(contents[array])
+            if contents[array] != layout.metadata(shown if 0 <= shown <= known else known):
+                yield Fault(array.removeprefix("hooks/"), 0, 0, f"{array}/zarr.json", "missing or changed")
 
 
-def _rows_shown(content: bytes, at_most: int) -> int:
-    """Rows that a `zarr.json` speaks of, if that can be true."""
+def lost_rows(store: ActivationStore) -> dict[str, int]:
+    """The captures whose ledger lost a record, with the rows that they once had: those that their arrays show."""
+    found = {}
+    for capture, arrays in _arrays_by_capture(store).items():
+        shown = _rows_shown_by_all(_content(store.path / array / "zarr.json") for array in arrays)
+        # What a writer committed since the store was opened is not lost, hence the second look.
+        if shown > store.ledger.committed_rows(capture) and shown > Ledger(store.path).committed_rows(capture):
+            found[capture] = shown
+    return found
+
+
+def _rows_shown(content: bytes) -> int:
+    """Rows that a `zarr.json` speaks of, -1 if it cannot be read."""
     try:
         n_rows = json.loads(content)["shape"][0]
     except (ValueError, KeyError, TypeError, IndexError):
-        return at_most
-    return n_rows if isinstance(n_rows, int) and 0 <= n_rows <= at_most else at_most
+        return -1
+    return n_rows if isinstance(n_rows, int) else -1
+
+
+def _rows_shown_by_all(contents: Iterable[bytes]) -> int:
+    """Rows that all arrays of a capture show, but those that cannot be read: a rotten one alone proves nothing."""
+    return min((shown for shown in map(_rows_shown, contents) if shown >= 0), default=0)
 
 
 def _content(path: Path) -> bytes:

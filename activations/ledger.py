@@ -7,7 +7,8 @@
    never interrupted; times, host and pid go to `journal.jsonl`.
 3. 1,024 records that are all there fold into a segment, `segment-<n>.jsonl`, one record a line. A crash between the
    segment's birth and the records' removal leaves both; `Ledger.tidy` finishes the work.
-4. Every record carries the xxh3-128 of itself, so that a rotten ledger is an error and not another truth.
+4. Every record and declaration carries the xxh3-128 of itself and stands where it belongs, so that a rotten ledger is
+   an error and not another truth. What of a ledger is missing is for `activations.integrity` to find.
 5. One writer at a time: `WriterLock`.
 """
 
@@ -28,7 +29,7 @@ import xxhash
 
 from activations.arrays import ObjectRecord
 from activations.errors import IntegrityError, LockedError
-from activations.manifest import write_atomically
+from activations.manifest import DIGEST, has_its_digest, with_digest, write_atomically
 
 __all__ = ["GroupRecord", "Journal", "Ledger", "WriterLock"]
 
@@ -123,10 +124,21 @@ class Ledger:
         records: dict[str, dict[int, GroupRecord]] = {}
         for path in sorted(self.folder.glob("*/capture.json")):
             try:
-                declarations[path.parent.name] = json.loads(path.read_bytes())
+                declaration = json.loads(path.read_bytes())
+                if not has_its_digest(declaration):
+                    raise ValueError("its digest differs")
+                if declaration["capture"] != path.parent.name:
+                    raise ValueError(f"it is that of {declaration['capture']}")
             except ValueError as error:
                 raise IntegrityError(f"{path} is damaged ({error}). Restore the file from a copy.") from error
+            for name in (DIGEST, "capture"):
+                del declaration[name]
+            declarations[path.parent.name] = declaration
             records[path.parent.name] = {record.group: record for record in _read_capture(path.parent)}
+        for path in self.folder.glob("*/*.json*"):
+            declared = path.parent / "capture.json"
+            if path.parent.name not in declarations and _is_record(path.name) and not declared.exists():
+                raise IntegrityError(f"{declared} is missing. Restore the file from a copy.")
         return declarations, records
 
     def declare(self, capture: str, content: Mapping[str, Any]) -> None:
@@ -135,7 +147,8 @@ class Ledger:
             return
         folder = self.folder / capture
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "capture.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        declaration = json.dumps(with_digest({**content, "capture": capture}), indent=1, sort_keys=True) + "\n"
+        write_atomically(folder / "capture.json", declaration.encode())
         self.declarations[capture] = dict(content)
         self.records[capture] = {}
 
@@ -172,7 +185,7 @@ class Ledger:
         groups = range(segment * RECORDS_PER_SEGMENT, (segment + 1) * RECORDS_PER_SEGMENT)
         if not all(group in records for group in groups):
             return
-        path = self.folder / capture / f"segment-{segment:06d}.jsonl"
+        path = self.folder / capture / _segment_name(groups[0])
         if not path.exists():
             write_atomically(path, b"".join(records[group].to_line() for group in groups))
         for group in groups:
@@ -183,13 +196,33 @@ def _record_name(group: int) -> str:
     return f"{group:08d}.json"
 
 
+def _segment_name(group: int) -> str:
+    return f"segment-{group // RECORDS_PER_SEGMENT:06d}.jsonl"
+
+
+def _is_record(name: str) -> bool:
+    return re.fullmatch(r"\d{8}\.json|segment-\d{6}\.jsonl", name) is not None
+
+
 def _read_capture(folder: Path) -> Iterator[GroupRecord]:
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_record(entry.name))
     for name in names:
-        if re.fullmatch(r"\d{8}\.json|segment-\d{6}\.jsonl", name):
-            path = folder / name
-            for line in path.read_bytes().splitlines():
-                yield GroupRecord.from_line(line, path)
+        path = folder / name
+        lines = path.read_bytes().splitlines()
+        if len(lines) != (RECORDS_PER_SEGMENT if name.startswith("segment-") else 1):
+            raise IntegrityError(f"{path} is damaged: it has {len(lines)} records. Restore the file from a copy.")
+        for line in lines:
+            record = GroupRecord.from_line(line, path)
+            if record.capture != folder.name or name not in (_record_name(record.group), _segment_name(record.group)):
+                raise IntegrityError(
+                    f"The ledger record in {path} is that of row group {record.group} of {record.capture}. Restore "
+                    "the file from a copy."
+                )
+            yield record
+    # A fold between two looks at the folder can hide both a segment and the records in it.
+    now = {entry.name for entry in os.scandir(folder) if _is_record(entry.name)}
+    if any(name.startswith("segment-") for name in now.difference(names)):
+        raise FileNotFoundError(f"{folder} was folded meanwhile")
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -207,9 +240,9 @@ class Journal:
         self.path = folder / "journal.jsonl"
 
     def write(self, event: str, **details: Any) -> None:
-        """Append an event with time, host and pid."""
+        """Append an event with time, host and pid. On a full disk it is left out: no run stops for want of it."""
         entry = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "event": event, **details}
-        with open(self.path, "a") as file:
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -247,8 +280,12 @@ class WriterLock:
                 os.close(descriptor)
                 raise
             self._descriptor = descriptor
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(_whoami()).encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(_whoami()).encode(), 0)
+        except BaseException:  # a full disk: a lock that names nobody is no use
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -1,33 +1,50 @@
 """`manifest.json`: what an artefact is, which version of its format it has, and what it was made from."""
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from activations.disk import write_file
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
 
-__all__ = ["FORMATS", "ID_LENGTH", "read_manifest", "write_atomically", "write_manifest"]
+__all__ = [
+    "DIGEST",
+    "FORMATS",
+    "ID_LENGTH",
+    "has_its_digest",
+    "read_manifest",
+    "with_digest",
+    "write_atomically",
+    "write_manifest",
+]
 
 ID_LENGTH = 12
+DIGEST = "xxh3_128"
+"""The entry of a JSON object that holds its own digest."""
 FORMATS: dict[str, int] = {"activation-store": 1, "sae": 1, "feature-index": 1}
 """The newest version of each format that this release reads and the one it writes."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a reader sees the old bytes or the new; fsync both file and folder."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_file(path, content)
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the xxh3-128 of its canonical form as one more entry."""
+    return {**content, DIGEST: _digest(content)}
+
+
+def has_its_digest(content: Mapping[str, Any]) -> bool:
+    """Whether an object made by `with_digest` is still as it was."""
+    return content.get(DIGEST) == _digest({name: value for name, value in content.items() if name != DIGEST})
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def write_manifest(
@@ -51,6 +68,7 @@ def write_manifest(
         "created_by": created_by,
         **extra,
     }
+    manifest = with_digest(manifest)
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
     return manifest
 
@@ -66,6 +84,8 @@ def read_manifest(folder: Path, expected_format: str | None = None) -> dict[str,
     path = folder / "manifest.json"
     what = expected_format or "artefact"
     if not path.is_file():
+        if (folder / "ledger").is_dir():  # the manifest is written before it
+            raise IntegrityError(f"{path} is missing, though the ledger beside it is there. Restore it from a copy.")
         siblings = [child.name for child in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UnknownNameError(what, str(folder), [str(folder.parent / name) for name in siblings])
     try:

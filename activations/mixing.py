@@ -130,6 +130,7 @@ class StoreFeed:
     def __init__(self, store: ActivationStore, hooks: Sequence[str], chooser: Chooser) -> None:
         self.store, self.hooks = store, hooks
         self.limits: dict[str, float] = {}
+        store.require_whole()
         self._end = min(map(store.rows_of, hooks))
         # Blocks are runs of inner chunks, which are read and verified whole anyway.
         self._block = max(map(store.block_rows, hooks))

@@ -69,18 +69,22 @@ class CapturePass:
         collector = Worker("collector", self.collector.collect, self._wind_down)
         writers = [Worker(f"writer {i}", self.collector.write, self._stop) for i in range(WRITERS)]
         own: BaseException | None = None
-        try:
-            for worker in (planner, collector, *writers):
-                worker.start()
-            self._feed()
-            self.collector.results.close()
-        except BaseException as error:
-            own = error
-            self._wind_down()
-        collector.join_fully()
-        self.collector.jobs.close()
-        for worker in (*writers, planner):
-            worker.join_fully()
+        interrupts = self.writer.interrupts
+        with interrupts.stopping(self._wind_down):
+            try:
+                for worker in (planner, collector, *writers):
+                    worker.start()
+                self._feed()
+                self.collector.results.close()
+            except BaseException as error:
+                own = error
+                self._wind_down()
+            collector.join_fully()
+            self.collector.jobs.close()
+            for worker in (*writers, planner):
+                worker.join_fully()
+        if interrupts.noted and (own is None or isinstance(own, Stopped)):
+            own = KeyboardInterrupt()
         theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
         if own is not None or theirs is not None:
             self._raise(own, theirs)
@@ -118,7 +122,10 @@ class CapturePass:
             record = self.writer.ledger.records[PLAN][group]
             task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
             for batch in batches:
-                pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
+                with self.writer.interrupts.at_once():
+                    pending = self.model.forward_rows(
+                        batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size
+                    )
                 self.collector.add(task, batch, pending)
                 self._report()
 

@@ -24,12 +24,14 @@ class Channel(Generic[T]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._items: deque[T] = deque()
-        self._changed = threading.Condition()
+        # Entered by itself: the condition's own `__enter__` is Python, where a Ctrl-C can strike with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = self._stopped = False
 
     def put(self, item: T) -> None:
         """Add an item, waiting for room; raises `Stopped`."""
-        with self._changed:
+        with self._lock:
             while len(self._items) >= self._size and not self._stopped:
                 self._changed.wait()
             if self._stopped:
@@ -39,7 +41,7 @@ class Channel(Generic[T]):
 
     def get(self) -> T:
         """Take an item, waiting for one; raises `Stopped` when stopped, or when closed and empty."""
-        with self._changed:
+        with self._lock:
             while not self._items and not self._closed and not self._stopped:
                 self._changed.wait()
             if self._stopped or not self._items:
@@ -60,13 +62,13 @@ class Channel(Generic[T]):
 
     def close(self) -> None:
         """No more items will come; what is there may still be taken."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Drop everything; whoever waits gets `Stopped`."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._items.clear()
             self._changed.notify_all()

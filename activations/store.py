@@ -5,7 +5,7 @@ reading never write. `activations.layout` shows what lies where; `activations.wr
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import FORMAT, PLAN, StoreLayout
+from activations.layout import FORMAT, PLAN, StoreLayout, identity_fingerprint
 from activations.ledger import Ledger
-from activations.manifest import ID_LENGTH, read_manifest
+from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
 
@@ -52,6 +52,9 @@ class Fault(NamedTuple):
     """Path below the store."""
     problem: str
 
+    def __str__(self) -> str:
+        return f"{self.object} ({self.hook}, rows {self.row_start:,} to {self.row_stop:,}): {self.problem}"
+
 
 class ActivationStore:
     """A store opened for reading; satisfies `ActivationSource`. Use `ActivationStore.open`."""
@@ -59,11 +62,12 @@ class ActivationStore:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.spec = CaptureSpec(**manifest["spec"])
+        self.spec = _spec_of(path, manifest)
         self.layout = StoreLayout(self.spec)
         self._ledger = Ledger(path)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
         self._cache_lock = threading.Lock()
+        self._manifest_fault: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -237,6 +241,7 @@ class ActivationStore:
         if batch_size < 1:
             raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1.")
         names = [self.resolve_hook(hook) for hook in hooks]
+        self.require_whole()
         end = min(map(self.rows_of, names), default=self.n_rows)
         row_bytes = max((self.layout.hook(self.hook_shape(name)).row_bytes for name in names), default=1)
         per_block = max(1, READ_AHEAD_BYTES // (batch_size * row_bytes)) * batch_size
@@ -286,14 +291,48 @@ class ActivationStore:
     def _require_rows(self, hook: str, start: int, stop: int) -> None:
         self._require(self._capture_of[hook], hook, start, stop)
 
+    def manifest_fault(self) -> str:
+        """What is wrong with the manifest, empty if nothing is: its bytes, or that it is another store's."""
+        if self._manifest_fault is None:
+            declared = self._ledger.declarations.get(PLAN)
+            if not has_its_digest(self.manifest) or identity_fingerprint(self.manifest) != self.fingerprint:
+                self._manifest_fault = "changed: its content does not have its digest"
+            elif declared is not None and declared["spec"] != self.spec.fingerprint:
+                self._manifest_fault = "swapped: the ledger belongs to a store with another specification"
+            else:
+                self._manifest_fault = ""
+        return self._manifest_fault
+
     def _require(self, capture: str, what: str, start: int, stop: int) -> None:
+        if self.manifest_fault():
+            raise IntegrityError(
+                f"{self.path / 'manifest.json'} is damaged: {self._manifest_fault}. Restore it from a copy."
+            )
         committed = self._ledger.committed_rows(capture)
         if capture != PLAN:
             committed = min(committed, self._ledger.committed_rows(PLAN))
         if not 0 <= start <= stop <= committed:
+            if 0 <= start <= stop:
+                self.require_whole({capture, PLAN}, stop)
             raise InvalidInputError(
                 f"Rows {start:,} to {stop:,} of {what} were asked for; {self.path} has {committed:,} committed rows."
             )
+
+    def require_whole(self, captures: Collection[str] | None = None, n_rows: int = 0) -> None:
+        """Raise `IntegrityError` if the ledger lost a record: then rows that were committed seem never to have been.
+
+        Args:
+            captures: ids of the captures that are looked at; None for all.
+            n_rows: only if so many rows were committed once.
+        """
+        from activations.integrity import lost_rows
+
+        for capture, rows in lost_rows(self).items():
+            if n_rows <= rows and (captures is None or capture in captures):
+                raise IntegrityError(
+                    f"{rows:,} rows of {capture} were committed once, but a record of them is missing in "
+                    f"{self.path / 'ledger' / capture}. Restore it from a copy, or run the capture again."
+                )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(group, first row, last row + 1) of each row group that the rows touch."""
@@ -347,6 +386,7 @@ class ActivationStore:
         import pyarrow
         from pyarrow import parquet
 
+        self.require_whole()
         pieces = []
         for group in range(self._ledger.committed_groups(PLAN)):
             name = self.layout.table_object(table, group)
@@ -367,6 +407,13 @@ class ActivationStore:
             flags=self.flags(start, stop),
             norms={hook: self.norms(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
         )
+
+
+def _spec_of(path: Path, manifest: Mapping[str, Any]) -> CaptureSpec:
+    try:
+        return CaptureSpec(**manifest["spec"])
+    except (KeyError, TypeError, InvalidInputError) as error:
+        raise IntegrityError(f"{path / 'manifest.json'} is damaged ({error}). Restore it from a copy.") from error
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:

@@ -5,6 +5,7 @@
 2. `zarr.json` files show rows only after they are committed, so that tools which do not know the ledger see no lost
    rows either; they are brought up to date every few seconds and when the writer closes.
 3. Opening for writing takes the lock and clears away what a dead writer left half done.
+4. Ctrl-C is held back while a writer is open (`activations.interrupts`), so that the lock is given back last.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from activations.arrays import (
     write_object,
 )
 from activations.disk import sync_folder
-from activations.errors import InvalidInputError, MismatchError, OccupiedError
+from activations.errors import ActivationsError, InterruptedRunError, InvalidInputError, MismatchError, OccupiedError
+from activations.interrupts import Interrupts
 from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
 from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries
 from activations.manifest import read_manifest, write_atomically, write_manifest
@@ -95,29 +97,36 @@ class StoreWriter:
         self.ledger: Ledger
         self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
         self._load_name = load_name
+        self.interrupts = Interrupts()
         self._lock = WriterLock(folder)
         self._shapes_lock = threading.Lock()
         self._shapes_at = 0.0
 
     def __enter__(self) -> "StoreWriter":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.__enter__()
-        except OSError as error:
-            raise InvalidInputError(f"{self.folder} cannot be written to: {error}.") from error
-        try:
-            manifest = existing_manifest(self.folder)
-            if manifest is None:
-                self._create()
-            else:
-                self._require_same(manifest)
-            self.ledger = Ledger(self.folder)
-            self._clear_leftovers()
-            self._declare(PLAN, {"columns": sorted(self.layout.plan_arrays())}, self.layout.plan_arrays())
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.interrupts)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._lock)
+            except OSError as error:
+                raise InvalidInputError(f"{self.folder} cannot be written to: {error}.") from error
+            try:
+                self._open()
+            except OSError as error:
+                raise self._explained(error) from error
+            self._held = held.pop_all()
         return self
+
+    def _open(self) -> None:
+        manifest = existing_manifest(self.folder)
+        if manifest is None:
+            self._create()
+        else:
+            self._require_same(manifest)
+        self.ledger = Ledger(self.folder)
+        self._clear_leftovers()
+        content = {"columns": sorted(self.layout.plan_arrays()), "spec": self.spec.fingerprint}
+        self._declare(PLAN, content, self.layout.plan_arrays())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -126,7 +135,18 @@ class StoreWriter:
             with contextlib.suppress(OSError):  # a full disk; the next run brings them up to date
                 self.update_shapes()
         finally:
-            self._lock.__exit__(kind, error, traceback)
+            self._held.__exit__(kind, error, traceback)
+        if isinstance(error, OSError):
+            raise self._explained(error) from error
+
+    def _explained(self, error: OSError) -> Exception:
+        """What a caller is told of a file error between passes, such as a full disk."""
+        if isinstance(error, ActivationsError):
+            return error
+        return InterruptedRunError(
+            f"Stopped by a file error: {error}. What is committed in {self.folder} stays; run the same command again "
+            "to resume."
+        )
 
     @property
     def plan_state(self) -> PlanState:

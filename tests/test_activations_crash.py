@@ -1,14 +1,11 @@
-"""Nothing lost: crashes at every write, kill -9 at random moments, locks, and a ledger that folds."""
+"""Nothing lost: crashes at every write, locks, and a ledger that folds. Kills are in `test_activations_kill`."""
 
 import contextlib
 import json
 import os
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,66 +85,6 @@ def test_a_crash_at_any_write_loses_nothing(kind: str, tmp_path: Path, monkeypat
         assert tree(out) == expected
         point += 3
     assert seen >= {0, 32, 96}
-
-
-NURSERY = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from helpers_activations import FakeModel
-import pyarrow.parquet, numcodecs.zstd
-from activations.capture import capture
-from activations.text import TextSource
-assert "torch" not in sys.modules
-os.fsync = lambda descriptor: None  # it matters when the power fails, not when a process dies
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        capture(FakeModel(), TextSource({text!r}), {hooks!r}, {out!r}, **{settings!r})
-        os._exit(0)
-    print(child, flush=True)
-    sys.stdin.readline()  # until then its pid stays its own
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-"""Starts a capture in a new process and says its pid; on the next line it reads it says how that one ended."""
-
-
-def n_records(out: Path) -> int:
-    return len(list(out.glob("ledger/*/*.json")))
-
-
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    """One store, killed again and again, ends with the bytes of one that was never interrupted."""
-    text = write_text(tmp_path / "text.jsonl", n_documents=40)
-    out, hooks = tmp_path / "killed.zarr", [RESID, Z]
-    settings: dict[str, Any] = {"context_size": 16, "rows_per_group": 16, "batch_size": 32}
-    whole = capture(FakeModel(), TextSource(text), hooks, tmp_path / "whole.zarr", **settings)
-    code = NURSERY.format(
-        tests=str(Path(__file__).parent), text=str(text), hooks=hooks, out=str(out), settings=settings
-    )
-    nursery = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
-    rng = random.Random(0)
-    killed, rows = 0, [0]
-    for _ in range(10):
-        print(file=nursery.stdin, flush=True)
-        child = int(nursery.stdout.readline())
-        wanted, deadline = n_records(out) + rng.randrange(6), time.monotonic() + 10
-        while n_records(out) < wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 0.01))
-        os.kill(child, signal.SIGKILL)
-        print(file=nursery.stdin, flush=True)
-        killed += int(nursery.stdout.readline()) == signal.SIGKILL
-        rows.append(check_what_is_there(out) if out.exists() else 0)
-    nursery.stdin.close()
-    assert nursery.wait() == 0
-    assert killed >= 5
-    assert rows == sorted(rows), "committed rows were lost"
-    assert rows[-1] > 0
-    report = capture(FakeModel(), TextSource(text), hooks, out, **settings)
-    assert tree(out) == tree(whole.store.path)
-    assert report.store.verify() == []
 
 
 def test_leftovers_of_a_dead_writer_are_cleared(tmp_path: Path) -> None:
