@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
 from activations.layout import PLAN, ZARR_GROUPS, identity_fingerprint
+from activations.storage import StoredObject
 from activations.store import ActivationStore, Fault
 
 __all__ = ["verify_store"]
@@ -36,7 +37,7 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
     faults = [*_manifest_faults(store), *_metadata_faults(store)]
     done = 0
     for item in items:
-        faults += _check(store.path, item, owners)
+        faults += _check(StoredObject(store.storage, item.name), item, owners)
         done += item.record.n_bytes
         if progress is not None:
             progress(done, total)
@@ -57,39 +58,39 @@ def _arrays(store: ActivationStore) -> dict[str, ArrayLayout]:
     return store.layout.plan_arrays() | store.layout.hook_arrays(shapes)
 
 
-def _check(root: Path, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
-    path = root / item.name
+def _check(stored: StoredObject, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
     n_rows = item.row_stop - item.row_start
 
     def fault(problem: str, start: int = 0, stop: int = n_rows) -> Fault:
         hook = item.array.removeprefix("hooks/")
         return Fault(hook, item.row_start + start, item.row_start + stop, item.name, problem)
 
-    if not path.is_file():
+    size = stored.storage.size(stored.name)
+    if size is None:
         yield fault("missing")
         return
-    size = path.stat().st_size
     if size != item.record.n_bytes:
         how = "truncated" if size < item.record.n_bytes else "too long"
         yield fault(f"{how}: {size:,} bytes instead of {item.record.n_bytes:,}")
         return
-    digest = _digest(path)
+    digest = _digest(stored, size)
     if digest == item.record.xxh3_128:
         return
     if digest in owners:
         yield fault(f"swapped: holds the bytes of {owners[digest]}")
     elif item.layout is not None and item.record.crc32c:
-        for start, stop in damaged_rows(path, item.layout, item.record, n_rows):
+        for start, stop in damaged_rows(stored, item.layout, item.record, n_rows):
             yield fault("changed: the bytes do not have the recorded checksum", start, stop)
     else:
         yield fault("changed: the bytes do not have the recorded digest")
 
 
-def _digest(path: Path) -> str:
+def _digest(stored: StoredObject, size: int) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
+    piece = np.empty(min(READ_BYTES, size), np.uint8)
+    ranges = [(start, piece[: size - start]) for start in range(0, size, READ_BYTES)]
+    for (_, content), _ in zip(ranges, stored.storage.read_ranges(stored.name, size, ranges), strict=True):
+        digest.update(content.data)
     return digest.hexdigest()
 
 
@@ -105,11 +106,11 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
         return
     for group in ZARR_GROUPS:
         name = f"{group}/zarr.json".lstrip("/")
-        if _content(store.path / name) != GROUP_METADATA:
+        if _content(store, name) != GROUP_METADATA:
             yield Fault(group or "the store", 0, 0, name, "missing or changed")
     for array, layout in _arrays(store).items():
         name = f"{array}/zarr.json"
-        content = _content(store.path / name)
+        content = _content(store, name)
         if content != layout.metadata(_rows_shown(content, store.ledger.committed_rows(PLAN))):
             yield Fault(array.removeprefix("hooks/"), 0, 0, name, "missing or changed")
 
@@ -123,5 +124,8 @@ def _rows_shown(content: bytes, at_most: int) -> int:
     return n_rows if isinstance(n_rows, int) and 0 <= n_rows <= at_most else at_most
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _content(store: ActivationStore, name: str) -> bytes:
+    try:
+        return store.storage.read(name)
+    except FileNotFoundError:
+        return b""

@@ -18,6 +18,7 @@ from activations.ledger import Ledger
 from activations.manifest import ID_LENGTH, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
+from activations.storage import Storage, StoredObject, storage_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,26 +57,28 @@ class Fault(NamedTuple):
 class ActivationStore:
     """A store opened for reading; satisfies `ActivationSource`. Use `ActivationStore.open`."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, manifest: Mapping[str, Any]) -> None:
+        self.storage = storage
+        self.path = storage.location
+        """The folder, or the address in an object store."""
         self.manifest = manifest
         self.spec = CaptureSpec(**manifest["spec"])
         self.layout = StoreLayout(self.spec)
-        self._ledger = Ledger(path)
+        self._ledger = Ledger(storage)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
         self._cache_lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
-        """Open the store in a folder.
+    def open(cls, path: str | Path | Storage) -> "ActivationStore":
+        """Open the store in a folder, or at an address `s3://BUCKET/NAME` (`activations.storage`).
 
         Raises:
             UnknownNameError: there is none.
             InvalidInputError: the folder holds another artefact, or one of a newer version.
             IntegrityError: manifest or ledger are damaged.
         """
-        path = Path(path)
-        return cls(path, read_manifest(path, FORMAT))
+        storage = storage_at(path)
+        return cls(storage, read_manifest(storage, FORMAT))
 
     def refresh(self) -> None:
         """See what was committed meanwhile."""
@@ -268,7 +271,7 @@ class ActivationStore:
 
     def zarr(self) -> Any:
         """The same folder as a read-only `zarr.Group`, which verifies less and ignores the ledger."""
-        return open_zarr(self.path)
+        return open_zarr(self.storage)
 
     @property
     def ledger(self) -> Ledger:
@@ -301,21 +304,21 @@ class ActivationStore:
         for group in range(start // size, -(-stop // size)):
             yield group, max(start, group * size), min(stop, (group + 1) * size)
 
-    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[Path, ObjectRecord]:
+    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[StoredObject, ObjectRecord]:
         name = f"{array}/{layout.shard_name(group)}"
         record = self._ledger.records[capture][group].objects.get(name)
         if record is None:
             raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
-        return self.path / name, record
+        return StoredObject(self.storage, name), record
 
     def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
         self._require_rows(hook, start, stop)
         out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
         for group, first, last in self._pieces(start, stop):
-            path, record = self._record(self._capture_of[hook], array, layout, group)
+            shard, record = self._record(self._capture_of[hook], array, layout, group)
             what = f"{array}, rows {first:,} to {last:,}"
             within = first - group * self.spec.rows_per_group
-            read_raw(path, layout, record, within, out[first - start : last - start], what)
+            read_raw(shard, layout, record, within, out[first - start : last - start], what)
         return out
 
     def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
@@ -333,10 +336,10 @@ class ActivationStore:
         if cached is not None:
             return cached
         array = self.layout.column_array(column)
-        path, record = self._record(PLAN, array, layout, group)
+        shard, record = self._record(PLAN, array, layout, group)
         rows = self._ledger.records[PLAN][group]
         what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
-        values = read_packed(path, layout, record, rows.row_stop - rows.row_start, what)
+        values = read_packed(shard, layout, record, rows.row_stop - rows.row_start, what)
         with self._cache_lock:
             while len(self._cache) >= CACHED_COLUMNS:
                 self._cache.pop(next(iter(self._cache)))
@@ -352,7 +355,7 @@ class ActivationStore:
             name = self.layout.table_object(table, group)
             record = self._ledger.records[PLAN][group]
             what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
-            content = read_object(self.path / name, record.objects[name], what)
+            content = read_object(StoredObject(self.storage, name), record.objects[name], what)
             # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
             opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
             pieces.append(opened.read(use_threads=False))

@@ -1,0 +1,531 @@
+"""Where an artefact lies: a local folder, or a prefix of an S3-compatible object store. The only importer of obstore.
+
+Everything that reads or writes a store goes through a `Storage` and names objects by their paths below the artefact,
+with forward slashes. What both kinds promise:
+
+1. An object is there whole, or not at all. On a disk it is written under another name and renamed
+   (`activations.disk`); in an object store a put is atomic, and a multipart upload shows nothing before it completes.
+2. One writer at a time, by `lock` (`activations.locks`). Where the lock can be lost, in an object store, each write
+   first asks whether it still holds.
+3. `create` never replaces what another writer has put there.
+
+Requests to an object store take long and run well side by side, hence `read_many` and `read_ranges`: they work ahead
+of their caller, a few megabytes at most. Large objects go up in parts, a few of them in memory at once.
+
+An address is `s3://BUCKET/PREFIX`; endpoint, region, credentials and the like come from the usual environment variables
+(AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP,
+AWS_VIRTUAL_HOSTED_STYLE_REQUEST, …) and from nowhere else.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import xxhash
+
+from activations.disk import sync_folder, write_file
+from activations.errors import InvalidInputError
+from activations.locks import Lease, WriterLock
+
+__all__ = [
+    "LocalStorage",
+    "ObjectStorage",
+    "OtherSizeError",
+    "Storage",
+    "StoredObject",
+    "below",
+    "is_address",
+    "storage_at",
+]
+
+SCHEME = "s3://"
+PART_BYTES = 2**23
+"""Of a multipart upload, and of a request when a long stretch is read."""
+PARTS_IN_FLIGHT = 4
+REQUESTS_IN_FLIGHT = 8
+GIVE_UP_AFTER = timedelta(seconds=60)
+"""How long a failing request is tried again."""
+
+Ranges = Sequence[tuple[int, np.ndarray]]
+"""Stretches of an object: where each begins, and the uint8 array that takes it."""
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class OtherSizeError(OSError):
+    """An object has another size than expected."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"an object has {size:,} bytes, which is not what was expected")
+        self.size = size
+
+
+class Storage(Protocol):
+    """The objects of one artefact. Names have forward slashes; "" is the artefact itself."""
+
+    location: Path | str
+    """The folder, or the address."""
+    requests_in_flight: int
+    """How many reads pay side by side."""
+
+    def where(self, name: str) -> str:
+        """An object's path or address, for messages."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A whole object; raises `FileNotFoundError`."""
+        ...
+
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Whole objects, in order; raises `FileNotFoundError`."""
+        ...
+
+    def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
+        """Stretches of an object of `n_bytes` bytes, each copied to its array just before its turn is yielded.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            OtherSizeError: it has another size.
+        """
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None if it is not there."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies directly in a folder, sorted; those of folders end in a slash. Of a missing
+        folder there are none.
+
+        Raises:
+            NotADirectoryError: it is a file.
+        """
+        ...
+
+    def siblings(self) -> list[str]:
+        """Paths or addresses of what lies beside the artefact, for near misses."""
+        ...
+
+    def write(self, name: str, content: bytes | memoryview) -> str:
+        """Put an object whole or not at all, in place of any that is there; return its xxh3-128 (hex)."""
+        ...
+
+    def create(self, name: str, content: bytes) -> None:
+        """Put an object that is not there yet, or is already the same.
+
+        Raises:
+            FileExistsError: another writer has put something else there.
+        """
+        ...
+
+    def append(self, name: str, line: bytes) -> None:
+        """Add a line to a log, which is not protected by the lock."""
+        ...
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove objects, if they are there."""
+        ...
+
+    def make_folder(self, folder: str) -> None:
+        """Make a folder and those above it, where folders have to be made."""
+        ...
+
+    def sync_folder(self, folder: str) -> None:
+        """Make the names in a folder last through a power cut."""
+        ...
+
+    def remove_temporaries(self, folder: str) -> None:
+        """Remove what a dead writer left half written in a folder."""
+        ...
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """The right to write; raises `LockedError` if another writer has it."""
+        ...
+
+    def for_zarr(self) -> Any:
+        """What zarr opens: the folder, or an obstore store."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object of a storage."""
+
+    storage: Storage
+    name: str
+
+    @classmethod
+    def of(cls, place: "Path | StoredObject") -> "StoredObject":
+        """A file as an object of the folder that it lies in."""
+        return cls(LocalStorage(place.parent), place.name) if isinstance(place, Path) else place
+
+    def __str__(self) -> str:
+        return self.storage.where(self.name)
+
+
+def is_address(place: object) -> bool:
+    """Whether this names an object store and not a local path."""
+    return isinstance(place, str) and place.startswith(SCHEME)
+
+
+def below(place: str, name: str) -> str:
+    """The path or address of `name` below a folder or a prefix of an object store.
+
+    Raises:
+        InvalidInputError: `name` says by itself where it lies.
+    """
+    if is_address(name) or os.path.isabs(name):
+        raise InvalidInputError(f"{name!r} cannot lie below {place}; expected a name such as acts.zarr.")
+    return f"{place.rstrip('/')}/{name}"
+
+
+def storage_at(place: "str | Path | Storage") -> Storage:
+    """The storage at a local path or an address `s3://BUCKET/PREFIX`.
+
+    Raises:
+        InvalidInputError: the address is not one, or the extra `s3` is not installed.
+    """
+    if isinstance(place, str):
+        if is_address(place):
+            return ObjectStorage(place)
+        if "://" in place:
+            raise InvalidInputError(
+                f"The address {place!r} is of an unknown kind; expected s3://BUCKET/NAME or a path."
+            )
+        return LocalStorage(Path(place))
+    return LocalStorage(place) if isinstance(place, Path) else place
+
+
+class LocalStorage:
+    """A folder.
+
+    Args:
+        folder: the artefact; it may be missing.
+    """
+
+    requests_in_flight = 1
+
+    def __init__(self, folder: Path) -> None:
+        self.location: Path | str = folder
+        self._root = folder
+
+    def where(self, name: str) -> str:
+        return str(self._root / name)
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        return map(self.read, names)
+
+    def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
+        with open(self._root / name, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != n_bytes:
+                raise OtherSizeError(size)
+            for offset, target in ranges:
+                if os.preadv(file.fileno(), [target.data], offset) != len(target):
+                    raise OtherSizeError(os.fstat(file.fileno()).st_size)  # cut meanwhile
+                yield
+
+    def size(self, name: str) -> int | None:
+        path = self._root / name
+        return path.stat().st_size if path.is_file() else None
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(self._root / folder) as entries:
+                return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+        except FileNotFoundError:
+            return []
+
+    def siblings(self) -> list[str]:
+        parent = self._root.parent
+        return [str(child) for child in parent.iterdir()] if parent.is_dir() else []
+
+    def write(self, name: str, content: bytes | memoryview) -> str:
+        return write_file(self._root / name, content)
+
+    def create(self, name: str, content: bytes) -> None:
+        write_file(self._root / name, content)  # the lock has kept others out
+
+    def append(self, name: str, line: bytes) -> None:
+        with open(self._root / name, "ab") as file:
+            file.write(line)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self._root / name).unlink(missing_ok=True)
+
+    def make_folder(self, folder: str) -> None:
+        (self._root / folder).mkdir(parents=True, exist_ok=True)
+
+    def sync_folder(self, folder: str) -> None:
+        sync_folder(self._root / folder)
+
+    def remove_temporaries(self, folder: str) -> None:
+        self.delete(f"{folder}/{name}".lstrip("/") for name in self.names(folder) if ".tmp-" in name)
+
+    def lock(self) -> WriterLock:
+        return WriterLock(self._root)
+
+    def for_zarr(self) -> Path:
+        return self._root
+
+
+class ObjectStorage:
+    """A prefix of a bucket in an S3-compatible object store.
+
+    Args:
+        address: `s3://BUCKET/PREFIX`.
+
+    Raises:
+        InvalidInputError: the address is not one, or the extra `s3` is not installed.
+    """
+
+    requests_in_flight = REQUESTS_IN_FLIGHT
+
+    def __init__(self, address: str) -> None:
+        bucket, *segments = address.removeprefix(SCHEME).rstrip("/").split("/")
+        if not bucket or not segments or any(segment in ("", ".", "..") for segment in segments):
+            raise InvalidInputError(f"The address {address!r} cannot be read; expected s3://BUCKET/NAME.")
+        self.address = f"{SCHEME}{bucket}/{'/'.join(segments)}"
+        self.location: Path | str = self.address
+        self._bucket, self._segments = bucket, segments
+        self._store = _s3(bucket, "/".join(segments))
+        self._lease: Lease | None = None
+
+    def where(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def read(self, name: str) -> bytes:
+        return self.read_tagged(name)[0]
+
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        return self._ahead(self.read, names, REQUESTS_IN_FLIGHT)
+
+    def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
+        if not ranges:
+            self._require_size(name, n_bytes)
+
+        def request(stretches: Ranges) -> memoryview:
+            return self._stretch(name, n_bytes, stretches[0][0], stretches[-1][0] + len(stretches[-1][1]))
+
+        joined = list(_joined(ranges))
+        for stretches, content in zip(joined, self._ahead(request, joined, PARTS_IN_FLIGHT), strict=True):
+            for offset, target in stretches:
+                start = offset - stretches[0][0]
+                target[:] = np.frombuffer(content[start : start + len(target)], np.uint8)
+                yield
+
+    def size(self, name: str) -> int | None:
+        import obstore
+
+        with self._errors(name):
+            try:
+                return int(obstore.head(self._store, name)["size"])
+            except FileNotFoundError:
+                return None
+
+    def names(self, folder: str) -> list[str]:
+        return self._names(self._store, folder)
+
+    def siblings(self) -> list[str]:
+        above = "/".join([self._bucket, *self._segments[:-1]])
+        with contextlib.suppress(OSError):
+            names = self._names(_s3(self._bucket), "/".join(self._segments[:-1]))
+            return [f"{SCHEME}{above}/{name.rstrip('/')}" for name in names]
+        return []
+
+    def write(self, name: str, content: bytes | memoryview) -> str:
+        import obstore
+
+        self._require_lease()
+        with self._errors(name):
+            obstore.put(self._store, name, content, chunk_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT)
+        return xxhash.xxh3_128_hexdigest(content)
+
+    def create(self, name: str, content: bytes) -> None:
+        self._require_lease()
+        try:
+            self.put_if(name, content, None)
+        except FileExistsError:
+            # Perhaps an attempt of ours had arrived, and only the answer got lost.
+            if self.read(name) != content:
+                raise
+            self._require_lease()
+
+    def append(self, name: str, line: bytes) -> None:
+        """Each line is an object of its own, below the log's name without its suffix."""
+        stem = name.partition(".")[0]
+        self.put_if(f"{stem}/{time.time_ns():020d}-{secrets.token_hex(4)}.json", line, None)
+
+    def delete(self, names: Iterable[str]) -> None:
+        import obstore
+
+        self._require_lease()
+        wanted = list(names)
+        with self._errors(wanted[0] if wanted else ""):
+            obstore.delete(self._store, wanted)
+
+    def make_folder(self, folder: str) -> None:
+        """An object store has no folders."""
+
+    def sync_folder(self, folder: str) -> None:
+        """An answered put has arrived."""
+
+    def remove_temporaries(self, folder: str) -> None:
+        """A put that was cut short shows nothing. Parts of a dead multipart upload are the bucket's to clear away (a
+        lifecycle rule for incomplete uploads)."""
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        with Lease(self) as self._lease:
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    def for_zarr(self) -> Any:
+        return self._store
+
+    def read_tagged(self, name: str) -> tuple[bytes, str]:
+        """An object's content and the tag of this version of it."""
+        import obstore
+
+        with self._errors(name):
+            result = obstore.get(self._store, name)
+            return bytes(result.bytes()), result.meta["e_tag"] or ""
+
+    def put_if(self, name: str, content: bytes, tag: str | None) -> str:
+        """Put an object if its current version has this tag, or with None if there is none; return the new tag.
+
+        Raises:
+            FileExistsError: the condition does not hold.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self._errors(name):
+            try:
+                mode: Any = "create" if tag is None else {"e_tag": tag}
+                return str(obstore.put(self._store, name, content, mode=mode, use_multipart=False)["e_tag"])
+            except (AlreadyExistsError, PreconditionError) as error:
+                raise FileExistsError(f"{self.where(name)} was put there by another writer") from error
+            except FileNotFoundError as error:
+                if tag is None:  # no such bucket
+                    raise
+                raise FileExistsError(f"{self.where(name)} was deleted") from error
+
+    def _require_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.require_held()
+
+    def _require_size(self, name: str, n_bytes: int) -> None:
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self.where(name)} is not there")
+        if size != n_bytes:
+            raise OtherSizeError(size)
+
+    def _stretch(self, name: str, n_bytes: int, start: int, stop: int) -> memoryview:
+        import obstore
+
+        try:
+            with self._errors(name):
+                result = obstore.get(self._store, name, options={"range": (start, stop)})
+                size, content = result.meta["size"], memoryview(result.bytes())
+        except FileNotFoundError:
+            raise
+        except OSError:
+            self._require_size(name, n_bytes)  # a stretch past the end is refused by the server
+            raise
+        if size != n_bytes:
+            raise OtherSizeError(size)
+        return content
+
+    def _names(self, store: Any, folder: str) -> list[str]:
+        import obstore
+
+        with self._errors(folder):
+            found = obstore.list_with_delimiter(store, folder)
+        folders = (f"{prefix.rpartition('/')[2]}/" for prefix in found["common_prefixes"])
+        return sorted([*folders, *(known["path"].rpartition("/")[2] for known in found["objects"])])
+
+    def _ahead(self, function: Callable[[S], T], items: Sequence[S], in_flight: int) -> Iterator[T]:
+        """`map`, but up to `in_flight` calls run ahead of the caller."""
+        if len(items) == 1:
+            yield function(items[0])
+            return
+        waiting: deque[Future[T]] = deque()
+        left = iter(items)
+        try:
+            while True:
+                for item in itertools.islice(left, in_flight - len(waiting)):
+                    waiting.append(self._pool.submit(function, item))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "requests")
+
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Turn obstore's errors into those of files, which every caller knows."""
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.where(name)} is not there ({_reason(error)})") from error
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise PermissionError(f"{self.where(name)} is not allowed ({_reason(error)})") from error
+        except BaseError as error:
+            raise OSError(f"{self.where(name)} cannot be reached ({_reason(error)})") from error
+
+
+def _s3(bucket: str, prefix: str | None = None) -> Any:
+    try:
+        from obstore.store import S3Store
+    except ImportError as error:
+        raise InvalidInputError(
+            f"{SCHEME}{bucket} is in an object store, which needs the package obstore: "
+            "pip install 'scope-workbench[s3]'."
+        ) from error
+    return S3Store(bucket, prefix=prefix, retry_config={"retry_timeout": GIVE_UP_AFTER})
+
+
+def _reason(error: Exception) -> str:
+    """The server's own words, or what happened on the way to it."""
+    said = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", str(error), re.DOTALL)
+    return f"{said[1]}: {said[2]}" if said else str(error).partition("\n")[0]
+
+
+def _joined(ranges: Ranges) -> Iterator[Ranges]:
+    """Ascending stretches gathered into requests that span about `PART_BYTES` each."""
+    batch: list[tuple[int, np.ndarray]] = []
+    for offset, target in ranges:
+        if batch and offset + len(target) - batch[0][0] > PART_BYTES:
+            yield batch
+            batch = []
+        batch.append((offset, target))
+    if batch:
+        yield batch
