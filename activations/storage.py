@@ -56,6 +56,7 @@ PART_BYTES = 2**23
 """Of a multipart upload, and of a request when a long stretch is read."""
 PARTS_IN_FLIGHT = 4
 REQUESTS_IN_FLIGHT = 8
+READERS = 4
 GIVE_UP_AFTER = timedelta(seconds=60)
 """How long a failing request is tried again."""
 
@@ -78,8 +79,8 @@ class Storage(Protocol):
 
     location: Path | str
     """The folder, or the address."""
-    requests_in_flight: int
-    """How many reads pay side by side."""
+    readers: int
+    """How many objects to read side by side."""
 
     def where(self, name: str) -> str:
         """An object's path or address, for messages."""
@@ -216,7 +217,7 @@ class LocalStorage:
         folder: the artefact; it may be missing.
     """
 
-    requests_in_flight = 1
+    readers = 1
 
     def __init__(self, folder: Path) -> None:
         self.location: Path | str = folder
@@ -296,7 +297,7 @@ class ObjectStorage:
         InvalidInputError: the address is not one, or the extra `s3` is not installed.
     """
 
-    requests_in_flight = REQUESTS_IN_FLIGHT
+    readers = READERS
 
     def __init__(self, address: str) -> None:
         bucket, *segments = address.removeprefix(SCHEME).rstrip("/").split("/")
@@ -309,7 +310,7 @@ class ObjectStorage:
         self._lease: Lease | None = None
 
     def where(self, name: str) -> str:
-        return f"{self.address}/{name}"
+        return f"{self.address}/{name}".rstrip("/")
 
     def read(self, name: str) -> bytes:
         return self.read_tagged(name)[0]
@@ -495,11 +496,12 @@ class ObjectStorage:
         try:
             yield
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.where(name)} is not there ({_reason(error)})") from error
+            kind = OSError if "NoSuchBucket" in str(error) else FileNotFoundError
+            raise kind(f"{self.where(name)} is not there ({_reason(error)})") from error
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise PermissionError(f"{self.where(name)} is not allowed ({_reason(error)})") from error
         except BaseError as error:
-            raise OSError(f"{self.where(name)} cannot be reached ({_reason(error)})") from error
+            raise OSError(f"{self.where(name)} could not be read or written ({_reason(error)})") from error
 
 
 def _s3(bucket: str, prefix: str | None = None) -> Any:
