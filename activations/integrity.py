@@ -1,8 +1,7 @@
 """`ActivationStore.verify`: is every byte still what the ledger recorded?"""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,11 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
     owners = {item.record.xxh3_128: item.name for item in items}
     faults = [*_manifest_faults(store), *_metadata_faults(store)]
     done = 0
-    for item, found in zip(items, _checked(store, items, owners), strict=True):
+
+    def check(item: _Item) -> list[Fault]:
+        return list(_check(StoredObject(store.storage, item.name), item, owners))
+
+    for item, found in zip(items, store.storage.map(check, items), strict=True):
         faults += found
         done += item.record.n_bytes
         if progress is not None:
@@ -57,19 +60,6 @@ def _items(store: ActivationStore) -> Iterator[_Item]:
 def _arrays(store: ActivationStore) -> dict[str, ArrayLayout]:
     shapes = {hook: store.hook_shape(hook) for hook in store.hooks}
     return store.layout.plan_arrays() | store.layout.hook_arrays(shapes)
-
-
-def _checked(store: ActivationStore, items: Iterable[_Item], owners: dict[str, str]) -> Iterator[list[Fault]]:
-    """The faults of each item; where requests take long, several items are read side by side."""
-
-    def check(item: _Item) -> list[Fault]:
-        return list(_check(StoredObject(store.storage, item.name), item, owners))
-
-    if store.storage.readers == 1:
-        yield from map(check, items)
-        return
-    with ThreadPoolExecutor(store.storage.readers) as pool:
-        yield from pool.map(check, items)
 
 
 def _check(stored: StoredObject, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:

@@ -137,7 +137,7 @@ class Ledger:
     def _read_capture(self, capture: str, names: list[str]) -> Iterator[GroupRecord]:
         pattern = re.compile(r"\d{8}\.json|segment-\d{6}\.jsonl")
         paths = [_of(capture, name) for name in names if pattern.fullmatch(name)]
-        for path, content in zip(paths, self._storage.read_many(paths), strict=True):
+        for path, content in zip(paths, self._storage.map(self._storage.read, paths), strict=True):
             for line in content.splitlines():
                 yield GroupRecord.from_line(line, self._storage.where(path))
 

@@ -13,7 +13,8 @@ Cheriton, "Leases", SOSP 1989):
    process that slept through its lease therefore writes nothing more once another has it. What was on its way to the
    server at that moment may still arrive: records of the ledger are created only if absent, and everything else has
    the bytes that the next writer gives it as well.
-4. It is given back by a last renewal that has expired already. Deleting it could hit the lease of the next writer.
+4. It is given back by replacing it with an empty one, under the same condition. Deleting it could hit the lease of the
+   next writer.
 
 The clocks of hosts may differ by `SKEW_SECONDS`.
 """
@@ -39,6 +40,10 @@ LEASE_SECONDS = 60.0
 RENEWALS = 3
 """Attempts to renew a lease within its length."""
 SKEW_SECONDS = 5.0
+NOBODY = b"{}"
+"""The content of a lease that was given back."""
+NO_TAG = '"00000000000000000000000000000000"'
+"""A tag that no version of an object has."""
 
 
 class WriterLock:
@@ -148,7 +153,11 @@ class Lease:
     def __enter__(self) -> "Lease":
         while not self._try():
             pass  # somebody else was quicker: see who
-        self._require_conditions()
+        try:
+            self._require_conditions()
+        except BaseException:
+            self._give_back()
+            raise
         self._thread.start()
         return self
 
@@ -157,9 +166,7 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        with self._renewing, contextlib.suppress(OSError):  # what cannot be given back expires by itself
-            if self._taken_by is None:
-                self._store.put_if(LOCK_NAME, self._content(0.0), self._tag)
+        self._give_back()
 
     def require_held(self) -> None:
         """Raise `LockedError` if the lease was lost."""
@@ -169,10 +176,16 @@ class Lease:
             except OSError as error:
                 raise LockedError(f"{self._loss()} It could not be renewed: {error}.") from error
         if self._taken_by is not None:
+            since = "Another writer has had it since, or it was deleted."
+            to = f"It belongs to {_name(self._taken_by)} now." if self._taken_by else since
             raise LockedError(
-                f"{self._loss()} It belongs to {_name(self._taken_by)} now. Nothing more was committed; run the same "
-                "again when that has ended."
+                f"{self._loss()} {to} Nothing more was committed; run the same again when no other writer is at work."
             )
+
+    def _give_back(self) -> None:
+        with self._renewing, contextlib.suppress(OSError):  # what cannot be given back expires by itself
+            if self._taken_by is None:
+                self._store.put_if(LOCK_NAME, NOBODY, self._tag)
 
     def _loss(self) -> str:
         return f"This process ({os.getpid()}) lost its lease on {self._store.address}."
@@ -185,20 +198,19 @@ class Lease:
             raise self._refusal(holder)
         began = _now()
         try:
-            self._hold(self._store.put_if(LOCK_NAME, self._content(LEASE_SECONDS), tag or None), began)
+            self._hold(self._store.put_if(LOCK_NAME, self._content(), tag or None), began)
         except FileExistsError:
             return False
         return True
 
     def _require_conditions(self) -> None:
-        try:
-            self._store.put_if(LOCK_NAME, self._content(0.0), None)
-        except FileExistsError:
-            return
-        raise InvalidInputError(
-            f"The server of {self._store.address} ignores the condition of a put (If-None-Match), so that two writers "
-            "could not be kept apart. Write to a server that honours it, or to a local folder."
-        )
+        for condition, tag in (("If-None-Match", None), ("If-Match", NO_TAG)):
+            with contextlib.suppress(FileExistsError):
+                self._tag = self._store.put_if(LOCK_NAME, NOBODY, tag)
+                raise InvalidInputError(
+                    f"The server of {self._store.address} ignores the condition {condition} of a put, so that two "
+                    "writers could not be kept apart. Write to a server that honours it, or to a local folder."
+                )
 
     def _keep(self) -> None:
         """Body of the thread."""
@@ -213,7 +225,7 @@ class Lease:
             while self._taken_by is None:
                 began = _now()
                 try:
-                    self._hold(self._store.put_if(LOCK_NAME, self._content(LEASE_SECONDS), self._tag), began)
+                    self._hold(self._store.put_if(LOCK_NAME, self._content(), self._tag), began)
                     return
                 except FileExistsError:
                     holder, self._tag = self._read()
@@ -230,8 +242,8 @@ class Lease:
     def _hold(self, tag: str, began: float) -> None:
         self._tag, self._until = tag, began + LEASE_SECONDS
 
-    def _content(self, seconds: float) -> bytes:
-        expires = time.time() + seconds if seconds else 0.0
+    def _content(self) -> bytes:
+        expires = time.time() + LEASE_SECONDS
         return json.dumps({**_whoami(), "namespace": _namespace(), "token": self._token, "expires": expires}).encode()
 
     def _refusal(self, holder: dict[str, Any]) -> LockedError:

@@ -9,8 +9,8 @@ with forward slashes. What both kinds promise:
    first asks whether it still holds.
 3. `create` never replaces what another writer has put there.
 
-Requests to an object store take long and run well side by side, hence `read_many` and `read_ranges`: they work ahead
-of their caller, a few megabytes at most. Large objects go up in parts, a few of them in memory at once.
+Requests to an object store take long and run well side by side, hence `map` and `read_ranges`: there they work ahead of
+their caller, a few megabytes at most. Large objects go up in parts, a few of them in memory at once.
 
 An address is `s3://BUCKET/PREFIX`; endpoint, region, credentials and the like come from the usual environment variables
 (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP,
@@ -29,7 +29,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -53,10 +52,12 @@ __all__ = [
 
 SCHEME = "s3://"
 PART_BYTES = 2**23
-"""Of a multipart upload, and of a request when a long stretch is read."""
+"""Of a multipart upload."""
 PARTS_IN_FLIGHT = 4
-REQUESTS_IN_FLIGHT = 8
-READERS = 4
+REQUEST_BYTES = 2**22
+"""Of a request when a long stretch is read."""
+REQUESTS_AHEAD = 4
+WORKERS = 8
 GIVE_UP_AFTER = timedelta(seconds=60)
 """How long a failing request is tried again."""
 
@@ -79,8 +80,6 @@ class Storage(Protocol):
 
     location: Path | str
     """The folder, or the address."""
-    readers: int
-    """How many objects to read side by side."""
 
     def where(self, name: str) -> str:
         """An object's path or address, for messages."""
@@ -90,8 +89,8 @@ class Storage(Protocol):
         """A whole object; raises `FileNotFoundError`."""
         ...
 
-    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Whole objects, in order; raises `FileNotFoundError`."""
+    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        """`function` of each item, in order; a few side by side where that pays. Not to be nested."""
         ...
 
     def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
@@ -217,8 +216,6 @@ class LocalStorage:
         folder: the artefact; it may be missing.
     """
 
-    readers = 1
-
     def __init__(self, folder: Path) -> None:
         self.location: Path | str = folder
         self._root = folder
@@ -229,8 +226,8 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
 
-    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
-        return map(self.read, names)
+    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        return map(function, items)
 
     def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
         with open(self._root / name, "rb", buffering=0) as file:
@@ -297,8 +294,6 @@ class ObjectStorage:
         InvalidInputError: the address is not one, or the extra `s3` is not installed.
     """
 
-    readers = READERS
-
     def __init__(self, address: str) -> None:
         bucket, *segments = address.removeprefix(SCHEME).rstrip("/").split("/")
         if not bucket or not segments or any(segment in ("", ".", "..") for segment in segments):
@@ -308,6 +303,9 @@ class ObjectStorage:
         self._bucket, self._segments = bucket, segments
         self._store = _s3(bucket, "/".join(segments))
         self._lease: Lease | None = None
+        # Two pools, since what runs in the first waits for requests in the second.
+        self._workers = ThreadPoolExecutor(WORKERS, "workers")
+        self._requests = ThreadPoolExecutor(WORKERS, "requests")
 
     def where(self, name: str) -> str:
         return f"{self.address}/{name}".rstrip("/")
@@ -315,8 +313,8 @@ class ObjectStorage:
     def read(self, name: str) -> bytes:
         return self.read_tagged(name)[0]
 
-    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
-        return self._ahead(self.read, names, REQUESTS_IN_FLIGHT)
+    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        return _ahead(self._workers, function, items, WORKERS)
 
     def read_ranges(self, name: str, n_bytes: int, ranges: Ranges) -> Iterator[None]:
         if not ranges:
@@ -326,7 +324,8 @@ class ObjectStorage:
             return self._stretch(name, n_bytes, stretches[0][0], stretches[-1][0] + len(stretches[-1][1]))
 
         joined = list(_joined(ranges))
-        for stretches, content in zip(joined, self._ahead(request, joined, PARTS_IN_FLIGHT), strict=True):
+        contents = map(request, joined) if len(joined) == 1 else _ahead(self._requests, request, joined, REQUESTS_AHEAD)
+        for stretches, content in zip(joined, contents, strict=True):
             for offset, target in stretches:
                 start = offset - stretches[0][0]
                 target[:] = np.frombuffer(content[start : start + len(target)], np.uint8)
@@ -466,28 +465,6 @@ class ObjectStorage:
         folders = (f"{prefix.rpartition('/')[2]}/" for prefix in found["common_prefixes"])
         return sorted([*folders, *(known["path"].rpartition("/")[2] for known in found["objects"])])
 
-    def _ahead(self, function: Callable[[S], T], items: Sequence[S], in_flight: int) -> Iterator[T]:
-        """`map`, but up to `in_flight` calls run ahead of the caller."""
-        if len(items) == 1:
-            yield function(items[0])
-            return
-        waiting: deque[Future[T]] = deque()
-        left = iter(items)
-        try:
-            while True:
-                for item in itertools.islice(left, in_flight - len(waiting)):
-                    waiting.append(self._pool.submit(function, item))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "requests")
-
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         """Turn obstore's errors into those of files, which every caller knows."""
@@ -521,11 +498,26 @@ def _reason(error: Exception) -> str:
     return f"{said[1]}: {said[2]}" if said else str(error).partition("\n")[0]
 
 
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], in_flight: int) -> Iterator[T]:
+    """`map`, but up to `in_flight` calls run ahead of the caller."""
+    waiting: deque[Future[T]] = deque()
+    left = iter(items)
+    try:
+        while True:
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(left, in_flight - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
 def _joined(ranges: Ranges) -> Iterator[Ranges]:
-    """Ascending stretches gathered into requests that span about `PART_BYTES` each."""
+    """Ascending stretches gathered into requests that span about `REQUEST_BYTES` each."""
     batch: list[tuple[int, np.ndarray]] = []
     for offset, target in ranges:
-        if batch and offset + len(target) - batch[0][0] > PART_BYTES:
+        if batch and offset + len(target) - batch[0][0] > REQUEST_BYTES:
             yield batch
             batch = []
         batch.append((offset, target))

@@ -180,10 +180,15 @@ class ActivationStore:
         out = np.empty((len(rows), *shape), layout.storage_dtype)
         order = np.argsort(rows, kind="stable")
         chunks = rows[order] // layout.rows_per_chunk
-        for places in np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(rows) else []:
+
+        def read(places: np.ndarray) -> None:
             first, last = int(rows[places[0]]), int(rows[places[-1]])
             piece = self._read_raw(hook, self.layout.hook_array(hook), layout, first, last + 1)
             out[places] = piece.take(rows[places] - first, axis=0)
+
+        if len(rows):
+            for _ in self.storage.map(read, np.split(order, np.flatnonzero(np.diff(chunks)) + 1)):
+                pass
         return out
 
     def block_rows(self, hook: str) -> int:
@@ -350,12 +355,14 @@ class ActivationStore:
         import pyarrow
         from pyarrow import parquet
 
-        pieces = []
-        for group in range(self._ledger.committed_groups(PLAN)):
+        def content_of(group: int) -> bytes:
             name = self.layout.table_object(table, group)
             record = self._ledger.records[PLAN][group]
             what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
-            content = read_object(StoredObject(self.storage, name), record.objects[name], what)
+            return read_object(StoredObject(self.storage, name), record.objects[name], what)
+
+        pieces = []
+        for content in self.storage.map(content_of, range(self._ledger.committed_groups(PLAN))):
             # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
             opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
             pieces.append(opened.read(use_threads=False))
