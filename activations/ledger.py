@@ -146,7 +146,7 @@ class Ledger:
         if capture in self.declarations:
             return
         self._storage.make_folder(_of(capture))
-        self._storage.write(
+        self._storage.create(
             _of(capture, "capture.json"), (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
         )
         self.declarations[capture] = dict(content)
@@ -198,7 +198,7 @@ class Ledger:
             return
         name = _of(capture, f"segment-{segment:06d}.jsonl")
         if self._storage.size(name) is None:
-            self._storage.write(name, b"".join(records[group].to_line() for group in groups))
+            self._storage.create(name, b"".join(records[group].to_line() for group in groups))
         self._storage.delete(_of(capture, _record_name(group)) for group in groups)
 
 

@@ -11,8 +11,9 @@ Cheriton, "Leases", SOSP 1989):
 2. A thread renews it several times before it expires, again with `If-Match`.
 3. Before each write its holder asks its own clock whether the lease still runs, and if not, renews it or stops. A
    process that slept through its lease therefore writes nothing more once another has it. What was on its way to the
-   server at that moment may still arrive: records of the ledger are created only if absent, and everything else has
-   the bytes that the next writer gives it as well.
+   server at that moment may still arrive. So objects that are created once are created only if absent, those that
+   change are replaced only if they are still the ones that were read, and rows, which are written unconditionally
+   (the parts of a large object cannot be otherwise), have the bytes that the next writer gives them as well.
 4. It is given back by replacing it with an empty one, under the same condition. Deleting it could hit the lease of the
    next writer.
 

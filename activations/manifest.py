@@ -58,7 +58,7 @@ def write_manifest(
         "created_by": created_by,
         **extra,
     }
-    storage_at(folder).write(MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+    storage_at(folder).replace(MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
     return manifest
 
 

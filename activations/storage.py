@@ -7,7 +7,7 @@ with forward slashes. What both kinds promise:
    (`activations.disk`); in an object store a put is atomic, and a multipart upload shows nothing before it completes.
 2. One writer at a time, by `lock` (`activations.locks`). Where the lock can be lost, in an object store, each write
    first asks whether it still holds.
-3. `create` never replaces what another writer has put there.
+3. `create` and `replace` never overwrite what another writer has put there meanwhile.
 
 Requests to an object store take long and run well side by side, hence `map` and `read_ranges`: there they work ahead of
 their caller, a few megabytes at most. Large objects go up in parts, a few of them in memory at once.
@@ -58,6 +58,9 @@ REQUEST_BYTES = 2**22
 """Of a request when a long stretch is read."""
 REQUESTS_AHEAD = 4
 WORKERS = 8
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+INSTANCE_METADATA = "169.254.169.254"
+"""Where obstore looks for the credentials of a cloud machine if the environment has none."""
 GIVE_UP_AFTER = timedelta(seconds=60)
 """How long a failing request is tried again."""
 
@@ -124,10 +127,18 @@ class Storage(Protocol):
         ...
 
     def create(self, name: str, content: bytes) -> None:
-        """Put an object that is not there yet, or is already the same.
+        """As `write`, for an object that is not there yet, or is the same.
 
         Raises:
             FileExistsError: another writer has put something else there.
+        """
+        ...
+
+    def replace(self, name: str, content: bytes) -> None:
+        """As `write`, for an object that may be there with this or another content.
+
+        Raises:
+            FileExistsError: another writer has changed it meanwhile.
         """
         ...
 
@@ -260,6 +271,11 @@ class LocalStorage:
     def create(self, name: str, content: bytes) -> None:
         write_file(self._root / name, content)  # the lock has kept others out
 
+    def replace(self, name: str, content: bytes) -> None:
+        path = self._root / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_file(path, content)
+
     def append(self, name: str, line: bytes) -> None:
         with open(self._root / name, "ab") as file:
             file.write(line)
@@ -359,14 +375,12 @@ class ObjectStorage:
         return xxhash.xxh3_128_hexdigest(content)
 
     def create(self, name: str, content: bytes) -> None:
-        self._require_lease()
-        try:
-            self.put_if(name, content, None)
-        except FileExistsError:
-            # Perhaps an attempt of ours had arrived, and only the answer got lost.
-            if self.read(name) != content:
-                raise
-            self._require_lease()
+        self._put_unless_changed(name, content, None)
+
+    def replace(self, name: str, content: bytes) -> None:
+        there, tag = self._read_if_there(name)
+        if there != content:
+            self._put_unless_changed(name, content, tag)
 
     def append(self, name: str, line: bytes) -> None:
         """Each line is an object of its own, below the log's name without its suffix."""
@@ -430,6 +444,22 @@ class ObjectStorage:
                     raise
                 raise FileExistsError(f"{self.where(name)} was deleted") from error
 
+    def _put_unless_changed(self, name: str, content: bytes, tag: str | None) -> None:
+        self._require_lease()
+        try:
+            self.put_if(name, content, tag)
+        except FileExistsError:
+            self._require_lease()  # says who it was, if it was lost
+            # Perhaps an attempt of ours had arrived, and only the answer got lost.
+            if self._read_if_there(name)[0] != content:
+                raise
+
+    def _read_if_there(self, name: str) -> tuple[bytes | None, str | None]:
+        try:
+            return self.read_tagged(name)
+        except FileNotFoundError:
+            return None, None
+
     def _require_lease(self) -> None:
         if self._lease is not None:
             self._lease.require_held()
@@ -482,6 +512,12 @@ class ObjectStorage:
 
 
 def _s3(bucket: str, prefix: str | None = None) -> Any:
+    endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
+    if endpoint.startswith("http:") and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in ("true", "1"):
+        raise InvalidInputError(
+            f"The endpoint {endpoint} has no TLS, so that everybody on the way reads along. Set AWS_ALLOW_HTTP=true if "
+            "that may be, or give one with https."
+        )
     try:
         from obstore.store import S3Store
     except ImportError as error:
@@ -494,6 +530,8 @@ def _s3(bucket: str, prefix: str | None = None) -> Any:
 
 def _reason(error: Exception) -> str:
     """The server's own words, or what happened on the way to it."""
+    if INSTANCE_METADATA in str(error):
+        return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     said = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", str(error), re.DOTALL)
     return f"{said[1]}: {said[2]}" if said else str(error).partition("\n")[0]
 

@@ -183,12 +183,13 @@ class StoreWriter:
     def update_shapes(self) -> None:
         """Let the arrays' `zarr.json` show what is committed."""
         with self._shapes_lock:
-            for capture in self.ledger.declarations:
-                rows = self.ledger.committed_rows(capture)
-                for array, layout in self._arrays_of(capture).items():
-                    name, content = f"{array}/zarr.json", layout.metadata(rows)
-                    if self.storage.size(name) is None or self.storage.read(name) != content:
-                        self.storage.write(name, content)
+            metadata = [
+                (f"{array}/zarr.json", layout.metadata(self.ledger.committed_rows(capture)))
+                for capture in self.ledger.declarations
+                for array, layout in self._arrays_of(capture).items()
+            ]
+            for _ in self.storage.map(lambda shown: self.storage.replace(*shown), metadata):
+                pass
             self._shapes_at = time.monotonic()
 
     def _create(self) -> None:
@@ -227,7 +228,7 @@ class StoreWriter:
         path = f"{folder}/{name}".lstrip("/")
         if self.storage.size(path) is None:
             self.storage.make_folder(folder)
-            self.storage.write(path, content)
+            self.storage.create(path, content)
 
     def _object(self, name: str) -> StoredObject:
         return StoredObject(self.storage, name)

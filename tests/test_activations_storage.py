@@ -32,7 +32,7 @@ from activations.errors import (
 )
 from activations.ledger import GroupRecord, Ledger
 from activations.source import float32_to_bf16
-from activations.storage import LocalStorage, OtherSizeError, below, storage_at
+from activations.storage import LocalStorage, ObjectStorage, OtherSizeError, below, storage_at
 from activations.store import ActivationStore
 from activations.text import TextSource
 
@@ -118,6 +118,12 @@ def test_both_storages_behave_alike(kind: str, tmp_path: Path, address: str) -> 
     assert storage.write("b/c", content) == storage.write("b/d e%20é", memoryview(content))
     storage.create("f", b"first")
     storage.create("f", b"first")
+    for changed in (b"second", b"second", b"third"):
+        storage.replace("f", changed)
+        assert storage.read("f") == changed
+    storage.replace("g", b"new")
+    storage.delete(["g"])
+    storage.replace("f", b"first")
     assert storage.names("") == ["b/", "f"]
     assert storage.names("b") == ["c", "d e%20é"]
     assert storage.size("b/c") == 1000
@@ -433,6 +439,25 @@ def test_a_record_is_committed_once(address: str) -> None:
     assert Ledger(address).records["x"] == {3: record}
 
 
+def test_what_changed_meanwhile_is_not_replaced(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that stops between its look and its put, and goes on when another has been there."""
+    storage = storage_at(address)
+    put_if = ObjectStorage.put_if
+
+    def slow(self: ObjectStorage, name: str, content: bytes, tag: str | None) -> str:
+        put(address, name, b"of another writer")
+        return put_if(self, name, content, tag)
+
+    for before in (None, b"old"):
+        if before is not None:
+            put(address, "zarr.json", before)
+        monkeypatch.setattr(ObjectStorage, "put_if", slow)
+        with pytest.raises(FileExistsError, match=r"zarr\.json was put there by another writer"):
+            storage.replace("zarr.json", b"mine")
+        monkeypatch.undo()
+        assert objects(address) == {"zarr.json": b"of another writer"}
+
+
 FIRST = """
 import sys, time
 sys.path.insert(0, {tests!r})
@@ -575,6 +600,10 @@ def test_wrong_addresses(text: Path, monkeypatch: pytest.MonkeyPatch, address: s
         run(text, address)
     with pytest.raises(OSError, match=r"NoSuchBucket: The specified bucket does not exist"):
         run(text, "s3://no-such-bucket/acts.zarr")
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(InvalidInputError, match=r"no TLS.*Set AWS_ALLOW_HTTP=true"):
+        ActivationStore.open(address)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(InvalidInputError, match=r"pip install 'scope-workbench\[s3\]'"):
         ActivationStore.open(address)
@@ -603,3 +632,18 @@ def test_a_store_that_was_fetched_goes_on_as_a_local_one(
     assert store.verify() == []
     ours = {name: content for name, content in tree(tmp_path / "acts.zarr").items() if not name.startswith("journal/")}
     assert ours == whole
+
+
+def test_a_servers_refusal_is_told_in_its_own_words(address: str) -> None:
+    storage = storage_at(address)
+    assert isinstance(storage, ObjectStorage)
+    from obstore.exceptions import GenericError, PermissionDeniedError
+
+    refusal = "Server returned 403:\n<Error><Code>AccessDenied</Code><Message>Not yours</Message></Error>"
+    for error, kind, words in (
+        (PermissionDeniedError(refusal), PermissionError, r"x is not allowed \(AccessDenied: Not yours\)"),
+        (GenericError("GET http://169.254.169.254/latest failed\nmore"), OSError, "there are no credentials: set AWS_"),
+        (GenericError("Generic S3 error: timed out\n\nDebug source: …"), OSError, r"\(Generic S3 error: timed out\)$"),
+    ):
+        with pytest.raises(kind, match=words), storage._errors("x"):
+            raise error
