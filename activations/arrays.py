@@ -9,19 +9,19 @@ pipeline, which copies several times:
 2. `ShardBuffer` has exactly that layout in memory, so that activations are scattered straight into the bytes that go
    to disk. Inner chunks wholly past the last row are left out (offset and size all ones), the rest is padded with the
    fill value, a NaN for anything floating: a lost shard cannot pass for zeros.
-3. `write_object` writes a temporary file, fsyncs, renames and fsyncs the folder. What it returns, size, xxh3-128 and
-   the crc32c of the inner chunks, is what the ledger keeps.
+3. `write_object` puts it there whole or not at all (`activations.storage`). What it returns, size, xxh3-128 and the
+   crc32c of the inner chunks, is what the ledger keeps.
 4. Readers compare what they read with the ledger: raw shards chunk by chunk, packed ones as a whole. Hence a shard
    that was swapped for another sound one is found as well.
 
 bfloat16, which Zarr lacks, is stored as its bits in uint16 with the attribute `{"dtype": "bfloat16"}`.
 """
 
+import contextlib
 import json
 import math
-import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,9 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from activations.disk import aligned_buffer, write_file
+from activations.disk import aligned_buffer
 from activations.errors import IntegrityError
+from activations.storage import OtherSizeError, Storage, StoredObject
 
 __all__ = [
     "GROUP_METADATA",
@@ -213,18 +214,24 @@ def _index_bytes(extents: Sequence[tuple[int, int]], chunks_per_shard: int) -> b
     return content + CRC.pack(google_crc32c.value(content))
 
 
-def write_object(path: Path, content: bytes | memoryview, crc32c: tuple[int, ...] = ()) -> ObjectRecord:
+def write_object(place: Path | StoredObject, content: bytes | memoryview, crc32c: tuple[int, ...] = ()) -> ObjectRecord:
     """Write an object so that after a crash it is there whole, or not at all, and return what the ledger keeps."""
-    return ObjectRecord(len(content), write_file(path, content), crc32c)
+    stored = StoredObject.of(place)
+    return ObjectRecord(len(content), stored.storage.write(stored.name, content), crc32c)
 
 
 def read_raw(
-    path: Path, layout: ArrayLayout, record: ObjectRecord, start: int, out: np.ndarray, what: str = "rows"
+    place: Path | StoredObject,
+    layout: ArrayLayout,
+    record: ObjectRecord,
+    start: int,
+    out: np.ndarray,
+    what: str = "rows",
 ) -> None:
     """Read rows of a raw shard into `out`, each inner chunk that they touch compared with the ledger's crc.
 
     Args:
-        path: the shard.
+        place: the shard, a file or an object of a storage.
         layout: of its array.
         record: what the ledger knows of the shard.
         start: first row within the row group.
@@ -237,25 +244,32 @@ def read_raw(
     stop = start + len(out)
     flat = out.reshape(-1).view(np.uint8)
     per_chunk, stride = layout.rows_per_chunk, layout.chunk_bytes + CRC.size
-    with _open_checked(path, record, what) as file:
-        for chunk in range(start // per_chunk, layout.n_chunks(stop)):
-            first, last = max(start, chunk * per_chunk), min(stop, (chunk + 1) * per_chunk)
-            target = flat[(first - start) * layout.row_bytes : (last - start) * layout.row_bytes]
-            whole = target if last - first == per_chunk else np.empty(layout.chunk_bytes, np.uint8)
-            if os.preadv(file.fileno(), [whole.data], chunk * stride) != layout.chunk_bytes or (
-                google_crc32c.value(whole) != record.crc32c[chunk]
-            ):
-                raise IntegrityError(_rotten(path, what, f"inner chunk {chunk} does not have the recorded checksum"))
+    chunks = range(start // per_chunk, layout.n_chunks(stop))
+    targets, wholes = [], []
+    for chunk in chunks:
+        first, last = max(start, chunk * per_chunk), min(stop, (chunk + 1) * per_chunk)
+        target = flat[(first - start) * layout.row_bytes : (last - start) * layout.row_bytes]
+        targets.append(target)
+        wholes.append(target if last - first == per_chunk else np.empty(layout.chunk_bytes, np.uint8))
+    stored = StoredObject.of(place)
+    with _rot_named(stored, record, what):
+        ranges = [(chunk * stride, whole) for chunk, whole in zip(chunks, wholes, strict=True)]
+        reading = stored.storage.read_ranges(stored.name, record.n_bytes, ranges)
+        for chunk, target, whole, _ in zip(chunks, targets, wholes, reading, strict=True):
+            if google_crc32c.value(whole) != record.crc32c[chunk]:
+                raise IntegrityError(_rotten(stored, what, f"inner chunk {chunk} does not have the recorded checksum"))
             if whole is not target:
-                offset = (first - chunk * per_chunk) * layout.row_bytes
+                offset = max(0, start - chunk * per_chunk) * layout.row_bytes
                 target[:] = whole[offset : offset + len(target)]
 
 
-def read_packed(path: Path, layout: ArrayLayout, record: ObjectRecord, n_rows: int, what: str = "rows") -> np.ndarray:
+def read_packed(
+    place: Path | StoredObject, layout: ArrayLayout, record: ObjectRecord, n_rows: int, what: str = "rows"
+) -> np.ndarray:
     """All `n_rows` rows of a compressed shard, which is compared with the ledger's digest. Raises as `read_raw`."""
     from numcodecs.zstd import decompress
 
-    content = read_object(path, record, what)
+    content = read_object(place, record, what)
     index_bytes = layout.chunks_per_shard * 16
     index = np.frombuffer(content, "<u8", layout.chunks_per_shard * 2, len(content) - index_bytes - CRC.size)
     pieces = []
@@ -265,51 +279,61 @@ def read_packed(path: Path, layout: ArrayLayout, record: ObjectRecord, n_rows: i
     return np.concatenate(pieces)[:n_rows]
 
 
-def read_object(path: Path, record: ObjectRecord, what: str = "rows") -> bytes:
+def read_object(place: Path | StoredObject, record: ObjectRecord, what: str = "rows") -> bytes:
     """The whole content of an object, compared with the ledger's digest. Raises as `read_raw`."""
-    with _open_checked(path, record, what) as file:
-        content = file.read()
+    stored = StoredObject.of(place)
+    with _rot_named(stored, record, what):
+        content = stored.storage.read(stored.name)
+        if len(content) != record.n_bytes:
+            raise OtherSizeError(len(content))
     if xxhash.xxh3_128_hexdigest(content) != record.xxh3_128:
-        raise IntegrityError(_rotten(path, what, "its content is not what was written"))
+        raise IntegrityError(_rotten(stored, what, "its content is not what was written"))
     return content
 
 
-def _open_checked(path: Path, record: ObjectRecord, what: str) -> Any:
+@contextlib.contextmanager
+def _rot_named(stored: StoredObject, record: ObjectRecord, what: str) -> Iterator[None]:
+    """Name the object and its rows if it is missing or has another size."""
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
+        yield
     except FileNotFoundError as error:
-        raise IntegrityError(_rotten(path, what, "the file is missing")) from error
-    size = os.fstat(file.fileno()).st_size
-    if size != record.n_bytes:
-        file.close()
-        raise IntegrityError(_rotten(path, what, f"it has {size:,} bytes instead of {record.n_bytes:,}"))
-    return file
+        raise IntegrityError(_rotten(stored, what, "it is missing")) from error
+    except OtherSizeError as error:
+        problem = f"it has {error.size:,} bytes instead of {record.n_bytes:,}"
+        raise IntegrityError(_rotten(stored, what, problem)) from error
 
 
-def _rotten(path: Path, what: str, problem: str) -> str:
+def _rotten(stored: StoredObject, what: str, problem: str) -> str:
     return (
-        f"{path} ({what}) is damaged: {problem}. Nothing was read from it. Restore the file from a copy, or run "
+        f"{stored} ({what}) is damaged: {problem}. Nothing was read from it. Restore the file from a copy, or run "
         "`scope verify` to see all damage."
     )
 
 
-def damaged_rows(path: Path, layout: ArrayLayout, record: ObjectRecord, n_rows: int) -> list[tuple[int, int]]:
+def damaged_rows(
+    place: Path | StoredObject, layout: ArrayLayout, record: ObjectRecord, n_rows: int
+) -> list[tuple[int, int]]:
     """The row ranges whose inner chunks changed in a raw shard of the recorded size; all rows if only its index did."""
     per_chunk = layout.rows_per_chunk
-    damaged = []
-    with open(path, "rb", buffering=0) as file:
-        for chunk, crc in enumerate(record.crc32c):
-            file.seek(chunk * (layout.chunk_bytes + CRC.size))
-            if google_crc32c.value(file.read(layout.chunk_bytes)) != crc:
-                damaged.append((chunk * per_chunk, min(n_rows, (chunk + 1) * per_chunk)))
+    content = np.empty(layout.chunk_bytes, np.uint8)
+    ranges = [(chunk * (layout.chunk_bytes + CRC.size), content) for chunk in range(len(record.crc32c))]
+    stored = StoredObject.of(place)
+    reading = stored.storage.read_ranges(stored.name, record.n_bytes, ranges)
+    damaged = [
+        (chunk * per_chunk, min(n_rows, (chunk + 1) * per_chunk))
+        for chunk, (crc, _) in enumerate(zip(record.crc32c, reading, strict=True))
+        if google_crc32c.value(content) != crc
+    ]
     return damaged or [(0, n_rows)]
 
 
-def open_zarr(folder: Path) -> Any:
+def open_zarr(storage: Storage) -> Any:
     """The artefact as a read-only `zarr.Group`; it knows nothing of the ledger."""
     import zarr
+    from zarr.storage import ObjectStore
 
-    return zarr.open_group(folder, mode="r")
+    place = storage.for_zarr()
+    return zarr.open_group(place if isinstance(place, Path) else ObjectStore(place, read_only=True), mode="r")
 
 
 def _json_bytes(content: Any) -> bytes:

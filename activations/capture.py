@@ -20,6 +20,7 @@ from activations.layout import PLAN
 from activations.passes import CapturePass, Progress
 from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
+from activations.storage import Storage, storage_at
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
@@ -69,7 +70,8 @@ def capture(
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
         hooks: names of the hooks, captured in one pass.
-        out: folder of the store: new, empty, or a store with the same settings, which is resumed.
+        out: folder of the store, or its address `s3://BUCKET/NAME`: new, empty, or a store with the same settings,
+            which is resumed.
         max_tokens: rows in all, BOS included; None for all of the text. The last window is cut there.
         context_size: tokens in a window, BOS included.
         dtype: how activations are stored.
@@ -85,10 +87,10 @@ def capture(
         InterruptedRunError: Ctrl-C, or writing failed (disk full).
     """
     started = time.monotonic()
-    out = Path(out)
+    storage = storage_at(out)
     _check_numbers(max_tokens, batch_size, dtype)
-    manifest = existing_manifest(out)
-    _check_text(text, manifest, out)
+    manifest = existing_manifest(storage)
+    _check_text(text, manifest, storage)
     made = _made(model)
     batch_size = made.default_batch_size if batch_size is None else batch_size
     shapes, aliases = _resolve(made, hooks)
@@ -98,7 +100,7 @@ def capture(
         rows_per_group = manifest["spec"]["rows_per_group"]
     spec = _spec(made, shapes, context_size, dtype, rows_per_group)
     load_name = made.identity.load_name
-    with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
+    with StoreWriter(storage, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
         passes = _passes(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = writer.plan_state.n_rows > 0
@@ -112,7 +114,7 @@ def capture(
         if passes:
             writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
     return CaptureReport(
-        store=ActivationStore.open(out),
+        store=ActivationStore.open(storage),
         rows=state.n_rows,
         new_rows=new_rows,
         seconds=seconds,
@@ -137,10 +139,12 @@ def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str) -
         raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
 
 
-def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Path) -> None:
+def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Storage) -> None:
     if text is None:
         if manifest is None or not ActivationStore.open(out).plan_complete:
-            raise InvalidInputError(f"{out} does not have all of its text yet; give the text that it was begun with.")
+            raise InvalidInputError(
+                f"{out.location} does not have all of its text yet; give the text that it was begun with."
+            )
         return
     text.check()
     if manifest is None and not any(document.text.strip() for document in text.documents()):

@@ -147,7 +147,7 @@ class Collector:
         task.buffers[norm_array].put(batch.rows, norms)
 
     def _refuse(self, hook: str, row: int, norm: float) -> None:
-        document = ActivationStore.open(self._writer.folder).document_at(row)
+        document = ActivationStore.open(self._writer.storage).document_at(row)
         name = document["title"] or f"number {document['document']}"
         dtype = self._writer.spec.dtype
         if np.isfinite(norm):

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
 from activations.layout import PLAN, ZARR_GROUPS
 from activations.ledger import Ledger
+from activations.storage import StoredObject
 from activations.store import ActivationStore, Fault
 
 __all__ = ["lost_rows", "verify_store"]
@@ -36,8 +37,12 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
     owners = {item.record.xxh3_128: item.name for item in items}
     faults = [*_manifest_faults(store), *_metadata_faults(store)]
     done = 0
-    for item in items:
-        faults += _check(store.path, item, owners)
+
+    def check(item: _Item) -> list[Fault]:
+        return list(_check(StoredObject(store.storage, item.name), item, owners))
+
+    for item, found in zip(items, store.storage.map(check, items), strict=True):
+        faults += found
         done += item.record.n_bytes
         if progress is not None:
             progress(done, total)
@@ -65,39 +70,39 @@ def _arrays_by_capture(store: ActivationStore) -> dict[str, dict[str, ArrayLayou
     return found
 
 
-def _check(root: Path, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
-    path = root / item.name
+def _check(stored: StoredObject, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
     n_rows = item.row_stop - item.row_start
 
     def fault(problem: str, start: int = 0, stop: int = n_rows) -> Fault:
         hook = item.array.removeprefix("hooks/")
         return Fault(hook, item.row_start + start, item.row_start + stop, item.name, problem)
 
-    if not path.is_file():
+    size = stored.storage.size(stored.name)
+    if size is None:
         yield fault("missing")
         return
-    size = path.stat().st_size
     if size != item.record.n_bytes:
         how = "truncated" if size < item.record.n_bytes else "too long"
         yield fault(f"{how}: {size:,} bytes instead of {item.record.n_bytes:,}")
         return
-    digest = _digest(path)
+    digest = _digest(stored, size)
     if digest == item.record.xxh3_128:
         return
     if digest in owners:
         yield fault(f"swapped: holds the bytes of {owners[digest]}")
     elif item.layout is not None and item.record.crc32c:
-        for start, stop in damaged_rows(path, item.layout, item.record, n_rows):
+        for start, stop in damaged_rows(stored, item.layout, item.record, n_rows):
             yield fault("changed: the bytes do not have the recorded checksum", start, stop)
     else:
         yield fault("changed: the bytes do not have the recorded digest")
 
 
-def _digest(path: Path) -> str:
+def _digest(stored: StoredObject, size: int) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
+    piece = np.empty(min(READ_BYTES, size), np.uint8)
+    ranges = [(start, piece[: size - start]) for start in range(0, size, READ_BYTES)]
+    for (_, content), _ in zip(ranges, stored.storage.read_ranges(stored.name, size, ranges), strict=True):
+        digest.update(content.data)
     return digest.hexdigest()
 
 
@@ -113,11 +118,11 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
         return
     for group in ZARR_GROUPS:
         name = f"{group}/zarr.json".lstrip("/")
-        if _content(store.path / name) != GROUP_METADATA:
+        if _content(store, name) != GROUP_METADATA:
             yield Fault(group or "the store", 0, 0, name, "missing or changed")
-    contents = {array: _content(store.path / array / "zarr.json") for array in _arrays(store)}
+    contents = {array: _content(store, f"{array}/zarr.json") for array in _arrays(store)}
     # What a writer committed since the store was opened is no fault: the ledger is read after the files that go by it.
-    ledger = Ledger(store.path)
+    ledger = Ledger(store.storage)
     for capture, arrays in _arrays_by_capture(store).items():
         committed, groups = ledger.committed_rows(capture), ledger.committed_groups(capture)
         known = max(committed, _rows_shown_by_all(contents[array] for array in arrays))
@@ -134,9 +139,9 @@ def lost_rows(store: ActivationStore) -> dict[str, int]:
     """The captures whose ledger lost a record, with the rows that they once had: those that their arrays show."""
     found = {}
     for capture, arrays in _arrays_by_capture(store).items():
-        shown = _rows_shown_by_all(_content(store.path / array / "zarr.json") for array in arrays)
+        shown = _rows_shown_by_all(_content(store, f"{array}/zarr.json") for array in arrays)
         # What a writer committed since the store was opened is not lost, hence the second look.
-        if shown > store.ledger.committed_rows(capture) and shown > Ledger(store.path).committed_rows(capture):
+        if shown > store.ledger.committed_rows(capture) and shown > Ledger(store.storage).committed_rows(capture):
             found[capture] = shown
     return found
 
@@ -155,5 +160,8 @@ def _rows_shown_by_all(contents: Iterable[bytes]) -> int:
     return min((shown for shown in map(_rows_shown, contents) if shown >= 0), default=0)
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _content(store: ActivationStore, name: str) -> bytes:
+    try:
+        return store.storage.read(name)
+    except FileNotFoundError:
+        return b""

@@ -2,14 +2,14 @@
 
 1. A *capture* is a column set that is filled in one pass over the rows: `tokens` (the plan), or some hooks. It is
    declared once, in `ledger/<capture>/capture.json`.
-2. When all objects of a row group are on disk, a record with their digests is written, last, and fsynced:
-   `ledger/<capture>/<group>.json`. It holds no times, so that a resumed run ends with the same bytes as one that was
-   never interrupted; times, host and pid go to `journal.jsonl`.
+2. When all objects of a row group are there to stay, a record with their digests is written, last:
+   `ledger/<capture>/<group>.json`; in an object store it is created only if absent. It holds no times, so that a
+   resumed run ends with the same bytes as one that was never interrupted; times, host and pid go to `journal.jsonl`.
 3. 1,024 records that are all there fold into a segment, `segment-<n>.jsonl`, one record a line. A crash between the
    segment's birth and the records' removal leaves both; `Ledger.tidy` finishes the work.
 4. Every record and declaration carries the xxh3-128 of itself and stands where it belongs, so that a rotten ledger is
    an error and not another truth. What of a ledger is missing is for `activations.integrity` to find.
-5. One writer at a time: `WriterLock`.
+5. One writer at a time (`activations.locks`).
 """
 
 import contextlib
@@ -22,19 +22,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
 
 from activations.arrays import ObjectRecord
 from activations.errors import IntegrityError, LockedError
-from activations.manifest import DIGEST, has_its_digest, with_digest, write_atomically
+from activations.locks import WriterLock
+from activations.manifest import DIGEST, has_its_digest, with_digest
+from activations.storage import Storage, storage_at
 
 __all__ = ["GroupRecord", "Journal", "Ledger", "WriterLock"]
 
+FOLDER = "ledger"
 RECORDS_PER_SEGMENT = 1024
-LOCK_NAME = "lock"
 READ_ATTEMPTS = 20
 
 
@@ -69,7 +70,7 @@ class GroupRecord:
         return f'{{"record":{content},"xxh3_128":"{xxhash.xxh3_128_hexdigest(content.encode())}"}}\n'.encode()
 
     @classmethod
-    def from_line(cls, line: bytes, path: Path) -> "GroupRecord":
+    def from_line(cls, line: bytes, where: str) -> "GroupRecord":
         """Parse a line; raises `IntegrityError` naming the file if it is not what was written."""
         try:
             content = json.loads(line)
@@ -84,7 +85,7 @@ class GroupRecord:
             return cls(record["capture"], record["group"], start, stop, objects, record["extra"])
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
-                f"The ledger record in {path} is damaged ({error}). Restore the file from a copy; without it the rows "
+                f"The ledger record in {where} is damaged ({error}). Restore the file from a copy; without it the rows "
                 "of its row group cannot be told from lost ones."
             ) from error
 
@@ -97,11 +98,11 @@ class Ledger:
     """The committed row groups of an artefact, as read when it was opened; a writer adds to it.
 
     Args:
-        folder: the artefact (the ledger lies in its folder `ledger`).
+        folder: the artefact's folder, or where else it lies (the ledger is in its folder `ledger`).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "ledger"
+    def __init__(self, folder: str | Path | Storage) -> None:
+        self._storage = storage_at(folder)
         self.declarations: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[int, GroupRecord]] = {}
         self._prefix: dict[str, int] = {}
@@ -122,39 +123,74 @@ class Ledger:
     def _read(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[int, GroupRecord]]]:
         declarations: dict[str, dict[str, Any]] = {}
         records: dict[str, dict[int, GroupRecord]] = {}
-        for path in sorted(self.folder.glob("*/capture.json")):
+        for folder in self._storage.names(FOLDER):
+            capture = folder.rstrip("/")
+            names = self._storage.names(_of(capture)) if folder.endswith("/") else []
+            if "capture.json" not in names:
+                if any(map(_is_record, names)):
+                    where = self._storage.where(_of(capture, "capture.json"))
+                    raise IntegrityError(f"{where} is missing. Restore the file from a copy.")
+                continue
+            name = _of(capture, "capture.json")
             try:
-                declaration = json.loads(path.read_bytes())
+                declaration = json.loads(self._storage.read(name))
                 if not has_its_digest(declaration):
                     raise ValueError("its digest differs")
-                if declaration["capture"] != path.parent.name:
+                if declaration["capture"] != capture:
                     raise ValueError(f"it is that of {declaration['capture']}")
             except ValueError as error:
-                raise IntegrityError(f"{path} is damaged ({error}). Restore the file from a copy.") from error
-            for name in (DIGEST, "capture"):
-                del declaration[name]
-            declarations[path.parent.name] = declaration
-            records[path.parent.name] = {record.group: record for record in _read_capture(path.parent)}
-        for path in self.folder.glob("*/*.json*"):
-            declared = path.parent / "capture.json"
-            if path.parent.name not in declarations and _is_record(path.name) and not declared.exists():
-                raise IntegrityError(f"{declared} is missing. Restore the file from a copy.")
+                where = self._storage.where(name)
+                raise IntegrityError(f"{where} is damaged ({error}). Restore the file from a copy.") from error
+            for entry in (DIGEST, "capture"):
+                del declaration[entry]
+            declarations[capture] = declaration
+            records[capture] = {record.group: record for record in self._read_capture(capture, names)}
         return declarations, records
+
+    def _read_capture(self, capture: str, names: list[str]) -> Iterator[GroupRecord]:
+        names = sorted(filter(_is_record, names))
+        paths = [_of(capture, name) for name in names]
+        for name, path, content in zip(names, paths, self._storage.map(self._storage.read, paths), strict=True):
+            where, lines = self._storage.where(path), content.splitlines()
+            if len(lines) != (RECORDS_PER_SEGMENT if name.startswith("segment-") else 1):
+                raise IntegrityError(f"{where} is damaged: it has {len(lines)} records. Restore the file from a copy.")
+            for line in lines:
+                record = GroupRecord.from_line(line, where)
+                if record.capture != capture or name not in (_record_name(record.group), _segment_name(record.group)):
+                    raise IntegrityError(
+                        f"The ledger record in {where} is that of row group {record.group} of {record.capture}. "
+                        "Restore the file from a copy."
+                    )
+                yield record
+        # A fold between two looks at the folder can hide both a segment and the records in it.
+        now = set(filter(_is_record, self._storage.names(_of(capture))))
+        if any(name.startswith("segment-") for name in now.difference(names)):
+            raise FileNotFoundError(f"{self._storage.where(_of(capture))} was folded meanwhile")
 
     def declare(self, capture: str, content: Mapping[str, Any]) -> None:
         """Make a capture known, once; what is declared already stays as it is."""
         if capture in self.declarations:
             return
-        folder = self.folder / capture
-        folder.mkdir(parents=True, exist_ok=True)
         declaration = json.dumps(with_digest({**content, "capture": capture}), indent=1, sort_keys=True) + "\n"
-        write_atomically(folder / "capture.json", declaration.encode())
+        self._storage.make_folder(_of(capture))
+        self._storage.create(_of(capture, "capture.json"), declaration.encode())
         self.declarations[capture] = dict(content)
         self.records[capture] = {}
 
     def commit(self, record: GroupRecord) -> None:
-        """Write a record: from here on its rows exist. Safe to call from several threads."""
-        write_atomically(self.folder / record.capture / _record_name(record.group), record.to_line())
+        """Write a record: from here on its rows exist. Safe to call from several threads.
+
+        Raises:
+            LockedError: another writer has committed the row group, with other bytes.
+        """
+        name = _of(record.capture, _record_name(record.group))
+        try:
+            self._storage.create(name, record.to_line())
+        except FileExistsError as error:
+            raise LockedError(
+                f"Another writer has committed row group {record.group} of {record.capture} in "
+                f"{self._storage.location}. Nothing more was committed; run the same again when it has ended."
+            ) from error
         with self._lock:
             self.records[record.capture][record.group] = record
             self._fold(record.capture, record.group // RECORDS_PER_SEGMENT)
@@ -176,7 +212,7 @@ class Ledger:
     def tidy(self) -> None:
         """Finish what a dead writer left undone: fold full segments, drop folded records and temporary files."""
         for capture, records in self.records.items():
-            remove_temporaries(self.folder / capture)
+            self._storage.remove_temporaries(_of(capture))
             for segment in range(max(records, default=-1) // RECORDS_PER_SEGMENT + 1):
                 self._fold(capture, segment)
 
@@ -185,11 +221,15 @@ class Ledger:
         groups = range(segment * RECORDS_PER_SEGMENT, (segment + 1) * RECORDS_PER_SEGMENT)
         if not all(group in records for group in groups):
             return
-        path = self.folder / capture / _segment_name(groups[0])
-        if not path.exists():
-            write_atomically(path, b"".join(records[group].to_line() for group in groups))
-        for group in groups:
-            (path.parent / _record_name(group)).unlink(missing_ok=True)
+        name = _of(capture, _segment_name(groups[0]))
+        if self._storage.size(name) is None:
+            self._storage.create(name, b"".join(records[group].to_line() for group in groups))
+        self._storage.delete(_of(capture, _record_name(group)) for group in groups)
+
+
+def _of(capture: str, name: str = "") -> str:
+    """An object of a capture's part of the ledger, or the folder of that part."""
+    return f"{FOLDER}/{capture}/{name}".rstrip("/")
 
 
 def _record_name(group: int) -> str:
@@ -204,130 +244,14 @@ def _is_record(name: str) -> bool:
     return re.fullmatch(r"\d{8}\.json|segment-\d{6}\.jsonl", name) is not None
 
 
-def _read_capture(folder: Path) -> Iterator[GroupRecord]:
-    names = sorted(entry.name for entry in os.scandir(folder) if _is_record(entry.name))
-    for name in names:
-        path = folder / name
-        lines = path.read_bytes().splitlines()
-        if len(lines) != (RECORDS_PER_SEGMENT if name.startswith("segment-") else 1):
-            raise IntegrityError(f"{path} is damaged: it has {len(lines)} records. Restore the file from a copy.")
-        for line in lines:
-            record = GroupRecord.from_line(line, path)
-            if record.capture != folder.name or name not in (_record_name(record.group), _segment_name(record.group)):
-                raise IntegrityError(
-                    f"The ledger record in {path} is that of row group {record.group} of {record.capture}. Restore "
-                    "the file from a copy."
-                )
-            yield record
-    # A fold between two looks at the folder can hide both a segment and the records in it.
-    now = {entry.name for entry in os.scandir(folder) if _is_record(entry.name)}
-    if any(name.startswith("segment-") for name in now.difference(names)):
-        raise FileNotFoundError(f"{folder} was folded meanwhile")
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what `write_object` and `write_atomically` of a dead writer left in a folder."""
-    if folder.is_dir():
-        for entry in os.scandir(folder):
-            if ".tmp-" in entry.name:
-                Path(entry.path).unlink(missing_ok=True)
-
-
 class Journal:
     """`journal.jsonl`: what happened when, where and by whom; for people, and outside every digest."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "journal.jsonl"
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def write(self, event: str, **details: Any) -> None:
         """Append an event with time, host and pid. On a full disk it is left out: no run stops for want of it."""
         entry = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "event": event, **details}
-        with contextlib.suppress(OSError), open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-class WriterLock:
-    """The right to write into an artefact; a context manager.
-
-    The file `lock` names host and pid, and is held with `flock`, which the system gives back when its holder dies. So
-    a file that can be locked is stale, unless it was written under another kernel (a shared folder, where `flock` may
-    not reach): then it is believed and refused.
-
-    Raises:
-        LockedError: another writer has it; the message names its host and pid.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_NAME
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> "WriterLock":
-        import fcntl
-
-        while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not self._is_current(descriptor):
-                    os.close(descriptor)  # its last holder removed it after we had opened it
-                    continue
-                self._require_stale(os.pread(descriptor, 4096, 0))
-            except BlockingIOError:
-                holder = os.pread(descriptor, 4096, 0)
-                os.close(descriptor)
-                raise self._refusal(holder) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            self._descriptor = descriptor
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(_whoami()).encode(), 0)
-        except BaseException:  # a full disk: a lock that names nobody is no use
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
-    def _require_stale(self, content: bytes) -> None:
-        holder = _parse_holder(content)
-        elsewhere = holder.get("boot_id") != _boot_id() and holder.get("host") != socket.gethostname()
-        if holder and elsewhere:
-            raise self._refusal(content)
-
-    def _refusal(self, content: bytes) -> LockedError:
-        holder = _parse_holder(content)
-        return LockedError(
-            f"Another writer holds {self.path.parent}: process {holder.get('pid', '(unknown)')} on host "
-            f"{holder.get('host', '(unknown)')}. Wait until it has ended; if that host is gone, delete {self.path}."
-        )
-
-
-def _whoami() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
-
-
-def _parse_holder(content: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        holder = json.loads(content)
-        return holder if isinstance(holder, dict) else {}
-    return {}
+        with contextlib.suppress(OSError):
+            self._storage.append("journal.jsonl", (json.dumps(entry) + "\n").encode())

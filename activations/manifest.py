@@ -9,6 +9,7 @@ import xxhash
 
 from activations.disk import write_file
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
+from activations.storage import Storage, storage_at
 
 __all__ = [
     "DIGEST",
@@ -24,6 +25,7 @@ __all__ = [
 ID_LENGTH = 12
 DIGEST = "xxh3_128"
 """The entry of a JSON object that holds its own digest."""
+MANIFEST = "manifest.json"
 FORMATS: dict[str, int] = {"activation-store": 1, "sae": 1, "feature-index": 1}
 """The newest version of each format that this release reads and the one it writes."""
 
@@ -48,12 +50,17 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def write_manifest(
-    folder: Path, format: str, fingerprint: str, parents: Sequence[str], created_by: str, **extra: Any
+    folder: str | Path | Storage,
+    format: str,
+    fingerprint: str,
+    parents: Sequence[str],
+    created_by: str,
+    **extra: Any,
 ) -> dict[str, Any]:
-    """Write `folder/manifest.json` and return its content.
+    """Write `manifest.json` and return its content.
 
     Args:
-        folder: the artefact.
+        folder: the artefact's folder, or where else it lies.
         format: one of `FORMATS`.
         fingerprint: SHA-256 (hex) of what identifies the artefact; its first 12 digits are the artefact's id.
         parents: fingerprints of what it was made from.
@@ -69,35 +76,37 @@ def write_manifest(
         **extra,
     }
     manifest = with_digest(manifest)
-    write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+    storage_at(folder).replace(MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
     return manifest
 
 
-def read_manifest(folder: Path, expected_format: str | None = None) -> dict[str, Any]:
-    """The content of `folder/manifest.json`.
+def read_manifest(folder: str | Path | Storage, expected_format: str | None = None) -> dict[str, Any]:
+    """The content of an artefact's `manifest.json`.
 
     Raises:
         UnknownNameError: there is no such artefact.
         InvalidInputError: it is another format than expected, or written by a newer version.
         IntegrityError: the manifest cannot be read.
     """
-    path = folder / "manifest.json"
+    storage = storage_at(folder)
+    where = storage.location
     what = expected_format or "artefact"
-    if not path.is_file():
-        if (folder / "ledger").is_dir():  # the manifest is written before it
-            raise IntegrityError(f"{path} is missing, though the ledger beside it is there. Restore it from a copy.")
-        siblings = [child.name for child in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UnknownNameError(what, str(folder), [str(folder.parent / name) for name in siblings])
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(storage.read(MANIFEST))
         format, version = manifest["format"], manifest["version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if storage.names("ledger"):  # the manifest is written before it
+            raise IntegrityError(
+                f"{storage.where(MANIFEST)} is missing, though the ledger beside it is there. Restore it from a copy."
+            ) from error
+        raise UnknownNameError(what, str(where), storage.siblings()) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} is not a readable manifest ({error}).") from error
+        raise IntegrityError(f"{storage.where(MANIFEST)} is not a readable manifest ({error}).") from error
     if expected_format is not None and format != expected_format:
-        raise InvalidInputError(f"{folder} is of format {format!r}; expected {expected_format!r}.")
+        raise InvalidInputError(f"{where} is of format {format!r}; expected {expected_format!r}.")
     if version > FORMATS.get(format, 0):
         raise InvalidInputError(
-            f"{folder} has version {version} of the format {format!r}; this release reads up to "
+            f"{where} has version {version} of the format {format!r}; this release reads up to "
             f"{FORMATS.get(format, 0)}. Upgrade scope-workbench to open it."
         )
     return manifest

@@ -56,7 +56,7 @@ class CapturePass:
         self.model, self.text, self.writer, self.capture_id = model, text, writer, capture_id
         self.hooks = sorted(declared)
         self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
-        self.plan = ActivationStore.open(writer.folder)
+        self.plan = ActivationStore.open(writer.storage)
         self.plan.use_ledger(writer.ledger)
         self.groups: Channel[int] = Channel(PLAN_AHEAD)
         arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})

@@ -18,6 +18,7 @@ from activations.ledger import Ledger
 from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
+from activations.storage import Storage, StoredObject, storage_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,27 +60,29 @@ class Fault(NamedTuple):
 class ActivationStore:
     """A store opened for reading; satisfies `ActivationSource`. Use `ActivationStore.open`."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, manifest: Mapping[str, Any]) -> None:
+        self.storage = storage
+        self.path = storage.location
+        """The folder, or the address in an object store."""
         self.manifest = manifest
-        self.spec = _spec_of(path, manifest)
+        self.spec = _spec_of(storage, manifest)
         self.layout = StoreLayout(self.spec)
-        self._ledger = Ledger(path)
+        self._ledger = Ledger(storage)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
         self._cache_lock = threading.Lock()
         self._manifest_fault: str | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
-        """Open the store in a folder.
+    def open(cls, path: str | Path | Storage) -> "ActivationStore":
+        """Open the store in a folder, or at an address `s3://BUCKET/NAME` (`activations.storage`).
 
         Raises:
             UnknownNameError: there is none.
             InvalidInputError: the folder holds another artefact, or one of a newer version.
             IntegrityError: manifest or ledger are damaged.
         """
-        path = Path(path)
-        return cls(path, read_manifest(path, FORMAT))
+        storage = storage_at(path)
+        return cls(storage, read_manifest(storage, FORMAT))
 
     def refresh(self) -> None:
         """See what was committed meanwhile."""
@@ -181,10 +184,15 @@ class ActivationStore:
         out = np.empty((len(rows), *shape), layout.storage_dtype)
         order = np.argsort(rows, kind="stable")
         chunks = rows[order] // layout.rows_per_chunk
-        for places in np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(rows) else []:
+
+        def read(places: np.ndarray) -> None:
             first, last = int(rows[places[0]]), int(rows[places[-1]])
             piece = self._read_raw(hook, self.layout.hook_array(hook), layout, first, last + 1)
             out[places] = piece.take(rows[places] - first, axis=0)
+
+        if len(rows):
+            for _ in self.storage.map(read, np.split(order, np.flatnonzero(np.diff(chunks)) + 1)):
+                pass
         return out
 
     def block_rows(self, hook: str) -> int:
@@ -273,7 +281,7 @@ class ActivationStore:
 
     def zarr(self) -> Any:
         """The same folder as a read-only `zarr.Group`, which verifies less and ignores the ledger."""
-        return open_zarr(self.path)
+        return open_zarr(self.storage)
 
     @property
     def ledger(self) -> Ledger:
@@ -306,7 +314,7 @@ class ActivationStore:
     def _require(self, capture: str, what: str, start: int, stop: int) -> None:
         if self.manifest_fault():
             raise IntegrityError(
-                f"{self.path / 'manifest.json'} is damaged: {self._manifest_fault}. Restore it from a copy."
+                f"{self.storage.where('manifest.json')} is damaged: {self._manifest_fault}. Restore it from a copy."
             )
         committed = self._ledger.committed_rows(capture)
         if capture != PLAN:
@@ -331,7 +339,7 @@ class ActivationStore:
             if n_rows <= rows and (captures is None or capture in captures):
                 raise IntegrityError(
                     f"{rows:,} rows of {capture} were committed once, but a record of them is missing in "
-                    f"{self.path / 'ledger' / capture}. Restore it from a copy, or run the capture again."
+                    f"{self.storage.where(f'ledger/{capture}')}. Restore it from a copy, or run the capture again."
                 )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -340,21 +348,21 @@ class ActivationStore:
         for group in range(start // size, -(-stop // size)):
             yield group, max(start, group * size), min(stop, (group + 1) * size)
 
-    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[Path, ObjectRecord]:
+    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[StoredObject, ObjectRecord]:
         name = f"{array}/{layout.shard_name(group)}"
         record = self._ledger.records[capture][group].objects.get(name)
         if record is None:
             raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
-        return self.path / name, record
+        return StoredObject(self.storage, name), record
 
     def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
         self._require_rows(hook, start, stop)
         out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
         for group, first, last in self._pieces(start, stop):
-            path, record = self._record(self._capture_of[hook], array, layout, group)
+            shard, record = self._record(self._capture_of[hook], array, layout, group)
             what = f"{array}, rows {first:,} to {last:,}"
             within = first - group * self.spec.rows_per_group
-            read_raw(path, layout, record, within, out[first - start : last - start], what)
+            read_raw(shard, layout, record, within, out[first - start : last - start], what)
         return out
 
     def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
@@ -372,10 +380,10 @@ class ActivationStore:
         if cached is not None:
             return cached
         array = self.layout.column_array(column)
-        path, record = self._record(PLAN, array, layout, group)
+        shard, record = self._record(PLAN, array, layout, group)
         rows = self._ledger.records[PLAN][group]
         what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
-        values = read_packed(path, layout, record, rows.row_stop - rows.row_start, what)
+        values = read_packed(shard, layout, record, rows.row_stop - rows.row_start, what)
         with self._cache_lock:
             while len(self._cache) >= CACHED_COLUMNS:
                 self._cache.pop(next(iter(self._cache)))
@@ -387,12 +395,15 @@ class ActivationStore:
         from pyarrow import parquet
 
         self.require_whole()
-        pieces = []
-        for group in range(self._ledger.committed_groups(PLAN)):
+
+        def content_of(group: int) -> bytes:
             name = self.layout.table_object(table, group)
             record = self._ledger.records[PLAN][group]
             what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
-            content = read_object(self.path / name, record.objects[name], what)
+            return read_object(StoredObject(self.storage, name), record.objects[name], what)
+
+        pieces = []
+        for content in self.storage.map(content_of, range(self._ledger.committed_groups(PLAN))):
             # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
             opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
             pieces.append(opened.read(use_threads=False))
@@ -409,11 +420,13 @@ class ActivationStore:
         )
 
 
-def _spec_of(path: Path, manifest: Mapping[str, Any]) -> CaptureSpec:
+def _spec_of(storage: Storage, manifest: Mapping[str, Any]) -> CaptureSpec:
     try:
         return CaptureSpec(**manifest["spec"])
     except (KeyError, TypeError, InvalidInputError) as error:
-        raise IntegrityError(f"{path / 'manifest.json'} is damaged ({error}). Restore it from a copy.") from error
+        raise IntegrityError(
+            f"{storage.where('manifest.json')} is damaged ({error}). Restore it from a copy."
+        ) from error
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:

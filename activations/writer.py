@@ -27,43 +27,55 @@ from activations.arrays import (
     pack_shard,
     write_object,
 )
-from activations.disk import sync_folder
-from activations.errors import ActivationsError, InterruptedRunError, InvalidInputError, MismatchError, OccupiedError
+from activations.errors import (
+    ActivationsError,
+    InterruptedRunError,
+    InvalidInputError,
+    LockedError,
+    MismatchError,
+    OccupiedError,
+)
 from activations.interrupts import Interrupts
 from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
-from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries
-from activations.manifest import read_manifest, write_atomically, write_manifest
+from activations.ledger import GroupRecord, Journal, Ledger
+from activations.locks import LOCK_NAME
+from activations.manifest import read_manifest, write_manifest
 from activations.plan import PlannedGroup, PlanState
 from activations.spec import CaptureSpec, fingerprint_of
+from activations.storage import Storage, StoredObject, storage_at
 
 __all__ = ["StoreWriter", "existing_manifest", "hooks_capture_id"]
 
 SHAPES_EVERY_SECONDS = 5.0
 
 
-def existing_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the store in a folder, None if the folder is missing or empty.
+def existing_manifest(folder: str | Path | Storage) -> dict[str, Any] | None:
+    """The manifest of the store in a folder, or where else it lies; None if the folder is missing or empty.
 
     Raises:
         OccupiedError: something else is there.
     """
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise OccupiedError(f"{folder} is a file; expected a folder that is new, empty or an activation store.")
+    storage = storage_at(folder)
+    where = storage.location
+    try:
+        names = storage.names("")
+    except NotADirectoryError as error:
+        raise OccupiedError(
+            f"{where} is a file; expected a folder that is new, empty or an activation store."
+        ) from error
     # A writer that died while creating the store leaves its lock and the manifest's temporary file.
-    names = [child.name for child in folder.iterdir() if child.name != LOCK_NAME and ".tmp-" not in child.name]
+    names = [name for name in names if name != LOCK_NAME and ".tmp-" not in name]
     if not names:
         return None
     if "manifest.json" not in names:
         raise OccupiedError(
-            f"{folder} holds something else ({', '.join(sorted(names)[:3])}…). Give a folder that is new, empty or an "
-            "activation store."
+            f"{where} holds something else ({', '.join(name.rstrip('/') for name in names[:3])}…). Give a folder that "
+            "is new, empty or an activation store."
         )
-    manifest = read_manifest(folder)
+    manifest = read_manifest(storage)
     if manifest["format"] != FORMAT:
-        raise OccupiedError(f"{folder} holds an artefact of format {manifest['format']!r}; give another folder.")
-    return read_manifest(folder, FORMAT)
+        raise OccupiedError(f"{where} holds an artefact of format {manifest['format']!r}; give another folder.")
+    return read_manifest(storage, FORMAT)
 
 
 def hooks_capture_id(hooks: Sequence[str]) -> str:
@@ -75,7 +87,7 @@ class StoreWriter:
     """A store opened for writing; a context manager that holds the lock.
 
     Args:
-        folder: the store; made if it is not there.
+        folder: the store's folder, made if it is not there, or where else it lies.
         spec: what every row has in common.
         identity: what else must be equal when a run is resumed, by name (JSON-able); kept in the manifest.
         hooks: the hooks that a new store begins with; with the rest they make its fingerprint.
@@ -84,21 +96,21 @@ class StoreWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path | Storage,
         spec: CaptureSpec,
         identity: Mapping[str, Any],
         hooks: Sequence[str],
         load_name: str | None = None,
     ) -> None:
-        self.folder = folder
+        self.storage = storage_at(folder)
+        self.folder = self.storage.location
         self.spec = spec
         self.layout = StoreLayout(spec)
-        self.journal = Journal(folder)
+        self.journal = Journal(self.storage)
         self.ledger: Ledger
         self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
         self._load_name = load_name
         self.interrupts = Interrupts()
-        self._lock = WriterLock(folder)
         self._shapes_lock = threading.Lock()
         self._shapes_at = 0.0
 
@@ -106,8 +118,8 @@ class StoreWriter:
         with contextlib.ExitStack() as held:
             held.enter_context(self.interrupts)
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(self._lock)
+                self.storage.make_folder("")
+                held.enter_context(self.storage.lock())
             except OSError as error:
                 raise InvalidInputError(f"{self.folder} cannot be written to: {error}.") from error
             try:
@@ -118,12 +130,12 @@ class StoreWriter:
         return self
 
     def _open(self) -> None:
-        manifest = existing_manifest(self.folder)
+        manifest = existing_manifest(self.storage)
         if manifest is None:
             self._create()
         else:
             self._require_same(manifest)
-        self.ledger = Ledger(self.folder)
+        self.ledger = Ledger(self.storage)
         self._clear_leftovers()
         content = {"columns": sorted(self.layout.plan_arrays()), "spec": self.spec.fingerprint}
         self._declare(PLAN, content, self.layout.plan_arrays())
@@ -132,7 +144,8 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            with contextlib.suppress(OSError):  # a full disk; the next run brings them up to date
+            # A full disk, or a lost lease; the next run brings them up to date.
+            with contextlib.suppress(OSError, LockedError):
                 self.update_shapes()
         finally:
             self._held.__exit__(kind, error, traceback)
@@ -172,10 +185,10 @@ class StoreWriter:
         for column, values in planned.columns.items():
             layout = self.layout.column(column)
             name = f"{self.layout.column_array(column)}/{layout.shard_name(planned.group)}"
-            objects[name] = write_object(self.folder / name, pack_shard(layout, values))
+            objects[name] = write_object(self._object(name), pack_shard(layout, values))
         for table, columns in zip(TABLES, (planned.sequences, planned.documents), strict=True):
             name = self.layout.table_object(table, planned.group)
-            objects[name] = write_object(self.folder / name, _parquet(table, columns))
+            objects[name] = write_object(self._object(name), _parquet(table, columns))
         extra = asdict(planned.state)
         self.ledger.commit(GroupRecord(PLAN, planned.group, planned.row_start, planned.row_stop, objects, extra))
 
@@ -183,7 +196,7 @@ class StoreWriter:
         """Write one raw shard of a row group, and return its name and record for `commit_hooks`."""
         name = f"{array}/{buffer.layout.shard_name(group)}"
         content, crcs = buffer.finish(n_rows)
-        return name, write_object(self.folder / name, content, crcs)
+        return name, write_object(self._object(name), content, crcs)
 
     def commit_hooks(self, capture: str, group: int, objects: Mapping[str, ObjectRecord]) -> None:
         """Commit a row group of a capture, all of whose objects are written."""
@@ -196,18 +209,19 @@ class StoreWriter:
     def update_shapes(self) -> None:
         """Let the arrays' `zarr.json` show what is committed."""
         with self._shapes_lock:
-            for capture in self.ledger.declarations:
-                rows = self.ledger.committed_rows(capture)
-                for array, layout in self._arrays_of(capture).items():
-                    path, content = self.folder / array / "zarr.json", layout.metadata(rows)
-                    if not path.exists() or path.read_bytes() != content:
-                        write_atomically(path, content)
+            metadata = [
+                (f"{array}/zarr.json", layout.metadata(self.ledger.committed_rows(capture)))
+                for capture in self.ledger.declarations
+                for array, layout in self._arrays_of(capture).items()
+            ]
+            for _ in self.storage.map(lambda shown: self.storage.replace(*shown), metadata):
+                pass
             self._shapes_at = time.monotonic()
 
     def _create(self) -> None:
         content = {"spec": asdict(self.spec), **self._identity}
         write_manifest(
-            self.folder,
+            self.storage,
             FORMAT,
             identity_fingerprint(content),
             parents=[],
@@ -227,14 +241,23 @@ class StoreWriter:
 
     def _declare(self, capture: str, content: Mapping[str, Any], arrays: Mapping[str, ArrayLayout]) -> None:
         for group in ZARR_GROUPS:
-            _write_once(self.folder / group / "zarr.json", GROUP_METADATA)
+            self._write_once(group, "zarr.json", GROUP_METADATA)
         for table in TABLES:
-            (self.folder / table).mkdir(exist_ok=True)
+            self.storage.make_folder(table)
         for array, layout in arrays.items():
-            _write_once(self.folder / array / "zarr.json", layout.metadata(0))
+            self._write_once(array, "zarr.json", layout.metadata(0))
         self.ledger.declare(capture, content)
         for group in (*ZARR_GROUPS, "ledger"):
-            sync_folder(self.folder / group)
+            self.storage.sync_folder(group)
+
+    def _write_once(self, folder: str, name: str, content: bytes) -> None:
+        path = f"{folder}/{name}".lstrip("/")
+        if self.storage.size(path) is None:
+            self.storage.make_folder(folder)
+            self.storage.create(path, content)
+
+    def _object(self, name: str) -> StoredObject:
+        return StoredObject(self.storage, name)
 
     def _arrays_of(self, capture: str) -> dict[str, ArrayLayout]:
         if capture == PLAN:
@@ -246,7 +269,7 @@ class StoreWriter:
         self.ledger.tidy()
         arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
         for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
-            remove_temporaries(self.folder / folder)
+            self.storage.remove_temporaries(folder)
 
 
 def _difference(stored: Any, given: Any) -> str:
@@ -261,12 +284,6 @@ def _created_by() -> str:
         return f"scope-workbench {version('scope-workbench')}"
     except PackageNotFoundError:
         return "scope-workbench (not installed)"
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
 
 
 def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:

@@ -1,5 +1,6 @@
 """Shards: zarr reads what we write, and damage is an error."""
 
+import os
 from pathlib import Path
 
 import google_crc32c
@@ -162,7 +163,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_temporary(tmp_path: Path, m
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(arrays.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_object(path, b"new")
     assert path.read_bytes() == b"old"

@@ -1,6 +1,7 @@
 """Capture: what comes back is what the model gave, and what bad input gets."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ RESID, Z, OTHER = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Shuffling: each chosen row once a pass, the same for the same seed, in bounded memory, from any position."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ SMALL = 16_000
 def _small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "CHUNK_BYTES", 16 * 24)
-        patch.setattr(arrays.os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

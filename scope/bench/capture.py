@@ -167,9 +167,10 @@ class _Bench:
 
     def _reading(self) -> dict[str, float]:
         """Bytes per second of reading back in order and shuffled, the page cache emptied before each."""
-        store = ActivationStore.open(self.folder / "four.zarr")
+        out = self.folder / "four.zarr"
+        store = ActivationStore.open(out)
         hook = self.four_hooks[-1]
-        files = [path for hook in self.four_hooks for path in sorted((store.path / "hooks" / hook).glob("c.*"))]
+        files = [path for hook in self.four_hooks for path in sorted((out / "hooks" / hook).glob("c.*"))]
         n_bytes = store.n_rows * self._row_bytes(self.four_hooks)
         disk = max(raw_read_bandwidth(files, threads) for threads in (1, 2, 4))
         drop_from_cache(files)

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
         hook: Annotated[
             list[str], typer.Option(help="A hook name, such as blocks.8.hook_resid_post. May be repeated.")
         ],
-        out: Annotated[Path, typer.Option(help="The store to make, or to go on with (NAME.zarr).")],
+        out: Annotated[
+            str, typer.Option(help="The store to make, or to go on with: NAME.zarr or s3://BUCKET/NAME.zarr.")
+        ],
         max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens, BOS included.")] = None,
         context_size: Annotated[int, typer.Option(help="Tokens in the longest window, BOS included.")] = 256,
         dtype: Annotated[StorageDtype, typer.Option(help="How activations are stored.")] = "bfloat16",
@@ -52,9 +54,13 @@ def register(app: typer.Typer) -> None:
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
+        storage: Annotated[
+            str | None, typer.Option(help="Where --out lies: a folder, or s3://BUCKET/PREFIX (settings from AWS_…).")
+        ] = None,
     ) -> Outcome:
         """Run a model over text and keep what its hooks see, one row a token, in a store that can be resumed."""
         from activations.capture import capture as run_capture
+        from activations.storage import below
         from activations.text import TextSource
         from scope.models import LanguageModel
 
@@ -78,7 +84,7 @@ def register(app: typer.Typer) -> None:
                 load,
                 text,
                 hook,
-                out,
+                out if storage is None else below(storage, out),
                 max_tokens=max_tokens,
                 context_size=context_size,
                 dtype=dtype,

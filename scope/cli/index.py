@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "index")
     def index(
-        store: Annotated[Path, typer.Argument(help="The activation store.")],
+        store: Annotated[str, typer.Argument(help="The activation store: a folder or s3://BUCKET/NAME.")],
         sae: Annotated[Path, typer.Argument(help="The folder of the SAE.", metavar="SAE_DIR")],
         out: Annotated[Path, typer.Option(help="The index to make, or to go on with (NAME.index).")],
         model: Annotated[

@@ -11,31 +11,37 @@ from scope.errors import InvalidInputError, UnknownNameError
 __all__ = ["register"]
 
 
-def _open(path: Path) -> Any:
-    """The store or index at `path`."""
+def _open(what: str) -> Any:
+    """The store or index at a path, or the store at an address."""
     from activations.manifest import read_manifest
+    from activations.storage import is_address
 
-    format = read_manifest(path)["format"]
+    format = read_manifest(what)["format"]
     if format == "activation-store":
         from activations.store import ActivationStore
 
-        return ActivationStore.open(path)
-    if format == "feature-index":
+        return ActivationStore.open(what)
+    if format == "feature-index" and not is_address(what):
         from scope.features.index import FeatureIndex
 
-        return FeatureIndex.open(path)
-    raise InvalidInputError(f"{path} is of format {format!r}; expected activation-store or feature-index.")
+        return FeatureIndex.open(Path(what))
+    raise InvalidInputError(
+        f"{what} is of format {format!r}; expected an activation-store, or a feature-index in a local folder."
+    )
 
 
 def _describe(what: str) -> dict[str, Any]:
     """JSON-able facts about a store, SAE or index folder, or a model."""
     from activations.manifest import read_manifest
+    from activations.storage import is_address
 
+    if is_address(what):
+        return {"kind": read_manifest(what)["format"], **_open(what).info()}
     path = Path(what)
     if (path / "cfg.json").is_file():
         return _describe_sae(path)
     if (path / "manifest.json").is_file():
-        return {"kind": read_manifest(path)["format"], **_open(path).info()}
+        return {"kind": read_manifest(path)["format"], **_open(what).info()}
     from scope.models import LanguageModel
 
     try:
@@ -73,7 +79,9 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "info")
     def info(
-        what: Annotated[str, typer.Argument(help="A store, SAE or index folder, or a model.")],
+        what: Annotated[
+            str, typer.Argument(help="A store (a folder or s3://BUCKET/NAME), an SAE or index folder, or a model.")
+        ],
     ) -> Outcome:
         """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality."""
         facts = _describe(what)
@@ -81,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "verify")
     def verify(
-        artefact: Annotated[Path, typer.Argument(help="A store or an index.")],
+        artefact: Annotated[str, typer.Argument(help="A store (a folder or s3://BUCKET/NAME) or an index.")],
     ) -> Outcome:
         """Read every byte of a store or an index and compare it with what was recorded when it was written."""
         opened = _open(artefact)

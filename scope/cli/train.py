@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "train", config=TrainConfig, required=("d_sae", "k"))
     def train(
-        store: Annotated[Path, typer.Argument(help="The activation store.")],
+        store: Annotated[str, typer.Argument(help="The activation store: a folder or s3://BUCKET/NAME.")],
         hook: Annotated[str, typer.Option(help="The hook of the store to train on.")],
         out: Annotated[Path, typer.Option(help="The folder for the SAE.")],
         config: TrainConfig,
