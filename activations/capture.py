@@ -3,7 +3,7 @@
 1. Check everything that was given; nothing is written before all of it is found good.
 2. Take the lock and open or make the store (`activations.writer`).
 3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
-4. Run each in one pass over the rows (`activations.passes`).
+4. Run each in one pass over the rows (`activations.passes`), here or by several workers (`activations.engines`).
 
 Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.engines import Engine, open_crew
+from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN
-from activations.passes import CapturePass, Progress
+from activations.passes import Progress
 from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
 from activations.store import ActivationStore
@@ -62,11 +64,15 @@ def capture(
     batch_size: int = DEFAULT_BATCH_SIZE,
     rows_per_group: int | None = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
+    gpus_per_worker: int | None = None,
 ) -> CaptureReport:
     """Store what the hooks of a model see on a text, or go on with that.
 
     Args:
-        model: the model, or a (picklable) function that makes it, called once everything else is checked.
+        model: the model, or a (picklable) function that makes it, called once everything else is checked; engines with
+            several processes need the function.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
         hooks: names of the hooks, captured in one pass.
@@ -77,20 +83,47 @@ def capture(
         batch_size: tokens that the model runs at once, padding included.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
         progress: called with (rows done, rows in all or None) after each batch.
+        engine: where the model runs: "local" in this process, "ray" in actors, "torchrun" in the processes that
+            torchrun started, each of which makes this same call. See `activations.engines`.
+        workers: how many actors; None for one a GPU, or two where there is none.
+        gpus_per_worker: of an actor; None for 1 where there are GPUs. 0 for a model that runs on the CPU.
 
     Raises:
         InvalidInputError: something given is wrong; nothing was written. Among them `UnknownNameError` (file, column,
             hook), `OccupiedError` (`out` holds something else) and `MismatchError` (the store there is another's).
         LockedError: another writer is at work on the store.
         NonFiniteError: a NaN or Inf, or a value too large for `dtype`; hook, row and document are named.
-        InterruptedRunError: Ctrl-C, or writing failed (disk full).
+        InterruptedRunError: Ctrl-C, or writing failed (disk full), or workers died.
     """
-    started = time.monotonic()
     out = Path(out)
+    with open_crew(engine, model, workers, gpus_per_worker) as crew:
+        if not crew.leads:
+            figures = crew.follow()
+            return CaptureReport(store=ActivationStore.open(out), **figures)
+        report = _captured(
+            crew, text, hooks, out, max_tokens, context_size, dtype, batch_size, rows_per_group, progress
+        )
+        crew.share({name: value for name, value in report._asdict().items() if name != "store"})
+        return report
+
+
+def _captured(
+    crew: Crew,
+    text: TextSource | None,
+    hooks: Sequence[str],
+    out: Path,
+    max_tokens: int | None,
+    context_size: int,
+    dtype: StorageDtype,
+    batch_size: int,
+    rows_per_group: int | None,
+    progress: Progress | None,
+) -> CaptureReport:
+    started = time.monotonic()
     _check_numbers(max_tokens, batch_size, dtype)
     manifest = existing_manifest(out)
     _check_text(text, manifest, out)
-    made = _made(model)
+    made = crew.model
     shapes, aliases = _resolve(made, hooks)
     if manifest is None and text is not None:
         _require_tokens(text, made)
@@ -105,7 +138,7 @@ def capture(
         if passes:
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
-            CapturePass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
+            crew.run_pass(text, writer, capture_id, max_tokens, batch_size, progress)
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
         seconds = time.monotonic() - started
@@ -121,11 +154,6 @@ def capture(
         windowed_documents=state.windowed_documents,
         empty_documents=state.empty_documents,
     )
-
-
-def _made(model: HookedModel | Callable[[], HookedModel]) -> HookedModel:
-    # Not isinstance: a runtime protocol evaluates its properties, and a model's identity may hash its weights.
-    return model if hasattr(type(model), "forward_rows") else model()  # type: ignore[operator, return-value]
 
 
 def _check_numbers(max_tokens: int | None, batch_size: int, dtype: str) -> None:

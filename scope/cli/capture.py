@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
 
@@ -47,6 +48,16 @@ def register(app: typer.Typer) -> None:
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
+        engine: Annotated[
+            Engine | None,
+            typer.Option(
+                help="Where the model runs: local (this process), ray (actors of a cluster, or of this machine) or "
+                "torchrun; by default torchrun where it started this process, else local."
+            ),
+        ] = None,
+        workers: Annotated[
+            int | None, typer.Option(help="Ray actors; by default one a GPU, or two where there is none.")
+        ] = None,
     ) -> Outcome:
         """Run a model over text and keep what its hooks see, one row a token, in a store that can be resumed."""
         from activations.capture import capture as run_capture
@@ -57,8 +68,12 @@ def register(app: typer.Typer) -> None:
             data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
         )
 
+        engine = engine or detected_engine()
+        follows = is_follower(engine)
+
         def load() -> LanguageModel:
-            say(f"Loading {model}")
+            if not follows:
+                say(f"Loading {model}")
             return LanguageModel.load(
                 model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
             )
@@ -75,6 +90,9 @@ def register(app: typer.Typer) -> None:
                 batch_size=batch_size,
                 rows_per_group=rows_per_group,
                 progress=progress,
+                engine=engine,
+                workers=workers,
+                gpus_per_worker=0 if engine == "ray" and device == "cpu" else None,
             )
         return Outcome(_facts(report), _summary(report))
 
