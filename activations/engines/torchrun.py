@@ -5,7 +5,7 @@
 (or `torchrun --nproc-per-node 2 -m scope.cli capture …`, or a script of one's own whose processes all call `capture`).
 
 1. Rank 0 is the driver and a worker, all other ranks are workers. Each makes the model on the GPU of its local rank,
-   once rank 0 has found everything that was given to be good and has the first row groups.
+   once rank 0 has found the text and the store to be good.
 2. Messages go through the key-value store by which the processes found each other: rank 0 puts row groups under
    `task/RANK/NUMBER` and finds the records of their shards under `done/RANK/NUMBER`. They are handed out as ranks
    finish, so a slow one holds up nobody. No collective operation is used, and no activation is sent.
@@ -76,6 +76,8 @@ class TorchrunCrew(RemoteCrew):
     @property
     def model(self) -> HookedModel:
         if self._made is None:
+            if self.leads:
+                self._mail.put("load", None)
             _take_own_gpu()
             self._made = self._make_model()
         return self._made
@@ -103,6 +105,7 @@ class TorchrunCrew(RemoteCrew):
         """
         # Rank 0 gets a Ctrl-C too, and says what is to be done.
         with _handled(signal.SIGINT, signal.SIG_IGN), ThreadPoolExecutor(LANES, "lane") as lanes:
+            lanes.submit(self._load)
             for number in itertools.count():
                 task = f"task/{self.rank}/{number}"
                 while not self._mail.has(task):
@@ -113,6 +116,15 @@ class TorchrunCrew(RemoteCrew):
                     time.sleep(POLL_SECONDS)
                 lanes.submit(self._answer, number, *self._mail.take(task))
         raise AssertionError("numbers do not end")
+
+    def _load(self) -> None:
+        """Make the model while rank 0 makes its own; if that fails, the first row group will say so."""
+        while not self._mail.has("load"):
+            if self._mail.has("end"):
+                return
+            time.sleep(POLL_SECONDS)
+        with self._lock, contextlib.suppress(Exception):
+            _ = self.model
 
     def _ended(self, figures: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if figures is None:

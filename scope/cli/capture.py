@@ -1,13 +1,16 @@
 """`scope capture`: run a model over text and keep what its hooks see."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.errors import ScopeError
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
@@ -70,6 +73,8 @@ def register(app: typer.Typer) -> None:
 
         engine = engine or detected_engine()
         follows = is_follower(engine)
+        if engine == "ray":
+            say("Starting Ray's workers")
 
         def load() -> LanguageModel:
             if not follows:
@@ -78,6 +83,8 @@ def register(app: typer.Typer) -> None:
                 model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
             )
 
+        if follows:
+            _follow(lambda: run_capture(load, text, hook, out, engine=engine))
         with progress_bar("Capturing (rows)") as progress:
             report = run_capture(
                 load,
@@ -95,6 +102,13 @@ def register(app: typer.Typer) -> None:
                 gpus_per_worker=0 if engine == "ray" and device == "cpu" else None,
             )
         return Outcome(_facts(report), _summary(report))
+
+
+def _follow(work: Callable[[], object]) -> NoReturn:
+    """Work for the process that leads, which says what there is to be said, errors too."""
+    with contextlib.suppress(ScopeError):
+        work()
+    raise typer.Exit
 
 
 def _facts(report: "CaptureReport") -> dict[str, Any]:
