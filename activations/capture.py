@@ -26,7 +26,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture"]
+__all__ = ["CaptureReport", "capture", "resolved_hooks", "spec_of"]
 
 DEFAULT_BATCH_SIZE = 8192
 TRIED_CHARACTERS = 10_000
@@ -124,12 +124,12 @@ def _captured(
     manifest = existing_manifest(out)
     _check_text(text, manifest, out)
     made = crew.model
-    shapes, aliases = _resolve(made, hooks)
+    shapes, aliases = resolved_hooks(made, hooks)
     if manifest is None and text is not None:
         _require_tokens(text, made)
     if rows_per_group is None and manifest is not None:
         rows_per_group = manifest["spec"]["rows_per_group"]
-    spec = _spec(made, shapes, context_size, dtype, rows_per_group)
+    spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
     load_name = made.identity.load_name
     with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
         passes = _passes(writer, shapes, aliases)
@@ -181,7 +181,7 @@ def _require_tokens(text: TextSource, model: HookedModel) -> None:
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: no document has a token.")
 
 
-def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Feature shapes by canonical hook name, and the other names that were used."""
     if isinstance(hooks, str):
         hooks = [hooks]
@@ -195,13 +195,14 @@ def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
 
 
-def _spec(
+def spec_of(
     model: HookedModel,
     shapes: Mapping[str, tuple[int, ...]],
     context_size: int,
     dtype: StorageDtype,
     rows_per_group: int | None,
 ) -> CaptureSpec:
+    """What the rows of a capture have in common; raises `InvalidInputError` where a setting makes no sense."""
     if context_size > model.max_context_size:
         raise InvalidInputError(
             f"context_size is {context_size}; {model.identity.model} takes at most {model.max_context_size} tokens."
