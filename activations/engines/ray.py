@@ -4,7 +4,7 @@
    it listens on the loopback device only, sends no usage statistics, and its workers import what this process can.
 2. Each actor makes the model once, from a function that is sent to it, and is a `GroupWorker`. It has a GPU to itself
    where there are some, else an equal share of the processors.
-3. The driver makes no model: the first actor answers for it, tokenising included.
+3. The driver makes no model: actors answer for it, and share the tokenising.
 4. An actor that dies is started again by Ray, and what it was asked is asked again. A row group is computed from its
    tokens alone, so the store ends as if nothing had happened. An error of the model is no death: it ends the run.
 
@@ -66,7 +66,7 @@ class RayCrew(RemoteCrew):
         if self._model is None:
             self._start()
             card = _answer(self._actors[0].card.remote())
-            self._model = ModelProxy(card, lambda name, *given: _answer(self._actors[0].ask.remote(name, *given)))
+            self._model = ModelProxy(card, self._ask)
         return self._model
 
     @property
@@ -77,6 +77,15 @@ class RayCrew(RemoteCrew):
         for actor in self._actors:
             with contextlib.suppress(Exception):  # one that is dead has stopped
                 actor.stop.remote()
+
+    def _ask(self, name: str, given: Any) -> Any:
+        """Have the first actor call a method of its model; documents are tokenised by all of them at once."""
+        if name != "encode_documents":
+            return _answer(self._actors[0].ask.remote(name, given))
+        share = max(1, -(-len(given) // len(self._actors)))
+        parts = [given[first : first + share] for first in range(0, len(given), share)]
+        asked = [actor.ask.remote(name, part) for actor, part in zip(self._actors, parts, strict=False)]
+        return [tokens for answer in asked for tokens in _answer(answer)]
 
     def _start(self) -> None:
         ray = _import_ray()
@@ -137,9 +146,9 @@ class _Actor:
         """What the driver needs to know of the model."""
         return ModelCard.of(self._model())
 
-    def ask(self, name: str, *given: Any) -> Any:
+    def ask(self, name: str, given: Any) -> Any:
         """Call a method of the model."""
-        return getattr(self._model(), name)(*given)
+        return getattr(self._model(), name)(given)
 
     def compute(self, job: Job, work: GroupWork, identity: Any) -> Objects | None:
         """Compute a row group of a pass, if the model is the one that is expected."""
@@ -208,7 +217,7 @@ def _answer(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        raise (error.cause or error) from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         raise InterruptedRunError(f"A Ray worker died {RESTARTS + 1} times: {error}") from error
 

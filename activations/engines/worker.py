@@ -9,7 +9,7 @@
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +72,10 @@ class ModelProxy:
 
     Args:
         card: what does not change.
-        ask: calls a method of a worker's model by name.
+        ask: calls a method of a worker's model, by name, with one argument.
     """
 
-    def __init__(self, card: ModelCard, ask: Any) -> None:
+    def __init__(self, card: ModelCard, ask: Callable[[str, Any], Any]) -> None:
         self.identity, self.special_token_ids = card.identity, card.special_token_ids
         self.max_context_size, self.default_batch_size = card.max_context_size, card.default_batch_size
         self._ask = ask

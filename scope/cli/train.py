@@ -61,9 +61,9 @@ def register(app: typer.Typer) -> None:
             sae, figures, text = report.sae, report.to_dict(), report.summary()
         else:
             figures, text = {"hook": hook, "d_sae": sae.d_sae}, f"{out} holds the result of this very run already."
-        data = {"sae": str(out), "id": sae.fingerprint[:12], **figures}
+        figures = {"sae": str(out), "id": sae.fingerprint[:12], **figures}
         if held_out:
             language_model = optional_model_of(opened, model, config.device) if evaluate_tokens else None
             quality = measure_sae(sae, out, opened, language_model, evaluate_tokens)
-            data, text = {**data, **quality.to_dict()}, f"{text}\n{quality.summary()}"
-        return Outcome(data, text)
+            figures, text = {**figures, **quality.to_dict()}, f"{text}\n{quality.summary()}"
+        return Outcome(figures, text)

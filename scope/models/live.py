@@ -8,10 +8,11 @@
    by a copy on a side stream while the model goes on.
 
 The model is one row group ahead of the consumer: with the one that is consumed and the one that is computed, three
-groups are in memory, 3 x 128 MiB for each hook at most; `rows_per_group` makes them smaller.
+groups are in memory, 3 x 128 MiB for each hook at most; `rows_per_group` makes them smaller. On a GPU it is four: the
+next group is launched before the results of one are looked at, so that the GPU does not wait.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,11 +53,21 @@ class _Planned(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A row group's rows."""
+    """A row group's rows, on a GPU perhaps not computed yet."""
 
     plan: PlannedGroup
-    values: HostCopy | Mapping[str, Tensor]
-    """Per hook its rows, and per `norm/<hook>` their norms."""
+    values: Mapping[str, Tensor]
+    """Per hook its rows, on the model's device."""
+    figures: HostCopy
+    """Per `norm/<hook>` their norms, and per `finite/<hook>` whether all is finite."""
+
+
+class _Delivered(NamedTuple):
+    """A row group's rows where they are wanted, looked through."""
+
+    plan: PlannedGroup
+    values: Mapping[str, Tensor] | HostCopy
+    figures: Mapping[str, np.ndarray]
 
 
 class LiveActivations:
@@ -236,10 +247,10 @@ class LiveActivations:
             yield _Planned(plan, group_windows(tokens, positions, len(begun)))
             begun = tokens[np.flatnonzero(positions == 0)[-1] :]
 
-    def _groups(self, start: int = 0) -> Iterator[_Group]:
+    def _groups(self, start: int = 0) -> Iterator[_Delivered]:
         """Row groups from the one with row `start` on, computed by threads that end with this generator."""
         planned: Channel[_Planned] = Channel(PLAN_AHEAD)
-        computed: Channel[_Group] = Channel(GROUPS_AHEAD)
+        computed: Channel[_Delivered] = Channel(GROUPS_AHEAD)
 
         def plan() -> None:
             for item in self._planned():
@@ -248,8 +259,8 @@ class LiveActivations:
             planned.close()
 
         def compute() -> None:
-            for item in planned:
-                computed.put(self._computed(item))
+            for group in self._in_flight(planned):
+                computed.put(self._delivered(group))
             computed.close()
 
         def end() -> None:
@@ -270,6 +281,20 @@ class LiveActivations:
         if error is not None:
             raise error
 
+    def _in_flight(self, planned: Iterable[_Planned]) -> Iterator[_Group]:
+        """Row groups as they are computed; on a GPU the next one is launched before anybody waits for one."""
+        waiting: _Group | None = None
+        for item in planned:
+            launched = self._computed(item)
+            if self.model.device.type != "cuda":
+                yield launched
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = launched
+        if waiting is not None:
+            yield waiting
+
     @torch.inference_mode()
     def _run(self, item: _Planned, out: Mapping[str, Tensor]) -> None:
         """Run the model on a row group's windows and put the rows where they belong."""
@@ -286,13 +311,21 @@ class LiveActivations:
         values = {hook: torch.empty((n_rows, *self._shapes[hook]), dtype=storage, device=device) for hook in self.hooks}
         norms = {f"norm/{hook}": torch.empty(n_rows, device=device) for hook in self.hooks}
         self._run(item, values | norms)
+        finite = {
+            f"finite/{hook}": torch.isfinite(values[hook]).all() & torch.isfinite(norms[f"norm/{hook}"]).all()
+            for hook in self.hooks
+        }
+        return _Group(item.plan, values, HostCopy(norms | finite))
+
+    def _delivered(self, group: _Group) -> _Delivered:
+        figures = group.figures.wait()
         for hook in self.hooks:
-            if not (torch.isfinite(values[hook]).all() and torch.isfinite(norms[f"norm/{hook}"]).all()):
-                self._refuse(hook, item.plan, values[hook], norms[f"norm/{hook}"])
-        return _Group(item.plan, _delivered(values | norms, self.device))
+            if not figures[f"finite/{hook}"]:
+                self._refuse(hook, group.plan, group.values[hook], torch.from_numpy(figures[f"norm/{hook}"]))
+        return _Delivered(group.plan, _moved(group.values, self.device), figures)
 
     def _refuse(self, hook: str, plan: PlannedGroup, values: Tensor, norms: Tensor) -> None:
-        finite = torch.isfinite(values.flatten(1)).all(dim=1) & torch.isfinite(norms)
+        finite = torch.isfinite(values.flatten(1)).all(dim=1).cpu() & torch.isfinite(norms)
         bad = int((~finite).nonzero()[0])
         row = plan.row_start + bad
         document = self.document_at(row)
@@ -308,7 +341,7 @@ class LiveActivations:
     def _in_memory(self) -> MemoryActivations:
         import pandas as pd
 
-        groups = [(plan, _host(values)) for plan, values in self._groups()]
+        groups = [(plan, {**_on_host(values), **figures}) for plan, values, figures in self._groups()]
         plans = [plan for plan, _ in groups]
 
         def table(name: str) -> pd.DataFrame:
@@ -349,8 +382,8 @@ def _to(indices: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _delivered(values: Mapping[str, Tensor], device: torch.device) -> HostCopy | Mapping[str, Tensor]:
-    """A row group on its way to where it is wanted."""
+def _moved(values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor] | HostCopy:
+    """Rows on their way to where they are wanted."""
     here = next(iter(values.values())).device
     if here == device:
         return values
@@ -369,25 +402,21 @@ def _delivered(values: Mapping[str, Tensor], device: torch.device) -> HostCopy |
     return moved
 
 
-def _as_batch(group: _Group, names: Mapping[str, str], start: int) -> ActivationBatch:
+def _as_batch(group: _Delivered, names: Mapping[str, str], start: int) -> ActivationBatch:
     """The rows of a group from row `start` on, under the names that were asked for."""
-    values: Mapping[str, Any] = group.values.wait() if isinstance(group.values, HostCopy) else group.values
-    plan = group.plan
+    plan, found, figures = group
+    values: Mapping[str, Any] = found.wait() if isinstance(found, HostCopy) else found
     whole = ActivationBatch(
         rows=np.arange(plan.row_start, plan.row_stop),
         activations={hook: values[name] for hook, name in names.items()},
         flags=plan.columns["flags"],
-        norms={hook: _numpy(values[f"norm/{name}"]) for hook, name in names.items()},
+        norms={hook: figures[f"norm/{name}"] for hook, name in names.items()},
     )
     return _part(whole, slice(max(0, start - plan.row_start), None))
 
 
-def _host(values: HostCopy | Mapping[str, Tensor]) -> Mapping[str, np.ndarray]:
+def _on_host(values: Mapping[str, Tensor] | HostCopy) -> Mapping[str, np.ndarray]:
     return values.wait() if isinstance(values, HostCopy) else HostCopy(values).wait()
-
-
-def _numpy(values: Any) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else np.asarray(values.cpu().numpy())
 
 
 def _part(batch: ActivationBatch, part: slice) -> ActivationBatch:
