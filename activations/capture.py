@@ -3,7 +3,7 @@
 1. Check everything that was given; nothing is written before all of it is found good.
 2. Take the lock and open or make the store (`activations.writer`).
 3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
-4. Run each in one pass over the rows (`activations.passes`).
+4. Run each in one pass over the rows (`activations.passes`), here or by several workers (`activations.engines`).
 
 Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.engines import Engine, open_crew
+from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN
-from activations.passes import CapturePass, Progress
+from activations.passes import Progress
 from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
 from activations.storage import Storage, storage_at
@@ -25,7 +27,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture"]
+__all__ = ["CaptureReport", "capture", "resolved_hooks", "spec_of"]
 
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
@@ -62,11 +64,15 @@ def capture(
     batch_size: int | None = None,
     rows_per_group: int | None = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
+    gpus_per_worker: int | None = None,
 ) -> CaptureReport:
     """Store what the hooks of a model see on a text, or go on with that.
 
     Args:
-        model: the model, or a (picklable) function that makes it, called once everything else is checked.
+        model: the model, or a (picklable) function that makes it, called once everything else is checked; engines with
+            several processes need the function.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
         hooks: names of the hooks, captured in one pass.
@@ -78,27 +84,54 @@ def capture(
         batch_size: tokens that the model runs at once, padding included; None for what suits the model's device.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
         progress: called with (rows done, rows in all or None) after each batch.
+        engine: where the model runs: "local" in this process, "ray" in actors, "torchrun" in the processes that
+            torchrun started, each of which makes this same call. See `activations.engines`.
+        workers: how many actors; None for one a GPU, or two where there is none.
+        gpus_per_worker: of an actor; None for 1 where there are GPUs. 0 for a model that runs on the CPU.
 
     Raises:
         InvalidInputError: something given is wrong; nothing was written. Among them `UnknownNameError` (file, column,
             hook), `OccupiedError` (`out` holds something else) and `MismatchError` (the store there is another's).
         LockedError: another writer is at work on the store.
         NonFiniteError: a NaN or Inf, or a value too large for `dtype`; hook, row and document are named.
-        InterruptedRunError: Ctrl-C, or writing failed (disk full).
+        InterruptedRunError: Ctrl-C, or writing failed (disk full), or workers died.
     """
-    started = time.monotonic()
     storage = storage_at(out)
+    with open_crew(engine, model, workers, gpus_per_worker) as crew:
+        if not crew.leads:
+            figures = crew.follow()
+            return CaptureReport(store=ActivationStore.open(storage), **figures)
+        report = _captured(
+            crew, text, hooks, storage, max_tokens, context_size, dtype, batch_size, rows_per_group, progress
+        )
+        crew.share({name: value for name, value in report._asdict().items() if name != "store"})
+        return report
+
+
+def _captured(
+    crew: Crew,
+    text: TextSource | None,
+    hooks: Sequence[str],
+    storage: Storage,
+    max_tokens: int | None,
+    context_size: int,
+    dtype: StorageDtype,
+    batch_size: int | None,
+    rows_per_group: int | None,
+    progress: Progress | None,
+) -> CaptureReport:
+    started = time.monotonic()
     _check_numbers(max_tokens, batch_size, dtype)
     manifest = existing_manifest(storage)
     _check_text(text, manifest, storage)
-    made = _made(model)
+    made = crew.model
     batch_size = made.default_batch_size if batch_size is None else batch_size
-    shapes, aliases = _resolve(made, hooks)
+    shapes, aliases = resolved_hooks(made, hooks)
     if manifest is None and text is not None:
         _require_tokens(text, made)
     if rows_per_group is None and manifest is not None:
         rows_per_group = manifest["spec"]["rows_per_group"]
-    spec = _spec(made, shapes, context_size, dtype, rows_per_group)
+    spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
     load_name = made.identity.load_name
     with StoreWriter(storage, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
         passes = _passes(writer, shapes, aliases)
@@ -107,7 +140,7 @@ def capture(
         if passes:
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
-            CapturePass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
+            crew.run_pass(text, writer, capture_id, max_tokens, batch_size, progress)
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
         seconds = time.monotonic() - started
@@ -123,11 +156,6 @@ def capture(
         windowed_documents=state.windowed_documents,
         empty_documents=state.empty_documents,
     )
-
-
-def _made(model: HookedModel | Callable[[], HookedModel]) -> HookedModel:
-    # Not isinstance: a runtime protocol evaluates its properties, and a model's identity may hash its weights.
-    return model if hasattr(type(model), "forward_rows") else model()  # type: ignore[operator, return-value]
 
 
 def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str) -> None:
@@ -157,7 +185,7 @@ def _require_tokens(text: TextSource, model: HookedModel) -> None:
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: no document has a token.")
 
 
-def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Feature shapes by canonical hook name, and the other names that were used."""
     if isinstance(hooks, str):
         hooks = [hooks]
@@ -171,13 +199,14 @@ def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
 
 
-def _spec(
+def spec_of(
     model: HookedModel,
     shapes: Mapping[str, tuple[int, ...]],
     context_size: int,
     dtype: StorageDtype,
     rows_per_group: int | None,
 ) -> CaptureSpec:
+    """What the rows of a capture have in common; raises `InvalidInputError` where a setting makes no sense."""
     if context_size > model.max_context_size:
         raise InvalidInputError(
             f"context_size is {context_size}; {model.identity.model} takes at most {model.max_context_size} tokens."

@@ -15,6 +15,7 @@ Every message says what was got, what was expected, and what to do. `scope.error
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ActivationsError",
@@ -35,6 +36,16 @@ class ActivationsError(Exception):
 
     def __str__(self) -> str:  # KeyError would show the repr of its argument
         return str(self.args[0]) if self.args else ""
+
+    def __reduce__(self) -> tuple[Any, ...]:  # by the message: some of them are made from other things than that
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[ActivationsError], args: tuple[Any, ...]) -> ActivationsError:
+    """An error that was pickled, on its way from a worker."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 class InvalidInputError(ActivationsError, ValueError):

@@ -1,28 +1,44 @@
 """The pure half of shuffling: where chosen rows come from, and the schedule of a buffer that mixes them.
 
 A schedule is a sequence of events over the slots of a buffer: `Fill` puts rows into slots, `Give` hands slots out.
-For a store it is known without reading a single activation, so it can be skipped to any place in no time.
+For a store it is known without reading a single activation, so it can be skipped to any place in no time. A live
+source tells its rows only as they come, with their values.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from activations.source import ActivationSource
+from activations.buffers import taken
+from activations.errors import InvalidInputError, NonFiniteError
+from activations.source import ActivationBatch, ActivationSource
 from activations.store import ActivationStore
 
-__all__ = ["Chooser", "Feed", "Fill", "Give", "LiveFeed", "Piece", "StoreFeed", "Values", "mix", "permute", "skip"]
+__all__ = [
+    "Chooser",
+    "Feed",
+    "Fill",
+    "Give",
+    "LiveFeed",
+    "Piece",
+    "StoreFeed",
+    "Values",
+    "mix",
+    "permute",
+    "skip",
+    "stream",
+]
 
 SCAN_ROWS = 2**20
 MEDIAN_ROWS = 2**24
 """The median norm is taken over at most about so many rows, in stretches spread evenly over the store."""
 SKIP_FILLS = 64
 LIVE_MEDIAN_ROWS = 2**16
-LIVE_BATCH_ROWS = 4096
 
-Values = dict[str, np.ndarray]
+Values = dict[str, Any]
+"""Rows by hook: numpy arrays, or torch tensors where the source gives those."""
 
 
 class Fill(NamedTuple):
@@ -75,6 +91,34 @@ def mix(pieces: Iterator[Piece], capacity: int, share: float, rng: np.random.Gen
     is_left = np.ones(capacity, bool)
     is_left[free] = False
     yield Give(rng.permutation(np.flatnonzero(is_left)))
+
+
+def stream(
+    pieces: Callable[[np.random.Generator], Iterator[Piece]],
+    capacity: int,
+    share: float,
+    seed: int,
+    passes: int | None,
+    no_row: str,
+) -> Iterator[Fill | Give]:
+    """`mix` pass after pass, for a source that tells its rows only as they come. Where a pass fits into the buffer it
+    stays there: the passes that follow are permutations of it, as those of `permute`, and read nothing.
+
+    Raises:
+        InvalidInputError: a pass is over and there was no row in it; the message is `no_row`.
+    """
+    for number in count() if passes is None else range(passes):
+        rng = np.random.default_rng([seed, number])
+        n_rows = 0
+        for event in mix(pieces(rng), capacity, share, rng):
+            n_rows += len(event.rows) if isinstance(event, Fill) else 0
+            yield event
+        if not n_rows:
+            raise InvalidInputError(no_row)
+        if n_rows <= capacity:
+            for later in count(number + 1) if passes is None else range(number + 1, passes):
+                yield Give(np.random.default_rng([seed, later]).permutation(n_rows))
+            return
 
 
 def skip(events: Iterator[Fill | Give], n_rows: int, capacity: int) -> Iterator[Fill | Give]:
@@ -171,10 +215,21 @@ class StoreFeed:
 
 
 class LiveFeed:
-    """A source that is read in its own order. The median norm is that of its first rows, 65,536 or all there are."""
+    """A source that is read in its own order. The median norm is that of its first rows.
 
-    def __init__(self, source: ActivationSource, hooks: Sequence[str], chooser: Chooser) -> None:
+    Args:
+        source: the source.
+        hooks: names of its hooks.
+        chooser: which rows are used.
+        piece_rows: rows that are asked for at once.
+        median_rows: rows that the median norm is taken over, or all there are; as many are held back until it is known.
+    """
+
+    def __init__(
+        self, source: ActivationSource, hooks: Sequence[str], chooser: Chooser, piece_rows: int, median_rows: int
+    ) -> None:
         self.source, self.hooks, self.chooser = source, hooks, chooser
+        self.piece_rows, self.median_rows = piece_rows, min(median_rows, LIVE_MEDIAN_ROWS)
         self.limits: dict[str, float] = {}
 
     @property
@@ -185,16 +240,17 @@ class LiveFeed:
         waiting: list[tuple[Piece, Mapping[str, np.ndarray]]] | None = None
         if self.chooser.max_norm_ratio is not None and not self.limits:
             waiting = []
-        for batch in self.source.batches(self.hooks, LIVE_BATCH_ROWS):
-            chosen = self.chooser.by_flags(batch.flags)
-            values = {hook: _as_numpy(batch.activations[hook])[chosen] for hook in self.hooks}
+        for batch in self.source.batches(self.hooks, self.piece_rows):
+            self._require_finite(batch)
+            chosen = np.flatnonzero(self.chooser.by_flags(batch.flags))
+            values = {hook: taken(batch.activations[hook], chosen) for hook in self.hooks}
             piece = Piece(batch.rows[chosen], values)
             norms = {hook: batch.norms[hook][chosen] for hook in self.hooks}
             if waiting is None:
                 yield self._within_limits(piece, norms)
                 continue
             waiting.append((piece, norms))
-            if sum(len(piece.rows) for piece, _ in waiting) >= LIVE_MEDIAN_ROWS:
+            if sum(len(piece.rows) for piece, _ in waiting) >= self.median_rows:
                 yield from self._released(waiting)
                 waiting = None
         if waiting:
@@ -202,6 +258,16 @@ class LiveFeed:
 
     def read(self, rows: np.ndarray) -> Values:
         raise AssertionError("a live source hands its values over with its rows")
+
+    def _require_finite(self, batch: ActivationBatch) -> None:
+        for hook in self.hooks:
+            finite = np.isfinite(batch.norms[hook])
+            if not finite.all():
+                row = int(batch.rows[np.argmin(finite)])
+                locate = getattr(self.source, "document_at", None)
+                document = locate(row) if locate is not None else {}
+                where = f", in the document {document['title']!r}" if document.get("title") else ""
+                raise NonFiniteError(f"The hook {hook} gave a NaN or Inf at row {row:,}{where}.")
 
     def _released(self, waiting: list[tuple[Piece, Mapping[str, np.ndarray]]]) -> Iterator[Piece]:
         assert self.chooser.max_norm_ratio is not None
@@ -217,14 +283,7 @@ class LiveFeed:
         for hook, limit in self.limits.items():
             kept &= norms[hook] <= limit
         assert piece.values is not None
-        return Piece(piece.rows[kept], {hook: values[kept] for hook, values in piece.values.items()})
-
-
-def _as_numpy(values: Any) -> np.ndarray:
-    """A live source's activations as numpy, bfloat16 as its bits."""
-    if isinstance(values, np.ndarray):
-        return values
-    import torch
-
-    tensor = values.detach().cpu()
-    return np.asarray((tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        if kept.all():
+            return piece
+        places = np.flatnonzero(kept)
+        return Piece(piece.rows[places], {hook: taken(values, places) for hook, values in piece.values.items()})

@@ -10,7 +10,11 @@
    ends of passes.
 
 The order depends on the seed and the source, never on timing, so that a run can go on exactly at any batch (`start`).
-A source that can only be read in order (a live model) goes through the same buffer in its own order.
+
+A source that can only be read in order (a live model) goes through the same buffer in its own order. Where a pass fits
+into the buffer it is read once only, and from then on shuffled as in step 2. The buffer lies where the source's values
+lie: on the host, or on the GPU of a live model. To go on at a batch, such a source is read from the beginning: exact,
+but a model computes again what was consumed before.
 """
 
 import math
@@ -22,8 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.buffers import RowBuffer, concatenated
 from activations.errors import InvalidInputError
-from activations.mixing import Feed, Fill, Give, LiveFeed, StoreFeed, Values, mix, permute, skip
+from activations.mixing import Feed, Fill, Give, LiveFeed, StoreFeed, Values, mix, permute, skip, stream
 from activations.pipeline import Channel, Worker
 from activations.source import ActivationSource, RowFlag
 from activations.store import ActivationStore
@@ -35,6 +40,8 @@ GIVEN_SHARE = 0.25
 """Part of the buffer that is handed out at once; the reader is as much ahead."""
 MIN_READ_AHEAD = 4
 EVENT_BYTES = 2**20
+LIVE_EVENT_BYTES = 2**22
+MAX_LIVE_PIECE = 4096
 BOOKKEEPING_BYTES = 24
 """Per row of the buffer: its id, and its place in lists of slots."""
 NUMPY_DTYPES: dict[str, Any] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
@@ -71,8 +78,8 @@ class ShuffledBatch(NamedTuple):
     rows: np.ndarray
     """Row ids, int64 `(n,)`."""
     values: Any
-    """`(n, *feature_shape)` in the storage dtype (bfloat16 as uint16 bits), or, if several hooks were asked for, a
-    dict of such arrays."""
+    """`(n, *feature_shape)` in the storage dtype (bfloat16 as uint16 bits), or a torch tensor on its device where the
+    source gives those; if several hooks were asked for, a dict of such."""
 
 
 class ShuffledBatches:
@@ -90,7 +97,8 @@ class ShuffledBatches:
         start: batches to skip, so that a run goes on exactly where it was after so many.
 
     Raises:
-        InvalidInputError: the selection leaves no row, or a size makes no sense.
+        InvalidInputError: the selection leaves no row (of a live source: raised after the first pass over it), or a
+            size makes no sense.
         UnknownNameError: a hook that the source does not have.
     """
 
@@ -117,18 +125,26 @@ class ShuffledBatches:
         self._single = isinstance(hooks, str)
         dtype = NUMPY_DTYPES[source.dtype]
         self._no_rows = {hook: np.empty((0, *source.hook_shape(hook)), dtype) for hook in self.hooks}
-        is_store = isinstance(source, ActivationStore)
-        self._feed: Feed = (StoreFeed if is_store else LiveFeed)(source, self.hooks, select)  # type: ignore[arg-type]
-        n_rows = self._feed.n_rows
-        if n_rows == 0:
-            raise InvalidInputError(f"The selection leaves no row of {source!r}: {select}.")
         row_bytes = sum(math.prod(empty.shape[1:]) for empty in self._no_rows.values()) * np.dtype(dtype).itemsize
         fitting = memory_bytes // (row_bytes + BOOKKEEPING_BYTES)
+        streamed = max(1, int(fitting / (1 + GIVEN_SHARE)))
+        event_bytes = EVENT_BYTES
+        self._feed: Feed
+        if isinstance(source, ActivationStore):
+            self._feed = StoreFeed(source, self.hooks, select)
+        else:
+            piece = min(MAX_LIVE_PIECE, max(1, LIVE_EVENT_BYTES // row_bytes))
+            event_bytes = piece * row_bytes
+            self._feed = LiveFeed(source, self.hooks, select, piece, median_rows=streamed)
+        self._no_row = f"The selection leaves no row of {source!r}: {select}."
+        n_rows = self._feed.n_rows
+        if n_rows == 0:
+            raise InvalidInputError(self._no_row)
         self.in_memory = n_rows is not None and n_rows <= fitting
-        """Whether all chosen rows are held in memory, so that each pass is a full shuffle."""
-        self.capacity = n_rows if n_rows is not None and self.in_memory else max(1, int(fitting / (1 + GIVEN_SHARE)))
+        """Whether all chosen rows are known to fit in memory, so that each pass is a full shuffle."""
+        self.capacity = n_rows if n_rows is not None and self.in_memory else streamed
         """Rows in the buffer."""
-        self._read_ahead = max(MIN_READ_AHEAD, int(self.capacity * GIVEN_SHARE * row_bytes / EVENT_BYTES))
+        self._read_ahead = max(MIN_READ_AHEAD, int(self.capacity * GIVEN_SHARE * row_bytes / event_bytes))
         if self.in_memory:
             self._read_ahead = MIN_READ_AHEAD
 
@@ -144,7 +160,7 @@ class ShuffledBatches:
 
     def __iter__(self) -> Iterator[ShuffledBatch]:
         rows_of = np.empty(self.capacity, np.int64)
-        buffer = {hook: np.empty((self.capacity, *no.shape[1:]), no.dtype) for hook, no in self._no_rows.items()}
+        buffer = RowBuffer(self.capacity, self._no_rows)
         dropping = self.start * self.batch_size if self._feed.n_rows is None else 0
         left = math.inf if self.tokens is None else self.tokens - self.start * self.batch_size
         held: list[tuple[np.ndarray, Values]] = []
@@ -153,8 +169,7 @@ class ShuffledBatches:
             for event in events:
                 if isinstance(event, Fill):
                     rows_of[event.slots] = event.rows
-                    for hook, values in (event.values or {}).items():
-                        buffer[hook][event.slots] = values
+                    buffer.put(event.slots, event.values or {})
                     continue
                 slots = event.slots[dropping:]
                 dropping -= min(dropping, len(event.slots))
@@ -162,7 +177,7 @@ class ShuffledBatches:
                     taken, slots = np.split(slots, [int(min(self.batch_size - n_held, left))])
                     left -= len(taken)
                     n_held += len(taken)
-                    held.append((rows_of[taken], {hook: values.take(taken, axis=0) for hook, values in buffer.items()}))
+                    held.append((rows_of[taken], buffer.take(taken)))
                     if n_held == self.batch_size:
                         yield self._joined(held)
                         held, n_held = [], 0
@@ -172,15 +187,16 @@ class ShuffledBatches:
             yield self._joined(held)
 
     def _joined(self, held: list[tuple[np.ndarray, Values]]) -> ShuffledBatch:
-        rows, values = held[0]
-        if len(held) > 1:
-            rows = np.concatenate([rows for rows, _ in held])
-            values = {hook: np.concatenate([values[hook] for _, values in held]) for hook in self.hooks}
+        rows = concatenated([rows for rows, _ in held])
+        values = {hook: concatenated([values[hook] for _, values in held]) for hook in self.hooks}
         return ShuffledBatch(rows, values[self.hooks[0]] if self._single else values)
 
     def _schedule(self) -> Iterator[Fill | Give]:
         if self.in_memory:
             yield from permute(self._feed.pieces(None), self.capacity, self.seed, self.passes)
+            return
+        if self._feed.n_rows is None:
+            yield from stream(self._feed.pieces, self.capacity, GIVEN_SHARE, self.seed, self.passes, self._no_row)
             return
         for number in count() if self.passes is None else range(self.passes):
             rng = np.random.default_rng([self.seed, number])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from activations import arrays
 from activations.capture import capture
-from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
+from activations.errors import IntegrityError, InvalidInputError, NonFiniteError, UnknownNameError
 from activations.mixing import Fill, Give, Piece, mix, skip
 from activations.shuffle import Selection, ShuffledBatches
 from activations.source import ActivationBatch, RowFlag
@@ -166,6 +166,52 @@ def test_bad_input(store: ActivationStore) -> None:
         Selection(max_norm_ratio=0)
     with pytest.raises(InvalidInputError, match="both excludes and requires"):
         Selection(require_flags=RowFlag.BOS)
+
+
+def test_a_live_source_that_fits_is_read_once(store: ActivationStore) -> None:
+    """From then on passes are shuffled as those of a store in memory, and equal them."""
+    source = Live(store)
+    read = []
+    batches = source.batches
+
+    def counting(*arguments: Any) -> Iterator[ActivationBatch]:
+        for batch in batches(*arguments):
+            read.append(batch.rows)
+            yield batch
+
+    source.batches = counting  # type: ignore[method-assign]
+    settings: dict[str, Any] = {"passes": 3, "memory_bytes": PLENTY}
+    rows = rows_of(ShuffledBatches(source, RESID, 50, 1, **settings))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(rows, rows_of(ShuffledBatches(store, RESID, 50, 1, **settings)))
+    np.testing.assert_array_equal(np.concatenate(read), np.arange(store.n_rows))
+
+
+@pytest.mark.parametrize("passes", [None, 2])
+def test_a_live_source_without_a_chosen_row_is_refused(store: ActivationStore, passes: int | None) -> None:
+    source: Any = Live(store)
+    batches = ShuffledBatches(source, RESID, 5, 0, passes=passes, select=Selection(require_flags=RowFlag.IMAGE))
+    with pytest.raises(InvalidInputError, match=r"leaves no row of .*Live"):
+        next(iter(batches))
+
+
+@pytest.mark.parametrize("max_norm_ratio", [None, 10.0])
+def test_a_nan_of_a_live_source_is_named(store: ActivationStore, max_norm_ratio: float | None) -> None:
+    """Also in a row that the selection leaves out: the model is broken there, too."""
+
+    class Broken(Live):
+        def batches(self, *arguments: Any) -> Iterator[ActivationBatch]:
+            for batch in super().batches(*arguments):
+                norms = {hook: np.where(batch.rows == 130, np.nan, of_hook) for hook, of_hook in batch.norms.items()}
+                yield batch._replace(norms=norms)
+
+        def document_at(self, row: int) -> dict[str, Any]:
+            return self.store.document_at(row)
+
+    title = store.document_at(130)["title"]
+    source: Any = Broken(store)
+    batches = ShuffledBatches(source, (Z, RESID), 50, 0, select=Selection(max_norm_ratio=max_norm_ratio))
+    with pytest.raises(NonFiniteError, match=f"The hook {Z} gave a NaN or Inf at row 130, in the document '{title}'"):
+        list(batches)
 
 
 def test_rot_reaches_the_consumer(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def capture_arguments(data, out, changed):
         ({"context_size": 100_000}, "at most"),
         ({"rows_per_group": 1000}, "power of two"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"workers": 2}, "for the engine ray"),
+        ({"engine": "torchrun"}, "RANK is not set"),
     ],
 )
 def test_wrong_use_of_capture_exits_with_2_and_writes_nothing(data, tmp_path, changed, words):
@@ -207,6 +209,29 @@ def test_the_demo_goes_on_with_what_is_there(demo_workspace):
     assert outcome.data["rows"] == 16_384
     assert 0 < outcome.data["fvu"] < 1
     assert outcome.data["delta_ce"] > 0
+
+
+def test_a_model_and_a_text_are_trained_on_without_a_store(line, data, tmp_path):
+    """Its rows are a store's, so it becomes as good; the store of `line` ran its model in other batches."""
+    model = helpers_models.tiny_folder("gemma3")
+    options = ("--hook", HOOK, "--d-sae", 64, "--k", 4, "--tokens", 4096, "--batch-size", 256)
+    options = (*options, "--evaluate-tokens", 200, "--json")
+    live = ("train", "--model", model, "--data", data, "--context-size", 32, *options, "--out", tmp_path / "live")
+    trained = scope(*live)
+    stored = scope("train", line["store"], *options, "--out", tmp_path / "stored")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".zarr"] == []
+    for name in ("fvu", "l0", "delta_ce", "n_rows"):
+        assert trained[name] == pytest.approx(stored[name], rel=0.02), name
+    assert "steps" not in scope(*live)
+    for wrong, words in (
+        (("train", *options), "Give an activation store"),
+        (("train", "--model", model, *options), "--data"),
+        (("train", line["store"], "--data", data, *options), "Both a store and --data"),
+        (("train", "--model", model, "--data", tmp_path / "no.jsonl", *options), "no.jsonl"),
+    ):
+        answer = scope(*wrong, "--out", tmp_path / "wrong", code=2)
+        assert words in answer["error"]["message"]
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_the_same_training_again_is_done_already(line):

@@ -1,20 +1,82 @@
 """What several commands do: open what they were given, find the model that filled a store, train, measure, index."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scope.cli._command import progress_bar, say
-from scope.errors import MismatchError, ScopeError
+from scope.errors import InvalidInputError, MismatchError, ScopeError
 
 if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
-    from scope.models import LanguageModel
+    from scope.models import LanguageModel, LiveActivations
     from scope.saes.base import SAE
     from scope.training import TrainConfig, TrainReport
     from scope.training.evaluate import Quality
 
-__all__ = ["finished_sae", "index_sae", "load_model_of", "measure_sae", "optional_model_of", "train_sae"]
+    Source = ActivationStore | LiveActivations
+
+__all__ = [
+    "finished_sae",
+    "has_held_out",
+    "index_sae",
+    "load_model_of",
+    "measure_sae",
+    "open_source",
+    "optional_model_of",
+    "train_sae",
+]
+
+
+def open_source(
+    store: str | None,
+    hook: str,
+    model: str | None,
+    data: Sequence[Path],
+    *,
+    context_size: int,
+    model_device: str | None,
+    device: str,
+) -> "Source":
+    """The store in a folder; or, without one, what a hook of a model sees on a text, computed as it is consumed.
+
+    Args:
+        store: the store's folder or address.
+        hook: the hook, where there is no store.
+        model: what to load, where there is no store.
+        data: the text's files, where there is no store.
+        context_size: tokens in a window, BOS included.
+        model_device: where the model runs; None for the best there is.
+        device: where the activations are wanted.
+
+    Raises:
+        InvalidInputError: there are both, or neither.
+    """
+    if store is not None:
+        from activations.store import ActivationStore
+
+        if data:
+            raise InvalidInputError("Both a store and --data were given; the store has its text already. Give one.")
+        return ActivationStore.open(store)
+    if model is None or not data:
+        raise InvalidInputError("Give an activation store to train on, or --model and --data to do without one.")
+    from activations.text import TextSource
+    from scope.models import LanguageModel
+
+    text = TextSource(data)
+    text.check()
+    say(f"Loading {model}")
+    return LanguageModel.load(model, device=model_device).source(text, hook, context_size=context_size, device=device)
+
+
+def has_held_out(source: "Source") -> bool:
+    """Whether there are documents to measure on."""
+    from activations.store import ActivationStore
+
+    if isinstance(source, ActivationStore):
+        return bool(source.documents()["held_out"].any())
+    return source.has_held_out()
 
 
 def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
@@ -43,8 +105,13 @@ def load_model_of(store: "ActivationStore", name: str | None = None, device: str
     return model
 
 
-def optional_model_of(store: "ActivationStore", name: str | None, device: str | None) -> "LanguageModel | None":
-    """As `load_model_of`, but None, with a word, where the store's own model is not on this machine."""
+def optional_model_of(store: "Source", name: str | None, device: str | None) -> "LanguageModel | None":
+    """As `load_model_of`, but None, with a word, where the store's own model is not on this machine; a live source has
+    its model."""
+    from activations.store import ActivationStore
+
+    if not isinstance(store, ActivationStore):
+        return store.model
     try:
         return load_model_of(store, name, device)
     except MismatchError:
@@ -56,7 +123,7 @@ def optional_model_of(store: "ActivationStore", name: str | None, device: str | 
         return None
 
 
-def train_sae(store: "ActivationStore", hook: str, config: "TrainConfig", out: Path) -> "TrainReport":
+def train_sae(store: "Source", hook: str, config: "TrainConfig", out: Path) -> "TrainReport":
     """Train on one hook of a store, with a progress bar."""
     from scope.training import train
 
@@ -64,7 +131,7 @@ def train_sae(store: "ActivationStore", hook: str, config: "TrainConfig", out: P
         return train(store, hook, config, out, progress=progress)
 
 
-def finished_sae(out: Path, store: "ActivationStore", hook: str, config: "TrainConfig") -> "SAE | None":
+def finished_sae(out: Path, store: "Source", hook: str, config: "TrainConfig") -> "SAE | None":
     """The SAE in `out` if it is the result of this very run: same store, hook and settings."""
     from activations.manifest import read_manifest
     from scope.saes.formats import load
@@ -77,7 +144,7 @@ def finished_sae(out: Path, store: "ActivationStore", hook: str, config: "TrainC
     return sae if same else None
 
 
-def measure_sae(sae: Any, out: Path, store: "ActivationStore", model: "LanguageModel | None", tokens: int) -> "Quality":
+def measure_sae(sae: Any, out: Path, store: "Source", model: "LanguageModel | None", tokens: int) -> "Quality":
     """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it."""
     from scope.training.evaluate import evaluate
 

@@ -1,12 +1,16 @@
 """`scope capture`: run a model over text and keep what its hooks see."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.errors import ScopeError
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
@@ -57,6 +61,16 @@ def register(app: typer.Typer) -> None:
         storage: Annotated[
             str | None, typer.Option(help="Where --out lies: a folder, or s3://BUCKET/PREFIX (settings from AWS_…).")
         ] = None,
+        engine: Annotated[
+            Engine | None,
+            typer.Option(
+                help="Where the model runs: local (this process), ray (actors of a cluster, or of this machine) or "
+                "torchrun; by default torchrun where it started this process, else local."
+            ),
+        ] = None,
+        workers: Annotated[
+            int | None, typer.Option(help="Ray actors; by default one a GPU, or two where there is none.")
+        ] = None,
     ) -> Outcome:
         """Run a model over text and keep what its hooks see, one row a token, in a store that can be resumed."""
         from activations.capture import capture as run_capture
@@ -68,8 +82,14 @@ def register(app: typer.Typer) -> None:
             data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
         )
 
+        engine = engine or detected_engine()
+        follows = is_follower(engine)
+        if engine == "ray":
+            say("Starting Ray's workers")
+
         def load() -> LanguageModel:
-            say(f"Loading {model}")
+            if not follows:
+                say(f"Loading {model}")
             return LanguageModel.load(
                 model,
                 revision=revision,
@@ -79,6 +99,8 @@ def register(app: typer.Typer) -> None:
                 allow_download=allow_download,
             )
 
+        if follows:
+            _follow(lambda: run_capture(load, text, hook, out, engine=engine))
         with progress_bar("Capturing (rows)") as progress:
             report = run_capture(
                 load,
@@ -91,8 +113,18 @@ def register(app: typer.Typer) -> None:
                 batch_size=batch_size,
                 rows_per_group=rows_per_group,
                 progress=progress,
+                engine=engine,
+                workers=workers,
+                gpus_per_worker=0 if engine == "ray" and device == "cpu" else None,
             )
         return Outcome(_facts(report), _summary(report))
+
+
+def _follow(work: Callable[[], object]) -> NoReturn:
+    """Work for the process that leads, which says what there is to be said, errors too."""
+    with contextlib.suppress(ScopeError):
+        work()
+    raise typer.Exit
 
 
 def _facts(report: "CaptureReport") -> dict[str, Any]:

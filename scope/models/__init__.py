@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scope.models.dictionaries import Dictionary
     from scope.models.hooks import HookPoint, HookTable
     from scope.models.language_model import LanguageModel
+    from scope.models.live import LiveActivations
     from scope.models.run import EditContext, EditFunction, Generation, RunResult
     from scope.models.token_text import TokenText
 
@@ -24,6 +25,7 @@ __all__ = [
     "HookPoint",
     "HookTable",
     "LanguageModel",
+    "LiveActivations",
     "RunResult",
     "TokenText",
 ]
@@ -36,6 +38,7 @@ _HOMES = {
     "HookPoint": "hooks",
     "HookTable": "hooks",
     "LanguageModel": "language_model",
+    "LiveActivations": "live",
     "RunResult": "run",
     "TokenText": "token_text",
 }

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from activations.source import ModelIdentity
 from activations.spec import StorageDtype
+from activations.text import TextSource
 from scope.errors import InvalidInputError
 from scope.models import identity, loading, losses
 from scope.models.architectures import Layout, find_layout
@@ -28,6 +29,9 @@ from scope.models.rows import HostCopy, check_windows, collect_rows
 from scope.models.run import EditFunction, Generation, RunResult, SpliceMode, continuations, run
 from scope.models.taps import Handler, tapped
 from scope.models.tokens import TokenReader, TokenText, prompt_ids
+
+if TYPE_CHECKING:
+    from scope.models.live import LiveActivations
 
 __all__ = ["LanguageModel"]
 
@@ -275,6 +279,14 @@ class LanguageModel:
         self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
     ) -> HostCopy:
         """Run windows and keep what the hooks see, as rows of real tokens: see `activations.source.HookedModel`."""
+        with torch.inference_mode():
+            return HostCopy(self.device_rows(windows, hooks, dtype, batch_size))
+
+    def device_rows(
+        self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
+    ) -> dict[str, Tensor]:
+        """As `forward_rows`, but what the hooks see stays on the model's device: per hook the rows, in the storage
+        dtype, and per `norm/<hook>` their norms."""
         points = {name: self._fast_point(name) for name in hooks}
         check_windows(windows, 1, self.max_context_size, self.d_vocab)
         in_order = sorted(points, key=self.hook_table.rank)
@@ -287,6 +299,18 @@ class LanguageModel:
         with self.lock, layers, torch.inference_mode():
             shapes = {name: shape for name, (_, shape) in points.items()}
             return collect_rows(windows, shapes, dtype, batch_size, self.device, forward)
+
+    def source(self, text: TextSource, hooks: str | Sequence[str], **settings: Any) -> "LiveActivations":
+        """What hooks see on a text, computed as it is consumed: a source to train from without a store on disk.
+
+        Args:
+            text: where documents come from.
+            hooks: names of the hooks.
+            settings: see `scope.models.live.LiveActivations`: windows, dtype, device and more.
+        """
+        from scope.models.live import LiveActivations
+
+        return LiveActivations(self, text, [hooks] if isinstance(hooks, str) else hooks, **settings)
 
     def run(
         self,

@@ -150,8 +150,9 @@ def collect_rows(
     batch_size: int,
     device: torch.device,
     forward: Callable[[Tensor, Mapping[str, Callable[[Tensor], None]]], None],
-) -> HostCopy:
-    """Run all windows and collect what the hooks see.
+) -> dict[str, Tensor]:
+    """Run all windows and collect what the hooks see, on the model's device: per hook its rows in the order of the
+    windows, and per `norm/<hook>` their norms.
 
     Args:
         windows: token ids of each window.
@@ -177,4 +178,4 @@ def collect_rows(
         for indices in pack_windows(windows, batch_size):
             batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
             forward(batch.tokens, {name: partial(keep, name, batch) for name in shapes})
-    return HostCopy({**out, **{f"norm/{name}": values for name, values in norms.items()}})
+    return {**out, **{f"norm/{name}": values for name, values in norms.items()}}

@@ -69,6 +69,9 @@ def provenance_of(source: ActivationSource, hook: str, given: Mapping[str, Any])
             "context_size": spec.context_size,
             "prepend_bos": spec.bos_token_id is not None,
         }
+    text = getattr(source, "text_names", None)  # a live source's: a store is found again by its fingerprint
+    if text is not None:
+        known["dataset_path"] = ", ".join(text)
     fingerprint = getattr(source, "fingerprint", None)
     if fingerprint is not None:
         known["store_fingerprint"] = str(fingerprint)
@@ -107,6 +110,7 @@ def shuffled_batches(source: ActivationSource, hook: str, config: TrainConfig) -
 
     def stream(step: int) -> Iterator[Batch]:
         for rows, values in batches(step):
-            yield Batch(rows, as_tensor(values, source.dtype))
+            # Tensors of a live source stay where they are: the trainer may be on the same GPU.
+            yield Batch(rows, values if isinstance(values, Tensor) else as_tensor(values, source.dtype))
 
     return stream

@@ -1,9 +1,11 @@
-"""`evaluate`: one call for the figures by which an SAE is judged, all on held-out documents of its store.
+"""`evaluate`: one call for the figures by which an SAE is judged, all on held-out documents of its store or text.
 
 1. Reconstruction over all held-out rows (`reconstruction_metrics`): fvu, l0, dead and over-dense share.
 2. With a model, cross-entropy with the SAE spliced in (`delta_ce`), over held-out windows drawn at random until
    `ce_tokens` are reached, two of each document before any gives more, so that the interval has documents to resample.
-3. `Quality.save` puts it beside the SAE as `quality.json`, where the workspace and the index find it.
+3. Of a live source the model runs over the first 65,536 rows of held-out documents, once, and over as many rows of
+   the others for the mean activation.
+4. `Quality.save` puts it beside the SAE as `quality.json`, where the workspace and the index find it.
 """
 
 import json
@@ -15,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from activations.manifest import write_atomically
+from activations.memory import MemoryActivations
 from activations.store import ActivationStore
 from scope.errors import InvalidInputError
+from scope.models.live import LiveActivations
 from scope.saes.base import SAE
 from scope.training.metrics import (
     CrossEntropyMetrics,
@@ -31,6 +35,8 @@ __all__ = ["QUALITY_NAME", "Quality", "evaluate", "read_quality"]
 
 QUALITY_NAME = "quality.json"
 WINDOWS_PER_DOCUMENT = 2
+LIVE_ROWS = 2**16
+"""Rows that the model computes for a live source's figures, held out, and as many for the mean."""
 
 
 class Quality(NamedTuple):
@@ -83,7 +89,7 @@ def read_quality(folder: Path) -> dict[str, Any]:
 
 def evaluate(
     sae: SAE,
-    store: ActivationStore,
+    store: ActivationStore | LiveActivations,
     model: LossModel | None = None,
     *,
     ce_tokens: int = 4096,
@@ -94,7 +100,7 @@ def evaluate(
 
     Args:
         sae: takes raw activations; its `hook_name` is captured in the store.
-        store: the activations, and the tokens for the cross-entropy.
+        store: the activations, and the tokens for the cross-entropy; or a live source.
         model: the model that filled the store; None leaves the cross-entropy out.
         ce_tokens: tokens to measure the cross-entropy on, at least.
         seed: of the draw of windows and of the intervals.
@@ -106,16 +112,18 @@ def evaluate(
     """
     report = progress or (lambda done, total: None)
     passes = 1 if model is None else 4
-    reconstruction = reconstruction_metrics(sae, store, seed=seed)
+    live = isinstance(store, LiveActivations)
+    measured = store.held_out(LIVE_ROWS) if isinstance(store, LiveActivations) else store
+    reconstruction = reconstruction_metrics(sae, measured, seed=seed)
     report(1, passes)
     if model is None:
         return Quality(reconstruction, None)
-    windows, documents = held_out_windows(store, ce_tokens, seed)
+    windows, documents = held_out_windows(measured, ce_tokens, seed)
     loss = delta_ce(
         model,
         sae,
         windows,
-        mean_activation(store, str(sae.hook_name)),
+        mean_activation(store, str(sae.hook_name), max_rows=LIVE_ROWS if live else None),
         documents=documents,
         seed=seed,
         progress=lambda done, total: report(1 + done, passes),
@@ -123,7 +131,9 @@ def evaluate(
     return Quality(reconstruction, loss)
 
 
-def held_out_windows(store: ActivationStore, n_tokens: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
+def held_out_windows(
+    store: ActivationStore | MemoryActivations, n_tokens: int, seed: int
+) -> tuple[list[np.ndarray], list[int]]:
     """Token ids of held-out windows of two tokens or more, drawn without replacement, and each one's document.
 
     Two windows of each document are taken before any document gives more.

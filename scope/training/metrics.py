@@ -184,13 +184,21 @@ def reconstruction_metrics(
 
 @torch.no_grad()
 def mean_activation(
-    source: ActivationSource, hook: str, *, max_norm_ratio: float | None = NORM_RATIO, batch_size: int = 8192
+    source: ActivationSource,
+    hook: str,
+    *,
+    max_norm_ratio: float | None = NORM_RATIO,
+    max_rows: int | None = None,
+    batch_size: int = 8192,
 ) -> Float[Tensor, " d_in"]:
-    """The mean of the rows that an SAE is trained on (no BOS, special, held-out or outlier rows), float32."""
+    """The mean of the rows that an SAE is trained on (no BOS, special, held-out or outlier rows), or of `max_rows` of
+    them; float32."""
     name = resolve_hook(source, hook)
     selection = Selection(exclude_flags=EXCLUDED, max_norm_ratio=max_norm_ratio)
     total, n = torch.zeros(width_of(source, name)[0], dtype=torch.float64), 0
-    batches = ShuffledBatches(source, name, batch_size, 0, passes=1, select=selection, memory_bytes=MEMORY_BYTES)
+    batches = ShuffledBatches(
+        source, name, batch_size, 0, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
+    )
     for _, x in _float_rows(batches, source):
         total += x.sum(dim=0, dtype=torch.float64)
         n += len(x)

@@ -1,0 +1,452 @@
+"""`LiveActivations`: a model and a text as an `ActivationSource`. Nothing is written to a disk.
+
+1. The text is planned as for a store (`activations.plan`): the same windows, rows, row ids and flags.
+2. A thread runs the model on one row group after the other, with the same batches as a capture, so that row n is bit
+   for bit the row n of a store that is captured with the same settings. Rows are gathered on the model's device.
+3. Rows are looked through for NaN and Inf before anybody gets them, as a capture does.
+4. What the consumer gets lies on `device`: where that is the model's, no row leaves the GPU; another GPU gets its rows
+   by a copy on a side stream while the model goes on.
+
+The model is one row group ahead of the consumer: with the one that is consumed and the one that is computed, three
+groups are in memory, 3 x 128 MiB for each hook at most; `rows_per_group` makes them smaller. On a GPU it is four: the
+next group is launched before the results of one are looked at, so that the GPU does not wait.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations.batching import Window, group_windows, pack_batches
+from activations.capture import resolved_hooks, spec_of
+from activations.layout import identity_fingerprint
+from activations.memory import MemoryActivations
+from activations.pipeline import Channel, Worker
+from activations.plan import TOKEN_COLUMNS, PlannedGroup, Windowing, plan_groups
+from activations.source import ActivationBatch
+from activations.spec import StorageDtype
+from activations.store import TokenRows
+from activations.text import Document, TextSource, is_held_out
+from scope.errors import InvalidInputError, NonFiniteError, OutOfRangeError, UnknownNameError
+from scope.models.rows import STORAGE, HostCopy
+
+if TYPE_CHECKING:
+    from scope.models.language_model import LanguageModel
+
+__all__ = ["LiveActivations"]
+
+PLAN_AHEAD = 4
+"""Row groups that are tokenised ahead of the model."""
+GROUPS_AHEAD = 1
+DEFAULT_BATCH_SIZE = 8192
+HELD_OUT_ROWS = 2**16
+
+
+class _Planned(NamedTuple):
+    """A row group, and what the model runs for it."""
+
+    plan: PlannedGroup
+    windows: list[Window]
+
+
+class _Group(NamedTuple):
+    """A row group's rows, on a GPU perhaps not computed yet."""
+
+    plan: PlannedGroup
+    values: Mapping[str, Tensor]
+    """Per hook its rows, on the model's device."""
+    figures: HostCopy
+    """Per `norm/<hook>` their norms, and per `finite/<hook>` whether all is finite."""
+
+
+class _Delivered(NamedTuple):
+    """A row group's rows where they are wanted, looked through."""
+
+    plan: PlannedGroup
+    values: Mapping[str, Tensor] | HostCopy
+    figures: Mapping[str, np.ndarray]
+
+
+class LiveActivations:
+    """What the hooks of a model see on a text, computed when it is asked for; satisfies `ActivationSource`.
+
+    Each `batches` runs the model again.
+
+    Args:
+        model: the model.
+        text: where documents come from.
+        hooks: names of the hooks that may be asked for; all of them are computed in one pass.
+        context_size: tokens in a window, BOS included.
+        dtype: of the activations.
+        max_tokens: rows in all, BOS included; None for all of the text.
+        batch_size: tokens that the model runs at once, padding included; None for what a capture takes by default.
+        rows_per_group: rows that are computed together, a power of two; None for what a store would have.
+        device: where the activations shall lie, such as the trainer's; None leaves them on the model's device.
+
+    Raises:
+        InvalidInputError: a setting makes no sense, or the text is empty.
+        UnknownNameError: there is no such file, column or hook.
+    """
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        text: TextSource,
+        hooks: Sequence[str],
+        *,
+        context_size: int = 256,
+        dtype: StorageDtype = "bfloat16",
+        max_tokens: int | None = None,
+        batch_size: int | None = None,
+        rows_per_group: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
+        if batch_size is not None and batch_size < 1:
+            raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
+        if dtype not in STORAGE:
+            raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(STORAGE)}.")
+        text.check()
+        if not any(document.text.strip() for document in text.documents()):
+            raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+        self.model, self.text, self.max_tokens = model, text, max_tokens
+        self._shapes, self._aliases = resolved_hooks(model, hooks)
+        self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
+        self.batch_size = batch_size or int(getattr(model, "default_batch_size", DEFAULT_BATCH_SIZE))
+        self.device = _device(device, model.device)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Canonical names."""
+        return tuple(sorted(self._shapes))
+
+    @property
+    def dtype(self) -> StorageDtype:
+        return self.spec.dtype
+
+    @property
+    def n_rows(self) -> int | None:
+        """Not known before the text has been read."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the store that a capture with these settings makes: its rows are the same."""
+        text = {"fingerprint": self.text.fingerprint, "files": self.text.names, **self.text.settings}
+        settings = {"text": text, "max_tokens": self.max_tokens, "hooks_at_creation": list(self.hooks)}
+        return identity_fingerprint({"spec": asdict(self.spec), **settings})
+
+    @property
+    def text_names(self) -> list[str]:
+        """What the text is, for people."""
+        return list(self.text.names)
+
+    def resolve_hook(self, name: str) -> str:
+        """The canonical name of one of the source's hooks; raises with near misses."""
+        name = self._aliases.get(name, name)
+        if name not in self._shapes:
+            raise UnknownNameError("hook", name, self.hooks, hint="(in this source)")
+        return name
+
+    def hook_shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[self.resolve_hook(name)]
+
+    def batches(self, hooks: Sequence[str], batch_size: int, start: int = 0) -> Iterator[ActivationBatch]:
+        """All rows from row `start` in order, `batch_size` at a time; see `ActivationSource`.
+
+        Rows before `start` are tokenised again, but not computed.
+
+        Raises:
+            NonFiniteError: a NaN or an Inf; hook, row and document are named.
+        """
+        if batch_size < 1:
+            raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1.")
+        names = {hook: self.resolve_hook(hook) for hook in hooks}
+        pieces: list[ActivationBatch] = []
+        n_rows = 0
+        for group in self._groups(start):
+            whole = _as_batch(group, names, start)
+            first = 0
+            while first < len(whole.rows):
+                piece = _part(whole, slice(first, first + batch_size - n_rows))
+                pieces.append(piece)
+                first, n_rows = first + len(piece.rows), n_rows + len(piece.rows)
+                if n_rows == batch_size:
+                    yield _joined(pieces)
+                    pieces, n_rows = [], 0
+        if pieces:
+            yield _joined(pieces)
+
+    def has_held_out(self) -> bool:
+        """Whether any document of the text is held out (about one title in ten is)."""
+        return any(is_held_out(document) and document.text.strip() for document in self.text.documents())
+
+    def held_out(self, max_rows: int = HELD_OUT_ROWS) -> MemoryActivations:
+        """The first rows of the held-out documents, BOS included, in memory. The model runs on nothing else.
+
+        Raises:
+            InvalidInputError: no document is held out.
+        """
+        if not self.has_held_out():
+            raise InvalidInputError(
+                f"No document of {', '.join(self.text.names)} is held out (one title in ten is); give more text."
+            )
+        given = {field.name: getattr(self.text, field.name) for field in fields(self.text)}
+        source = LiveActivations(
+            self.model,
+            _HeldOutText(**given),
+            self.hooks,
+            context_size=self.spec.context_size,
+            dtype=self.dtype,
+            max_tokens=max_rows,
+            batch_size=self.batch_size,
+            rows_per_group=self.spec.rows_per_group,
+            device="cpu",
+        )
+        return source._in_memory()
+
+    def document_at(self, row: int) -> dict[str, Any]:
+        """The document that a row belongs to: its number, title and further columns. The text is tokenised up to it.
+
+        Raises:
+            OutOfRangeError: there is no such row.
+        """
+        last: dict[str, Any] = {}
+        for plan, _ in self._planned() if row >= 0 else ():
+            starts = zip(plan.sequences["start_row"], plan.sequences["document"], strict=True)
+            begun = [document for start, document in starts if start <= row]
+            if begun:  # else the row is of the window that began in an earlier group
+                last = _records(plan.documents).get(begun[-1], last)
+            if row < plan.row_stop:
+                return last
+        raise OutOfRangeError(f"There is no row {row:,} in this text.")
+
+    def __repr__(self) -> str:
+        return f"LiveActivations({self.model.name!r}, {', '.join(self.text.names)}, hooks {', '.join(self.hooks)})"
+
+    def _planned(self) -> Iterator[_Planned]:
+        """All row groups in order, with the windows that the model runs for each."""
+        windowing = Windowing(
+            context_size=self.spec.context_size,
+            bos_token_id=self.spec.bos_token_id,
+            special_token_ids=self.model.special_token_ids,
+            rows_per_group=self.spec.rows_per_group,
+            max_tokens=self.max_tokens,
+            max_document_tokens=self.text.max_document_tokens,
+        )
+        begun = np.empty(0, np.int32)  # the window that goes on in the next group
+        for plan in plan_groups(self.text, self.model.encode_documents, windowing):
+            tokens, positions = plan.columns["token_id"], plan.columns["position"]
+            begun = begun[: int(positions[0])]
+            tokens = np.concatenate([begun, tokens])
+            positions = np.concatenate([np.arange(len(begun)), positions])
+            yield _Planned(plan, group_windows(tokens, positions, len(begun)))
+            begun = tokens[np.flatnonzero(positions == 0)[-1] :]
+
+    def _groups(self, start: int = 0) -> Iterator[_Delivered]:
+        """Row groups from the one with row `start` on, computed by threads that end with this generator."""
+        planned: Channel[_Planned] = Channel(PLAN_AHEAD)
+        computed: Channel[_Delivered] = Channel(GROUPS_AHEAD)
+
+        def plan() -> None:
+            for item in self._planned():
+                if item.plan.row_stop > start:
+                    planned.put(item)
+            planned.close()
+
+        def compute() -> None:
+            for group in self._in_flight(planned):
+                computed.put(self._delivered(group))
+            computed.close()
+
+        def end() -> None:
+            planned.stop()
+            computed.close()  # what is computed may still be taken
+
+        workers = [Worker("planner", plan, end), Worker("live model", compute, end)]
+        for worker in workers:
+            worker.start()
+        try:
+            yield from computed
+        finally:
+            planned.stop()
+            computed.stop()
+            for worker in workers:
+                worker.join_fully()
+        error = next((worker.error for worker in workers if worker.error is not None), None)
+        if error is not None:
+            raise error
+
+    def _in_flight(self, planned: Iterable[_Planned]) -> Iterator[_Group]:
+        """Row groups as they are computed; on a GPU the next one is launched before anybody waits for one."""
+        waiting: _Group | None = None
+        for item in planned:
+            launched = self._computed(item)
+            if self.model.device.type != "cuda":
+                yield launched
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = launched
+        if waiting is not None:
+            yield waiting
+
+    @torch.inference_mode()
+    def _run(self, item: _Planned, out: Mapping[str, Tensor]) -> None:
+        """Run the model on a row group's windows and put the rows where they belong."""
+        for batch in pack_batches(item.windows, self.batch_size):
+            found = self.model.device_rows(batch.windows, self.hooks, self.dtype, self.batch_size)
+            places = _to(batch.rows, self.model.device)
+            kept = None if batch.kept is None else _to(np.flatnonzero(batch.kept), self.model.device)
+            for name, values in found.items():
+                out[name].index_copy_(0, places, values if kept is None else values.index_select(0, kept))
+
+    def _computed(self, item: _Planned) -> _Group:
+        n_rows = item.plan.row_stop - item.plan.row_start
+        storage, device = STORAGE[self.dtype], self.model.device
+        values = {hook: torch.empty((n_rows, *self._shapes[hook]), dtype=storage, device=device) for hook in self.hooks}
+        norms = {f"norm/{hook}": torch.empty(n_rows, device=device) for hook in self.hooks}
+        self._run(item, values | norms)
+        finite = {
+            f"finite/{hook}": torch.isfinite(values[hook]).all() & torch.isfinite(norms[f"norm/{hook}"]).all()
+            for hook in self.hooks
+        }
+        return _Group(item.plan, values, HostCopy(norms | finite))
+
+    def _delivered(self, group: _Group) -> _Delivered:
+        figures = group.figures.wait()
+        for hook in self.hooks:
+            if not figures[f"finite/{hook}"]:
+                self._refuse(hook, group.plan, group.values[hook], torch.from_numpy(figures[f"norm/{hook}"]))
+        return _Delivered(group.plan, _moved(group.values, self.device), figures)
+
+    def _refuse(self, hook: str, plan: PlannedGroup, values: Tensor, norms: Tensor) -> None:
+        finite = torch.isfinite(values.flatten(1)).all(dim=1).cpu() & torch.isfinite(norms)
+        bad = int((~finite).nonzero()[0])
+        row = plan.row_start + bad
+        document = self.document_at(row)
+        named = document.get("title") or f"number {document.get('document')}"
+        if torch.isfinite(norms[bad]):
+            problem = f"a value too large for {self.dtype} (the row's norm is {float(norms[bad]):,.0f})"
+            advice = "Use bfloat16 or float32."
+        else:
+            problem = "a NaN or Inf"
+            advice = "The model made it; look at this document, or run the model in another dtype."
+        raise NonFiniteError(f"The hook {hook} gave {problem} at row {row:,}, in the document {named!r}. {advice}")
+
+    def _in_memory(self) -> MemoryActivations:
+        import pandas as pd
+
+        groups = [(plan, {**_on_host(values), **figures}) for plan, values, figures in self._groups()]
+        plans = [plan for plan, _ in groups]
+
+        def table(name: str) -> pd.DataFrame:
+            return pd.concat([pd.DataFrame(dict(getattr(plan, name))) for plan in plans], ignore_index=True)
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([values[name] for _, values in groups])
+
+        columns = {name: np.concatenate([plan.columns[name] for plan in plans]) for name in TOKEN_COLUMNS}
+        return MemoryActivations(
+            spec=self.spec,
+            values={hook: joined(hook) for hook in self.hooks},
+            norms={hook: joined(f"norm/{hook}") for hook in self.hooks},
+            tokens=TokenRows(**columns),
+            sequence_table=table("sequences"),
+            document_table=table("documents"),
+        )
+
+
+class _HeldOutText(TextSource):
+    """A text whose documents are empty but for those that are held out; empty ones have no rows."""
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for document in super().documents(start):
+            yield document if is_held_out(document) else replace(document, text="")
+
+
+def _device(wanted: str | torch.device | None, of_model: torch.device) -> torch.device:
+    """The device that is meant, with its index: "cuda" alone is the model's, where that is on a GPU."""
+    device = of_model if wanted is None else torch.device(wanted)
+    if device.type != of_model.type or device.index is not None:
+        return device
+    return of_model
+
+
+def _to(indices: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(indices, np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _moved(values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor] | HostCopy:
+    """Rows on their way to where they are wanted."""
+    here = next(iter(values.values())).device
+    if here == device:
+        return values
+    if device.type == "cpu":
+        return HostCopy(values)
+    if here.type == "cpu":
+        return {name: tensor.to(device) for name, tensor in values.items()}
+    stream = torch.cuda.Stream(here)
+    stream.wait_stream(torch.cuda.current_stream(here))
+    moved = {}
+    with torch.cuda.stream(stream):
+        for name, tensor in values.items():
+            # PyTorch lets the other device's current stream wait for a copy between two GPUs.
+            moved[name] = tensor.to(device, non_blocking=True)
+            tensor.record_stream(stream)
+    return moved
+
+
+def _as_batch(group: _Delivered, names: Mapping[str, str], start: int) -> ActivationBatch:
+    """The rows of a group from row `start` on, under the names that were asked for."""
+    plan, found, figures = group
+    values: Mapping[str, Any] = found.wait() if isinstance(found, HostCopy) else found
+    whole = ActivationBatch(
+        rows=np.arange(plan.row_start, plan.row_stop),
+        activations={hook: values[name] for hook, name in names.items()},
+        flags=plan.columns["flags"],
+        norms={hook: figures[f"norm/{name}"] for hook, name in names.items()},
+    )
+    return _part(whole, slice(max(0, start - plan.row_start), None))
+
+
+def _on_host(values: Mapping[str, Tensor] | HostCopy) -> Mapping[str, np.ndarray]:
+    return values.wait() if isinstance(values, HostCopy) else HostCopy(values).wait()
+
+
+def _part(batch: ActivationBatch, part: slice) -> ActivationBatch:
+    return ActivationBatch(
+        rows=batch.rows[part],
+        activations={hook: values[part] for hook, values in batch.activations.items()},
+        flags=batch.flags[part],
+        norms={hook: values[part] for hook, values in batch.norms.items()},
+    )
+
+
+def _joined(pieces: Sequence[ActivationBatch]) -> ActivationBatch:
+    if len(pieces) == 1:
+        return pieces[0]
+
+    def join(parts: list[Any]) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
+
+    first = pieces[0]
+    return ActivationBatch(
+        rows=np.concatenate([piece.rows for piece in pieces]),
+        activations={hook: join([piece.activations[hook] for piece in pieces]) for hook in first.activations},
+        flags=np.concatenate([piece.flags for piece in pieces]),
+        norms={hook: np.concatenate([piece.norms[hook] for piece in pieces]) for hook in first.norms},
+    )
+
+
+def _records(table: Mapping[str, list[Any]]) -> dict[int, dict[str, Any]]:
+    """The rows of a documents table by number."""
+    return {
+        int(number): {name: values[place] for name, values in table.items()}
+        for place, number in enumerate(table["document"])
+    }
