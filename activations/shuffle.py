@@ -6,7 +6,7 @@
 3. Otherwise a pass takes blocks of consecutive rows (about 1 MiB) in random order into a buffer. Whenever the buffer
    is full, a random quarter of it is handed out, and its slots take the rows that come next. At the end of a pass the
    buffer is drained: each chosen row comes exactly once a pass.
-4. A thread reads ahead what fills the buffer next. What is handed out is cut into batches of constant size, over the
+4. Threads read ahead what fills the buffer next. What is handed out is cut into batches of constant size, over the
    ends of passes.
 
 The order depends on the seed and the source, never on timing, so that a run can go on exactly at any batch (`start`).
@@ -19,6 +19,7 @@ but a model computes again what was consumed before.
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -39,6 +40,8 @@ DEFAULT_MEMORY_BYTES = 2**30
 GIVEN_SHARE = 0.25
 """Part of the buffer that is handed out at once; the reader is as much ahead."""
 MIN_READ_AHEAD = 4
+READERS = 4
+"""Blocks that are read at once: in random order nothing else keeps a disk busy."""
 EVENT_BYTES = 2**20
 LIVE_EVENT_BYTES = 2**22
 MAX_LIVE_PIECE = 4096
@@ -203,25 +206,31 @@ class ShuffledBatches:
             yield from mix(self._feed.pieces(rng), self.capacity, GIVEN_SHARE, rng)
 
     def _events(self) -> Generator[Fill | Give, None, None]:
-        """The schedule with values, read ahead in a thread that ends with this generator."""
+        """The schedule with values, read ahead by threads that end with this generator."""
         events = self._schedule()
         if self._feed.n_rows is not None:
             events = skip(events, self.start * self.batch_size, self.capacity)
-        channel: Channel[Fill | Give] = Channel(self._read_ahead)
+        channel: Channel[tuple[Fill | Give, Future[Values] | None]] = Channel(self._read_ahead)
+        pool = ThreadPoolExecutor(READERS, "read")
 
         def read() -> None:
             for event in events:
+                reading = None
                 if isinstance(event, Fill) and event.values is None:
-                    event = event._replace(values=self._feed.read(event.rows))
-                channel.put(event)
+                    reading = pool.submit(self._feed.read, event.rows)
+                channel.put((event, reading))
             channel.close()
 
         reader = Worker("reader", read, channel.close)
         reader.start()
         try:
-            yield from channel
+            for event, reading in channel:
+                if isinstance(event, Fill) and reading is not None:
+                    event = event._replace(values=reading.result())
+                yield event
         finally:
             channel.stop()
             reader.join_fully()
+            pool.shutdown(cancel_futures=True)
         if reader.error is not None:
             raise reader.error
