@@ -1,7 +1,8 @@
 """Capture: drive a `HookedModel` over text and fill a store.
 
 1. Check everything that was given; nothing is written before all of it is found good.
-2. Take the lock and open or make the store (`activations.writer`).
+2. Take the lock and open or make the store (`activations.writer`); note that a text is appended
+   (`activations.append`).
 3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
 4. Run each in one pass over the rows (`activations.passes`).
 
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.append import Appended, check_append, start_append
 from activations.errors import InvalidInputError, MismatchError
-from activations.layout import PLAN
+from activations.layout import PLAN, appended_from
 from activations.passes import CapturePass, Progress
 from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
@@ -57,25 +59,28 @@ def capture(
     out: str | Path,
     *,
     max_tokens: int | None = None,
-    context_size: int = 256,
-    dtype: StorageDtype = "bfloat16",
+    context_size: int | None = None,
+    dtype: StorageDtype | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     rows_per_group: int | None = None,
+    append: bool = False,
     progress: Progress | None = None,
 ) -> CaptureReport:
-    """Store what the hooks of a model see on a text, or go on with that.
+    """Store what the hooks of a model see on a text, or go on with that, or add to it.
 
     Args:
         model: the model, or a (picklable) function that makes it, called once everything else is checked.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
-        hooks: names of the hooks, captured in one pass.
+        hooks: names of the hooks, captured in one pass. With `append` all hooks of the store, or none for these.
         out: folder of the store: new, empty, or a store with the same settings, which is resumed.
-        max_tokens: rows in all, BOS included; None for all of the text. The last window is cut there.
-        context_size: tokens in a window, BOS included.
-        dtype: how activations are stored.
+        max_tokens: rows of this text, BOS included; None for all of it. The last window is cut there.
+        context_size: tokens in a window, BOS included; None for what the store has, or 256.
+        dtype: how activations are stored; None for what the store has, or bfloat16.
         batch_size: tokens that the model runs at once, padding included.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        append: add the text after the rows of the complete store in `out`. Without it another text is refused. The
+            same call resumes an append that was interrupted, and does nothing when it is done.
         progress: called with (rows done, rows in all or None) after each batch.
 
     Raises:
@@ -89,16 +94,26 @@ def capture(
     out = Path(out)
     _check_numbers(max_tokens, batch_size, dtype)
     manifest = existing_manifest(out)
-    _check_text(text, manifest, out)
+    entry = _appended(text, max_tokens, manifest, out, append)
+    _check_text(text, manifest, out, entry)
+    stored = {} if manifest is None else manifest["spec"]
+    context_size = stored.get("context_size", 256) if context_size is None else context_size
+    dtype = stored.get("dtype", "bfloat16") if dtype is None else dtype
+    rows_per_group = stored.get("rows_per_group") if rows_per_group is None else rows_per_group
     made = _made(model)
+    if entry is not None:
+        hooks = _all_hooks(made, hooks, ActivationStore.open(out))
     shapes, aliases = _resolve(made, hooks)
-    if manifest is None and text is not None:
+    if text is not None and (manifest is None or entry is not None):
         _require_tokens(text, made)
-    if rows_per_group is None and manifest is not None:
-        rows_per_group = manifest["spec"]["rows_per_group"]
     spec = _spec(made, shapes, context_size, dtype, rows_per_group)
     load_name = made.identity.load_name
-    with StoreWriter(out, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
+    identity = _identity(None if append else text, max_tokens, manifest)
+    if entry is not None and max_tokens is not None:
+        max_tokens += entry["from_row"]
+    with StoreWriter(out, spec, identity, list(shapes), load_name) as writer:
+        if entry is not None:
+            start_append(writer, entry)
         passes = _passes(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = writer.plan_state.n_rows > 0
@@ -106,6 +121,7 @@ def capture(
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
             CapturePass(made, text, writer, capture_id, max_tokens, batch_size, progress).run()
+        writer.clear_superseded()
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
         seconds = time.monotonic() - started
@@ -128,23 +144,53 @@ def _made(model: HookedModel | Callable[[], HookedModel]) -> HookedModel:
     return model if hasattr(type(model), "forward_rows") else model()  # type: ignore[operator, return-value]
 
 
-def _check_numbers(max_tokens: int | None, batch_size: int, dtype: str) -> None:
+def _check_numbers(max_tokens: int | None, batch_size: int, dtype: str | None) -> None:
     if max_tokens is not None and max_tokens < 1:
         raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
     if batch_size < 1:
         raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
-    if dtype not in DTYPE_BYTES:
+    if dtype is not None and dtype not in DTYPE_BYTES:
         raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
 
 
-def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Path) -> None:
+def _appended(
+    text: TextSource | None, max_tokens: int | None, manifest: Mapping[str, Any] | None, out: Path, append: bool
+) -> Appended | None:
+    """The manifest's entry of a text that is to be appended."""
+    if not append:
+        return None
     if text is None:
-        if manifest is None or not ActivationStore.open(out).plan_complete:
+        raise InvalidInputError(f"There is no text to append to {out}; give some.")
+    if manifest is None:
+        raise InvalidInputError(f"{out} is no store yet, so there is nothing to append to; capture without append.")
+    text.check()
+    return check_append(ActivationStore.open(out), text, _described(text), max_tokens)
+
+
+def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Path, entry: Appended | None) -> None:
+    store = None if manifest is None else ActivationStore.open(out)
+    if entry is None and store is not None and not store.plan_complete and appended_from(store.manifest) >= 0:
+        files = ", ".join(store.manifest["appended"][-1]["text"]["files"])
+        raise InvalidInputError(f"{out} has an unfinished append of {files}; finish it first, with append.")
+    if text is None:
+        if store is None or not store.plan_complete:
             raise InvalidInputError(f"{out} does not have all of its text yet; give the text that it was begun with.")
         return
     text.check()
-    if manifest is None and not any(document.text.strip() for document in text.documents()):
+    if (manifest is None or entry is not None) and not any(document.text.strip() for document in text.documents()):
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+
+
+def _all_hooks(model: HookedModel, hooks: Sequence[str], store: ActivationStore) -> list[str]:
+    """The hooks of an append: all of the store's, as each of its rows has them all."""
+    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    missing = sorted(set(store.hooks) - {model.resolve_hook(name) for name in given})
+    if given and missing:
+        raise InvalidInputError(
+            f"{store.path} holds {', '.join(missing)} as well, which every row must have. Append with all of its "
+            "hooks, or drop those first."
+        )
+    return given or list(store.hooks)
 
 
 def _require_tokens(text: TextSource, model: HookedModel) -> None:
@@ -198,10 +244,12 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
     if text is None:
         assert manifest is not None
         return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
-    return {
-        "text": {"fingerprint": text.fingerprint, "files": text.names, **text.settings},
-        "max_tokens": max_tokens,
-    }
+    return {"text": _described(text), "max_tokens": max_tokens}
+
+
+def _described(text: TextSource) -> dict[str, Any]:
+    """What the manifest keeps of a text."""
+    return {"fingerprint": text.fingerprint, "files": text.names, **text.settings}
 
 
 def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ NAME.zarr/
   tokens/<column>/c.<group>         per-token columns; tokens/norm/<hook> holds the rows' L2 norms
   sequences/<group>.parquet         the windows that start in a row group; documents/ likewise
   ledger/                           which row groups exist, with digests (`activations.ledger`)
+  **/*.before-append                a last row group as it was, while text is appended (`activations.append`)
   journal.jsonl                     when, where and by whom
   lock                              host and pid of a writer at work
 """
@@ -17,7 +18,16 @@ from activations.arrays import ArrayLayout
 from activations.plan import TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
 
-__all__ = ["FORMAT", "PLAN", "TABLES", "ZARR_GROUPS", "StoreLayout", "identity_fingerprint"]
+__all__ = [
+    "ASIDE",
+    "FORMAT",
+    "PLAN",
+    "TABLES",
+    "ZARR_GROUPS",
+    "StoreLayout",
+    "appended_from",
+    "identity_fingerprint",
+]
 
 FORMAT = "activation-store"
 PLAN = "tokens"
@@ -25,6 +35,8 @@ PLAN = "tokens"
 TABLES = ("sequences", "documents")
 ZARR_GROUPS = ("", "hooks", "tokens", "tokens/norm")
 """Folders that are Zarr groups; each has a `zarr.json`."""
+ASIDE = ".before-append"
+"""Suffix of an object that holds what a last row group was before it is filled up."""
 
 IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
 """Entries of the manifest that make the store's fingerprint."""
@@ -33,6 +45,13 @@ IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
 def identity_fingerprint(manifest: Mapping[str, Any]) -> str:
     """The fingerprint of a store with this manifest, fixed when it is created: hooks added later do not change it."""
     return fingerprint_of({"format": FORMAT, **{name: manifest[name] for name in IDENTITY}})
+
+
+def appended_from(manifest: Mapping[str, Any]) -> int:
+    """The row at which the text begins that was appended last, -1 if there is none: only from a row after it on does
+    the plan speak of that text."""
+    appended = manifest.get("appended", ())
+    return int(appended[-1]["from_row"]) if appended else -1
 
 
 class StoreLayout:

@@ -7,8 +7,10 @@
    never interrupted; times, host and pid go to `journal.jsonl`.
 3. 1,024 records that are all there fold into a segment, `segment-<n>.jsonl`, one record a line. A crash between the
    segment's birth and the records' removal leaves both; `Ledger.tidy` finishes the work.
-4. Every record carries the xxh3-128 of itself, so that a rotten ledger is an error and not another truth.
-5. One writer at a time: `WriterLock`.
+4. A later record of the same row group replaces an earlier one: so a last row group that is not full is filled up when
+   text is appended (`activations.append`). A record beside a segment is the later one.
+5. Every record carries the xxh3-128 of itself, so that a rotten ledger is an error and not another truth.
+6. One writer at a time: `WriterLock`.
 """
 
 import contextlib
@@ -112,6 +114,7 @@ class Ledger:
         for attempt in range(READ_ATTEMPTS):
             try:
                 self.declarations, self.records = self._read()
+                self._prefix = {}
                 return
             except FileNotFoundError:
                 if attempt == READ_ATTEMPTS - 1:
@@ -150,7 +153,8 @@ class Ledger:
         """How many row groups are committed from the first on, without a gap."""
         records = self.records.get(capture, {})
         count = self._prefix.get(capture, 0)
-        while count in records:
+        # What follows a row group that is yet to be filled up has a gap before it.
+        while count in records and (count == 0 or records[count - 1].row_stop == records[count].row_start):
             count += 1
         self._prefix[capture] = count
         return count
@@ -159,6 +163,17 @@ class Ledger:
         """How many rows are committed from the first on, without a gap."""
         groups = self.committed_groups(capture)
         return self.records[capture][groups - 1].row_stop if groups else 0
+
+    def read_again(self, capture: str, group: int) -> GroupRecord | None:
+        """The record of a row group as it is on disk now, None if there is none."""
+        folder = self.folder / capture
+        for name in (_record_name(group), _segment_name(group // RECORDS_PER_SEGMENT)):
+            with contextlib.suppress(FileNotFoundError):
+                for line in (folder / name).read_bytes().splitlines():
+                    record = GroupRecord.from_line(line, folder / name)
+                    if record.group == group:
+                        return record
+        return None
 
     def tidy(self) -> None:
         """Finish what a dead writer left undone: fold full segments, drop folded records and temporary files."""
@@ -172,9 +187,10 @@ class Ledger:
         groups = range(segment * RECORDS_PER_SEGMENT, (segment + 1) * RECORDS_PER_SEGMENT)
         if not all(group in records for group in groups):
             return
-        path = self.folder / capture / f"segment-{segment:06d}.jsonl"
-        if not path.exists():
-            write_atomically(path, b"".join(records[group].to_line() for group in groups))
+        path = self.folder / capture / _segment_name(segment)
+        content = b"".join(records[group].to_line() for group in groups)
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
         for group in groups:
             (path.parent / _record_name(group)).unlink(missing_ok=True)
 
@@ -183,9 +199,13 @@ def _record_name(group: int) -> str:
     return f"{group:08d}.json"
 
 
+def _segment_name(segment: int) -> str:
+    return f"segment-{segment:06d}.jsonl"
+
+
 def _read_capture(folder: Path) -> Iterator[GroupRecord]:
-    names = sorted(entry.name for entry in os.scandir(folder))
-    for name in names:
+    names = sorted((entry.name for entry in os.scandir(folder)), reverse=True)
+    for name in names:  # segments first: a record beside one replaces what it holds
         if re.fullmatch(r"\d{8}\.json|segment-\d{6}\.jsonl", name):
             path = folder / name
             for line in path.read_bytes().splitlines():

@@ -15,6 +15,7 @@ shards, whatever the length of the run.
 import contextlib
 from collections.abc import Callable
 
+from activations.append import planned_tail
 from activations.batching import Window, group_windows, pack_batches
 from activations.collect import Collector, GroupTask
 from activations.errors import InterruptedRunError
@@ -89,9 +90,10 @@ class CapturePass:
     def _plan(self) -> None:
         """Body of the planner: make known the groups that are planned, then plan on."""
         writer = self.writer
-        for group in range(writer.ledger.committed_groups(PLAN)):
-            self.groups.put(group)
         state = writer.plan_state
+        tail = planned_tail(self.plan, state) if state.n_rows and not state.complete else None
+        for group in range(writer.ledger.committed_groups(PLAN) - (tail is not None)):
+            self.groups.put(group)
         if not state.complete:
             assert self.text is not None
             windowing = Windowing(
@@ -102,32 +104,37 @@ class CapturePass:
                 max_tokens=self.max_tokens,
                 max_document_tokens=self.text.max_document_tokens,
             )
-            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state):
+            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state, tail):
                 writer.commit_plan(planned)
                 self.groups.put(planned.group)
         self.groups.close()
 
     def _feed(self) -> None:
         """Send the row groups that are not committed through the model."""
-        done = dict(self.writer.ledger.records[self.capture_id])
-        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
+        done = {group: record.row_stop for group, record in self.writer.ledger.records[self.capture_id].items()}
+        self.rows_before = sum(stop - group * self.writer.spec.rows_per_group for group, stop in done.items())
         for group in self.groups:
-            if group in done:
-                continue
-            batches = pack_batches(self._windows(group), self.batch_size)
             record = self.writer.ledger.records[PLAN][group]
-            task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
+            start = done.get(group, record.row_start)
+            if start == record.row_stop:
+                continue
+            batches = pack_batches(self._windows(group, start), self.batch_size)
+            n_rows, n_earlier = record.row_stop - record.row_start, start - record.row_start
+            task = GroupTask(group, record.row_start, n_rows, len(batches), n_earlier)
             for batch in batches:
                 pending = self.model.forward_rows(batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size)
                 self.collector.add(task, batch, pending)
                 self._report()
 
-    def _windows(self, group: int) -> list[Window]:
+    def _windows(self, group: int, from_row: int) -> list[Window]:
+        """The windows of a group's rows from `from_row` on."""
         record = self.writer.ledger.records[PLAN][group]
-        first = self.plan.rows(record.row_start, record.row_start + 1)
-        start = record.row_start - int(first.position[0])
+        first = self.plan.rows(from_row, from_row + 1)
+        start = from_row - int(first.position[0])
         rows = self.plan.rows(start, record.row_stop)
-        return group_windows(rows.token_id, rows.position, record.row_start - start)
+        windows = group_windows(rows.token_id, rows.position, from_row - start)
+        n_earlier = from_row - record.row_start
+        return [window._replace(first_row=window.first_row + n_earlier) for window in windows]
 
     def _report(self) -> None:
         if self.progress is not None:

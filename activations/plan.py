@@ -4,7 +4,8 @@
    `context_size - 1` of its tokens. The last one may be shorter; a window never holds two documents.
 2. The windows' tokens, in order, are the rows. Row group g is the rows `[g R, (g + 1) R)`, whatever windows they
    belong to. A sequence (window) or document is listed in the group in which it starts.
-3. Each planned group says where the next one goes on (`PlanState`), so that a plan can be continued at any group.
+3. Each planned group says where the next one goes on (`PlanState`), so that a plan can be continued at any group, and
+   with another text at the end: then a last group that is not full is planned again with what follows its rows.
 
 How a group's windows are run is in `activations.batching`.
 """
@@ -119,6 +120,7 @@ def plan_groups(
     encode: Callable[[Sequence[str]], list[np.ndarray]],
     windowing: Windowing,
     state: PlanState = PlanState(),  # frozen
+    tail: PlannedGroup | None = None,
 ) -> Iterator[PlannedGroup]:
     """Row groups from `state` to the end of the text or `max_tokens`, the last one with `state.complete`.
 
@@ -127,22 +129,34 @@ def plan_groups(
         encode: token ids (int32) of each text, without special tokens added.
         windowing: how they are cut.
         state: of the last group that is planned already.
+        tail: that group, where it is not full and is to be filled up with this text.
     """
     size = windowing.rows_per_group
     pending: list[_DocumentRows] = []
-    row = state.n_rows
+    row = state.n_rows if tail is None else tail.row_start
     empty = _Tally(state.empty_documents)
     for document in _document_rows(text, encode, windowing, state, empty):
         pending.append(document)
         # A group is emitted once a row after it is known: only then is it known not to be the last.
         while document.row_start + document.n_rows > row + size:
-            yield _planned_group(pending, row, row + size, size, complete=False)
-            row += size
+            yield _following(tail, _planned_group(pending, row, row + size, size, complete=False))
+            row, tail = row + size, None
             pending = [kept for kept in pending if kept.row_start + kept.n_rows > row]
     if pending:
         end = pending[-1].row_start + pending[-1].n_rows
-        last = _planned_group(pending, row, end, size, complete=True)
+        last = _following(tail, _planned_group(pending, row, end, size, complete=True))
         yield last._replace(state=replace(last.state, empty_documents=empty.count))
+
+
+def _following(tail: PlannedGroup | None, planned: PlannedGroup) -> PlannedGroup:
+    """A planned group with the rows and tables of `tail`, its beginning, in front."""
+    if tail is None:
+        return planned
+    return planned._replace(
+        columns={name: np.concatenate([tail.columns[name], values]) for name, values in planned.columns.items()},
+        sequences={name: [*tail.sequences[name], *values] for name, values in planned.sequences.items()},
+        documents={name: [*tail.documents[name], *values] for name, values in planned.documents.items()},
+    )
 
 
 def _document_rows(

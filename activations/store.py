@@ -2,19 +2,24 @@
 
 What is read is a snapshot of what was committed when the store was opened (`refresh` takes a new one). Opening and
 reading never write. `activations.layout` shows what lies where; `activations.writer` fills it.
+
+A row group that is filled up while text is appended moves to other objects, but its rows stay: whoever finds the old
+objects gone asks the ledger again where they are (`_verified`), and sees no more rows than before.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import FORMAT, PLAN, StoreLayout
-from activations.ledger import Ledger
+from activations.layout import ASIDE, FORMAT, PLAN, StoreLayout, appended_from
+from activations.ledger import GroupRecord, Ledger
 from activations.manifest import ID_LENGTH, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
@@ -26,6 +31,9 @@ __all__ = ["ActivationStore", "Fault", "TokenRows"]
 
 READ_AHEAD_BYTES = 2**24
 CACHED_COLUMNS = 64
+SUPERSEDED_ATTEMPTS = 4
+
+T = TypeVar("T")
 
 
 class TokenRows(NamedTuple):
@@ -79,6 +87,7 @@ class ActivationStore:
 
     def refresh(self) -> None:
         """See what was committed meanwhile."""
+        self.manifest = read_manifest(self.path, FORMAT)
         self._ledger.refresh()
         with self._cache_lock:
             self._cache.clear()
@@ -130,9 +139,11 @@ class ActivationStore:
 
     @property
     def plan_complete(self) -> bool:
-        """Whether all of the text is tokenised."""
+        """Whether all of the text is tokenised, what was appended included."""
         groups = self._ledger.committed_groups(PLAN)
-        return groups > 0 and bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
+        if groups == 0 or self._ledger.committed_rows(PLAN) <= appended_from(self.manifest):
+            return False
+        return bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
 
     @property
     def complete(self) -> bool:
@@ -301,21 +312,34 @@ class ActivationStore:
         for group in range(start // size, -(-stop // size)):
             yield group, max(start, group * size), min(stop, (group + 1) * size)
 
-    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[Path, ObjectRecord]:
-        name = f"{array}/{layout.shard_name(group)}"
-        record = self._ledger.records[capture][group].objects.get(name)
-        if record is None:
-            raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
-        return self.path / name, record
+    def _verified(self, capture: str, group: int, name: str, read: Callable[[Path, ObjectRecord], T]) -> T:
+        """What `read` makes of an object of a row group, wherever the object is by now."""
+        for _ in range(SUPERSEDED_ATTEMPTS):
+            record = self._ledger.records[capture][group]
+            try:
+                return read(*self._object(record, name))
+            except IntegrityError:
+                newer = self._ledger.read_again(capture, group)
+                if newer is None or newer.objects == record.objects:
+                    raise
+                if self._ledger.records[capture][group] is record:
+                    # The same rows in other objects; what else is committed meanwhile is for `refresh` to show.
+                    self._ledger.records[capture][group] = replace(record, objects=newer.objects)
+        return read(*self._object(self._ledger.records[capture][group], name))
+
+    def _object(self, record: GroupRecord, name: str) -> tuple[Path, ObjectRecord]:
+        for candidate in (name, name + ASIDE):
+            if candidate in record.objects:
+                return self.path / candidate, record.objects[candidate]
+        raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
 
     def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
         self._require_rows(hook, start, stop)
         out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
         for group, first, last in self._pieces(start, stop):
-            path, record = self._record(self._capture_of[hook], array, layout, group)
             what = f"{array}, rows {first:,} to {last:,}"
-            within = first - group * self.spec.rows_per_group
-            read_raw(path, layout, record, within, out[first - start : last - start], what)
+            read = partial(_read_part, layout, first - group * layout.rows_per_group, out[first - start : last - start])
+            self._verified(self._capture_of[hook], group, f"{array}/{layout.shard_name(group)}", partial(read, what))
         return out
 
     def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
@@ -330,13 +354,14 @@ class ActivationStore:
         """A whole decoded column of a row group; the last few are kept, since neighbours are often read next."""
         with self._cache_lock:
             cached = self._cache.get((column, group))
-        if cached is not None:
+        rows = self._ledger.records[PLAN][group]
+        n_rows = rows.row_stop - rows.row_start
+        if cached is not None and len(cached) == n_rows:
             return cached
         array = self.layout.column_array(column)
-        path, record = self._record(PLAN, array, layout, group)
-        rows = self._ledger.records[PLAN][group]
         what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
-        values = read_packed(path, layout, record, rows.row_stop - rows.row_start, what)
+        name = f"{array}/{layout.shard_name(group)}"
+        values = self._verified(PLAN, group, name, lambda path, record: read_packed(path, layout, record, n_rows, what))
         with self._cache_lock:
             while len(self._cache) >= CACHED_COLUMNS:
                 self._cache.pop(next(iter(self._cache)))
@@ -345,20 +370,23 @@ class ActivationStore:
 
     def _read_table(self, table: str) -> "pd.DataFrame":
         import pyarrow
-        from pyarrow import parquet
 
-        pieces = []
-        for group in range(self._ledger.committed_groups(PLAN)):
-            name = self.layout.table_object(table, group)
-            record = self._ledger.records[PLAN][group]
-            what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
-            content = read_object(self.path / name, record.objects[name], what)
-            # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
-            opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
-            pieces.append(opened.read(use_threads=False))
+        pieces = [self.table_piece(table, group) for group in range(self._ledger.committed_groups(PLAN))]
         if not pieces:
             raise InvalidInputError(f"{self.path} has no committed rows yet.")
         return pyarrow.concat_tables(pieces).to_pandas()
+
+    def table_piece(self, table: str, group: int) -> Any:
+        """What of a table (`activations.layout.TABLES`) starts in a row group, as a `pyarrow.Table`, verified."""
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = self._ledger.records[PLAN][group]
+        what = f"{table} that start in rows {rows.row_start:,} to {rows.row_stop:,}"
+        name = self.layout.table_object(table, group)
+        content = self._verified(PLAN, group, name, lambda path, record: read_object(path, record, what))
+        # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
+        return parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False).read(use_threads=False)
 
     def _block(self, hooks: Sequence[str], names: Sequence[str], start: int, stop: int) -> ActivationBatch:
         return ActivationBatch(
@@ -367,6 +395,10 @@ class ActivationStore:
             flags=self.flags(start, stop),
             norms={hook: self.norms(name, start, stop) for hook, name in zip(hooks, names, strict=True)},
         )
+
+
+def _read_part(layout: ArrayLayout, start: int, out: np.ndarray, what: str, path: Path, record: ObjectRecord) -> None:
+    read_raw(path, layout, record, start, out, what)
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:

@@ -18,8 +18,8 @@ SAMPLED_ROWS = 2**24
 def store_info(store: ActivationStore) -> dict[str, Any]:
     """What is in the store, JSON-able; see `ActivationStore.info`.
 
-    Keys: `id, fingerprint, path, complete, rows, planned_rows, tokens_without_bos, hooks, bytes, spec, text,
-    sequences, documents, by_language, by_source, created_by`. Per hook: `shape, rows, bytes, norms`.
+    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, created_by, hooks,
+    sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape, rows, bytes, norms`.
     """
     info: dict[str, Any] = {
         "id": store.id,
@@ -31,6 +31,7 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
         "bytes": sum(_bytes_of(store, capture) for capture in store.ledger.records),
         "spec": store.manifest["spec"],
         "text": store.manifest.get("text", {}),
+        "appended": store.manifest.get("appended", []),
         "created_by": store.manifest["created_by"],
         "hooks": {
             hook: {

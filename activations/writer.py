@@ -5,14 +5,16 @@
 2. `zarr.json` files show rows only after they are committed, so that tools which do not know the ledger see no lost
    rows either; they are brought up to date every few seconds and when the writer closes.
 3. Opening for writing takes the lock and clears away what a dead writer left half done.
+4. A store may grow by another text (`activations.append`), which its manifest then lists; its fingerprint stays.
 """
 
 import contextlib
 import io
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +30,16 @@ from activations.arrays import (
 )
 from activations.disk import sync_folder
 from activations.errors import InvalidInputError, MismatchError, OccupiedError
-from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
+from activations.layout import (
+    ASIDE,
+    FORMAT,
+    PLAN,
+    TABLES,
+    ZARR_GROUPS,
+    StoreLayout,
+    appended_from,
+    identity_fingerprint,
+)
 from activations.ledger import LOCK_NAME, GroupRecord, Journal, Ledger, WriterLock, remove_temporaries
 from activations.manifest import read_manifest, write_atomically, write_manifest
 from activations.plan import PlannedGroup, PlanState
@@ -93,6 +104,7 @@ class StoreWriter:
         self.layout = StoreLayout(spec)
         self.journal = Journal(folder)
         self.ledger: Ledger
+        self.manifest: dict[str, Any]
         self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
         self._load_name = load_name
         self._lock = WriterLock(folder)
@@ -108,9 +120,10 @@ class StoreWriter:
         try:
             manifest = existing_manifest(self.folder)
             if manifest is None:
-                self._create()
+                manifest = self._create()
             else:
                 self._require_same(manifest)
+            self.manifest = manifest
             self.ledger = Ledger(self.folder)
             self._clear_leftovers()
             self._declare(PLAN, {"columns": sorted(self.layout.plan_arrays())}, self.layout.plan_arrays())
@@ -130,9 +143,12 @@ class StoreWriter:
 
     @property
     def plan_state(self) -> PlanState:
-        """Where the committed plan ends."""
+        """Where the committed plan ends; where it is to go on with a text that is appended, that text's beginning."""
         groups = self.ledger.committed_groups(PLAN)
-        return PlanState(**self.ledger.records[PLAN][groups - 1].extra) if groups else PlanState()
+        state = PlanState(**self.ledger.records[PLAN][groups - 1].extra) if groups else PlanState()
+        if state.n_rows <= appended_from(self.manifest):
+            return replace(state, ordinal=0, rows_done=0, complete=False)
+        return state
 
     def declare_hooks(self, shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, str]) -> str:
         """Make room for hooks that are captured together, and return the capture's id.
@@ -145,6 +161,24 @@ class StoreWriter:
         content = {"hooks": {hook: {"shape": list(shape)} for hook, shape in shapes.items()}, "aliases": dict(aliases)}
         self._declare(capture, content, self.layout.hook_arrays(shapes))
         return capture
+
+    def objects_of(self, record: GroupRecord) -> dict[str, ObjectRecord]:
+        """Objects of a record that are still the store's: those of dropped hooks are not."""
+        arrays = self._arrays_of(record.capture)
+        return {
+            name: known
+            for name, known in record.objects.items()
+            if record.capture == PLAN or name.rpartition("/")[0] in arrays
+        }
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest's entries that are no part of the store's identity."""
+        assert identity_fingerprint(manifest) == manifest["fingerprint"]
+        known = ("format", "version", "fingerprint", "parents", "created_by")
+        extra = {name: value for name, value in manifest.items() if name not in known}
+        self.manifest = write_manifest(
+            self.folder, FORMAT, manifest["fingerprint"], manifest["parents"], manifest["created_by"], **extra
+        )
 
     def commit_plan(self, planned: PlannedGroup) -> None:
         """Write and commit the token columns, sequences and documents of a row group."""
@@ -184,9 +218,9 @@ class StoreWriter:
                         write_atomically(path, content)
             self._shapes_at = time.monotonic()
 
-    def _create(self) -> None:
+    def _create(self) -> dict[str, Any]:
         content = {"spec": asdict(self.spec), **self._identity}
-        write_manifest(
+        return write_manifest(
             self.folder,
             FORMAT,
             identity_fingerprint(content),
@@ -227,6 +261,23 @@ class StoreWriter:
         arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
         for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
             remove_temporaries(self.folder / folder)
+        self.clear_superseded()
+
+    def clear_superseded(self) -> None:
+        """Remove what was set aside of row groups that are filled up by now."""
+        arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
+        listed = {
+            name
+            for records in self.ledger.records.values()
+            for record in records.values()
+            for name in record.objects
+            if name.endswith(ASIDE)
+        }
+        for folder in (*TABLES, *arrays):
+            if (self.folder / folder).is_dir():
+                for entry in os.scandir(self.folder / folder):
+                    if entry.name.endswith(ASIDE) and f"{folder}/{entry.name}" not in listed:
+                        os.unlink(entry.path)
 
 
 def _difference(stored: Any, given: Any) -> str:
