@@ -47,9 +47,9 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
 
 def _items(store: ActivationStore) -> Iterator[_Item]:
     arrays = _arrays(store)
-    for records in store.ledger.records.values():
+    for capture, records in store.ledger.records.items():
         for _, record in sorted(records.items()):
-            for name, known in record.objects.items():
+            for name, known in store.layout.objects_of(record, store.ledger.declarations[capture]).items():
                 array = name.rpartition("/")[0]
                 yield _Item(name, known, array, arrays.get(array), record)
 

@@ -14,7 +14,8 @@ NAME.zarr/
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from activations.arrays import ArrayLayout
+from activations.arrays import ArrayLayout, ObjectRecord
+from activations.ledger import GroupRecord
 from activations.plan import TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
 
@@ -93,6 +94,17 @@ class StoreLayout:
     def plan_arrays(self) -> dict[str, ArrayLayout]:
         """Layouts of the token columns, by path below the store."""
         return {self.column_array(column): self.column(column) for column in TOKEN_COLUMNS}
+
+    def arrays_of(self, declaration: Mapping[str, Any]) -> dict[str, ArrayLayout]:
+        """Layouts of the arrays that a capture fills, by path below the store."""
+        if "hooks" not in declaration:
+            return self.plan_arrays()
+        return self.hook_arrays({hook: declared["shape"] for hook, declared in declaration["hooks"].items()})
+
+    def objects_of(self, record: GroupRecord, declaration: Mapping[str, Any]) -> dict[str, ObjectRecord]:
+        """Objects of a record that are the store's; those of hooks that were dropped are not any more."""
+        folders = {*self.arrays_of(declaration), *(TABLES if record.capture == PLAN else ())}
+        return {name: known for name, known in record.objects.items() if name.rpartition("/")[0] in folders}
 
     def hook_arrays(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, ArrayLayout]:
         """Layouts of these hooks' activations and norms, by path below the store."""

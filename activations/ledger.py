@@ -1,7 +1,7 @@
 """The ledger: what is committed. A row exists when the ledger says so.
 
 1. A *capture* is a column set that is filled in one pass over the rows: `tokens` (the plan), or some hooks. It is
-   declared once, in `ledger/<capture>/capture.json`.
+   declared once, in `ledger/<capture>/capture.json`; declared again it has lost hooks, which its records still list.
 2. When all objects of a row group are on disk, a record with their digests is written, last, and fsynced:
    `ledger/<capture>/<group>.json`. It holds no times, so that a resumed run ends with the same bytes as one that was
    never interrupted; times, host and pid go to `journal.jsonl`.
@@ -29,6 +29,7 @@ from typing import Any
 import xxhash
 
 from activations.arrays import ObjectRecord
+from activations.disk import sync_folder
 from activations.errors import IntegrityError, LockedError
 from activations.manifest import write_atomically
 
@@ -90,6 +91,10 @@ class GroupRecord:
             ) from error
 
 
+def _declaration_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
 def _canonical(content: Any) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -138,9 +143,21 @@ class Ledger:
             return
         folder = self.folder / capture
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "capture.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(folder / "capture.json", _declaration_bytes(content))
         self.declarations[capture] = dict(content)
         self.records[capture] = {}
+
+    def declare_again(self, capture: str, content: Mapping[str, Any] | None) -> None:
+        """Make a capture known as less than it was, or (None) no more; what it had besides is left over from then."""
+        path = self.folder / capture / "capture.json"
+        if content is None:
+            path.unlink()
+            sync_folder(path.parent)
+            del self.declarations[capture], self.records[capture]
+            self._prefix.pop(capture, None)
+        else:
+            write_atomically(path, _declaration_bytes(content))
+            self.declarations[capture] = dict(content)
 
     def commit(self, record: GroupRecord) -> None:
         """Write a record: from here on its rows exist. Safe to call from several threads."""

@@ -213,6 +213,18 @@ class ActivationStore:
         self._require(PLAN, "tokens", start, stop)
         return self._read_column("flags", start, stop)
 
+    @property
+    def token_columns(self) -> dict[str, ArrayLayout]:
+        """Layouts of the per-token columns by name; `column` reads them."""
+        return {name.rpartition("/")[2]: layout for name, layout in self.layout.plan_arrays().items()}
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """One per-token column of the rows `[start, stop)`; raises `UnknownNameError`."""
+        if name not in self.token_columns:
+            raise UnknownNameError("token column", name, self.token_columns)
+        self._require(PLAN, "tokens", start, stop)
+        return self._read_column(name, start, stop)
+
     def sequences(self) -> "pd.DataFrame":
         """The windows: `sequence, document, start_row, n_rows, document_offset`.
 
@@ -255,6 +267,30 @@ class ActivationStore:
             block = self._block(hooks, names, first, min(first + per_block, end))
             for offset in range(0, len(block.rows), batch_size):
                 yield _slice_batch(block, slice(offset, offset + batch_size))
+
+    def drop_hooks(self, hooks: str | Sequence[str]) -> tuple[str, ...]:
+        """Remove hooks (names as stored, or aliases) and their activations from the store; tokens and the other hooks
+        stay. SAEs and indexes that were made from them are not touched. Returns the names of what was removed.
+
+        Raises:
+            UnknownNameError: a hook that the store does not have.
+            InvalidInputError: no hook would be left.
+            LockedError: a writer is at work on the store.
+        """
+        from activations.writer import StoreWriter
+
+        self.refresh()
+        names = tuple(sorted({self.resolve_hook(hook) for hook in ([hooks] if isinstance(hooks, str) else hooks)}))
+        if not names or set(names) == set(self.hooks):
+            raise InvalidInputError(
+                f"{self.path} has the hooks {', '.join(self.hooks)}; got {', '.join(names) or 'none'} to drop. "
+                "At least one must be dropped and one must stay; to drop all, delete the folder."
+            )
+        with StoreWriter(self.path, self.spec, {}, ()) as writer:
+            writer.drop_hooks(names)
+            writer.journal.write("dropped", hooks=list(names))
+        self.refresh()
+        return names
 
     def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[Fault]:
         """Compare every object on disk with the ledger, and report what differs; files that the ledger does not

@@ -81,8 +81,9 @@ def norm_statistics(store: ActivationStore, hook: str) -> dict[str, Any]:
 
 
 def _bytes_of(store: ActivationStore, capture: str) -> int:
-    records = store.ledger.records[capture].values()
-    return sum(known.n_bytes for record in records for known in record.objects.values())
+    declaration, records = store.ledger.declarations[capture], store.ledger.records[capture].values()
+    objects = (known for record in records for known in store.layout.objects_of(record, declaration).values())
+    return sum(known.n_bytes for known in objects)
 
 
 def _hook_bytes(store: ActivationStore, hook: str) -> int:

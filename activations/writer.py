@@ -11,9 +11,10 @@
 import contextlib
 import io
 import os
+import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,13 +164,19 @@ class StoreWriter:
         return capture
 
     def objects_of(self, record: GroupRecord) -> dict[str, ObjectRecord]:
-        """Objects of a record that are still the store's: those of dropped hooks are not."""
-        arrays = self._arrays_of(record.capture)
-        return {
-            name: known
-            for name, known in record.objects.items()
-            if record.capture == PLAN or name.rpartition("/")[0] in arrays
-        }
+        """Objects of a record that are the store's; those of hooks that were dropped are not any more."""
+        return self.layout.objects_of(record, self.ledger.declarations[record.capture])
+
+    def drop_hooks(self, hooks: Collection[str]) -> None:
+        """Remove hooks (canonical names) from the store. From the first step on they are gone for readers; a writer
+        that dies after it leaves files that the next one clears away."""
+        for capture, declaration in list(self.ledger.declarations.items()):
+            declared = declaration.get("hooks", {})
+            kept = {hook: content for hook, content in declared.items() if hook not in hooks}
+            if len(kept) < len(declared):
+                aliases = {alias: hook for alias, hook in declaration.get("aliases", {}).items() if hook in kept}
+                self.ledger.declare_again(capture, {**declaration, "hooks": kept, "aliases": aliases} if kept else None)
+        self._clear_dropped()
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest's entries that are no part of the store's identity."""
@@ -251,17 +258,24 @@ class StoreWriter:
             sync_folder(self.folder / group)
 
     def _arrays_of(self, capture: str) -> dict[str, ArrayLayout]:
-        if capture == PLAN:
-            return self.layout.plan_arrays()
-        hooks = self.ledger.declarations[capture]["hooks"]
-        return self.layout.hook_arrays({hook: declared["shape"] for hook, declared in hooks.items()})
+        return self.layout.arrays_of(self.ledger.declarations[capture])
 
     def _clear_leftovers(self) -> None:
+        self._clear_dropped()
         self.ledger.tidy()
         arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
         for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
             remove_temporaries(self.folder / folder)
         self.clear_superseded()
+
+    def _clear_dropped(self) -> None:
+        """Remove what belongs to no capture that is declared: its records, then its arrays."""
+        arrays = {array for capture in self.ledger.declarations for array in self._arrays_of(capture)}
+        for folder in ("ledger", self.layout.hook_array(""), self.layout.norm_array("")):
+            for child in sorted((self.folder / folder).glob("*/")):
+                name = str(child.relative_to(self.folder))
+                if name not in arrays and not (child / "capture.json").exists():
+                    shutil.rmtree(child)
 
     def clear_superseded(self) -> None:
         """Remove what was set aside of row groups that are filled up by now."""

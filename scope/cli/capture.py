@@ -7,6 +7,7 @@ import typer
 
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
@@ -19,15 +20,44 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "capture")
     def capture(
-        model: Annotated[str, typer.Option(help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file.")],
-        data: Annotated[list[Path], typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")],
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file. With --into by default the "
+                "store's own."
+            ),
+        ] = None,
+        data: Annotated[
+            list[Path] | None, typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")
+        ] = None,
         hook: Annotated[
-            list[str], typer.Option(help="A hook name, such as blocks.8.hook_resid_post. May be repeated.")
-        ],
-        out: Annotated[Path, typer.Option(help="The store to make, or to go on with (NAME.zarr).")],
-        max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens, BOS included.")] = None,
-        context_size: Annotated[int, typer.Option(help="Tokens in the longest window, BOS included.")] = 256,
-        dtype: Annotated[StorageDtype, typer.Option(help="How activations are stored.")] = "bfloat16",
+            list[str] | None,
+            typer.Option(
+                help="A hook name, such as blocks.8.hook_resid_post. May be repeated. With --append by default all "
+                "hooks of the store."
+            ),
+        ] = None,
+        out: Annotated[Path | None, typer.Option(help="The store to make, or to go on with (NAME.zarr).")] = None,
+        into: Annotated[
+            Path | None,
+            typer.Option(
+                help="In place of --out, a complete store: further hooks of its tokens (no --data), or, with --append "
+                "and --data, more text."
+            ),
+        ] = None,
+        append: Annotated[
+            bool, typer.Option("--append", help="Add --data after the rows that the store has, for all of its hooks.")
+        ] = False,
+        max_tokens: Annotated[
+            int | None, typer.Option(help="Stop after this many tokens of --data, BOS included.")
+        ] = None,
+        context_size: Annotated[
+            int | None,
+            typer.Option(help="Tokens in the longest window, BOS included; 256, or what the store has."),
+        ] = None,
+        dtype: Annotated[
+            StorageDtype | None, typer.Option(help="How activations are stored; bfloat16, or what the store has.")
+        ] = None,
         batch_size: Annotated[int, typer.Option(help="Tokens that the model runs at once.")] = 4096,
         rows_per_group: Annotated[
             int | None, typer.Option(help="Rows in a unit of work and commit: a power of two up to 65,536.")
@@ -42,8 +72,9 @@ def register(app: typer.Typer) -> None:
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         compute_dtype: Annotated[
-            str, typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32.")
-        ] = "auto",
+            str | None,
+            typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32; auto, or the store's."),
+        ] = None,
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
@@ -53,22 +84,32 @@ def register(app: typer.Typer) -> None:
         from activations.text import TextSource
         from scope.models import LanguageModel
 
-        text = TextSource(
-            data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
-        )
+        target = _target(out, into, append, data, hook, model)
+        kept = _kept(target, is_new=into is None)
+        name = model or str(kept["load_name"])
+        text = None
+        if data:
+            text = TextSource(
+                data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
+            )
 
         def load() -> LanguageModel:
-            say(f"Loading {model}")
+            say(f"Loading {name}")
             return LanguageModel.load(
-                model, revision=revision, device=device, dtype=compute_dtype, allow_download=allow_download
+                name,
+                revision=revision if model or revision else kept["revision"],
+                device=device,
+                dtype=compute_dtype or kept["compute_dtype"],
+                allow_download=allow_download,
             )
 
         with progress_bar("Capturing (rows)") as progress:
             report = run_capture(
                 load,
                 text,
-                hook,
-                out,
+                hook or [],
+                target,
+                append=append,
                 max_tokens=max_tokens,
                 context_size=context_size,
                 dtype=dtype,
@@ -77,6 +118,45 @@ def register(app: typer.Typer) -> None:
                 progress=progress,
             )
         return Outcome(_facts(report), _summary(report))
+
+
+def _target(
+    out: Path | None,
+    into: Path | None,
+    append: bool,
+    data: list[Path] | None,
+    hook: list[str] | None,
+    model: str | None,
+) -> Path:
+    """The store that is meant, once what was given makes sense together."""
+    target = out or into
+    if target is None or (out and into):
+        raise InvalidInputError("Give either --out (a store to make or to go on with) or --into (one to add to).")
+    if append and not data:
+        raise InvalidInputError("--append adds text: give it with --data.")
+    if into and data and not append:
+        raise InvalidInputError(
+            f"--into takes further hooks of the tokens that {into} has, without --data. To add text, give --append."
+        )
+    if not hook and not append:
+        raise InvalidInputError("Give at least one --hook.")
+    if out and not append:
+        for flag, value in (("--model", model), ("--data", data)):
+            if not value:
+                raise InvalidInputError(f"Give {flag}, or a store that has its own with --into.")
+    return target
+
+
+def _kept(target: Path, is_new: bool) -> dict[str, Any]:
+    """How the model of a store was loaded; what one that may be new begins with."""
+    from activations.store import ActivationStore
+    from activations.writer import existing_manifest
+
+    if is_new and existing_manifest(target) is None:
+        return {"load_name": None, "revision": None, "compute_dtype": "auto"}
+    store = ActivationStore.open(target)
+    name = store.manifest.get("load_name") or store.spec.model
+    return {"load_name": name, "revision": store.spec.revision, "compute_dtype": store.spec.compute_dtype}
 
 
 def _facts(report: "CaptureReport") -> dict[str, Any]:
@@ -89,7 +169,7 @@ def _summary(report: "CaptureReport") -> str:
     speed = report.new_rows / report.seconds if report.seconds else 0.0
     lines = [
         f"{report.store.path} holds {report.rows:,} tokens of {report.documents:,} documents; "
-        f"{report.new_rows:,} of them are new, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
+        f"{report.new_rows:,} rows are new, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
     ]
     if report.windowed_documents:
         size = report.store.spec.context_size
