@@ -21,8 +21,8 @@ import numpy as np
 
 from activations.arrays import ShardBuffer, read_object, write_object
 from activations.errors import InvalidInputError, MismatchError
-from activations.layout import ASIDE, TABLES
-from activations.plan import TOKEN_COLUMNS, PlannedGroup, PlanState
+from activations.layout import ASIDE
+from activations.plan import PlannedGroup, PlanState
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
@@ -107,10 +107,9 @@ def planned_tail(store: ActivationStore, state: PlanState) -> PlannedGroup | Non
     if n_rows == 0:
         return None
     start = state.n_rows - n_rows
-    rows = store.rows(start, state.n_rows)
-    columns = {name: getattr(rows, name) for name in TOKEN_COLUMNS}
-    sequences, documents = (store.table_piece(table, group).to_pydict() for table in TABLES)
-    return PlannedGroup(group, start, state.n_rows, columns, sequences, documents, state)
+    columns = {name: store.column(name, start, state.n_rows) for name in store.token_columns}
+    tables = {table: store.table_piece(table, group).to_pydict() for table in store.layout.tables}
+    return PlannedGroup(group, start, state.n_rows, columns, state=state, **{"windows": {}, **tables})
 
 
 def fill_earlier(

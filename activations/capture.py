@@ -11,6 +11,7 @@ Whatever stops a run, committed row groups stay, and the same call goes on where
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ import numpy as np
 from activations.append import Appended, check_append, start_append
 from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN, appended_from
-from activations.passes import CapturePass, Progress
-from activations.source import HookedModel
+from activations.passes import CapturePass, Progress, windowing_of
+from activations.plan import plan_groups
+from activations.selection import RowSelection, choosing_for
+from activations.source import ROLES, HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -63,6 +66,8 @@ def capture(
     dtype: StorageDtype | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     rows_per_group: int | None = None,
+    selection: RowSelection | None = None,
+    chat_template: str | None = None,
     append: bool = False,
     progress: Progress | None = None,
 ) -> CaptureReport:
@@ -79,6 +84,10 @@ def capture(
         dtype: how activations are stored; None for what the store has, or bfloat16.
         batch_size: tokens that the model runs at once, padding included.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        selection: which tokens become rows (the model sees all of them); None for all, or what the store in `out` has
+            where hooks or text are added to it.
+        chat_template: how chats are written, a Jinja template as Hugging Face tokenizers have; None for the
+            tokenizer's own, or what the store has.
         append: add the text after the rows of the complete store in `out`. Without it another text is refused. The
             same call resumes an append that was interrupted, and does nothing when it is done.
         progress: called with (rows done, rows in all or None) after each batch.
@@ -101,14 +110,17 @@ def capture(
     dtype = stored.get("dtype", "bfloat16") if dtype is None else dtype
     rows_per_group = stored.get("rows_per_group") if rows_per_group is None else rows_per_group
     made = _made(model)
+    rows = _choice(made, text, manifest, selection, chat_template, adopt=text is None or append)
     if entry is not None:
         hooks = _all_hooks(made, hooks, ActivationStore.open(out))
     shapes, aliases = _resolve(made, hooks)
     if text is not None and (manifest is None or entry is not None):
         _require_tokens(text, made)
     spec = _spec(made, shapes, context_size, dtype, rows_per_group)
+    if text is not None and (manifest is None or entry is not None):
+        _require_rows(text, made, spec, rows)
     load_name = made.identity.load_name
-    identity = _identity(None if append else text, max_tokens, manifest)
+    identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity}
     if entry is not None and max_tokens is not None:
         max_tokens += entry["from_row"]
     with StoreWriter(out, spec, identity, list(shapes), load_name) as writer:
@@ -211,6 +223,62 @@ def _resolve(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[
             raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
     aliases = {name: hook for name, hook in canonical.items() if name != hook}
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
+
+
+class _Choice(NamedTuple):
+    """Which tokens become rows, and how chats are written."""
+
+    selection: RowSelection
+    chat_template: str | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest keeps of it."""
+        chats = None if self.chat_template is None else {"template": self.chat_template, "roles": list(ROLES)}
+        return {"selection": self.selection.settings, "chats": chats}
+
+
+def _choice(
+    model: HookedModel,
+    text: TextSource | None,
+    manifest: Mapping[str, Any] | None,
+    selection: RowSelection | None,
+    chat_template: str | None,
+    adopt: bool,
+) -> _Choice:
+    """What was given, completed by what the store has (if `adopt`) and what the tokenizer has."""
+    stored: Mapping[str, Any] = manifest or {}
+    chats = stored.get("chats")
+    if selection is None:
+        selection = RowSelection.from_settings(stored.get("selection") if adopt else None)
+    if text is None:
+        return _Choice(selection, chats["template"] if chats and chat_template is None else chat_template)
+    if not text.is_chats:
+        if chats is not None and adopt:
+            raise MismatchError(f"The store holds chats, {', '.join(text.names)} none. Give text with messages.")
+        if selection.roles or chat_template is not None:
+            given = "a chat template was given" if chat_template is not None else f"roles is {list(selection.roles)}"
+            raise InvalidInputError(f"{given}, but the text is no chats. Name the column of their messages.")
+        return _Choice(selection, None)
+    if manifest is not None and chats is None:
+        raise MismatchError(f"The store holds plain text, {', '.join(text.names)} chats. Give another output folder.")
+    template = chat_template or (chats["template"] if chats and adopt else model.chat_template)
+    if template is None:
+        raise InvalidInputError(
+            f"The tokenizer of {model.identity.model} has no chat template; give one, or capture the text as text."
+        )
+    return _Choice(selection, template)
+
+
+def _require_rows(text: TextSource, model: HookedModel, spec: CaptureSpec, rows: _Choice) -> None:
+    """Refuse a text of which no token is chosen."""
+    choosing = choosing_for(model, rows.selection, rows.chat_template)
+    if choosing is None:
+        return
+    windowing = windowing_of(spec, model, text)
+    if next(plan_groups(text, model.encode_documents, replace(windowing, rows_per_group=1), choosing=choosing), None):
+        return
+    raise InvalidInputError(f"No token of {', '.join(text.names)} is chosen by {rows.selection}. Choose less narrowly.")
 
 
 def _spec(

@@ -8,6 +8,7 @@ objects gone asks the ledger again where they are (`_verified`), and sees no mor
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import ASIDE, FORMAT, PLAN, StoreLayout, appended_from
+from activations.layout import ASIDE, FORMAT, PLAN, WINDOWS, StoreLayout, appended_from
 from activations.ledger import GroupRecord, Ledger
 from activations.manifest import ID_LENGTH, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
@@ -31,6 +32,8 @@ __all__ = ["ActivationStore", "Fault", "TokenRows"]
 
 READ_AHEAD_BYTES = 2**24
 CACHED_COLUMNS = 64
+CACHED_WINDOWS = 8
+"""Row groups whose whole windows are kept in memory."""
 SUPERSEDED_ATTEMPTS = 4
 
 T = TypeVar("T")
@@ -68,9 +71,10 @@ class ActivationStore:
         self.path = path
         self.manifest = manifest
         self.spec = CaptureSpec(**manifest["spec"])
-        self.layout = StoreLayout(self.spec)
+        self.layout = StoreLayout.of(manifest)
         self._ledger = Ledger(path)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
+        self._windows: dict[int, tuple[int, list[np.ndarray]]] = {}
         self._cache_lock = threading.Lock()
 
     @classmethod
@@ -91,6 +95,7 @@ class ActivationStore:
         self._ledger.refresh()
         with self._cache_lock:
             self._cache.clear()
+            self._windows.clear()
 
     def use_ledger(self, ledger: Ledger) -> None:
         """See what a writer in this process commits, as it does."""
@@ -234,6 +239,23 @@ class ActivationStore:
         table = table[table["start_row"] < self.n_rows].reset_index(drop=True)
         table["n_rows"] = table["n_rows"].clip(upper=self.n_rows - table["start_row"])
         return table
+
+    def window_tokens(self, sequences: Sequence[int]) -> list[np.ndarray]:
+        """All token ids of these windows (numbers as in `sequences()`), int32, those included that are no rows because
+        the store's selection left them out. A window that reaches past the planned rows is cut there."""
+        if not self.layout.has_windows:
+            table = self._read_table("sequences").set_index("sequence")
+            spans = ((int(table["start_row"][number]), int(table["n_rows"][number])) for number in sequences)
+            end = self._ledger.committed_rows(PLAN)
+            return [self.rows(start, min(start + n_rows, end)).token_id for start, n_rows in spans]
+        records = self._ledger.records[PLAN]
+        groups = range(self._ledger.committed_groups(PLAN))
+        tokens = []
+        for number in map(int, sequences):
+            group = bisect_right(groups, number, key=lambda group: records[group].extra["n_sequences"])
+            first, windows = self._windows_that_start_in(group)
+            tokens.append(windows[number - first])
+        return tokens
 
     def documents(self) -> "pd.DataFrame":
         """The documents: `document, title, source, language, license, extra, n_tokens, held_out`.
@@ -423,6 +445,23 @@ class ActivationStore:
         content = self._verified(PLAN, group, name, lambda path, record: read_object(path, record, what))
         # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
         return parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False).read(use_threads=False)
+
+    def _windows_that_start_in(self, group: int) -> tuple[int, list[np.ndarray]]:
+        """Number of the first window that starts in a row group, and all tokens of these windows."""
+        n_sequences = self._ledger.records[PLAN][group].extra["n_sequences"]
+        with self._cache_lock:
+            cached = self._windows.get(group)
+        if cached is not None and cached[0] + len(cached[1]) == n_sequences:
+            return cached
+        column = self.table_piece(WINDOWS, group).column("tokens").combine_chunks()
+        values = column.values.to_numpy(zero_copy_only=False)
+        windows = np.split(values, column.offsets.to_numpy()[1:-1]) if len(column) else []
+        found = n_sequences - len(windows), windows
+        with self._cache_lock:
+            while len(self._windows) >= CACHED_WINDOWS:
+                self._windows.pop(next(iter(self._windows)))
+            self._windows[group] = found
+        return found
 
     def _block(self, hooks: Sequence[str], names: Sequence[str], start: int, stop: int) -> ActivationBatch:
         return ActivationBatch(

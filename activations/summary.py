@@ -18,8 +18,9 @@ SAMPLED_ROWS = 2**24
 def store_info(store: ActivationStore) -> dict[str, Any]:
     """What is in the store, JSON-able; see `ActivationStore.info`.
 
-    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, created_by, hooks,
-    sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape, rows, bytes, norms`.
+    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, selection, chats,
+    created_by, hooks, sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape,
+    rows, bytes, norms`.
     """
     info: dict[str, Any] = {
         "id": store.id,
@@ -32,6 +33,8 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
         "spec": store.manifest["spec"],
         "text": store.manifest.get("text", {}),
         "appended": store.manifest.get("appended", []),
+        "selection": store.manifest.get("selection"),
+        "chats": store.manifest.get("chats"),
         "created_by": store.manifest["created_by"],
         "hooks": {
             hook: {

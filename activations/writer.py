@@ -34,8 +34,8 @@ from activations.errors import InvalidInputError, MismatchError, OccupiedError
 from activations.layout import (
     ASIDE,
     FORMAT,
+    OPTIONAL_IDENTITY,
     PLAN,
-    TABLES,
     ZARR_GROUPS,
     StoreLayout,
     appended_from,
@@ -102,7 +102,7 @@ class StoreWriter:
     ) -> None:
         self.folder = folder
         self.spec = spec
-        self.layout = StoreLayout(spec)
+        self.layout: StoreLayout
         self.journal = Journal(folder)
         self.ledger: Ledger
         self.manifest: dict[str, Any]
@@ -125,6 +125,7 @@ class StoreWriter:
             else:
                 self._require_same(manifest)
             self.manifest = manifest
+            self.layout = StoreLayout.of(manifest)
             self.ledger = Ledger(self.folder)
             self._clear_leftovers()
             self._declare(PLAN, {"columns": sorted(self.layout.plan_arrays())}, self.layout.plan_arrays())
@@ -194,7 +195,8 @@ class StoreWriter:
             layout = self.layout.column(column)
             name = f"{self.layout.column_array(column)}/{layout.shard_name(planned.group)}"
             objects[name] = write_object(self.folder / name, pack_shard(layout, values))
-        for table, columns in zip(TABLES, (planned.sequences, planned.documents), strict=True):
+        tables = (planned.sequences, planned.documents, planned.windows)
+        for table, columns in zip(self.layout.tables, tables, strict=False):
             name = self.layout.table_object(table, planned.group)
             objects[name] = write_object(self.folder / name, _parquet(table, columns))
         extra = asdict(planned.state)
@@ -226,7 +228,10 @@ class StoreWriter:
             self._shapes_at = time.monotonic()
 
     def _create(self) -> dict[str, Any]:
-        content = {"spec": asdict(self.spec), **self._identity}
+        identity = {
+            name: value for name, value in self._identity.items() if name not in OPTIONAL_IDENTITY or value is not None
+        }
+        content = {"spec": asdict(self.spec), **identity}
         return write_manifest(
             self.folder,
             FORMAT,
@@ -240,16 +245,16 @@ class StoreWriter:
     def _require_same(self, manifest: Mapping[str, Any]) -> None:
         CaptureSpec(**manifest["spec"]).require_equal(self.spec, str(self.folder))
         for name, value in self._identity.items():
-            if name != "hooks_at_creation" and manifest[name] != value:
+            if name != "hooks_at_creation" and manifest.get(name) != value:
                 raise MismatchError(
-                    f"{self.folder} was captured with another {name}: {_difference(manifest[name], value)}. "
+                    f"{self.folder} was captured with another {name}: {_difference(manifest.get(name), value)}. "
                     "Use the same settings to resume, or give another output folder."
                 )
 
     def _declare(self, capture: str, content: Mapping[str, Any], arrays: Mapping[str, ArrayLayout]) -> None:
         for group in ZARR_GROUPS:
             _write_once(self.folder / group / "zarr.json", GROUP_METADATA)
-        for table in TABLES:
+        for table in self.layout.tables:
             (self.folder / table).mkdir(exist_ok=True)
         for array, layout in arrays.items():
             _write_once(self.folder / array / "zarr.json", layout.metadata(0))
@@ -264,7 +269,7 @@ class StoreWriter:
         self._clear_dropped()
         self.ledger.tidy()
         arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
-        for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
+        for folder in ("", *ZARR_GROUPS, *self.layout.tables, *arrays):
             remove_temporaries(self.folder / folder)
         self.clear_superseded()
 
@@ -287,7 +292,7 @@ class StoreWriter:
             for name in record.objects
             if name.endswith(ASIDE)
         }
-        for folder in (*TABLES, *arrays):
+        for folder in (*self.layout.tables, *arrays):
             if (self.folder / folder).is_dir():
                 for entry in os.scandir(self.folder / folder):
                     if entry.name.endswith(ASIDE) and f"{folder}/{entry.name}" not in listed:
@@ -321,6 +326,7 @@ def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:
 
     text, truth, number = pyarrow.string(), pyarrow.bool_(), pyarrow.int64()
     kinds = dict.fromkeys(("title", "source", "language", "license", "extra"), text) | {"held_out": truth}
+    kinds |= {"tokens": pyarrow.list_(pyarrow.int32()), "roles": pyarrow.list_(pyarrow.uint8())}
     schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns])
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(dict(columns), schema=schema), stream, compression="zstd")

@@ -100,3 +100,98 @@ def test_wrong_use_of_drop_and_export_writes_nothing(store: Path, tmp_path: Path
     assert "no bfloat16" in scope("export", store, "--format", "hf-dataset", "--dtype", "bfloat16", *out, code=2)
     assert tree(store) == before
     assert not (tmp_path / "out").exists()
+
+
+# ---- rows chosen at capture
+
+
+def capture_chosen(tmp_path: Path, *options: object, data: Path | None = None, code: int = 0) -> Any:
+    return scope(
+        *("capture", "--model", helpers_models.tiny_folder("llama"), "--hook", HOOK, "--context-size", 16),
+        *("--data", data or text(tmp_path / "a.jsonl", "quick"), "--out", tmp_path / "chosen.zarr"),
+        *("--rows-per-group", 64, *options),
+        code=code,
+    )
+
+
+def test_tokens_are_chosen_by_flags(tmp_path: Path) -> None:
+    model = helpers_models.tiny_model("llama")
+    capture_chosen(tmp_path, "--token-pattern", "o", "--skip-special", "--every", 1)
+    store = ActivationStore.open(tmp_path / "chosen.zarr")
+    rows = store.rows(0, store.n_rows)
+    assert store.n_rows > 20
+    assert all("o" in token for token in model.token_texts(rows.token_id.tolist()))
+    for row in (0, store.n_rows - 1):
+        (window,) = store.window_tokens([rows.sequence[row]])
+        assert window[rows.position[row]] == rows.token_id[row]
+        assert window[0] == model.bos_token_id
+    # More hooks and more text take the selection from the store.
+    scope("capture", "--into", store.path, "--hook", OTHER)
+    grown = scope("capture", "--into", store.path, "--append", "--data", text(tmp_path / "b.jsonl", "cold"))
+    assert grown["rows"] > store.n_rows
+    store.refresh()
+    assert all("o" in token for token in model.token_texts(store.rows(0, store.n_rows).token_id.tolist()))
+    assert scope("verify", store.path)["faults"] == []
+    assert scope("info", store.path)["selection"]["pattern"] == "o"
+
+
+def test_the_assistants_turns_of_chats(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
+    chats.write_text("".join(json.dumps({"messages": turns, "title": f"c{n}"}) + "\n" for n in range(4)))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    options = ("--messages-column", "messages", "--roles", "assistant")
+    assert "no chat template" in capture_chosen(tmp_path, *options, data=chats, code=2)
+    report = capture_chosen(tmp_path, *options, "--chat-template", template, data=chats)
+    store = ActivationStore.open(report["store"])
+    model = helpers_models.tiny_model("llama")
+    said = "".join(model.token_texts(store.rows(0, store.n_rows).token_id.tolist()))
+    assert said.replace(" ", "") == "satonthemat" * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--every", 0), "every is 0"),
+        (("--every-in", "windo"), "Did you mean window"),
+        (("--token-pattern", "("), "no regular expression"),
+        (("--token-pattern", "qqq"), "No token of a.jsonl is chosen"),
+        (("--roles", "assistant"), "the text is no chats"),
+        (("--roles", "asistant"), "Did you mean assistant"),
+        (("--messages-column", "messages"), "no text column 'messages'"),
+        (("--chat-template", "nowhere.jinja"), "nowhere.jinja cannot be read"),
+    ],
+)
+def test_wrong_choices_write_nothing(tmp_path: Path, options: tuple[object, ...], words: str) -> None:
+    assert words in capture_chosen(tmp_path, *options, code=2)
+    assert not (tmp_path / "chosen.zarr").exists()
+
+
+def test_an_index_over_chosen_rows_shows_where_they_stand(tmp_path: Path) -> None:
+    """Contexts are made of the rows there are; places in window and document are the true ones."""
+    from scope.features.index import FeatureIndex
+
+    capture_chosen(tmp_path, "--every", 3)
+    store, sae, index = (tmp_path / name for name in ("chosen.zarr", "sae", "features.index"))
+    scope(
+        *("train", store, "--hook", HOOK, "--d-sae", 16, "--k", 4, "--tokens", 128, "--batch-size", 32),
+        *("--out", sae, "--evaluate-tokens", 50),
+    )
+    assert scope("index", store, sae, "--out", index)["n_firings"] > 0
+    assert scope("verify", index)["faults"] == []
+    opened, rows = FeatureIndex.open(index), ActivationStore.open(store)
+    model = helpers_models.tiny_model("llama")
+    sequences = rows.sequences()
+    shown = [example for feature in range(16) for example in opened.top_examples(feature, n=4)]
+    assert len(shown) > 10
+    for example in shown:
+        sequence = int(rows.rows(example.row, example.row + 1).sequence[0])
+        (window,) = rows.window_tokens([sequence])
+        offset = int(sequences["document_offset"][sequence])
+        assert example.document_position == offset + example.position - 1
+        assert example.document_position % 3 == offset % 3
+        assert example.token == model.vocabulary_strings([int(window[example.position])])[0]
+        first = example.row - example.centre
+        assert first >= int(sequences["start_row"][sequence])
+        assert first + len(example.tokens) <= int(sequences["start_row"][sequence] + sequences["n_rows"][sequence])

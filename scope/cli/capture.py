@@ -69,6 +69,27 @@ def register(app: typer.Typer) -> None:
         max_document_tokens: Annotated[
             int | None, typer.Option(help="At most this many tokens of each document.")
         ] = None,
+        messages_column: Annotated[
+            str | None,
+            typer.Option(help="Text is chats: the column with the messages, a list of {role, content} each."),
+        ] = None,
+        chat_template: Annotated[
+            Path | None, typer.Option(help="A Jinja file that writes chats, in place of the tokenizer's own template.")
+        ] = None,
+        skip_bos: Annotated[bool, typer.Option("--skip-bos", help="Make no row of the BOS of windows.")] = False,
+        skip_special: Annotated[
+            bool, typer.Option("--skip-special", help="Make no row of other special tokens.")
+        ] = False,
+        every: Annotated[int, typer.Option(help="Make a row of every n-th token of the text alone.")] = 1,
+        every_in: Annotated[str, typer.Option(help="Where --every counts from: window or document.")] = "window",
+        token_pattern: Annotated[
+            str | None,
+            typer.Option(help="Make rows of the tokens alone in whose text (' the') this regular expression is found."),
+        ] = None,
+        roles: Annotated[
+            list[str] | None,
+            typer.Option(help="Of chats: make rows of the turns of this role alone (assistant). May be repeated."),
+        ] = None,
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         compute_dtype: Annotated[
@@ -81,16 +102,30 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Run a model over text and keep what its hooks see, one row a token, in a store that can be resumed."""
         from activations.capture import capture as run_capture
+        from activations.selection import RowSelection
         from activations.text import TextSource
         from scope.models import LanguageModel
 
         target = _target(out, into, append, data, hook, model)
         kept = _kept(target, is_new=into is None)
         name = model or str(kept["load_name"])
+        selection = RowSelection(
+            skip_bos=skip_bos,
+            skip_special=skip_special,
+            every=every,
+            every_in=every_in,  # type: ignore[arg-type]  # RowSelection names the ways that there are
+            pattern=token_pattern,
+            roles=tuple(roles or ()),
+        )
+        template = None if chat_template is None else _read_template(chat_template)
         text = None
         if data:
             text = TextSource(
-                data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
+                data,
+                text_column=text_column,
+                shuffle_seed=shuffle_seed,
+                max_document_tokens=max_document_tokens,
+                messages_column=messages_column,
             )
 
         def load() -> LanguageModel:
@@ -110,6 +145,8 @@ def register(app: typer.Typer) -> None:
                 hook or [],
                 target,
                 append=append,
+                selection=None if selection.keeps_all and (into or append) else selection,
+                chat_template=template,
                 max_tokens=max_tokens,
                 context_size=context_size,
                 dtype=dtype,
@@ -157,6 +194,13 @@ def _kept(target: Path, is_new: bool) -> dict[str, Any]:
     store = ActivationStore.open(target)
     name = store.manifest.get("load_name") or store.spec.model
     return {"load_name": name, "revision": store.spec.revision, "compute_dtype": store.spec.compute_dtype}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"The chat template {path} cannot be read: {error}") from error
 
 
 def _facts(report: "CaptureReport") -> dict[str, Any]:
