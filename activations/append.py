@@ -21,7 +21,7 @@ import numpy as np
 
 from activations.arrays import ShardBuffer, read_object, write_object
 from activations.errors import InvalidInputError, MismatchError
-from activations.layout import ASIDE
+from activations.layout import ASIDE, PLAN
 from activations.plan import PlannedGroup, PlanState
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -38,6 +38,8 @@ def check_append(
 ) -> Appended:
     """The manifest's entry for a text that may be appended to a store: the last one, if this run goes on with it.
 
+    An append of which no row group is committed yet may be left for another.
+
     Args:
         store: what it is appended to.
         text: the text.
@@ -48,7 +50,7 @@ def check_append(
         InvalidInputError: the store holds this text already.
         MismatchError: the store is not complete yet; what is missing is named.
     """
-    appended: Sequence[Appended] = store.manifest.get("appended", [])
+    appended: list[Appended] = list(store.manifest.get("appended", []))
     if appended and appended[-1]["text"] == described:
         last = appended[-1]
         if last["max_tokens"] != max_tokens:
@@ -57,19 +59,23 @@ def check_append(
                 f"{max_tokens}. Use the same settings to go on with that."
             )
         return last
+    n_rows, complete = store.ledger.committed_rows(PLAN), store.complete
+    if appended and n_rows == appended[-1]["from_row"]:
+        appended.pop()
+        complete = all(store.rows_of(hook) == n_rows for hook in store.hooks)
     held = [store.manifest["text"], *(entry["text"] for entry in appended)]
     if any(entry["fingerprint"] == text.fingerprint for entry in held):
         raise InvalidInputError(
             f"{store.path} holds the text {', '.join(text.names)} already, with the same settings. Append another "
             "text; the same rows again would only weigh them double."
         )
-    if not store.complete:
+    if not complete:
         unfinished = ", ".join(held[-1]["files"])
         raise MismatchError(
             f"{store.path} is not complete: {unfinished} is still to be captured for {_lacking(store)}. Finish that "
             f"first{' (with append)' if appended else ''}, then append."
         )
-    return {"text": dict(described), "max_tokens": max_tokens, "from_row": store.n_rows}
+    return {"text": dict(described), "max_tokens": max_tokens, "from_row": n_rows}
 
 
 def _lacking(store: ActivationStore) -> str:
@@ -79,8 +85,9 @@ def _lacking(store: ActivationStore) -> str:
 def start_append(writer: StoreWriter, entry: Appended) -> None:
     """Steps 1 and 2, as far as they are not done yet."""
     appended = writer.manifest.get("appended", [])
-    if entry not in appended:
-        writer.set_manifest({**writer.manifest, "appended": [*appended, entry]})
+    wanted = [*(known for known in appended if known["from_row"] < entry["from_row"]), entry]
+    if wanted != appended:
+        writer.set_manifest({**writer.manifest, "appended": wanted})
     for capture in list(writer.ledger.records):
         _set_aside(writer, capture, entry["from_row"])
 

@@ -121,22 +121,39 @@ def export_store(
     if n_rows == 0:
         raise InvalidInputError(f"{store.path} has no committed rows of {', '.join(map(str, hooks or store.hooks))}.")
     folder = _begin(out)
+    try:
+        files = _write_rows(folder, _WRITERS[format], columns, n_rows, file_bytes, progress)
+        _write_tables(store, folder, n_rows)
+        provenance = _provenance(store, format, columns, n_rows, files)
+        (folder / "export.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        _finish(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return ExportReport(out, n_rows, len(files), sum(file["bytes"] for file in files))
+
+
+def _write_rows(
+    folder: Path,
+    write: "_Write",
+    columns: Sequence[_Column],
+    n_rows: int,
+    file_bytes: int,
+    progress: Callable[[int, int | None], None] | None,
+) -> list[dict[str, Any]]:
+    """Write all rows, and return what `export.json` says of each file."""
     per_file = max(1, file_bytes // sum(column.row_bytes for column in columns))
     n_files = -(-n_rows // per_file)
     files: list[dict[str, Any]] = []
     for number in range(n_files):
         start, stop = number * per_file, min(n_rows, (number + 1) * per_file)
-        for path in _WRITERS[format](folder / "data", f"{number:05d}-of-{n_files:05d}", columns, start, stop):
+        for path in write(folder / "data", f"{number:05d}-of-{n_files:05d}", columns, start, stop):
             digest, size = _settle(path)
             name = path.relative_to(folder).as_posix()
             files.append({"name": name, "rows": [start, stop], "bytes": size, "xxh3_128": digest})
         if progress is not None:
             progress(stop, n_rows)
-    _write_tables(store, folder, n_rows)
-    provenance = _provenance(store, format, columns, n_rows, files)
-    (folder / "export.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    _finish(folder, out)
-    return ExportReport(out, n_rows, len(files), sum(file["bytes"] for file in files))
+    return files
 
 
 def _check(
@@ -290,7 +307,10 @@ def _arrow(values: np.ndarray) -> Any:
     return array
 
 
-_WRITERS: Mapping[str, Callable[[Path, str, Sequence[_Column], int, int], Iterator[Path]]] = {
+_Write = Callable[[Path, str, Sequence[_Column], int, int], Iterator[Path]]
+"""Writes some rows of all columns (folder, number of the file, columns, start, stop) and yields the files."""
+
+_WRITERS: Mapping[str, _Write] = {
     "safetensors": _write_safetensors,
     "npy": _write_npy,
     "hf-dataset": _write_parquet,

@@ -124,14 +124,13 @@ class CapturePass:
 
     def _feed(self) -> None:
         """Send the row groups that are not committed through the model."""
-        done = {group: record.row_stop for group, record in self.writer.ledger.records[self.capture_id].items()}
-        self.rows_before = sum(stop - group * self.writer.spec.rows_per_group for group, stop in done.items())
+        done = self.writer.ledger.records[self.capture_id]
+        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
         for group in self.groups:
-            record = self.writer.ledger.records[PLAN][group]
-            start = done.get(group, record.row_start)
+            record, start = self.writer.ledger.records[PLAN][group], self._start(group)
             if start == record.row_stop:
                 continue
-            batches = pack_batches(self._windows(group, start), self.batch_size)
+            batches = pack_batches(self._windows(group), self.batch_size)
             n_rows, n_earlier = record.row_stop - record.row_start, start - record.row_start
             task = GroupTask(group, record.row_start, n_rows, len(batches), n_earlier)
             for batch in batches:
@@ -139,9 +138,14 @@ class CapturePass:
                 self.collector.add(task, batch, pending)
                 self._report()
 
-    def _windows(self, group: int, from_row: int) -> list[Window]:
-        """The windows of a group's rows from `from_row` on."""
-        record = self.writer.ledger.records[PLAN][group]
+    def _start(self, group: int) -> int:
+        """The first row of a planned group that is not committed; its end if all are."""
+        committed = self.writer.ledger.records[self.capture_id].get(group)
+        return self.writer.ledger.records[PLAN][group].row_start if committed is None else committed.row_stop
+
+    def _windows(self, group: int) -> list[Window]:
+        """The windows of a group's rows that are not committed."""
+        record, from_row = self.writer.ledger.records[PLAN][group], self._start(group)
         n_earlier = from_row - record.row_start
         if self.writer.layout.has_windows:
             rows = self.plan.rows(from_row, record.row_stop)

@@ -102,7 +102,7 @@ class StoreWriter:
     ) -> None:
         self.folder = folder
         self.spec = spec
-        self.layout: StoreLayout
+        self.layout = StoreLayout(spec)  # until the manifest is read
         self.journal = Journal(folder)
         self.ledger: Ledger
         self.manifest: dict[str, Any]

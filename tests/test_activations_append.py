@@ -152,6 +152,27 @@ def test_what_cannot_be_appended(texts: list[TextSource], tmp_path: Path) -> Non
     check(ActivationStore.open(out))
 
 
+def test_an_append_that_has_no_rows_yet_may_be_left_for_another(texts: list[TextSource], tmp_path: Path) -> None:
+    class Speechless(FakeModel):
+        """Cannot read what it is to append, but finds that there is something."""
+
+        def encode_documents(self, given: Any) -> list[np.ndarray]:
+            if len(given) > 1:
+                raise RuntimeError("unreadable")
+            return super().encode_documents(given)
+
+    out = tmp_path / "s.zarr"
+    run(texts[0], out)
+    with pytest.raises(RuntimeError, match="unreadable"):
+        run(texts[1], out, append=True, model=Speechless())
+    store = ActivationStore.open(out)
+    assert not store.complete
+    check(store)
+    run(texts[2], out, append=True)
+    run(texts[0], tmp_path / "never.zarr")
+    assert tree(out) == tree(run(texts[2], tmp_path / "never.zarr", append=True).store.path)
+
+
 def test_readers_see_the_old_rows_all_the_time(texts: list[TextSource], tmp_path: Path) -> None:
     """Readers that were opened before the append, and those opened in the middle of it."""
     out = tmp_path / "s.zarr"
@@ -177,7 +198,7 @@ def test_readers_see_the_old_rows_all_the_time(texts: list[TextSource], tmp_path
             assert not readers[-1].complete
             return super().forward_rows(*arguments)
 
-    report = run(texts[1], out, append=True, model=Watched())
+    report = run(texts[1], out, append=True, model=Watched(), max_tokens=70)
     for reader in readers:
         look(reader)
         reader.refresh()
@@ -248,6 +269,6 @@ def test_a_crash_at_any_write_loses_nothing(
         run(texts[1], out, append=True, max_tokens=40)
         assert tree(out) == expected
         shutil.rmtree(out)
-        point += 4
+        point += 5
     assert point > 40
     assert seen >= {start.n_rows, 4 * R, start.n_rows + 40}

@@ -97,9 +97,8 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_crash_while_dropping(
-    together: bool, text: TextSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_dropping(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TextSource(write_text(tmp_path / "short.jsonl", n_documents=4))
     start = run(text, tmp_path / "start.zarr", [RESID, Z] if together else [RESID])
     start = start if together else run(None, start.path, [Z])
     shutil.copytree(start.path, tmp_path / "whole.zarr")

@@ -162,6 +162,10 @@ def test_an_interrupted_export_does_not_look_whole(store: ActivationStore, tmp_p
         export_store(store, out, format, file_bytes=FILE_BYTES, progress=stop)
     assert not out.exists()
     assert not list(tmp_path.rglob("export.json"))
+    assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "out.partial" / "data").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "out.partial" / "export.partial").touch()
+    (tmp_path / "out.partial" / "data" / "half").touch()
     out.mkdir()
     export_store(store, out, format, file_bytes=FILE_BYTES)
     check_provenance(store, out)

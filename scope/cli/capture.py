@@ -213,7 +213,7 @@ def _summary(report: "CaptureReport") -> str:
     speed = report.new_rows / report.seconds if report.seconds else 0.0
     lines = [
         f"{report.store.path} holds {report.rows:,} tokens of {report.documents:,} documents; "
-        f"{report.new_rows:,} rows are new, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
+        f"{report.new_rows:,} rows were computed, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
     ]
     if report.windowed_documents:
         size = report.store.spec.context_size
