@@ -2,6 +2,7 @@
 
     OUT/export.json             the store's identity and spec, the hooks, every file with its rows and xxh3-128
     OUT/sequences.parquet       the windows; documents.parquet the documents, both as the store's tables
+    OUT/windows.parquet         all tokens of the windows, where the store's rows are only some of them
     OUT/data/train-00000-of-00007.safetensors | .parquet             some rows: all columns of them
     OUT/data/<column>/00000-of-00007.npy                             some rows of one column
 
@@ -19,8 +20,7 @@ with `dtype="bfloat16"`, its bits in uint16.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,7 +30,8 @@ import xxhash
 
 from activations.disk import sync_folder
 from activations.errors import InvalidInputError, NonFiniteError, OccupiedError, UnknownNameError
-from activations.layout import TABLES
+from activations.export_files import WRITERS, Column, Write
+from activations.layout import PLAN, TABLES, WINDOWS
 from activations.source import RowFlag, float32_to_bf16
 from activations.spec import DTYPE_BYTES, StorageDtype
 from activations.store import ActivationStore
@@ -40,19 +41,9 @@ __all__ = ["ExportFormat", "ExportReport", "export_store"]
 ExportFormat = Literal["safetensors", "npy", "hf-dataset"]
 
 DEFAULT_FILE_BYTES = 2**28
-PIECE_BYTES = 2**24
-"""Activations that are in memory at once, about."""
 VERSION = 1
 MARK = "export.partial"
 """A file that says of a folder that it is an export under way, and may be begun anew."""
-SAFETENSORS_NAMES = {
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-}
 
 
 class ExportReport(NamedTuple):
@@ -64,28 +55,6 @@ class ExportReport(NamedTuple):
     """Files that hold rows."""
     bytes: int
     """Their size in all."""
-
-
-@dataclass(frozen=True)
-class _Column:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[int, int], np.ndarray]
-    """Rows `[start, stop)`; bfloat16 as uint16 bits."""
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.dtype == "bfloat16" else self.dtype)
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.numpy_dtype.itemsize
-
-    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        step = max(1, PIECE_BYTES // self.row_bytes)
-        for first in range(start, stop, step):
-            yield self.read(first, min(stop, first + step))
 
 
 def export_store(
@@ -122,7 +91,7 @@ def export_store(
         raise InvalidInputError(f"{store.path} has no committed rows of {', '.join(map(str, hooks or store.hooks))}.")
     folder = _begin(out)
     try:
-        files = _write_rows(folder, _WRITERS[format], columns, n_rows, file_bytes, progress)
+        files = _write_rows(folder, WRITERS[format], columns, n_rows, file_bytes, progress)
         _write_tables(store, folder, n_rows)
         provenance = _provenance(store, format, columns, n_rows, files)
         (folder / "export.json").write_text(json.dumps(provenance, indent=1) + "\n")
@@ -135,8 +104,8 @@ def export_store(
 
 def _write_rows(
     folder: Path,
-    write: "_Write",
-    columns: Sequence[_Column],
+    write: Write,
+    columns: Sequence[Column],
     n_rows: int,
     file_bytes: int,
     progress: Callable[[int, int | None], None] | None,
@@ -177,14 +146,14 @@ def _check(
     return list(dict.fromkeys(chosen))
 
 
-def _columns(store: ActivationStore, hooks: Sequence[str], format: str, dtype: str | None) -> list[_Column]:
+def _columns(store: ActivationStore, hooks: Sequence[str], format: str, dtype: str | None) -> list[Column]:
     wanted = dtype or ("float32" if store.dtype == "bfloat16" and format != "safetensors" else store.dtype)
     columns = [
-        _Column(name, layout.dtype, (), partial(store.column, name)) for name, layout in store.token_columns.items()
+        Column(name, layout.dtype, (), partial(store.column, name)) for name, layout in store.token_columns.items()
     ]
     for hook in hooks:
-        columns.append(_Column(hook, wanted, store.hook_shape(hook), _reader(store, hook, wanted)))
-        columns.append(_Column(f"norm/{hook}", "float32", (), partial(store.norms, hook)))
+        columns.append(Column(hook, wanted, store.hook_shape(hook), _reader(store, hook, wanted)))
+        columns.append(Column(f"norm/{hook}", "float32", (), partial(store.norms, hook)))
     return columns
 
 
@@ -243,80 +212,6 @@ def _settle(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), path.stat().st_size
 
 
-def _write_safetensors(
-    folder: Path, numbered: str, columns: Sequence[_Column], start: int, stop: int
-) -> Iterator[Path]:
-    """One file in the safetensors format: the header's length (uint64), the header (JSON), the tensors end to end."""
-    header: dict[str, Any] = {"__metadata__": {"rows": f"{start}-{stop}"}}
-    offset = 0
-    in_order = sorted(columns, key=lambda column: -column.numpy_dtype.itemsize)  # so that every tensor is aligned
-    for column in in_order:
-        end = offset + (stop - start) * column.row_bytes
-        shape = [stop - start, *column.shape]
-        header[column.name] = {"dtype": SAFETENSORS_NAMES[column.dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    path = folder / f"train-{numbered}.safetensors"
-    with open(path, "wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for column in in_order:
-            for piece in column.pieces(start, stop):
-                file.write(np.ascontiguousarray(piece, column.numpy_dtype).data)
-    yield path
-
-
-def _write_npy(folder: Path, numbered: str, columns: Sequence[_Column], start: int, stop: int) -> Iterator[Path]:
-    for column in columns:
-        path = folder / column.name / f"{numbered}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        described = {
-            "descr": np.lib.format.dtype_to_descr(column.numpy_dtype),
-            "fortran_order": False,
-            "shape": (stop - start, *column.shape),
-        }
-        with open(path, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, described)
-            for piece in column.pieces(start, stop):
-                file.write(np.ascontiguousarray(piece, column.numpy_dtype).data)
-        yield path
-
-
-def _write_parquet(folder: Path, numbered: str, columns: Sequence[_Column], start: int, stop: int) -> Iterator[Path]:
-    import pyarrow
-    from pyarrow import parquet
-
-    path = folder / f"train-{numbered}.parquet"
-    step = max(1, PIECE_BYTES // sum(column.row_bytes for column in columns))
-    schema = pyarrow.schema([(column.name, _arrow(column.read(start, start)).type) for column in columns])
-    with parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
-        for first in range(start, stop, step):
-            last = min(stop, first + step)
-            arrays = [_arrow(column.read(first, last)) for column in columns]
-            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
-    yield path
-
-
-def _arrow(values: np.ndarray) -> Any:
-    """An arrow array, one element a row: fixed-size lists, nested, for rows of several dimensions."""
-    import pyarrow
-
-    array = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
-    for size in reversed(values.shape[1:]):
-        array = pyarrow.FixedSizeListArray.from_arrays(array, size)
-    return array
-
-
-_Write = Callable[[Path, str, Sequence[_Column], int, int], Iterator[Path]]
-"""Writes some rows of all columns (folder, number of the file, columns, start, stop) and yields the files."""
-
-_WRITERS: Mapping[str, _Write] = {
-    "safetensors": _write_safetensors,
-    "npy": _write_npy,
-    "hf-dataset": _write_parquet,
-}
-
-
 def _write_tables(store: ActivationStore, folder: Path, n_rows: int) -> None:
     sequences, documents = store.sequences(), store.documents()
     sequences = sequences[sequences["start_row"] < n_rows].reset_index(drop=True)
@@ -325,10 +220,22 @@ def _write_tables(store: ActivationStore, folder: Path, n_rows: int) -> None:
     for name, table in zip(TABLES, (sequences, documents), strict=True):
         table.to_parquet(folder / f"{name}.parquet", index=False)
         _settle(folder / f"{name}.parquet")
+    if store.layout.has_windows:
+        _write_windows(store, folder / f"{WINDOWS}.parquet", int(sequences["sequence"].iloc[-1]))
+
+
+def _write_windows(store: ActivationStore, path: Path, last_sequence: int) -> None:
+    from pyarrow import compute, parquet
+
+    groups = range(store.ledger.committed_groups(PLAN))
+    with parquet.ParquetWriter(path, store.table_piece(WINDOWS, 0).schema, compression="zstd") as writer:
+        for table in (store.table_piece(WINDOWS, group) for group in groups):
+            writer.write_table(table.filter(compute.less_equal(table.column("sequence"), last_sequence)))
+    _settle(path)
 
 
 def _provenance(
-    store: ActivationStore, format: str, columns: Sequence[_Column], n_rows: int, files: list[dict[str, Any]]
+    store: ActivationStore, format: str, columns: Sequence[Column], n_rows: int, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
     known = ("id", "fingerprint", "spec", "text", "appended", "selection", "chats", "created_by", "load_name")
     return {

@@ -9,7 +9,7 @@
 3. Each planned group says where the next one goes on (`PlanState`), so that a plan can be continued at any group, and
    with another text at the end: then a last group that is not full is planned again with what follows its rows.
 
-How a group's windows are run is in `activations.batching`.
+How a document is cut is in `activations.cutting`, how a group's windows are run in `activations.batching`.
 """
 
 import json
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations.selection import Choosing, WindowTokens
+from activations.cutting import ROLE_COLUMN, TOKEN_COLUMNS, Cut, Windowing, cut_document
+from activations.selection import Choosing
 from activations.source import RowFlag
 from activations.text import Document, TextSource, is_held_out
 
@@ -27,30 +28,6 @@ __all__ = ["ROLE_COLUMN", "TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowi
 
 ENCODE_DOCUMENTS = 64
 ENCODE_CHARACTERS = 2**18
-TOKEN_COLUMNS = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
-"""Per-token columns and their dtypes; `position` counts from the window's start, BOS included."""
-ROLE_COLUMN = {"role": "uint8"}
-"""The column that chats have besides: `activations.source.ROLES`."""
-
-
-@dataclass(frozen=True)
-class Windowing:
-    """How documents are cut into rows."""
-
-    context_size: int
-    bos_token_id: int | None
-    special_token_ids: frozenset[int]
-    rows_per_group: int
-    max_tokens: int | None = None
-    """Rows in all, at most; None for all of the text."""
-    max_document_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        assert self.text_tokens_per_window >= 1
-
-    @property
-    def text_tokens_per_window(self) -> int:
-        return self.context_size - (self.bos_token_id is not None)
 
 
 @dataclass(frozen=True)
@@ -97,21 +74,6 @@ class _Tally:
     count: int
 
 
-class _Cut(NamedTuple):
-    """A document's rows."""
-
-    columns: Mapping[str, np.ndarray]
-    """`sequence` counts from the document's first."""
-    window_starts: np.ndarray
-    """First row of each window, relative to the document's first; windows without rows are not counted."""
-    window_offsets: np.ndarray
-    """Place of each window's first token in the document, BOS not counted."""
-    windows: Sequence[tuple[np.ndarray, np.ndarray | None]]
-    """All tokens of each window and their roles, where only some are rows."""
-    is_windowed: bool
-    """Whether the document is longer than a window."""
-
-
 class _DocumentRows(NamedTuple):
     """A document, tokenised and cut into windows."""
 
@@ -121,7 +83,7 @@ class _DocumentRows(NamedTuple):
     """Number among the documents that have rows."""
     row_start: int
     first_sequence: int
-    cut: _Cut
+    cut: Cut
     columns: Mapping[str, np.ndarray]
     windowed_before: int
     empty_before: int
@@ -208,7 +170,7 @@ def _document_rows(
         left = None if windowing.max_tokens is None else windowing.max_tokens - row
         if len(tokens) and left is not None and left <= 0:
             return
-        cut = _cut(tokens[: windowing.max_document_tokens], roles, document, windowing, left, choosing)
+        cut = cut_document(tokens[: windowing.max_document_tokens], roles, document, windowing, left, choosing)
         if cut is None or not len(cut.window_starts):
             empty.count += 1
             continue
@@ -257,63 +219,6 @@ def _tokens_of(
     if choosing is not None and choosing.encode_chats is not None:
         return choosing.encode_chats([document.messages for document in documents])
     return [(tokens, None) for tokens in encode([document.text for document in documents])]
-
-
-def _cut(
-    tokens: np.ndarray,
-    roles: np.ndarray | None,
-    document: Document,
-    windowing: Windowing,
-    max_rows: int | None,
-    choosing: Choosing | None,
-) -> _Cut | None:
-    """The rows of a document's tokens, at most `max_rows`; None without tokens."""
-    if not len(tokens):
-        return None
-    per_window, has_bos = windowing.text_tokens_per_window, windowing.bos_token_id is not None
-    n_windows = -(-len(tokens) // per_window)
-    if has_bos:
-        before = np.arange(n_windows) * per_window
-        tokens = np.insert(tokens, before, windowing.bos_token_id)  # type: ignore[arg-type]
-        roles = None if roles is None else np.insert(roles[: len(tokens) - n_windows], before, 0)
-    row = np.arange(len(tokens))
-    position, window = row % windowing.context_size, row // windowing.context_size
-    columns = {
-        "token_id": tokens,
-        "sequence": window,
-        "position": position,
-        "flags": _flags(tokens, position, document, windowing),
-        **({} if roles is None else {"role": roles[: len(tokens)]}),
-    }
-    kinds = TOKEN_COLUMNS | ROLE_COLUMN
-    columns = {name: values.astype(kinds[name]) for name, values in columns.items()}
-    if choosing is None or choosing.selection.keeps_all:
-        columns = {name: values[:max_rows] for name, values in columns.items()}
-        starts = np.arange(n_windows) * windowing.context_size
-        starts = starts[starts < len(columns["token_id"])]
-        return _Cut(columns, starts, np.arange(len(starts)) * per_window, (), len(starts) > 1)
-    document_position = position - has_bos + window * per_window
-    every = WindowTokens(
-        columns["token_id"], columns["position"], np.maximum(document_position, window * per_window),
-        columns["flags"], columns.get("role"),
-    )  # fmt: skip
-    chosen = np.flatnonzero(choosing.selection.chosen(every, choosing.matches))[:max_rows]
-    kept, starts, numbers = np.unique(window[chosen], return_index=True, return_inverse=True)
-    bounds = [slice(start, start + windowing.context_size) for start in (kept * windowing.context_size).tolist()]
-    windows = [(every.token_id[part], None if every.role is None else every.role[part]) for part in bounds]
-    chosen_columns = {name: values[chosen] for name, values in columns.items()}
-    chosen_columns["sequence"] = numbers.astype(TOKEN_COLUMNS["sequence"])
-    return _Cut(chosen_columns, starts, kept * per_window, windows, n_windows > 1)
-
-
-def _flags(tokens: np.ndarray, position: np.ndarray, document: Document, windowing: Windowing) -> np.ndarray:
-    flags = np.full(len(tokens), RowFlag.HELD_OUT if is_held_out(document) else 0, np.uint8)
-    special = np.isin(tokens, np.array(sorted(windowing.special_token_ids), np.int64))
-    if windowing.bos_token_id is not None:
-        special &= position > 0
-        flags[position == 0] |= np.uint8(RowFlag.BOS)
-    flags[special] |= np.uint8(RowFlag.SPECIAL)
-    return flags
 
 
 def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: int, complete: bool) -> PlannedGroup:
@@ -370,9 +275,9 @@ def _list_sequences(
             if windows:
                 tokens, roles = item.cut.windows[window]
                 windows["sequence"].append(item.first_sequence + window)
-                windows["tokens"].append(tokens.tolist())
+                windows["tokens"].append(tokens)
                 if roles is not None:
-                    windows["roles"].append(roles.tolist())
+                    windows["roles"].append(roles)
 
 
 def _state_at(pending: list[_DocumentRows], stop: int, complete: bool) -> PlanState:

@@ -26,7 +26,7 @@ FILE_BYTES = 8000
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr("activations.export.PIECE_BYTES", 900)  # several pieces a file
+    monkeypatch.setattr("activations.export_files.PIECE_BYTES", 900)  # several pieces a file
 
 
 def made(folder: Path, dtype: Any = "bfloat16") -> ActivationStore:
