@@ -22,6 +22,7 @@ import itertools
 import os
 import re
 import secrets
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,6 +153,10 @@ class Storage(Protocol):
 
     def make_folder(self, folder: str) -> None:
         """Make a folder and those above it, where folders have to be made."""
+        ...
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder and all objects in it, if it is there."""
         ...
 
     def sync_folder(self, folder: str) -> None:
@@ -287,6 +292,10 @@ class LocalStorage:
     def make_folder(self, folder: str) -> None:
         (self._root / folder).mkdir(parents=True, exist_ok=True)
 
+    def remove_folder(self, folder: str) -> None:
+        if (self._root / folder).is_dir():
+            shutil.rmtree(self._root / folder)
+
     def sync_folder(self, folder: str) -> None:
         sync_folder(self._root / folder)
 
@@ -397,6 +406,13 @@ class ObjectStorage:
 
     def make_folder(self, folder: str) -> None:
         """An object store has no folders."""
+
+    def remove_folder(self, folder: str) -> None:
+        names = self.names(folder)
+        for name in names:
+            if name.endswith("/"):
+                self.remove_folder(f"{folder}/{name.rstrip('/')}")
+        self.delete(f"{folder}/{name}" for name in names if not name.endswith("/"))
 
     def sync_folder(self, folder: str) -> None:
         """An answered put has arrived."""

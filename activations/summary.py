@@ -18,8 +18,9 @@ SAMPLED_ROWS = 2**24
 def store_info(store: ActivationStore) -> dict[str, Any]:
     """What is in the store, JSON-able; see `ActivationStore.info`.
 
-    Keys: `id, fingerprint, path, complete, rows, planned_rows, tokens_without_bos, hooks, bytes, spec, text,
-    sequences, documents, by_language, by_source, created_by`. Per hook: `shape, rows, bytes, norms`.
+    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, selection, chats,
+    created_by, hooks, sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape,
+    rows, bytes, norms`.
     """
     info: dict[str, Any] = {
         "id": store.id,
@@ -31,6 +32,9 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
         "bytes": sum(_bytes_of(store, capture) for capture in store.ledger.records),
         "spec": store.manifest["spec"],
         "text": store.manifest.get("text", {}),
+        "appended": store.manifest.get("appended", []),
+        "selection": store.manifest.get("selection"),
+        "chats": store.manifest.get("chats"),
         "created_by": store.manifest["created_by"],
         "hooks": {
             hook: {
@@ -80,8 +84,9 @@ def norm_statistics(store: ActivationStore, hook: str) -> dict[str, Any]:
 
 
 def _bytes_of(store: ActivationStore, capture: str) -> int:
-    records = store.ledger.records[capture].values()
-    return sum(known.n_bytes for record in records for known in record.objects.values())
+    declaration, records = store.ledger.declarations[capture], store.ledger.records[capture].values()
+    objects = (known for record in records for known in store.layout.objects_of(record, declaration).values())
+    return sum(known.n_bytes for known in objects)
 
 
 def _hook_bytes(store: ActivationStore, hook: str) -> int:
