@@ -84,8 +84,14 @@ def _lacking(store: ActivationStore) -> str:
 
 
 def start_append(writer: StoreWriter, entry: Appended) -> None:
-    """Steps 1 and 2, as far as they are not done yet."""
+    """Steps 1 and 2, as far as they are not done yet.
+
+    Raises:
+        MismatchError: another writer has added to the store since it was checked.
+    """
     appended = writer.manifest.get("appended", [])
+    if entry not in appended and writer.ledger.committed_rows(PLAN) != entry["from_row"]:
+        raise MismatchError(f"{writer.folder} has got other rows meanwhile, from another writer. Run this again.")
     wanted = [*(known for known in appended if known["from_row"] < entry["from_row"]), entry]
     if wanted != appended:
         writer.set_manifest({**writer.manifest, "appended": wanted})

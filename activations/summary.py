@@ -1,11 +1,13 @@
 """What a store shows of itself: `info()` and its table in a notebook."""
 
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from activations.layout import PLAN
+from activations.selection import RowSelection
 from activations.source import RowFlag
 from activations.store import ActivationStore
 
@@ -99,13 +101,18 @@ def store_html(store: ActivationStore) -> str:
     """A small table for notebooks. It reads the ledger only, so it costs nothing on a store of any size."""
     spec = store.spec
     state = "complete" if store.complete else "not complete"
+    texts = [store.manifest.get("text", {}), *(entry["text"] for entry in store.manifest.get("appended", ()))]
     facts = {
         "rows": f"{store.n_rows:,} ({state})",
         "model": spec.model + (f" @ {spec.revision}" if spec.revision else ""),
         "windows": f"{spec.context_size} tokens{' with BOS' if spec.bos_token_id is not None else ''}",
         "stored as": f"{spec.dtype}, {spec.rows_per_group:,} rows a group",
-        "text": ", ".join(store.manifest.get("text", {}).get("files", [])[:4]),
+        "text": ", ".join(file for text in texts for file in text.get("files", [])[:4]),
     }
+    chosen = store.manifest.get("selection")
+    if chosen:
+        narrowed = asdict(RowSelection())
+        facts["rows are"] = ", ".join(f"{name} {value}" for name, value in chosen.items() if value != narrowed[name])
     head = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
         for name, value in facts.items()

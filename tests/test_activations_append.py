@@ -173,6 +173,23 @@ def test_an_append_that_has_no_rows_yet_may_be_left_for_another(texts: list[Text
     assert tree(out) == tree(run(texts[2], tmp_path / "never.zarr", append=True).store.path)
 
 
+def test_another_append_in_between_is_noticed(texts: list[TextSource], tmp_path: Path) -> None:
+    """The store is checked before the lock is taken; the model is made in between."""
+    out = tmp_path / "s.zarr"
+    run(texts[0], out)
+
+    def slow() -> FakeModel:
+        run(texts[1], out, append=True)
+        return FakeModel()
+
+    with pytest.raises(MismatchError, match="other rows meanwhile"):
+        run(texts[2], out, append=True, model=slow)
+    store = ActivationStore.open(out)
+    assert [entry["text"]["files"] for entry in store.manifest["appended"]] == [["text1.jsonl"]]
+    assert store.complete
+    check(store)
+
+
 def test_readers_see_the_old_rows_all_the_time(texts: list[TextSource], tmp_path: Path) -> None:
     """Readers that were opened before the append, and those opened in the middle of it."""
     out = tmp_path / "s.zarr"

@@ -111,6 +111,7 @@ def test_the_store_holds_the_chosen_rows_of_the_whole(
     assert store.verify() == []
     assert store.fingerprint != whole.fingerprint
     assert store.info()["selection"] == selection.settings
+    assert "rows are" in store._repr_html_()
 
 
 def test_keeping_all_is_no_selection(text: TextSource, tmp_path: Path) -> None:

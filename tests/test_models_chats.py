@@ -91,6 +91,12 @@ def test_markup_that_is_no_special_token_belongs_to_nobody() -> None:
     assert encoded.token_id[0] != model.bos_token_id
 
 
+def test_chats_are_written_alike_on_any_day(tokenizer: Any) -> None:
+    dated = "{{ strftime_now('%Y') }}" + MARKED
+    encoded = encode_chats(tokenizer, special_ids(tokenizer), CHATS[:1], dated)
+    assert said(tokenizer, encoded[0], "none").startswith("2000")
+
+
 @pytest.mark.parametrize(
     ("template", "match"),
     [

@@ -17,6 +17,7 @@ says the same of the assistant's turns (tested).
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ from scope.errors import InvalidInputError
 
 __all__ = ["encode_chats", "own_template"]
 
+ALWAYS = datetime(2000, 1, 1)
+"""The date for templates that write today's (Llama 3.2's do): a capture that is resumed tomorrow must read the same."""
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 MARK = "\ue000{}\ue001"
 MARKED = re.compile("\ue000(\\d+)\ue001")
 
@@ -53,6 +57,7 @@ def encode_chats(
         chats: the messages of each.
         template: a Jinja template.
     """
+    template = TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
     specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
     written = [_write(tokenizer, chat, template, specials) for chat in chats]
     encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in written], add_special_tokens=False)
