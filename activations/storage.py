@@ -25,7 +25,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -547,8 +547,7 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable
                 return
             yield waiting.popleft().result()
     finally:
-        for future in waiting:
-            future.cancel()
+        wait([future for future in waiting if not future.cancel()])  # nothing goes on behind the caller's back
 
 
 def _joined(ranges: Ranges) -> Iterator[Ranges]:

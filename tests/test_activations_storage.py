@@ -140,6 +140,22 @@ def test_both_storages_behave_alike(kind: str, tmp_path: Path, address: str) -> 
     assert storage.names("") == ["b/"]
 
 
+def test_nothing_goes_on_when_one_of_several_calls_fails(address: str) -> None:
+    running, done = [], []
+
+    def call(number: int) -> None:
+        if number == 0:
+            raise OSError("no")
+        running.append(number)
+        time.sleep(0.05)
+        done.append(number)
+
+    with pytest.raises(OSError, match="no"):
+        list(storage_at(address).map(call, range(100)))
+    assert sorted(running) == sorted(done)
+    assert len(running) < 100
+
+
 def test_large_objects_go_up_and_come_down_in_parts(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import obstore
 
