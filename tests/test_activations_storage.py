@@ -18,8 +18,7 @@ import pytest
 from helpers_activations import FakeModel, expected_rows, tree, write_text
 from helpers_storage import objects, pending_uploads, put, raw, s3_server
 
-from activations import locks
-from activations import storage as storage_module
+from activations import locks, objectstore
 from activations.arrays import ObjectRecord
 from activations.capture import capture
 from activations.errors import (
@@ -31,8 +30,9 @@ from activations.errors import (
     UnknownNameError,
 )
 from activations.ledger import GroupRecord, Ledger
+from activations.objectstore import ObjectStorage
 from activations.source import float32_to_bf16
-from activations.storage import LocalStorage, ObjectStorage, OtherSizeError, below, storage_at
+from activations.storage import LocalStorage, OtherSizeError, below, storage_at
 from activations.store import ActivationStore
 from activations.text import TextSource
 
@@ -159,8 +159,8 @@ def test_nothing_goes_on_when_one_of_several_calls_fails(address: str) -> None:
 def test_large_objects_go_up_and_come_down_in_parts(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import obstore
 
-    monkeypatch.setattr(storage_module, "PART_BYTES", 5 * 2**20)  # the least that servers take
-    monkeypatch.setattr(storage_module, "REQUEST_BYTES", 2**21)
+    monkeypatch.setattr(objectstore, "PART_BYTES", 5 * 2**20)  # the least that servers take
+    monkeypatch.setattr(objectstore, "REQUEST_BYTES", 2**21)
     storage = storage_at(address)
     content = np.random.default_rng(0).integers(0, 256, 12 * 2**20, dtype=np.uint8)
     digest = storage.write("large", content.data)
@@ -478,7 +478,7 @@ FIRST = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from helpers_activations import FakeModel
-from activations import locks
+from activations import locks, objectstore
 from activations.capture import capture
 from activations.text import TextSource
 locks.LEASE_SECONDS = 1.0
