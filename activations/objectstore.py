@@ -40,6 +40,7 @@ REQUEST_BYTES = 2**22
 """Of a request when a long stretch is read."""
 REQUESTS_AHEAD = 4
 WORKERS = 8
+"""Calls side by side, and requests side by side."""
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 INSTANCE_METADATA = "169.254.169.254"
 """Where obstore looks for the credentials of a cloud machine if the environment has none."""
@@ -138,9 +139,9 @@ class ObjectStorage:
         import obstore
 
         self._require_lease()
-        wanted = list(names)
-        with self._errors(wanted[0] if wanted else ""):
-            obstore.delete(self._store, wanted)
+        if wanted := list(names):
+            with self._errors(wanted[0]):
+                obstore.delete(self._store, wanted)
 
     def make_folder(self, folder: str) -> None:
         """An object store has no folders."""
