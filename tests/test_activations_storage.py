@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -666,3 +667,10 @@ def test_a_servers_refusal_is_told_in_its_own_words(address: str) -> None:
     ):
         with pytest.raises(kind, match=words), storage._errors("x"):
             raise error
+
+
+def test_obstore_has_one_door() -> None:
+    root = Path(locks.__file__).parents[1]
+    sources = (path for package in ("activations", "scope", "dashboards") for path in (root / package).rglob("*.py"))
+    doors = {path.name for path in sources if re.search(r"^\s*(import|from) obstore", path.read_text(), re.MULTILINE)}
+    assert doors == {"objectstore.py"}
