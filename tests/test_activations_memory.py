@@ -23,11 +23,11 @@ MIB = 2**20
 WIDTH, ROWS = 2048, 512
 SHARD = WIDTH * ROWS * 2
 """2 MiB."""
-SHORT, LONG = 18, 108
+SHORT, LONG = 16, 96
 """Row groups of the two runs."""
 BATCH = 512
 SLACK = 4 * SHARD
-"""How much two peaks may differ: a few shards, of the 180 MiB that one run writes more than the other."""
+"""How much two peaks may differ: a few shards, of the 160 MiB that one run writes more than the other."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def captured(nursery: Nursery, text: Path, out: Path, width: int, **settings: An
 def stores(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, int]]:
     """A short store and a long one by their row groups, with the peak of the process that made each."""
     folder = tmp_path_factory.mktemp("stores")
-    text = write_documents(folder / "text.jsonl", 20, 2040)
+    text = write_documents(folder / "text.jsonl", 30, 2040)
     found = {}
     for groups in (SHORT, LONG):
         out = folder / f"{groups}.zarr"
