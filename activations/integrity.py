@@ -9,7 +9,7 @@ import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
 from activations.layout import PLAN, ZARR_GROUPS
-from activations.ledger import Ledger, record_name, segment_groups, segment_name
+from activations.ledger import Ledger
 from activations.store import ActivationStore, Fault
 
 __all__ = ["lost_rows", "verify_store"]
@@ -122,19 +122,12 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
         committed, groups = ledger.committed_rows(capture), ledger.committed_groups(capture)
         known = max(committed, _rows_shown_by_all(contents[array] for array in arrays))
         if known > committed:
-            name = f"ledger/{capture}/{_lost_file(ledger, capture, groups, -(-known // store.spec.rows_per_group))}"
+            name = ledger.lost_file(capture, groups, -(-known // store.spec.rows_per_group))
             yield Fault(capture, committed, known, name, "missing")
         for array, layout in arrays.items():
             shown = _rows_shown(contents[array])
             if contents[array] != layout.metadata(shown if 0 <= shown <= known else known):
                 yield Fault(array.removeprefix("hooks/"), 0, 0, f"{array}/zarr.json", "missing or changed")
-
-
-def _lost_file(ledger: Ledger, capture: str, group: int, n_groups: int) -> str:
-    """The file of a ledger that has the record of a lost group: its own, or a segment that is lost as a whole."""
-    segment = segment_groups(group)
-    lost_as_one = segment.stop <= n_groups and not any(number in ledger.records[capture] for number in segment)
-    return segment_name(group) if lost_as_one else record_name(group)
 
 
 def lost_rows(store: ActivationStore) -> dict[str, int]:

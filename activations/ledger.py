@@ -154,7 +154,7 @@ class Ledger:
 
     def commit(self, record: GroupRecord) -> None:
         """Write a record: from here on its rows exist. Safe to call from several threads."""
-        write_atomically(self.folder / record.capture / record_name(record.group), record.to_line())
+        write_atomically(self.folder / record.capture / _record_name(record.group), record.to_line())
         with self._lock:
             self.records[record.capture][record.group] = record
             self._fold(record.capture, record.group // RECORDS_PER_SEGMENT)
@@ -173,6 +173,14 @@ class Ledger:
         groups = self.committed_groups(capture)
         return self.records[capture][groups - 1].row_stop if groups else 0
 
+    def lost_file(self, capture: str, group: int, n_groups: int) -> str:
+        """The file that would have the record of a group that is lost, of `n_groups` that there were: its own, or a
+        segment that is lost as a whole."""
+        first = group // RECORDS_PER_SEGMENT * RECORDS_PER_SEGMENT
+        segment = range(first, first + RECORDS_PER_SEGMENT)
+        lost_as_one = segment.stop <= n_groups and not any(number in self.records[capture] for number in segment)
+        return f"ledger/{capture}/{_segment_name(group) if lost_as_one else _record_name(group)}"
+
     def tidy(self) -> None:
         """Finish what a dead writer left undone: fold full segments, drop folded records and temporary files."""
         for capture, records in self.records.items():
@@ -182,30 +190,22 @@ class Ledger:
 
     def _fold(self, capture: str, segment: int) -> None:
         records = self.records[capture]
-        groups = segment_groups(segment * RECORDS_PER_SEGMENT)
+        groups = range(segment * RECORDS_PER_SEGMENT, (segment + 1) * RECORDS_PER_SEGMENT)
         if not all(group in records for group in groups):
             return
-        path = self.folder / capture / segment_name(groups[0])
+        path = self.folder / capture / _segment_name(groups[0])
         if not path.exists():
             write_atomically(path, b"".join(records[group].to_line() for group in groups))
         for group in groups:
-            (path.parent / record_name(group)).unlink(missing_ok=True)
+            (path.parent / _record_name(group)).unlink(missing_ok=True)
 
 
-def record_name(group: int) -> str:
-    """The file of a row group's record until it is folded."""
+def _record_name(group: int) -> str:
     return f"{group:08d}.json"
 
 
-def segment_name(group: int) -> str:
-    """The file that a row group's record is folded into."""
+def _segment_name(group: int) -> str:
     return f"segment-{group // RECORDS_PER_SEGMENT:06d}.jsonl"
-
-
-def segment_groups(group: int) -> range:
-    """The row groups whose records fold into one segment with this one's."""
-    first = group // RECORDS_PER_SEGMENT * RECORDS_PER_SEGMENT
-    return range(first, first + RECORDS_PER_SEGMENT)
 
 
 def _is_record(name: str) -> bool:
@@ -221,7 +221,7 @@ def _read_capture(folder: Path) -> Iterator[GroupRecord]:
             raise IntegrityError(f"{path} is damaged: it has {len(lines)} records. Restore the file from a copy.")
         for line in lines:
             record = GroupRecord.from_line(line, path)
-            if record.capture != folder.name or name not in (record_name(record.group), segment_name(record.group)):
+            if record.capture != folder.name or name not in (_record_name(record.group), _segment_name(record.group)):
                 raise IntegrityError(
                     f"The ledger record in {path} is that of row group {record.group} of {record.capture}. Restore "
                     "the file from a copy."
