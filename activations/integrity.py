@@ -131,8 +131,8 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
         committed, groups = ledger.committed_rows(capture), ledger.committed_groups(capture)
         known = max(committed, _rows_shown_by_all(contents[array] for array in arrays))
         if known > committed:
-            name = f"ledger/{capture}/{groups:08d}.json"
-            yield Fault(capture, committed, known, name, "missing (this record, or the segment that has it)")
+            name = ledger.lost_file(capture, groups, -(-known // store.spec.rows_per_group))
+            yield Fault(capture, committed, known, name, "missing")
         for array, layout in arrays.items():
             shown = _rows_shown(contents[array])
             if contents[array] != layout.metadata(shown if 0 <= shown <= known else known):

@@ -252,6 +252,14 @@ class Ledger:
                         return record
         return None
 
+    def lost_file(self, capture: str, group: int, n_groups: int) -> str:
+        """The file that would have the record of a group that is lost, of `n_groups` that there were: its own, or a
+        segment that is lost as a whole."""
+        first = group // RECORDS_PER_SEGMENT * RECORDS_PER_SEGMENT
+        segment = range(first, first + RECORDS_PER_SEGMENT)
+        lost_as_one = segment.stop <= n_groups and not any(number in self.records[capture] for number in segment)
+        return f"ledger/{capture}/{_segment_name(group) if lost_as_one else _record_name(group)}"
+
     def tidy(self) -> None:
         """Finish what a dead writer left undone: fold full segments, drop folded records and temporary files."""
         for capture, records in self.records.items():
