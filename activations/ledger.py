@@ -97,7 +97,7 @@ def _declaration_bytes(capture: str, content: Mapping[str, Any]) -> bytes:
 
 
 def _is_gone(declaration: Mapping[str, Any]) -> bool:
-    return declaration.get("hooks") == {}
+    return bool(declaration.get("dropped"))
 
 
 def _canonical(content: Any) -> str:
@@ -165,7 +165,8 @@ class Ledger:
         paths = [_of(capture, name) for name in names]
         for name, path, content in zip(names, paths, self._storage.map(self._storage.read, paths), strict=True):
             where, lines = self._storage.where(path), content.splitlines()
-            if len(lines) != (RECORDS_PER_SEGMENT if name.startswith("segment-") else 1):
+            n_records = RECORDS_PER_SEGMENT if name.startswith("segment-") else 1
+            if len(lines) != n_records or not content.endswith(b"\n"):
                 raise IntegrityError(f"{where} is damaged: it has {len(lines)} records. Restore the file from a copy.")
             for line in lines:
                 record = GroupRecord.from_line(line, where)
@@ -190,7 +191,7 @@ class Ledger:
         self.records[capture] = {}
 
     def declare_again(self, capture: str, content: Mapping[str, Any]) -> None:
-        """Make a capture known as less than it was; without any hooks it counts as gone, and is left over."""
+        """Make a capture known as less than it was; or (`dropped`) as gone, and left over."""
         self._storage.replace(_of(capture, "capture.json"), _declaration_bytes(capture, content))
         self.declarations[capture] = dict(content)
         if _is_gone(content):

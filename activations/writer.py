@@ -207,7 +207,8 @@ class StoreWriter:
             kept = {hook: content for hook, content in declared.items() if hook not in hooks}
             if len(kept) < len(declared):
                 aliases = {alias: hook for alias, hook in declaration.get("aliases", {}).items() if hook in kept}
-                self.ledger.declare_again(capture, {**declaration, "hooks": kept, "aliases": aliases})
+                gone = {} if kept else {"dropped": True}
+                self.ledger.declare_again(capture, {**declaration, "hooks": kept, "aliases": aliases, **gone})
         self._clear_dropped()
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:

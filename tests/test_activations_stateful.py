@@ -245,9 +245,11 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self._capture(hooks, None, None, after=False)
 
-    @precondition(lambda self: self.appended is None and all(map(self.is_complete, PASSES)))
-    @rule(seed=SEEDS, n_tokens=st.integers(1, 4 * R), crash_at=CHANGES, after=st.booleans())
+    @precondition(lambda self: self.appended is None)
+    @rule(seed=st.integers(0, 9), n_tokens=st.integers(1, 4 * R), crash_at=st.integers(1, 60), after=st.booleans())
     def append(self, seed: int, n_tokens: int, crash_at: int, after: bool) -> None:
+        for hooks in PASSES:
+            self._capture(hooks, self.text, None, after)
         (self.folder / "more").mkdir(exist_ok=True)
         text = TextSource(write_text(self.folder / "more" / "text.jsonl", n_documents=8, seed=seed, longest=40))
         if seed == self.identity[0]:
