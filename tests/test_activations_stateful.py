@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,7 +103,7 @@ class Disk:
         replace, unlink = os.replace, os.unlink
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", lambda source, target: self.change(replace, source, target))
-            patch.setattr(os, "unlink", lambda path: self.change(unlink, path))
+            patch.setattr(os, "unlink", lambda path, **where: self.change(partial(unlink, **where), path))
             yield
 
 
