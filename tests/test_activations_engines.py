@@ -141,7 +141,7 @@ def test_an_error_of_the_model_is_that_of_one_process(
 @pytest.mark.usefixtures("cluster")
 def test_ctrl_c_keeps_what_is_written(text: TextSource, expected: dict[str, bytes], tmp_path: Path) -> None:
     def interrupt(done: int, total: int | None) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(InterruptedRunError, match=r"Interrupted\. .* rows are committed .* to resume"):
         with_ray(FakeModel, text, tmp_path / "s.zarr", progress=interrupt)
@@ -151,6 +151,15 @@ def test_ctrl_c_keeps_what_is_written(text: TextSource, expected: dict[str, byte
     report = with_ray(FakeModel, text, tmp_path / "s.zarr")
     assert report.resumed
     assert tree(report.store.path) == expected
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_listens_on_the_loopback_device_only() -> None:
+    psutil = pytest.importorskip("psutil")
+    children = psutil.Process().children(recursive=True)
+    listening = [one.laddr.ip for child in children for one in child.net_connections("inet") if one.status == "LISTEN"]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.usefixtures("cluster")

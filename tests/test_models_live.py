@@ -18,7 +18,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.errors import InvalidInputError, NonFiniteError, OutOfRangeError, UnknownNameError
 from scope.models import LanguageModel, LiveActivations
-from scope.models.live import GROUPS_AHEAD
+from scope.models.row_groups import GROUPS_AHEAD, RowGroups
 from scope.training import TrainConfig, train
 from scope.training.evaluate import evaluate
 
@@ -46,13 +46,13 @@ def live(text: TextSource, hooks: Any = (RESID, Z), **settings: Any) -> LiveActi
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """First rows of the row groups that the model has run on."""
     groups: list[int] = []
-    original = LiveActivations._computed
+    original = RowGroups._launched
 
-    def counting(self: LiveActivations, item: Any) -> Any:
+    def counting(self: RowGroups, item: Any) -> Any:
         groups.append(item.plan.row_start)
         return original(self, item)
 
-    monkeypatch.setattr(LiveActivations, "_computed", counting)
+    monkeypatch.setattr(RowGroups, "_launched", counting)
     return groups
 
 

@@ -11,6 +11,7 @@ from activations.text import TextSource
 from activations.writer import StoreWriter
 
 if TYPE_CHECKING:
+    from activations.engines.driver import DriverPass
     from activations.engines.worker import GroupWork, Job
 
 __all__ = ["Compute", "Crew", "LocalCrew", "Objects"]
@@ -115,6 +116,8 @@ class RemoteCrew:
     """
 
     leads = True
+    under_way: "DriverPass | None" = None
+    """The pass that runs now."""
 
     @property
     def model(self) -> HookedModel:
@@ -140,7 +143,11 @@ class RemoteCrew:
     ) -> None:
         from activations.engines.driver import DriverPass
 
-        DriverPass(self, text, writer, capture_id, max_tokens, batch_size, progress).run()
+        self.under_way = DriverPass(self, text, writer, capture_id, max_tokens, batch_size, progress)
+        try:
+            self.under_way.run()
+        finally:
+            self.under_way = None
 
     def share(self, figures: Mapping[str, Any]) -> None:
         """There is nobody to give them to."""

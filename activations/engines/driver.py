@@ -49,6 +49,7 @@ class DriverPass(CapturePass):
         self._lanes_left = len(crew.lanes)
         self._lanes_lock = threading.Lock()
         self._stopping = False
+        self._stopped_by: BaseException | None = None
 
     def run(self) -> None:
         """Capture what is missing; whatever stops it, threads have ended and no worker writes when this returns."""
@@ -70,10 +71,16 @@ class DriverPass(CapturePass):
         for worker in (*lanes, planner):
             worker.join_fully()
         self._clear_temporaries()
+        own = self._stopped_by or own
         theirs = next((worker.error for worker in (*lanes, planner) if worker.error is not None), None)
         if own is not None or theirs is not None:
             self._raise(own, theirs)
         self._report()
+
+    def stop(self, error: BaseException) -> None:
+        """End early from another thread; `run` raises the error."""
+        self._stopped_by = error
+        self._wind_down()
 
     def _lane(self, compute: Compute) -> None:
         try:

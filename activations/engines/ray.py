@@ -30,6 +30,8 @@ __all__ = ["RayCrew", "start_local_ray"]
 DEFAULT_WORKERS = 2
 RESTARTS = 8
 """How often an actor may die before the run gives up."""
+STARTS = 2
+"""Attempts to start Ray: on a busy machine its own limit of 30 seconds may be too short."""
 ASIDE = 2
 """Calls that an actor answers besides its row groups: for a tokenisation, and to stop."""
 LOCAL_ENVIRONMENT = {
@@ -188,13 +190,20 @@ def start_local_ray(workers: int | None = None) -> None:
         ray = _import_ray()
         # Ray reads the variable when it is imported, which may have happened before.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, workers or DEFAULT_WORKERS),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        for attempt in range(STARTS):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, workers or DEFAULT_WORKERS),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+                return
+            except Exception as error:  # Ray gives its processes 30 seconds, and then raises nothing narrower
+                ray.shutdown()
+                if attempt == STARTS - 1:
+                    raise InterruptedRunError(f"Ray could not be started on this machine: {error}") from error
 
 
 @contextlib.contextmanager

@@ -169,7 +169,11 @@ class TorchrunCrew(RemoteCrew):
         """On SIGTERM, by which torchrun ends the other processes when one has died."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being ended already
         self._give_up_at = 0.0
-        raise InterruptedRunError("torchrun ended this process, most likely because another one had died.")
+        error = InterruptedRunError("torchrun ended this process, most likely because another one had died.")
+        if self.under_way is None:
+            raise error
+        # Not here: this runs inside the main thread, which may hold the very lock that winding down needs.
+        threading.Thread(target=self.under_way.stop, args=(error,), daemon=True).start()
 
     def __enter__(self) -> "TorchrunCrew":
         self._handlers = contextlib.ExitStack()

@@ -12,25 +12,24 @@ groups are in memory, 3 x 128 MiB for each hook at most; `rows_per_group` makes 
 next group is launched before the results of one are looked at, so that the GPU does not wait.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from activations.batching import Window, group_windows, pack_batches
 from activations.capture import resolved_hooks, spec_of
 from activations.layout import identity_fingerprint
 from activations.memory import MemoryActivations
-from activations.pipeline import Channel, Worker
-from activations.plan import TOKEN_COLUMNS, PlannedGroup, Windowing, plan_groups
+from activations.plan import TOKEN_COLUMNS, Windowing
 from activations.source import ActivationBatch
 from activations.spec import StorageDtype
 from activations.store import TokenRows
 from activations.text import Document, TextSource, is_held_out
-from scope.errors import InvalidInputError, NonFiniteError, OutOfRangeError, UnknownNameError
+from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.models.row_groups import PlannedWindows, RowGroup, RowGroups, on_host, planned
 from scope.models.rows import STORAGE, HostCopy
 
 if TYPE_CHECKING:
@@ -38,36 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveActivations"]
 
-PLAN_AHEAD = 4
-"""Row groups that are tokenised ahead of the model."""
-GROUPS_AHEAD = 1
 DEFAULT_BATCH_SIZE = 8192
 HELD_OUT_ROWS = 2**16
-
-
-class _Planned(NamedTuple):
-    """A row group, and what the model runs for it."""
-
-    plan: PlannedGroup
-    windows: list[Window]
-
-
-class _Group(NamedTuple):
-    """A row group's rows, on a GPU perhaps not computed yet."""
-
-    plan: PlannedGroup
-    values: Mapping[str, Tensor]
-    """Per hook its rows, on the model's device."""
-    figures: HostCopy
-    """Per `norm/<hook>` their norms, and per `finite/<hook>` whether all is finite."""
-
-
-class _Delivered(NamedTuple):
-    """A row group's rows where they are wanted, looked through."""
-
-    plan: PlannedGroup
-    values: Mapping[str, Tensor] | HostCopy
-    figures: Mapping[str, np.ndarray]
 
 
 class LiveActivations:
@@ -228,8 +199,7 @@ class LiveActivations:
     def __repr__(self) -> str:
         return f"LiveActivations({self.model.name!r}, {', '.join(self.text.names)}, hooks {', '.join(self.hooks)})"
 
-    def _planned(self) -> Iterator[_Planned]:
-        """All row groups in order, with the windows that the model runs for each."""
+    def _planned(self) -> Iterator[PlannedWindows]:
         windowing = Windowing(
             context_size=self.spec.context_size,
             bos_token_id=self.spec.bos_token_id,
@@ -238,110 +208,18 @@ class LiveActivations:
             max_tokens=self.max_tokens,
             max_document_tokens=self.text.max_document_tokens,
         )
-        begun = np.empty(0, np.int32)  # the window that goes on in the next group
-        for plan in plan_groups(self.text, self.model.encode_documents, windowing):
-            tokens, positions = plan.columns["token_id"], plan.columns["position"]
-            begun = begun[: int(positions[0])]
-            tokens = np.concatenate([begun, tokens])
-            positions = np.concatenate([np.arange(len(begun)), positions])
-            yield _Planned(plan, group_windows(tokens, positions, len(begun)))
-            begun = tokens[np.flatnonzero(positions == 0)[-1] :]
+        return planned(self.text, self.model.encode_documents, windowing)
 
-    def _groups(self, start: int = 0) -> Iterator[_Delivered]:
-        """Row groups from the one with row `start` on, computed by threads that end with this generator."""
-        planned: Channel[_Planned] = Channel(PLAN_AHEAD)
-        computed: Channel[_Delivered] = Channel(GROUPS_AHEAD)
-
-        def plan() -> None:
-            for item in self._planned():
-                if item.plan.row_stop > start:
-                    planned.put(item)
-            planned.close()
-
-        def compute() -> None:
-            for group in self._in_flight(planned):
-                computed.put(self._delivered(group))
-            computed.close()
-
-        def end() -> None:
-            planned.stop()
-            computed.close()  # what is computed may still be taken
-
-        workers = [Worker("planner", plan, end), Worker("live model", compute, end)]
-        for worker in workers:
-            worker.start()
-        try:
-            yield from computed
-        finally:
-            planned.stop()
-            computed.stop()
-            for worker in workers:
-                worker.join_fully()
-        error = next((worker.error for worker in workers if worker.error is not None), None)
-        if error is not None:
-            raise error
-
-    def _in_flight(self, planned: Iterable[_Planned]) -> Iterator[_Group]:
-        """Row groups as they are computed; on a GPU the next one is launched before anybody waits for one."""
-        waiting: _Group | None = None
-        for item in planned:
-            launched = self._computed(item)
-            if self.model.device.type != "cuda":
-                yield launched
-                continue
-            if waiting is not None:
-                yield waiting
-            waiting = launched
-        if waiting is not None:
-            yield waiting
-
-    @torch.inference_mode()
-    def _run(self, item: _Planned, out: Mapping[str, Tensor]) -> None:
-        """Run the model on a row group's windows and put the rows where they belong."""
-        for batch in pack_batches(item.windows, self.batch_size):
-            found = self.model.device_rows(batch.windows, self.hooks, self.dtype, self.batch_size)
-            places = _to(batch.rows, self.model.device)
-            kept = None if batch.kept is None else _to(np.flatnonzero(batch.kept), self.model.device)
-            for name, values in found.items():
-                out[name].index_copy_(0, places, values if kept is None else values.index_select(0, kept))
-
-    def _computed(self, item: _Planned) -> _Group:
-        n_rows = item.plan.row_stop - item.plan.row_start
-        storage, device = STORAGE[self.dtype], self.model.device
-        values = {hook: torch.empty((n_rows, *self._shapes[hook]), dtype=storage, device=device) for hook in self.hooks}
-        norms = {f"norm/{hook}": torch.empty(n_rows, device=device) for hook in self.hooks}
-        self._run(item, values | norms)
-        finite = {
-            f"finite/{hook}": torch.isfinite(values[hook]).all() & torch.isfinite(norms[f"norm/{hook}"]).all()
-            for hook in self.hooks
-        }
-        return _Group(item.plan, values, HostCopy(norms | finite))
-
-    def _delivered(self, group: _Group) -> _Delivered:
-        figures = group.figures.wait()
-        for hook in self.hooks:
-            if not figures[f"finite/{hook}"]:
-                self._refuse(hook, group.plan, group.values[hook], torch.from_numpy(figures[f"norm/{hook}"]))
-        return _Delivered(group.plan, _moved(group.values, self.device), figures)
-
-    def _refuse(self, hook: str, plan: PlannedGroup, values: Tensor, norms: Tensor) -> None:
-        finite = torch.isfinite(values.flatten(1)).all(dim=1).cpu() & torch.isfinite(norms)
-        bad = int((~finite).nonzero()[0])
-        row = plan.row_start + bad
-        document = self.document_at(row)
-        named = document.get("title") or f"number {document.get('document')}"
-        if torch.isfinite(norms[bad]):
-            problem = f"a value too large for {self.dtype} (the row's norm is {float(norms[bad]):,.0f})"
-            advice = "Use bfloat16 or float32."
-        else:
-            problem = "a NaN or Inf"
-            advice = "The model made it; look at this document, or run the model in another dtype."
-        raise NonFiniteError(f"The hook {hook} gave {problem} at row {row:,}, in the document {named!r}. {advice}")
+    def _groups(self, start: int = 0) -> Iterator[RowGroup]:
+        """Row groups from the one with row `start` on."""
+        shapes = {hook: self._shapes[hook] for hook in self.hooks}
+        groups = RowGroups(self.model, shapes, self.dtype, self.batch_size, self.device, self.document_at)
+        return groups.stream(item for item in self._planned() if item.plan.row_stop > start)
 
     def _in_memory(self) -> MemoryActivations:
         import pandas as pd
 
-        groups = [(plan, {**_on_host(values), **figures}) for plan, values, figures in self._groups()]
+        groups = [(plan, {**on_host(values), **figures}) for plan, values, figures in self._groups()]
         plans = [plan for plan, _ in groups]
 
         def table(name: str) -> pd.DataFrame:
@@ -377,32 +255,7 @@ def _device(wanted: str | torch.device | None, of_model: torch.device) -> torch.
     return of_model
 
 
-def _to(indices: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(indices, np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _moved(values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor] | HostCopy:
-    """Rows on their way to where they are wanted."""
-    here = next(iter(values.values())).device
-    if here == device:
-        return values
-    if device.type == "cpu":
-        return HostCopy(values)
-    if here.type == "cpu":
-        return {name: tensor.to(device) for name, tensor in values.items()}
-    stream = torch.cuda.Stream(here)
-    stream.wait_stream(torch.cuda.current_stream(here))
-    moved = {}
-    with torch.cuda.stream(stream):
-        for name, tensor in values.items():
-            # PyTorch lets the other device's current stream wait for a copy between two GPUs.
-            moved[name] = tensor.to(device, non_blocking=True)
-            tensor.record_stream(stream)
-    return moved
-
-
-def _as_batch(group: _Delivered, names: Mapping[str, str], start: int) -> ActivationBatch:
+def _as_batch(group: RowGroup, names: Mapping[str, str], start: int) -> ActivationBatch:
     """The rows of a group from row `start` on, under the names that were asked for."""
     plan, found, figures = group
     values: Mapping[str, Any] = found.wait() if isinstance(found, HostCopy) else found
@@ -413,10 +266,6 @@ def _as_batch(group: _Delivered, names: Mapping[str, str], start: int) -> Activa
         norms={hook: figures[f"norm/{name}"] for hook, name in names.items()},
     )
     return _part(whole, slice(max(0, start - plan.row_start), None))
-
-
-def _on_host(values: Mapping[str, Tensor] | HostCopy) -> Mapping[str, np.ndarray]:
-    return values.wait() if isinstance(values, HostCopy) else HostCopy(values).wait()
 
 
 def _part(batch: ActivationBatch, part: slice) -> ActivationBatch:
