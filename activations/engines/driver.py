@@ -18,7 +18,7 @@ from activations.engines.worker import GroupWork, Job
 from activations.errors import InterruptedRunError
 from activations.layout import PLAN
 from activations.passes import CapturePass, Progress
-from activations.pipeline import Channel, Worker
+from activations.pipeline import Channel, Stopped, Worker
 from activations.storage import Storage
 from activations.text import TextSource
 from activations.writer import StoreWriter
@@ -59,17 +59,21 @@ class DriverPass(CapturePass):
             for number, compute in enumerate(self.crew.lanes)
         ]
         own: BaseException | None = None
-        try:
-            for worker in (planner, *lanes):
-                worker.start()
-            for n_rows in self._finished:
-                self.rows_committed += n_rows
-                self._report()
-        except BaseException as error:
-            own = error
-            self._wind_down()
-        for worker in (*lanes, planner):
-            worker.join_fully()
+        interrupts = self.writer.interrupts
+        with interrupts.stopping(self._wind_down):
+            try:
+                for worker in (planner, *lanes):
+                    worker.start()
+                for n_rows in self._finished:
+                    self.rows_committed += n_rows
+                    self._report()
+            except BaseException as error:
+                own = error
+                self._wind_down()
+            for worker in (*lanes, planner):
+                worker.join_fully()
+        if interrupts.noted and (own is None or isinstance(own, Stopped)):
+            own = KeyboardInterrupt()
         self._clear_temporaries()
         own = self._stopped_by or own
         theirs = next((worker.error for worker in (*lanes, planner) if worker.error is not None), None)

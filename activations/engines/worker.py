@@ -29,7 +29,6 @@ __all__ = ["LANES", "GroupWork", "GroupWorker", "Job", "ModelCard", "ModelProxy"
 
 LANES = GROUPS_IN_FLIGHT + 1
 """Row groups with one worker at once: those in its memory, and one that waits for the model."""
-DEFAULT_BATCH_SIZE = 8192
 
 
 class Job(NamedTuple):
@@ -62,8 +61,7 @@ class ModelCard:
 
     @classmethod
     def of(cls, model: HookedModel) -> "ModelCard":
-        batch_size = getattr(model, "default_batch_size", DEFAULT_BATCH_SIZE)
-        return cls(model.identity, model.special_token_ids, model.max_context_size, batch_size)
+        return cls(model.identity, model.special_token_ids, model.max_context_size, model.default_batch_size)
 
 
 class ModelProxy:

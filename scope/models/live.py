@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveActivations"]
 
-DEFAULT_BATCH_SIZE = 8192
 HELD_OUT_ROWS = 2**16
 
 
@@ -87,7 +86,7 @@ class LiveActivations:
         self.model, self.text, self.max_tokens = model, text, max_tokens
         self._shapes, self._aliases = resolved_hooks(model, hooks)
         self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
-        self.batch_size = batch_size or int(getattr(model, "default_batch_size", DEFAULT_BATCH_SIZE))
+        self.batch_size = batch_size or model.default_batch_size
         self.device = _device(device, model.device)
 
     @property
