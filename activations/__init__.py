@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
+    from activations.selection import RowSelection
     from activations.shuffle import Selection, ShuffledBatches
     from activations.source import ActivationBatch, ActivationSource, HookedModel, ModelIdentity, PendingRows, RowFlag
     from activations.spec import CaptureSpec
@@ -27,6 +28,7 @@ _MODULES = {
     "ModelIdentity": "source",
     "PendingRows": "source",
     "RowFlag": "source",
+    "RowSelection": "selection",
     "Selection": "shuffle",
     "ShuffledBatches": "shuffle",
     "TextSource": "text",
@@ -45,6 +47,7 @@ __all__ = [
     "ModelIdentity",
     "PendingRows",
     "RowFlag",
+    "RowSelection",
     "Selection",
     "ShuffledBatches",
     "TextSource",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Batch", "Window", "group_windows", "pack_batches"]
+__all__ = ["Batch", "Window", "chosen_windows", "group_windows", "pack_batches"]
 
 OVERHEAD_SHARE = 32
 """A batch costs about this part of a full one besides its tokens (1.7B parameters on an H100: 730 tokens of 32,768)."""
@@ -28,6 +28,8 @@ class Window(NamedTuple):
     """Row of the group at which `tokens[skip]` stands."""
     skip: int
     """Tokens that lie in earlier groups: computed, and dropped."""
+    kept: np.ndarray | None = None
+    """Which tokens are rows of the group (ascending places in `tokens`), where not all after `skip` are."""
 
 
 class Batch(NamedTuple):
@@ -53,6 +55,25 @@ def group_windows(token_ids: np.ndarray, positions: np.ndarray, group_start: int
     return [
         Window(token_ids[start:end], max(0, start - group_start), max(0, group_start - start))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def chosen_windows(
+    windows: Sequence[np.ndarray], sequences: np.ndarray, positions: np.ndarray, first_row: int
+) -> list[Window]:
+    """The windows of rows that are only some of their windows' tokens. Nothing after the last of them is run.
+
+    Args:
+        windows: all tokens of each window that has rows, in order.
+        sequences: window number of each row, ascending.
+        positions: position within the window of each row.
+        first_row: row of the group at which these rows begin.
+    """
+    starts = np.flatnonzero(np.diff(sequences, prepend=-1))
+    ends = np.append(starts[1:], len(sequences))
+    return [
+        Window(tokens[: positions[end - 1] + 1], first_row + start, 0, positions[start:end])
+        for tokens, start, end in zip(windows, starts.tolist(), ends.tolist(), strict=True)
     ]
 
 
@@ -88,8 +109,16 @@ def _cheapest_cuts(lengths: np.ndarray, batch_size: int) -> list[int]:
 
 
 def _batch(windows: list[Window]) -> Batch:
-    rows = [window.first_row + np.arange(len(window.tokens) - window.skip) for window in windows]
-    kept = None
-    if any(window.skip for window in windows):
-        kept = np.concatenate([np.arange(len(window.tokens)) >= window.skip for window in windows])
-    return Batch([window.tokens for window in windows], np.concatenate(rows), kept)
+    masks = [_mask(window) for window in windows]
+    rows = [window.first_row + np.arange(np.count_nonzero(mask)) for window, mask in zip(windows, masks, strict=True)]
+    kept = np.concatenate(masks)
+    return Batch([window.tokens for window in windows], np.concatenate(rows), None if kept.all() else kept)
+
+
+def _mask(window: Window) -> np.ndarray:
+    """Which of the window's tokens are rows of the group (bool)."""
+    if window.kept is None:
+        return np.arange(len(window.tokens)) >= window.skip
+    mask = np.zeros(len(window.tokens), bool)
+    mask[window.kept] = True
+    return mask

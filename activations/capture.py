@@ -1,7 +1,8 @@
 """Capture: drive a `HookedModel` over text and fill a store.
 
 1. Check everything that was given; nothing is written before all of it is found good.
-2. Take the lock and open or make the store (`activations.writer`).
+2. Take the lock and open or make the store (`activations.writer`); note that a text is appended
+   (`activations.append`).
 3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
 4. Run each in one pass over the rows (`activations.passes`), here or by several workers (`activations.engines`).
 
@@ -10,17 +11,21 @@ Whatever stops a run, committed row groups stay, and the same call goes on where
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.append import Appended, check_append, start_append
 from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
-from activations.layout import PLAN
-from activations.passes import Progress
-from activations.source import HookedModel
+from activations.layout import PLAN, appended_from
+from activations.passes import Progress, windowing_of
+from activations.plan import plan_groups
+from activations.selection import RowSelection, choosing_for
+from activations.source import ROLES, HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
 from activations.storage import Storage, storage_at
 from activations.store import ActivationStore
@@ -59,30 +64,39 @@ def capture(
     out: str | Path,
     *,
     max_tokens: int | None = None,
-    context_size: int = 256,
-    dtype: StorageDtype = "bfloat16",
+    context_size: int | None = None,
+    dtype: StorageDtype | None = None,
     batch_size: int | None = None,
     rows_per_group: int | None = None,
+    selection: RowSelection | None = None,
+    chat_template: str | None = None,
+    append: bool = False,
     progress: Progress | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     gpus_per_worker: int | None = None,
 ) -> CaptureReport:
-    """Store what the hooks of a model see on a text, or go on with that.
+    """Store what the hooks of a model see on a text, or go on with that, or add to it.
 
     Args:
         model: the model, or a (picklable) function that makes it, called once everything else is checked; engines with
             several processes need the function.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
-        hooks: names of the hooks, captured in one pass.
+        hooks: names of the hooks, captured in one pass. With `append` all hooks of the store, or none for these.
         out: folder of the store, or its address `s3://BUCKET/NAME`: new, empty, or a store with the same settings,
             which is resumed.
-        max_tokens: rows in all, BOS included; None for all of the text. The last window is cut there.
-        context_size: tokens in a window, BOS included.
-        dtype: how activations are stored.
+        max_tokens: rows of this text, BOS included; None for all of it. The last window is cut there.
+        context_size: tokens in a window, BOS included; None for what the store has, or 256.
+        dtype: how activations are stored; None for what the store has, or bfloat16.
         batch_size: tokens that the model runs at once, padding included; None for what suits the model's device.
         rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        selection: which tokens become rows (the model sees all of them); None for all, or what the store in `out` has
+            where hooks or text are added to it.
+        chat_template: how chats are written, a Jinja template as Hugging Face tokenizers have; None for the
+            tokenizer's own, or what the store has.
+        append: add the text after the rows of the complete store in `out`. Without it another text is refused. The
+            same call resumes an append that was interrupted, and does nothing when it is done.
         progress: called with (rows done, rows in all or None) after each batch.
         engine: where the model runs: "local" in this process, "ray" in actors, "torchrun" in the processes that
             torchrun started, each of which makes this same call. See `activations.engines`.
@@ -97,50 +111,72 @@ def capture(
         InterruptedRunError: Ctrl-C, or writing failed (disk full), or workers died.
     """
     storage = storage_at(out)
+    request = _Request(
+        text, hooks, storage, max_tokens, context_size, dtype, batch_size, rows_per_group, selection, chat_template,
+        append, progress,
+    )  # fmt: skip
     with open_crew(engine, model, workers, gpus_per_worker) as crew:
         if not crew.leads:
             figures = crew.follow()
             return CaptureReport(store=ActivationStore.open(storage), **figures)
-        report = _captured(
-            crew, text, hooks, storage, max_tokens, context_size, dtype, batch_size, rows_per_group, progress
-        )
+        report = _captured(crew, request)
         crew.share({name: value for name, value in report._asdict().items() if name != "store"})
         return report
 
 
-def _captured(
-    crew: Crew,
-    text: TextSource | None,
-    hooks: Sequence[str],
-    storage: Storage,
-    max_tokens: int | None,
-    context_size: int,
-    dtype: StorageDtype,
-    batch_size: int | None,
-    rows_per_group: int | None,
-    progress: Progress | None,
-) -> CaptureReport:
+class _Request(NamedTuple):
+    """What `capture` was asked for."""
+
+    text: TextSource | None
+    hooks: Sequence[str]
+    storage: Storage
+    max_tokens: int | None
+    context_size: int | None
+    dtype: StorageDtype | None
+    batch_size: int | None
+    rows_per_group: int | None
+    selection: RowSelection | None
+    chat_template: str | None
+    append: bool
+    progress: Progress | None
+
+
+def _captured(crew: Crew, request: _Request) -> CaptureReport:
     started = time.monotonic()
-    _check_numbers(max_tokens, batch_size, dtype)
+    text, storage, append, max_tokens = request.text, request.storage, request.append, request.max_tokens
+    _check_numbers(max_tokens, request.batch_size, request.dtype)
     manifest = existing_manifest(storage)
-    _check_text(text, manifest, storage)
+    entry = _appended(text, max_tokens, manifest, storage, append)
+    _check_text(text, manifest, storage, entry)
+    stored = {} if manifest is None else manifest["spec"]
+    context_size = _given(request.context_size, stored.get("context_size", 256))
+    dtype = _given(request.dtype, stored.get("dtype", "bfloat16"))
+    rows_per_group = _given(request.rows_per_group, stored.get("rows_per_group"))
     made = crew.model
-    batch_size = made.default_batch_size if batch_size is None else batch_size
+    batch_size = _given(request.batch_size, made.default_batch_size)
+    rows = _choice(made, text, manifest, request.selection, request.chat_template, adopt=text is None or append)
+    hooks = request.hooks if entry is None else _all_hooks(made, request.hooks, ActivationStore.open(storage))
     shapes, aliases = resolved_hooks(made, hooks)
-    if manifest is None and text is not None:
+    if text is not None and (manifest is None or entry is not None):
         _require_tokens(text, made)
-    if rows_per_group is None and manifest is not None:
-        rows_per_group = manifest["spec"]["rows_per_group"]
     spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
+    if text is not None and (manifest is None or entry is not None):
+        _require_rows(text, made, spec, rows)
     load_name = made.identity.load_name
-    with StoreWriter(storage, spec, _identity(text, max_tokens, manifest), list(shapes), load_name) as writer:
+    identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity}
+    if entry is not None and max_tokens is not None:
+        max_tokens += entry["from_row"]
+    with StoreWriter(storage, spec, identity, list(shapes), load_name) as writer:
+        if entry is not None:
+            start_append(writer, entry)
         passes = _passes(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = writer.plan_state.n_rows > 0
         if passes:
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
-            crew.run_pass(text, writer, capture_id, max_tokens, batch_size, progress)
+            crew.run_pass(text, writer, capture_id, max_tokens, batch_size, request.progress)
+        writer.clear_superseded()
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
         seconds = time.monotonic() - started
@@ -158,25 +194,61 @@ def _captured(
     )
 
 
-def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str) -> None:
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str | None) -> None:
     if max_tokens is not None and max_tokens < 1:
         raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
     if batch_size is not None and batch_size < 1:
         raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
-    if dtype not in DTYPE_BYTES:
+    if dtype is not None and dtype not in DTYPE_BYTES:
         raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
 
 
-def _check_text(text: TextSource | None, manifest: Mapping[str, Any] | None, out: Storage) -> None:
+def _appended(
+    text: TextSource | None, max_tokens: int | None, manifest: Mapping[str, Any] | None, out: Storage, append: bool
+) -> Appended | None:
+    """The manifest's entry of a text that is to be appended."""
+    if not append:
+        return None
+    where = out.location
     if text is None:
-        if manifest is None or not ActivationStore.open(out).plan_complete:
-            raise InvalidInputError(
-                f"{out.location} does not have all of its text yet; give the text that it was begun with."
-            )
+        raise InvalidInputError(f"There is no text to append to {where}; give some.")
+    if manifest is None:
+        raise InvalidInputError(f"{where} is no store yet, so there is nothing to append to; capture without append.")
+    text.check()
+    return check_append(ActivationStore.open(out), text, _described(text), max_tokens)
+
+
+def _check_text(
+    text: TextSource | None, manifest: Mapping[str, Any] | None, out: Storage, entry: Appended | None
+) -> None:
+    store = None if manifest is None else ActivationStore.open(out)
+    where = out.location
+    if entry is None and store is not None and not store.plan_complete and appended_from(store.manifest) >= 0:
+        files = ", ".join(store.manifest["appended"][-1]["text"]["files"])
+        raise InvalidInputError(f"{where} has an unfinished append of {files}; finish it first, with append.")
+    if text is None:
+        if store is None or not store.plan_complete:
+            raise InvalidInputError(f"{where} does not have all of its text yet; give the text that it was begun with.")
         return
     text.check()
-    if manifest is None and not any(document.text.strip() for document in text.documents()):
+    if (manifest is None or entry is not None) and not any(document.text.strip() for document in text.documents()):
         raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+
+
+def _all_hooks(model: HookedModel, hooks: Sequence[str], store: ActivationStore) -> list[str]:
+    """The hooks of an append: all of the store's, as each of its rows has them all."""
+    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    missing = sorted(set(store.hooks) - {model.resolve_hook(name) for name in given})
+    if given and missing:
+        raise InvalidInputError(
+            f"{store.path} holds {', '.join(missing)} as well, which every row must have. Append with all of its "
+            "hooks, or drop those first."
+        )
+    return given or list(store.hooks)
 
 
 def _require_tokens(text: TextSource, model: HookedModel) -> None:
@@ -197,6 +269,62 @@ def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, 
             raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
     aliases = {name: hook for name, hook in canonical.items() if name != hook}
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
+
+
+class _Choice(NamedTuple):
+    """Which tokens become rows, and how chats are written."""
+
+    selection: RowSelection
+    chat_template: str | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest keeps of it."""
+        chats = None if self.chat_template is None else {"template": self.chat_template, "roles": list(ROLES)}
+        return {"selection": self.selection.settings, "chats": chats}
+
+
+def _choice(
+    model: HookedModel,
+    text: TextSource | None,
+    manifest: Mapping[str, Any] | None,
+    selection: RowSelection | None,
+    chat_template: str | None,
+    adopt: bool,
+) -> _Choice:
+    """What was given, completed by what the store has (if `adopt`) and what the tokenizer has."""
+    stored: Mapping[str, Any] = manifest or {}
+    chats = stored.get("chats")
+    if selection is None:
+        selection = RowSelection.from_settings(stored.get("selection") if adopt else None)
+    if text is None:
+        return _Choice(selection, chats["template"] if chats and chat_template is None else chat_template)
+    if not text.is_chats:
+        if chats is not None and adopt:
+            raise MismatchError(f"The store holds chats, {', '.join(text.names)} none. Give text with messages.")
+        if selection.roles or chat_template is not None:
+            given = "a chat template was given" if chat_template is not None else f"roles is {list(selection.roles)}"
+            raise InvalidInputError(f"{given}, but the text is no chats. Name the column of their messages.")
+        return _Choice(selection, None)
+    if manifest is not None and chats is None:
+        raise MismatchError(f"The store holds plain text, {', '.join(text.names)} chats. Give another output folder.")
+    template = chat_template or (chats["template"] if chats and adopt else model.chat_template)
+    if template is None:
+        raise InvalidInputError(
+            f"The tokenizer of {model.identity.model} has no chat template; give one, or capture the text as text."
+        )
+    return _Choice(selection, template)
+
+
+def _require_rows(text: TextSource, model: HookedModel, spec: CaptureSpec, rows: _Choice) -> None:
+    """Refuse a text of which no token is chosen."""
+    choosing = choosing_for(model, rows.selection, rows.chat_template)
+    if choosing is None:
+        return
+    windowing = windowing_of(spec, model, text)
+    if next(plan_groups(text, model.encode_documents, replace(windowing, rows_per_group=1), choosing=choosing), None):
+        return
+    raise InvalidInputError(f"No token of {', '.join(text.names)} is chosen by {rows.selection}. Choose less narrowly.")
 
 
 def spec_of(
@@ -231,10 +359,12 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
     if text is None:
         assert manifest is not None
         return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
-    return {
-        "text": {"fingerprint": text.fingerprint, "files": text.names, **text.settings},
-        "max_tokens": max_tokens,
-    }
+    return {"text": _described(text), "max_tokens": max_tokens}
+
+
+def _described(text: TextSource) -> dict[str, Any]:
+    """What the manifest keeps of a text."""
+    return {"fingerprint": text.fingerprint, "files": text.names, **text.settings}
 
 
 def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:

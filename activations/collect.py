@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from activations.append import fill_earlier
 from activations.arrays import ArrayLayout, ObjectRecord, ShardBuffer
 from activations.batching import Batch
 from activations.errors import MismatchError, NonFiniteError
@@ -37,10 +38,12 @@ Buffers = dict[str, ShardBuffer]
 class GroupTask:
     """A row group on its way through the pipeline."""
 
-    def __init__(self, group: int, row_start: int, n_rows: int, n_batches: int) -> None:
+    def __init__(self, group: int, row_start: int, n_rows: int, n_batches: int, n_earlier: int = 0) -> None:
         self.group = group
         self.row_start = row_start
         self.n_rows = n_rows
+        self.n_earlier = n_earlier
+        """First rows of the group that were committed before, and are taken over from there."""
         self.batches_left = n_batches
         self.buffers: Buffers | None = None
         self.objects: dict[str, ObjectRecord] = {}
@@ -103,6 +106,8 @@ class Collector:
             for task, batch, pending in self.results:
                 if task.buffers is None:
                     task.buffers = self._free.get() or self._new_buffers()
+                    if task.n_earlier:
+                        fill_earlier(self._writer, task.group, task.n_earlier, self._hooks, task.buffers)
                 values = pending.wait()
                 for _ in pool.map(partial(self._scatter, task, batch, values), self._hooks):
                     pass  # the first error of a hook is raised here

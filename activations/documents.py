@@ -1,5 +1,7 @@
 """Documents, and the files that hold them: parquet, JSON lines and plain text, read block by block.
 
+A document is a text, or a chat: a list of messages, `{"role": …, "content": …}` each.
+
 A *block* is some documents that are loaded together (a parquet row group, 4,096 lines, 64 text files); it knows how
 many there are without loading them. Making the blocks of a file is also what checks it.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from activations.errors import InvalidInputError, UnknownNameError
+from activations.source import Message
 
 __all__ = ["KNOWN_SUFFIXES", "Block", "Document", "blocks_of", "document_from", "is_held_out", "name_of"]
 
@@ -39,6 +42,8 @@ class Document:
     license: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
     """Further columns with short values, as text."""
+    messages: tuple[Message, ...] = ()
+    """The turns, where the document is a chat; its text is what they say, one after the other."""
 
 
 def is_held_out(document: Document) -> bool:
@@ -63,8 +68,13 @@ def name_of(file: Path) -> str:
     return f"{file.resolve().parent.name}/{file.name}" if file.suffix.lower() in TEXT_SUFFIXES else file.name
 
 
-def blocks_of(files: Sequence[Path], text_column: str) -> list[Block]:
+def blocks_of(files: Sequence[Path], text_column: str, chats: bool = False) -> list[Block]:
     """The blocks of all files, in order.
+
+    Args:
+        files: the files.
+        text_column: the column that holds the texts, or chats.
+        chats: whether it holds lists of messages.
 
     Raises:
         UnknownNameError: a file does not have the text column.
@@ -76,22 +86,28 @@ def blocks_of(files: Sequence[Path], text_column: str) -> list[Block]:
     for file in files:
         suffix = file.suffix.lower()
         if suffix in TEXT_SUFFIXES:
+            if chats:
+                raise InvalidInputError(f"{file} is plain text; chats are read from parquet and jsonl files.")
             plain.append(file)
             continue
         blocks += _text_blocks(plain)
         plain = []
         if suffix in PARQUET_SUFFIXES:
-            blocks += _parquet_blocks(file, text_column)
+            blocks += _parquet_blocks(file, text_column, chats)
         elif suffix in JSONL_SUFFIXES:
-            blocks += _jsonl_blocks(file, text_column)
+            blocks += _jsonl_blocks(file, text_column, chats)
         else:
             raise InvalidInputError(f"{file} is of an unknown kind; expected one of {', '.join(KNOWN_SUFFIXES)}.")
     return blocks + _text_blocks(plain)
 
 
-def document_from(row: Mapping[str, Any], text_column: str, default_source: str) -> Document:
-    """The document of a row; columns that have no place of their own go to `extra` if they are short."""
-    known = {name: _clean(str(row[name])) for name in KNOWN_COLUMNS if row.get(name) is not None}
+def document_from(row: Mapping[str, Any], text_column: str, default_source: str, chats: bool = False) -> Document:
+    """The document of a row; columns that have no place of their own go to `extra` if they are short.
+
+    Raises:
+        ValueError: the row's messages are none.
+    """
+    known: dict[str, Any] = {name: _clean(str(row[name])) for name in KNOWN_COLUMNS if row.get(name) is not None}
     known.setdefault("source", default_source)
     extra = {
         _clean(str(name)): _clean(str(value))
@@ -101,7 +117,23 @@ def document_from(row: Mapping[str, Any], text_column: str, default_source: str)
         and isinstance(value, str | int | float | bool)
         and len(str(value)) <= MAX_EXTRA_LENGTH
     }
+    if chats:
+        messages = tuple(_message(message) for message in row[text_column] or ())
+        text = "\n".join(message.content for message in messages)
+        return Document(text=text, extra=extra, messages=messages, **known)
     return Document(text=_clean(row[text_column] or ""), extra=extra, **known)
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+        raise ValueError(f"expected messages with role and content, got {str(value)[:80]}")
+    role, content = value["role"], value["content"]
+    if not isinstance(content, str) and isinstance(content, Sequence):  # a list of parts, as multimodal models take
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = None if None in texts else "".join(map(str, texts))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"expected a message whose role and content are text, got {str(value)[:80]}")
+    return Message(role, _clean(content))
 
 
 def _clean(text: str) -> str:
@@ -127,26 +159,28 @@ def _load_text(files: Sequence[Path]) -> list[Document]:
     return [Document(file.read_text("utf-8-sig"), file.stem, file.resolve().parent.name) for file in files]
 
 
-def _jsonl_blocks(file: Path, text_column: str) -> list[Block]:
+def _jsonl_blocks(file: Path, text_column: str, chats: bool) -> list[Block]:
     blocks = []
     offset = line_number = 0
     with open(file, "rb") as stream:
         while lines := list(islice(stream, LINES_PER_BLOCK)):
-            load = partial(_load_jsonl, file, text_column, offset, line_number, len(lines))
-            _parse_lines(lines, file, text_column, line_number)
+            load = partial(_load_jsonl, file, text_column, chats, offset, line_number, len(lines))
+            _parse_lines(lines, file, text_column, chats, line_number)
             blocks.append(Block(len(lines), load))
             offset += sum(map(len, lines))
             line_number += len(lines)
     return blocks
 
 
-def _load_jsonl(file: Path, text_column: str, offset: int, first_line: int, n_lines: int) -> list[Document]:
+def _load_jsonl(
+    file: Path, text_column: str, chats: bool, offset: int, first_line: int, n_lines: int
+) -> list[Document]:
     with open(file, "rb") as stream:
         stream.seek(offset)
-        return _parse_lines(islice(stream, n_lines), file, text_column, first_line)
+        return _parse_lines(islice(stream, n_lines), file, text_column, chats, first_line)
 
 
-def _parse_lines(lines: Iterable[bytes], file: Path, text_column: str, first_line: int) -> list[Document]:
+def _parse_lines(lines: Iterable[bytes], file: Path, text_column: str, chats: bool, first_line: int) -> list[Document]:
     documents = []
     for number, line in enumerate(lines, start=first_line + 1):
         if not line.strip():
@@ -160,15 +194,19 @@ def _parse_lines(lines: Iterable[bytes], file: Path, text_column: str, first_lin
             raise InvalidInputError(f"{file}, line {number} holds {type(row).__name__}; expected a JSON object.")
         if text_column not in row:
             raise UnknownNameError("text column", text_column, row, hint=f"({file}, line {number})")
-        if not isinstance(row[text_column], str | None):
+        if not isinstance(row[text_column], (list if chats else str) | None):
+            expected = "a list of messages" if chats else "a string"
             raise InvalidInputError(
-                f"{file}, line {number}: {text_column!r} holds {type(row[text_column]).__name__}; expected a string."
+                f"{file}, line {number}: {text_column!r} holds {type(row[text_column]).__name__}; expected {expected}."
             )
-        documents.append(document_from(row, text_column, file.stem))
+        try:
+            documents.append(document_from(row, text_column, file.stem, chats))
+        except ValueError as error:
+            raise InvalidInputError(f"{file}, line {number}: {error}.") from error
     return documents
 
 
-def _parquet_blocks(file: Path, text_column: str) -> list[Block]:
+def _parquet_blocks(file: Path, text_column: str, chats: bool) -> list[Block]:
     import pyarrow
     from pyarrow import parquet
 
@@ -179,11 +217,13 @@ def _parquet_blocks(file: Path, text_column: str) -> list[Block]:
     if text_column not in schema.names:
         raise UnknownNameError("text column", text_column, schema.names, hint=f"({file})")
     kind = schema.field(text_column).type
-    if not _is_text(kind):
-        raise InvalidInputError(f"{file}: the column {text_column!r} holds {kind}; expected text.")
+    if not (_is_list(kind) if chats else _is_text(kind)):
+        expected = "lists of messages" if chats else "text"
+        raise InvalidInputError(f"{file}: the column {text_column!r} holds {kind}; expected {expected}.")
     scalars = [field.name for field in schema if _is_text(field.type) or pyarrow.types.is_primitive(field.type)]
+    columns = [*scalars, text_column] if chats else scalars
     return [
-        Block(metadata.row_group(group).num_rows, partial(_load_parquet, file, text_column, scalars, group))
+        Block(metadata.row_group(group).num_rows, partial(_load_parquet, file, text_column, chats, columns, group))
         for group in range(metadata.num_row_groups)
     ]
 
@@ -196,7 +236,13 @@ def _is_text(kind: Any) -> bool:
     return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
-def _load_parquet(file: Path, text_column: str, columns: Sequence[str], group: int) -> list[Document]:
+def _is_list(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind))
+
+
+def _load_parquet(file: Path, text_column: str, chats: bool, columns: Sequence[str], group: int) -> list[Document]:
     import pyarrow
     from pyarrow import parquet
 
@@ -204,4 +250,7 @@ def _load_parquet(file: Path, text_column: str, columns: Sequence[str], group: i
         rows = parquet.ParquetFile(file).read_row_group(group, columns=list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InvalidInputError(f"{file}, row group {group} cannot be read: {error}") from error
-    return [document_from(row, text_column, file.stem) for row in rows]
+    try:
+        return [document_from(row, text_column, file.stem, chats) for row in rows]
+    except ValueError as error:
+        raise InvalidInputError(f"{file}, row group {group}: {error}.") from error

@@ -9,7 +9,7 @@ import xxhash
 
 from activations.arrays import GROUP_METADATA, ArrayLayout, ObjectRecord, damaged_rows
 from activations.layout import PLAN, ZARR_GROUPS
-from activations.ledger import Ledger
+from activations.ledger import GroupRecord, Ledger
 from activations.storage import StoredObject
 from activations.store import ActivationStore, Fault
 
@@ -26,8 +26,8 @@ class _Item(NamedTuple):
     array: str
     """Path of the array or table that it belongs to."""
     layout: ArrayLayout | None
-    row_start: int
-    row_stop: int
+    of: GroupRecord
+    """The row group that it belongs to."""
 
 
 def verify_store(store: ActivationStore, progress: Callable[[int, int | None], None] | None = None) -> list[Fault]:
@@ -39,7 +39,8 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
     done = 0
 
     def check(item: _Item) -> list[Fault]:
-        return list(_check(StoredObject(store.storage, item.name), item, owners))
+        found = list(_check(StoredObject(store.storage, item.name), item, owners))
+        return [] if found and _is_superseded(store, item) else found
 
     for item, found in zip(items, store.storage.map(check, items), strict=True):
         faults += found
@@ -51,11 +52,17 @@ def verify_store(store: ActivationStore, progress: Callable[[int, int | None], N
 
 def _items(store: ActivationStore) -> Iterator[_Item]:
     arrays = _arrays(store)
-    for records in store.ledger.records.values():
+    for capture, records in store.ledger.records.items():
         for _, record in sorted(records.items()):
-            for name, known in record.objects.items():
+            for name, known in store.layout.objects_of(record, store.ledger.declarations[capture]).items():
                 array = name.rpartition("/")[0]
-                yield _Item(name, known, array, arrays.get(array), record.row_start, record.row_stop)
+                yield _Item(name, known, array, arrays.get(array), record)
+
+
+def _is_superseded(store: ActivationStore, item: _Item) -> bool:
+    """Whether a row group has other objects by now, because text is being appended."""
+    newer = store.ledger.read_again(item.of.capture, item.of.group)
+    return newer is not None and newer.objects.get(item.name) != item.record
 
 
 def _arrays(store: ActivationStore) -> dict[str, ArrayLayout]:
@@ -63,19 +70,16 @@ def _arrays(store: ActivationStore) -> dict[str, ArrayLayout]:
 
 
 def _arrays_by_capture(store: ActivationStore) -> dict[str, dict[str, ArrayLayout]]:
-    found = {}
-    for capture, declared in store.ledger.declarations.items():
-        shapes = {hook: details["shape"] for hook, details in declared.get("hooks", {}).items()}
-        found[capture] = store.layout.plan_arrays() if capture == PLAN else store.layout.hook_arrays(shapes)
-    return found
+    declarations = store.ledger.declarations
+    return {capture: store.layout.arrays_of(declared) for capture, declared in declarations.items()}
 
 
 def _check(stored: StoredObject, item: _Item, owners: dict[str, str]) -> Iterator[Fault]:
-    n_rows = item.row_stop - item.row_start
+    n_rows = item.of.row_stop - item.of.row_start
 
     def fault(problem: str, start: int = 0, stop: int = n_rows) -> Fault:
         hook = item.array.removeprefix("hooks/")
-        return Fault(hook, item.row_start + start, item.row_start + stop, item.name, problem)
+        return Fault(hook, item.of.row_start + start, item.of.row_start + stop, item.name, problem)
 
     size = stored.storage.size(stored.name)
     if size is None:
@@ -127,8 +131,8 @@ def _metadata_faults(store: ActivationStore) -> Iterator[Fault]:
         committed, groups = ledger.committed_rows(capture), ledger.committed_groups(capture)
         known = max(committed, _rows_shown_by_all(contents[array] for array in arrays))
         if known > committed:
-            name = f"ledger/{capture}/{groups:08d}.json"
-            yield Fault(capture, committed, known, name, "missing (this record, or the segment that has it)")
+            name = ledger.lost_file(capture, groups, -(-known // store.spec.rows_per_group))
+            yield Fault(capture, committed, known, name, "missing")
         for array, layout in arrays.items():
             shown = _rows_shown(contents[array])
             if contents[array] != layout.metadata(shown if 0 <= shown <= known else known):

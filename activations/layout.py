@@ -5,7 +5,9 @@ NAME.zarr/
   hooks/<hook>/c.<group>.0          activations, one shard per row group
   tokens/<column>/c.<group>         per-token columns; tokens/norm/<hook> holds the rows' L2 norms
   sequences/<group>.parquet         the windows that start in a row group; documents/ likewise
+  windows/<group>.parquet           where only some tokens are rows: all tokens of these windows
   ledger/                           which row groups exist, with digests (`activations.ledger`)
+  **/*.before-append                a last row group as it was, while text is appended (`activations.append`)
   journal.jsonl                     when, where and by whom
   lock                              host and pid of a writer at work
 """
@@ -13,33 +15,77 @@ NAME.zarr/
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from activations.arrays import ArrayLayout
-from activations.plan import TOKEN_COLUMNS
+from activations.arrays import ArrayLayout, ObjectRecord
+from activations.ledger import GroupRecord
+from activations.plan import ROLE_COLUMN, TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
 
-__all__ = ["FORMAT", "PLAN", "TABLES", "ZARR_GROUPS", "StoreLayout", "identity_fingerprint"]
+__all__ = [
+    "ASIDE",
+    "FORMAT",
+    "OPTIONAL_IDENTITY",
+    "PLAN",
+    "TABLES",
+    "WINDOWS",
+    "ZARR_GROUPS",
+    "StoreLayout",
+    "appended_from",
+    "identity_fingerprint",
+]
 
 FORMAT = "activation-store"
 PLAN = "tokens"
 """The ledger's capture id of the plan: token columns, sequences and documents."""
 TABLES = ("sequences", "documents")
+WINDOWS = "windows"
+"""The table of whole windows that a store has besides whose rows are only some of the tokens."""
 ZARR_GROUPS = ("", "hooks", "tokens", "tokens/norm")
 """Folders that are Zarr groups; each has a `zarr.json`."""
+ASIDE = ".before-append"
+"""Suffix of an object that holds what a last row group was before it is filled up."""
 
 IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
 """Entries of the manifest that make the store's fingerprint."""
+OPTIONAL_IDENTITY = ("selection", "chats")
+"""Entries that do so where they are: which tokens are rows, and how chats are written."""
 
 
 def identity_fingerprint(manifest: Mapping[str, Any]) -> str:
     """The fingerprint of a store with this manifest, fixed when it is created: hooks added later do not change it."""
-    return fingerprint_of({"format": FORMAT, **{name: manifest[name] for name in IDENTITY}})
+    optional = [name for name in OPTIONAL_IDENTITY if manifest.get(name) is not None]
+    return fingerprint_of({"format": FORMAT, **{name: manifest[name] for name in (*IDENTITY, *optional)}})
+
+
+def appended_from(manifest: Mapping[str, Any]) -> int:
+    """The row at which the text begins that was appended last, -1 if there is none: only from a row after it on does
+    the plan speak of that text."""
+    appended = manifest.get("appended", ())
+    return int(appended[-1]["from_row"]) if appended else -1
 
 
 class StoreLayout:
-    """Names and layouts of a store's arrays and tables, which follow from its spec."""
+    """Names and layouts of a store's arrays and tables, which follow from its manifest.
 
-    def __init__(self, spec: CaptureSpec) -> None:
-        self.spec = spec
+    Args:
+        spec: the store's.
+        has_roles: whether its text is chats, so that tokens have roles.
+        has_windows: whether only some tokens are rows, so that whole windows are kept in a table.
+    """
+
+    def __init__(self, spec: CaptureSpec, has_roles: bool = False, has_windows: bool = False) -> None:
+        self.spec, self.has_windows = spec, has_windows
+        self.token_columns = TOKEN_COLUMNS | (ROLE_COLUMN if has_roles else {})
+        """Per-token columns and their dtypes."""
+        self.tables = (*TABLES, WINDOWS) if has_windows else TABLES
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> "StoreLayout":
+        """The layout of the store with this manifest."""
+        return cls(
+            CaptureSpec(**manifest["spec"]),
+            has_roles=manifest.get("chats") is not None,
+            has_windows=manifest.get("selection") is not None,
+        )
 
     def hook(self, shape: Sequence[int]) -> ArrayLayout:
         """Layout of a hook's activations."""
@@ -52,7 +98,7 @@ class StoreLayout:
 
     def column(self, column: str) -> ArrayLayout:
         """Layout of a token column."""
-        return ArrayLayout((), TOKEN_COLUMNS[column], self.spec.rows_per_group, packed=True)
+        return ArrayLayout((), self.token_columns[column], self.spec.rows_per_group, packed=True)
 
     @staticmethod
     def hook_array(hook: str) -> str:
@@ -73,7 +119,18 @@ class StoreLayout:
 
     def plan_arrays(self) -> dict[str, ArrayLayout]:
         """Layouts of the token columns, by path below the store."""
-        return {self.column_array(column): self.column(column) for column in TOKEN_COLUMNS}
+        return {self.column_array(column): self.column(column) for column in self.token_columns}
+
+    def arrays_of(self, declaration: Mapping[str, Any]) -> dict[str, ArrayLayout]:
+        """Layouts of the arrays that a capture fills, by path below the store."""
+        if "hooks" not in declaration:
+            return self.plan_arrays()
+        return self.hook_arrays({hook: declared["shape"] for hook, declared in declaration["hooks"].items()})
+
+    def objects_of(self, record: GroupRecord, declaration: Mapping[str, Any]) -> dict[str, ObjectRecord]:
+        """Objects of a record that are the store's; those of hooks that were dropped are not any more."""
+        folders = {*self.arrays_of(declaration), *(self.tables if record.capture == PLAN else ())}
+        return {name: known for name, known in record.objects.items() if name.rpartition("/")[0] in folders}
 
     def hook_arrays(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, ArrayLayout]:
         """Layouts of these hooks' activations and norms, by path below the store."""

@@ -1,15 +1,17 @@
 """The ledger: what is committed. A row exists when the ledger says so.
 
 1. A *capture* is a column set that is filled in one pass over the rows: `tokens` (the plan), or some hooks. It is
-   declared once, in `ledger/<capture>/capture.json`.
+   declared once, in `ledger/<capture>/capture.json`; declared again it has lost hooks, which its records still list.
 2. When all objects of a row group are there to stay, a record with their digests is written, last:
    `ledger/<capture>/<group>.json`; in an object store it is created only if absent. It holds no times, so that a
    resumed run ends with the same bytes as one that was never interrupted; times, host and pid go to `journal.jsonl`.
 3. 1,024 records that are all there fold into a segment, `segment-<n>.jsonl`, one record a line. A crash between the
    segment's birth and the records' removal leaves both; `Ledger.tidy` finishes the work.
-4. Every record and declaration carries the xxh3-128 of itself and stands where it belongs, so that a rotten ledger is
+4. A later record of the same row group replaces an earlier one: so a last row group that is not full is filled up when
+   text is appended (`activations.append`). A record beside a segment is the later one.
+5. Every record and declaration carries the xxh3-128 of itself and stands where it belongs, so that a rotten ledger is
    an error and not another truth. What of a ledger is missing is for `activations.integrity` to find.
-5. One writer at a time (`activations.locks`).
+6. One writer at a time (`activations.locks`).
 """
 
 import contextlib
@@ -90,6 +92,14 @@ class GroupRecord:
             ) from error
 
 
+def _declaration_bytes(capture: str, content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(with_digest({**content, "capture": capture}), indent=1, sort_keys=True) + "\n").encode()
+
+
+def _is_gone(declaration: Mapping[str, Any]) -> bool:
+    return declaration.get("hooks") == {}
+
+
 def _canonical(content: Any) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -114,6 +124,7 @@ class Ledger:
         for attempt in range(READ_ATTEMPTS):
             try:
                 self.declarations, self.records = self._read()
+                self._prefix = {}
                 return
             except FileNotFoundError:
                 if attempt == READ_ATTEMPTS - 1:
@@ -143,12 +154,14 @@ class Ledger:
                 raise IntegrityError(f"{where} is damaged ({error}). Restore the file from a copy.") from error
             for entry in (DIGEST, "capture"):
                 del declaration[entry]
+            if _is_gone(declaration):
+                continue
             declarations[capture] = declaration
             records[capture] = {record.group: record for record in self._read_capture(capture, names)}
         return declarations, records
 
     def _read_capture(self, capture: str, names: list[str]) -> Iterator[GroupRecord]:
-        names = sorted(filter(_is_record, names))
+        names = sorted(filter(_is_record, names), reverse=True)  # segments first: a record beside one replaces its own
         paths = [_of(capture, name) for name in names]
         for name, path, content in zip(names, paths, self._storage.map(self._storage.read, paths), strict=True):
             where, lines = self._storage.where(path), content.splitlines()
@@ -171,11 +184,29 @@ class Ledger:
         """Make a capture known, once; what is declared already stays as it is."""
         if capture in self.declarations:
             return
-        declaration = json.dumps(with_digest({**content, "capture": capture}), indent=1, sort_keys=True) + "\n"
         self._storage.make_folder(_of(capture))
-        self._storage.create(_of(capture, "capture.json"), declaration.encode())
+        self._storage.create(_of(capture, "capture.json"), _declaration_bytes(capture, content))
         self.declarations[capture] = dict(content)
         self.records[capture] = {}
+
+    def declare_again(self, capture: str, content: Mapping[str, Any]) -> None:
+        """Make a capture known as less than it was; without any hooks it counts as gone, and is left over."""
+        self._storage.replace(_of(capture, "capture.json"), _declaration_bytes(capture, content))
+        self.declarations[capture] = dict(content)
+        if _is_gone(content):
+            del self.declarations[capture], self.records[capture]
+            self._prefix.pop(capture, None)
+
+    def forget(self, capture: str) -> None:
+        """Remove what is left over of a capture that is gone, its declaration last."""
+        names = [name for name in self._storage.names(_of(capture)) if name != "capture.json"]
+        self._storage.delete(_of(capture, name) for name in names)
+        self._storage.remove_folder(_of(capture))
+
+    def left_over(self) -> list[str]:
+        """Captures that are gone, but not removed yet."""
+        folders = (name.rstrip("/") for name in self._storage.names(FOLDER) if name.endswith("/"))
+        return [capture for capture in folders if capture not in self.declarations]
 
     def commit(self, record: GroupRecord) -> None:
         """Write a record: from here on its rows exist. Safe to call from several threads.
@@ -199,7 +230,8 @@ class Ledger:
         """How many row groups are committed from the first on, without a gap."""
         records = self.records.get(capture, {})
         count = self._prefix.get(capture, 0)
-        while count in records:
+        # What follows a row group that is yet to be filled up has a gap before it.
+        while count in records and (count == 0 or records[count - 1].row_stop == records[count].row_start):
             count += 1
         self._prefix[capture] = count
         return count
@@ -208,6 +240,25 @@ class Ledger:
         """How many rows are committed from the first on, without a gap."""
         groups = self.committed_groups(capture)
         return self.records[capture][groups - 1].row_stop if groups else 0
+
+    def read_again(self, capture: str, group: int) -> GroupRecord | None:
+        """The record of a row group as it is stored now, None if there is none."""
+        for name in (_record_name(group), _segment_name(group)):
+            with contextlib.suppress(FileNotFoundError):
+                path = _of(capture, name)
+                for line in self._storage.read(path).splitlines():
+                    record = GroupRecord.from_line(line, self._storage.where(path))
+                    if record.group == group:
+                        return record
+        return None
+
+    def lost_file(self, capture: str, group: int, n_groups: int) -> str:
+        """The file that would have the record of a group that is lost, of `n_groups` that there were: its own, or a
+        segment that is lost as a whole."""
+        first = group // RECORDS_PER_SEGMENT * RECORDS_PER_SEGMENT
+        segment = range(first, first + RECORDS_PER_SEGMENT)
+        lost_as_one = segment.stop <= n_groups and not any(number in self.records[capture] for number in segment)
+        return f"ledger/{capture}/{_segment_name(group) if lost_as_one else _record_name(group)}"
 
     def tidy(self) -> None:
         """Finish what a dead writer left undone: fold full segments, drop folded records and temporary files."""
@@ -222,8 +273,7 @@ class Ledger:
         if not all(group in records for group in groups):
             return
         name = _of(capture, _segment_name(groups[0]))
-        if self._storage.size(name) is None:
-            self._storage.create(name, b"".join(records[group].to_line() for group in groups))
+        self._storage.replace(name, b"".join(records[group].to_line() for group in groups))
         self._storage.delete(_of(capture, _record_name(group)) for group in groups)
 
 

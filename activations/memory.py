@@ -57,6 +57,12 @@ class MemoryActivations:
         """The windows: `sequence, document, start_row, n_rows, document_offset`."""
         return self.sequence_table
 
+    def window_tokens(self, sequences: Sequence[int]) -> list[np.ndarray]:
+        """All token ids of these windows, int32."""
+        table = self.sequence_table.set_index("sequence")
+        spans = ((int(table["start_row"][number]), int(table["n_rows"][number])) for number in sequences)
+        return [self.tokens.token_id[start : start + n_rows] for start, n_rows in spans]
+
     def documents(self) -> "pd.DataFrame":
         """The documents: `document, title, source, language, license, extra, n_tokens, held_out`."""
         return self.document_table

@@ -15,18 +15,23 @@ shards, whatever the length of the run.
 import contextlib
 from collections.abc import Callable
 
-from activations.batching import Window, group_windows, pack_batches
+import numpy as np
+
+from activations.append import planned_tail
+from activations.batching import Window, chosen_windows, group_windows, pack_batches
 from activations.collect import Collector, GroupTask
 from activations.errors import InterruptedRunError
 from activations.layout import PLAN
 from activations.pipeline import Channel, Stopped, Worker
 from activations.plan import Windowing, plan_groups
+from activations.selection import RowSelection, choosing_for
 from activations.source import HookedModel
+from activations.spec import CaptureSpec
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
 
-__all__ = ["CapturePass", "Progress"]
+__all__ = ["CapturePass", "Progress", "windowing_of"]
 
 PLAN_AHEAD = 4
 """Row groups that the planner may be ahead of the model."""
@@ -37,6 +42,18 @@ GROUPS_IN_FLIGHT = 3
 """Row groups whose shards are in memory: one that fills, and two that are written."""
 
 Progress = Callable[[int, int | None], None]
+
+
+def windowing_of(spec: CaptureSpec, model: HookedModel, text: TextSource, max_tokens: int | None = None) -> Windowing:
+    """How a store's text is cut into rows; `max_tokens` are rows of the store in all."""
+    return Windowing(
+        context_size=spec.context_size,
+        bos_token_id=spec.bos_token_id,
+        special_token_ids=model.special_token_ids,
+        rows_per_group=spec.rows_per_group,
+        max_tokens=max_tokens,
+        max_document_tokens=text.max_document_tokens,
+    )
 
 
 class CapturePass:
@@ -93,34 +110,33 @@ class CapturePass:
     def _plan(self) -> None:
         """Body of the planner: make known the groups that are planned, then plan on."""
         writer = self.writer
-        for group in range(writer.ledger.committed_groups(PLAN)):
-            self.groups.put(group)
         state = writer.plan_state
+        tail = planned_tail(self.plan, state) if state.n_rows and not state.complete else None
+        for group in range(writer.ledger.committed_groups(PLAN) - (tail is not None)):
+            self.groups.put(group)
         if not state.complete:
             assert self.text is not None
-            windowing = Windowing(
-                context_size=writer.spec.context_size,
-                bos_token_id=writer.spec.bos_token_id,
-                special_token_ids=self.model.special_token_ids,
-                rows_per_group=writer.spec.rows_per_group,
-                max_tokens=self.max_tokens,
-                max_document_tokens=self.text.max_document_tokens,
-            )
-            for planned in plan_groups(self.text, self.model.encode_documents, windowing, state):
+            windowing = windowing_of(writer.spec, self.model, self.text, self.max_tokens)
+            manifest = writer.manifest
+            selection = RowSelection.from_settings(manifest.get("selection"))
+            choosing = choosing_for(self.model, selection, (manifest.get("chats") or {}).get("template"))
+            encode = self.model.encode_documents
+            for planned in plan_groups(self.text, encode, windowing, state, tail, choosing):
                 writer.commit_plan(planned)
                 self.groups.put(planned.group)
         self.groups.close()
 
     def _feed(self) -> None:
         """Send the row groups that are not committed through the model."""
-        done = dict(self.writer.ledger.records[self.capture_id])
+        done = self.writer.ledger.records[self.capture_id]
         self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
         for group in self.groups:
-            if group in done:
+            record, start = self.writer.ledger.records[PLAN][group], self._start(group)
+            if start == record.row_stop:
                 continue
             batches = pack_batches(self._windows(group), self.batch_size)
-            record = self.writer.ledger.records[PLAN][group]
-            task = GroupTask(group, record.row_start, record.row_stop - record.row_start, len(batches))
+            n_rows, n_earlier = record.row_stop - record.row_start, start - record.row_start
+            task = GroupTask(group, record.row_start, n_rows, len(batches), n_earlier)
             for batch in batches:
                 with self.writer.interrupts.at_once():
                     pending = self.model.forward_rows(
@@ -129,12 +145,24 @@ class CapturePass:
                 self.collector.add(task, batch, pending)
                 self._report()
 
+    def _start(self, group: int) -> int:
+        """The first row of a planned group that is not committed; its end if all are."""
+        committed = self.writer.ledger.records[self.capture_id].get(group)
+        return self.writer.ledger.records[PLAN][group].row_start if committed is None else committed.row_stop
+
     def _windows(self, group: int) -> list[Window]:
-        record = self.writer.ledger.records[PLAN][group]
-        first = self.plan.rows(record.row_start, record.row_start + 1)
-        start = record.row_start - int(first.position[0])
+        """The windows of a group's rows that are not committed."""
+        record, from_row = self.writer.ledger.records[PLAN][group], self._start(group)
+        n_earlier = from_row - record.row_start
+        if self.writer.layout.has_windows:
+            rows = self.plan.rows(from_row, record.row_stop)
+            windows = self.plan.window_tokens(np.unique(rows.sequence).tolist())
+            return chosen_windows(windows, rows.sequence, rows.position, n_earlier)
+        first = self.plan.rows(from_row, from_row + 1)
+        start = from_row - int(first.position[0])
         rows = self.plan.rows(start, record.row_stop)
-        return group_windows(rows.token_id, rows.position, record.row_start - start)
+        whole = group_windows(rows.token_id, rows.position, from_row - start)
+        return [window._replace(first_row=window.first_row + n_earlier) for window in whole]
 
     def _report(self) -> None:
         if self.progress is not None:

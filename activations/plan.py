@@ -2,11 +2,14 @@
 
 1. A document becomes consecutive windows that do not overlap: BOS (where the tokenizer has one) and up to
    `context_size - 1` of its tokens. The last one may be shorter; a window never holds two documents.
-2. The windows' tokens, in order, are the rows. Row group g is the rows `[g R, (g + 1) R)`, whatever windows they
-   belong to. A sequence (window) or document is listed in the group in which it starts.
-3. Each planned group says where the next one goes on (`PlanState`), so that a plan can be continued at any group.
+2. The windows' tokens, in order, are the rows; where a selection chooses among them (`activations.selection`), those
+   that it chooses, and a window or document of which it chooses none is left out. Row group g is the rows
+   `[g R, (g + 1) R)`, whatever windows they belong to. A sequence (window) or document is listed in the group in which
+   it starts.
+3. Each planned group says where the next one goes on (`PlanState`), so that a plan can be continued at any group, and
+   with another text at the end: then a last group that is not full is planned again with what follows its rows.
 
-How a group's windows are run is in `activations.batching`.
+How a document is cut is in `activations.cutting`, how a group's windows are run in `activations.batching`.
 """
 
 import json
@@ -16,36 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.cutting import ROLE_COLUMN, TOKEN_COLUMNS, Cut, Windowing, cut_document
+from activations.selection import Choosing
 from activations.source import RowFlag
 from activations.text import Document, TextSource, is_held_out
 
-__all__ = ["TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
+__all__ = ["ROLE_COLUMN", "TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
 
 ENCODE_DOCUMENTS = 64
 FIRST_CHARACTERS, ENCODE_CHARACTERS = 2**15, 2**18
 """Text that is encoded at once: little at first, so that the model need not wait for it, then more."""
-TOKEN_COLUMNS = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
-"""Per-token columns and their dtypes; `position` counts from the window's start, BOS included."""
-
-
-@dataclass(frozen=True)
-class Windowing:
-    """How documents are cut into rows."""
-
-    context_size: int
-    bos_token_id: int | None
-    special_token_ids: frozenset[int]
-    rows_per_group: int
-    max_tokens: int | None = None
-    """Rows in all, at most; None for all of the text."""
-    max_document_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        assert self.text_tokens_per_window >= 1
-
-    @property
-    def text_tokens_per_window(self) -> int:
-        return self.context_size - (self.bos_token_id is not None)
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class PlanState:
     windowed_documents: int = 0
     """Documents that were longer than a window."""
     empty_documents: int = 0
-    """Documents without text, which are left out."""
+    """Documents without text, or without a token that is chosen, which are left out."""
     complete: bool = False
     """Whether there are no more rows."""
 
@@ -81,11 +64,13 @@ class PlannedGroup(NamedTuple):
     documents: Mapping[str, list[Any]]
     """Columns `document, title, source, language, license, extra, n_tokens, held_out`."""
     state: PlanState
+    windows: Mapping[str, list[Any]] = {}  # nobody writes to it
+    """Columns `sequence, tokens` and, of chats, `roles`: whole windows, where only some of their tokens are rows."""
 
 
 @dataclass
 class _Tally:
-    """Documents without text met so far."""
+    """Documents met so far that have no rows."""
 
     count: int
 
@@ -96,13 +81,11 @@ class _DocumentRows(NamedTuple):
     document: Document
     ordinal: int
     number: int
-    """Number among the documents that have text."""
+    """Number among the documents that have rows."""
     row_start: int
     first_sequence: int
-    window_starts: np.ndarray
-    """First row of each window, relative to `row_start`."""
+    cut: Cut
     columns: Mapping[str, np.ndarray]
-    n_tokens: int
     windowed_before: int
     empty_before: int
 
@@ -111,8 +94,16 @@ class _DocumentRows(NamedTuple):
         return len(self.columns["token_id"])
 
     @property
-    def is_windowed(self) -> bool:
-        return len(self.window_starts) > 1
+    def n_tokens(self) -> int:
+        """Rows but BOS."""
+        return int(((self.columns["flags"] & RowFlag.BOS) == 0).sum())
+
+
+class _Encoded(NamedTuple):
+    document: Document
+    ordinal: int
+    tokens: np.ndarray
+    roles: np.ndarray | None
 
 
 def plan_groups(
@@ -120,6 +111,8 @@ def plan_groups(
     encode: Callable[[Sequence[str]], list[np.ndarray]],
     windowing: Windowing,
     state: PlanState = PlanState(),  # frozen
+    tail: PlannedGroup | None = None,
+    choosing: Choosing | None = None,
 ) -> Iterator[PlannedGroup]:
     """Row groups from `state` to the end of the text or `max_tokens`, the last one with `state.complete`.
 
@@ -128,22 +121,36 @@ def plan_groups(
         encode: token ids (int32) of each text, without special tokens added.
         windowing: how they are cut.
         state: of the last group that is planned already.
+        tail: that group, where it is not full and is to be filled up with this text.
+        choosing: which tokens become rows, and how chats are encoded; None for all tokens of plain text.
     """
     size = windowing.rows_per_group
     pending: list[_DocumentRows] = []
-    row = state.n_rows
+    row = state.n_rows if tail is None else tail.row_start
     empty = _Tally(state.empty_documents)
-    for document in _document_rows(text, encode, windowing, state, empty):
+    for document in _document_rows(text, encode, windowing, state, empty, choosing):
         pending.append(document)
         # A group is emitted once a row after it is known: only then is it known not to be the last.
         while document.row_start + document.n_rows > row + size:
-            yield _planned_group(pending, row, row + size, size, complete=False)
-            row += size
+            yield _following(tail, _planned_group(pending, row, row + size, size, complete=False))
+            row, tail = row + size, None
             pending = [kept for kept in pending if kept.row_start + kept.n_rows > row]
     if pending:
         end = pending[-1].row_start + pending[-1].n_rows
-        last = _planned_group(pending, row, end, size, complete=True)
+        last = _following(tail, _planned_group(pending, row, end, size, complete=True))
         yield last._replace(state=replace(last.state, empty_documents=empty.count))
+
+
+def _following(tail: PlannedGroup | None, planned: PlannedGroup) -> PlannedGroup:
+    """A planned group with the rows and tables of `tail`, its beginning, in front."""
+    if tail is None:
+        return planned
+    return planned._replace(
+        columns={name: np.concatenate([tail.columns[name], values]) for name, values in planned.columns.items()},
+        sequences={name: [*tail.sequences[name], *values] for name, values in planned.sequences.items()},
+        documents={name: [*tail.documents[name], *values] for name, values in planned.documents.items()},
+        windows={name: [*tail.windows[name], *values] for name, values in planned.windows.items()},
+    )
 
 
 def _document_rows(
@@ -152,44 +159,50 @@ def _document_rows(
     windowing: Windowing,
     state: PlanState,
     empty: "_Tally",
+    choosing: Choosing | None,
 ) -> Iterator[_DocumentRows]:
-    """The documents from `state` on that have text, until `max_tokens` rows are there."""
+    """The documents from `state` on that have rows, until `max_tokens` rows are there."""
     resumed = state.rows_done > 0
     row = state.n_rows - state.rows_done
-    sequence = state.n_sequences - -(-state.rows_done // windowing.context_size)
+    sequence = state.n_sequences
     number = state.n_documents - resumed
     windowed = state.windowed_documents
-    for ordinal, document, tokens in _encoded(text, encode, state.ordinal):
-        if len(tokens) == 0:
+    for document, ordinal, tokens, roles in _encoded(text, encode, state.ordinal, choosing):
+        left = None if windowing.max_tokens is None else windowing.max_tokens - row
+        if len(tokens) and left is not None and left <= 0:
+            return
+        cut = cut_document(tokens[: windowing.max_document_tokens], roles, document, windowing, left, choosing)
+        if cut is None or not len(cut.window_starts):
             empty.count += 1
             continue
-        left = None if windowing.max_tokens is None else windowing.max_tokens - row
-        if left is not None and left <= 0:
-            return
-        starts, columns, n_tokens = _cut(tokens[: windowing.max_document_tokens], document, windowing, sequence, left)
-        if resumed and ordinal == state.ordinal:
-            windowed -= len(starts) > 1  # the state counts it already
-        yield _DocumentRows(document, ordinal, number, row, sequence, starts, columns, n_tokens, windowed, empty.count)
-        windowed += len(starts) > 1
+        if resumed and ordinal == state.ordinal:  # the state counts it, and what of it is done, already
+            windowed -= cut.is_windowed
+            sequence -= int(np.searchsorted(cut.window_starts, state.rows_done))
+        columns = {**cut.columns, "sequence": sequence + cut.columns["sequence"]}
+        yield _DocumentRows(document, ordinal, number, row, sequence, cut, columns, windowed, empty.count)
+        windowed += cut.is_windowed
         row += len(columns["token_id"])
-        sequence += len(starts)
+        sequence += len(cut.window_starts)
         number += 1
 
 
 def _encoded(
-    text: TextSource, encode: Callable[[Sequence[str]], list[np.ndarray]], start: int
-) -> Iterator[tuple[int, Document, np.ndarray]]:
+    text: TextSource,
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
+    start: int,
+    choosing: Choosing | None,
+) -> Iterator[_Encoded]:
     """Each document with its ordinal and tokens, encoded some documents at a time."""
     some: list[Document] = []
     characters, enough = 0, FIRST_CHARACTERS
     ordinal = start
 
-    def flush() -> Iterator[tuple[int, Document, np.ndarray]]:
-        texts = [document.text for document in some if document.text.strip()]
-        encoded = iter(encode(texts) if texts else [])
+    def flush() -> Iterator[_Encoded]:
+        written = [document for document in some if document.text.strip()]
+        encoded = iter(_tokens_of(written, encode, choosing) if written else ())
         for offset, document in enumerate(some):
-            tokens = next(encoded) if document.text.strip() else np.empty(0, np.int32)
-            yield ordinal + offset, document, tokens
+            tokens, roles = next(encoded) if document.text.strip() else (np.empty(0, np.int32), None)
+            yield _Encoded(document, ordinal + offset, tokens, roles)
 
     for document in text.documents(start):
         some.append(document)
@@ -201,51 +214,31 @@ def _encoded(
     yield from flush()
 
 
-def _cut(
-    tokens: np.ndarray, document: Document, windowing: Windowing, first_sequence: int, max_rows: int | None
-) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    """Window starts (rows), token columns and number of tokens of a document, cut after `max_rows` rows."""
-    per_window = windowing.text_tokens_per_window
-    n_windows = -(-len(tokens) // per_window)
-    starts = np.arange(n_windows) * windowing.context_size
-    if windowing.bos_token_id is not None:
-        tokens = np.insert(tokens, np.arange(n_windows) * per_window, windowing.bos_token_id)
-    tokens = tokens[:max_rows]
-    starts = starts[starts < len(tokens)]
-    row = np.arange(len(tokens))
-    position = row % windowing.context_size
-    flags = np.full(len(tokens), RowFlag.HELD_OUT if is_held_out(document) else 0, np.uint8)
-    special = np.isin(tokens, np.array(sorted(windowing.special_token_ids), np.int64))
-    n_tokens = len(tokens)
-    if windowing.bos_token_id is not None:
-        special &= position > 0
-        flags[position == 0] |= np.uint8(RowFlag.BOS)
-        n_tokens -= len(starts)
-    flags[special] |= np.uint8(RowFlag.SPECIAL)
-    columns = {
-        "token_id": tokens,
-        "sequence": first_sequence + row // windowing.context_size,
-        "position": position,
-        "flags": flags,
-    }
-    return starts, {name: columns[name].astype(dtype) for name, dtype in TOKEN_COLUMNS.items()}, n_tokens
+def _tokens_of(
+    documents: Sequence[Document], encode: Callable[[Sequence[str]], list[np.ndarray]], choosing: Choosing | None
+) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
+    if choosing is not None and choosing.encode_chats is not None:
+        return choosing.encode_chats([document.messages for document in documents])
+    return [(tokens, None) for tokens in encode([document.text for document in documents])]
 
 
 def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: int, complete: bool) -> PlannedGroup:
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in TOKEN_COLUMNS}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in pending[0].columns}
     sequences: dict[str, list[Any]] = {
         name: [] for name in ("sequence", "document", "start_row", "n_rows", "document_offset")
     }
     documents: dict[str, list[Any]] = {
         name: [] for name in ("document", "title", "source", "language", "license", "extra", "n_tokens", "held_out")
     }
+    names = ("sequence", "tokens", "roles") if "role" in columns else ("sequence", "tokens")
+    windows: dict[str, list[Any]] = {name: [] for name in names} if pending[0].cut.windows else {}
     for item in pending:
         first, last = max(0, start - item.row_start), min(item.n_rows, stop - item.row_start)
         for name, values in columns.items():
             values.append(item.columns[name][first:last])
         if item.row_start >= start and last > 0:
             _list_document(item, documents)
-        _list_sequences(item, first, last, sequences)
+        _list_sequences(item, first, last, sequences, windows)
     return PlannedGroup(
         group=start // size,
         row_start=start,
@@ -254,6 +247,7 @@ def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: in
         sequences=sequences,
         documents=documents,
         state=_state_at(pending, stop, complete),
+        windows=windows,
     )
 
 
@@ -267,21 +261,29 @@ def _list_document(item: _DocumentRows, table: dict[str, list[Any]]) -> None:
     table["held_out"].append(is_held_out(document))
 
 
-def _list_sequences(item: _DocumentRows, first: int, last: int, table: dict[str, list[Any]]) -> None:
-    ends = np.append(item.window_starts[1:], item.n_rows)
-    has_bos = item.columns["flags"][0] & RowFlag.BOS
-    for window, (start, end) in enumerate(zip(item.window_starts.tolist(), ends.tolist(), strict=True)):
+def _list_sequences(
+    item: _DocumentRows, first: int, last: int, table: dict[str, list[Any]], windows: dict[str, list[Any]]
+) -> None:
+    starts = item.cut.window_starts
+    ends = np.append(starts[1:], item.n_rows)
+    for window, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if first <= start < last:
             table["sequence"].append(item.first_sequence + window)
             table["document"].append(item.number)
             table["start_row"].append(item.row_start + start)
             table["n_rows"].append(end - start)
-            table["document_offset"].append(start - window if has_bos else start)
+            table["document_offset"].append(int(item.cut.window_offsets[window]))
+            if windows:
+                tokens, roles = item.cut.windows[window]
+                windows["sequence"].append(item.first_sequence + window)
+                windows["tokens"].append(tokens)
+                if roles is not None:
+                    windows["roles"].append(roles)
 
 
 def _state_at(pending: list[_DocumentRows], stop: int, complete: bool) -> PlanState:
     last = next(item for item in reversed(pending) if item.row_start < stop)
-    started = int(np.searchsorted(last.window_starts, stop - last.row_start))
+    started = int(np.searchsorted(last.cut.window_starts, stop - last.row_start))
     following = next((item for item in pending if item.row_start + item.n_rows > stop), None)
     return PlanState(
         ordinal=last.ordinal + 1 if following is None else following.ordinal,
@@ -289,7 +291,7 @@ def _state_at(pending: list[_DocumentRows], stop: int, complete: bool) -> PlanSt
         n_rows=stop,
         n_sequences=last.first_sequence + started,
         n_documents=last.number + 1,
-        windowed_documents=last.windowed_before + last.is_windowed,
+        windowed_documents=last.windowed_before + last.cut.is_windowed,
         empty_documents=last.empty_before if following is None else following.empty_before,
         complete=complete,
     )

@@ -14,9 +14,12 @@ import numpy as np
 from activations.spec import StorageDtype
 
 __all__ = [
+    "ROLES",
     "ActivationBatch",
     "ActivationSource",
+    "ChatTokens",
     "HookedModel",
+    "Message",
     "ModelIdentity",
     "PendingRows",
     "RowFlag",
@@ -38,6 +41,26 @@ class RowFlag(IntFlag):
     """A soft token of a sound."""
     HELD_OUT = 16
     """A row of a held-out document: for metrics, never for training."""
+
+
+ROLES = ("none", "system", "developer", "user", "assistant", "tool", "other")
+"""Whose turn a token of a chat belongs to, by its code in the `role` column (uint8)."""
+
+
+class Message(NamedTuple):
+    """A turn of a chat."""
+
+    role: str
+    content: str
+
+
+class ChatTokens(NamedTuple):
+    """A chat as a model reads it, `(n,)` each."""
+
+    token_id: np.ndarray
+    """int32."""
+    role: np.ndarray
+    """uint8: codes as in `ROLES`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,20 @@ class HookedModel(Protocol):
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids (int32) of each text, without BOS or other added special tokens."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's own way to write chats; None where it has none."""
+        ...
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
+        """Token ids and roles of each chat as the template writes it, without the BOS that windows begin with.
+        Raises `InvalidInputError` where the template fails, or does not let roles be told."""
+        ...
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token reads by itself; " the" with its space."""
         ...
 
     def forward_rows(

@@ -2,19 +2,25 @@
 
 What is read is a snapshot of what was committed when the store was opened (`refresh` takes a new one). Opening and
 reading never write. `activations.layout` shows what lies where; `activations.writer` fills it.
+
+A row group that is filled up while text is appended moves to other objects, but its rows stay: whoever finds the old
+objects gone asks the ledger again where they are (`_verified`), and sees no more rows than before.
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import FORMAT, PLAN, StoreLayout, identity_fingerprint
-from activations.ledger import Ledger
+from activations.layout import ASIDE, FORMAT, PLAN, WINDOWS, StoreLayout, appended_from, identity_fingerprint
+from activations.ledger import GroupRecord, Ledger
 from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
@@ -27,6 +33,11 @@ __all__ = ["ActivationStore", "Fault", "TokenRows"]
 
 READ_AHEAD_BYTES = 2**24
 CACHED_COLUMNS = 64
+CACHED_WINDOWS = 8
+"""Row groups whose whole windows are kept in memory."""
+SUPERSEDED_ATTEMPTS = 4
+
+T = TypeVar("T")
 
 
 class TokenRows(NamedTuple):
@@ -66,9 +77,10 @@ class ActivationStore:
         """The folder, or the address in an object store."""
         self.manifest = manifest
         self.spec = _spec_of(storage, manifest)
-        self.layout = StoreLayout(self.spec)
+        self.layout = StoreLayout.of(manifest)
         self._ledger = Ledger(storage)
         self._cache: dict[tuple[str, int], np.ndarray] = {}
+        self._windows: dict[int, tuple[int, list[np.ndarray]]] = {}
         self._cache_lock = threading.Lock()
         self._manifest_fault: str | None = None
 
@@ -86,9 +98,12 @@ class ActivationStore:
 
     def refresh(self) -> None:
         """See what was committed meanwhile."""
+        self.manifest = read_manifest(self.storage, FORMAT)
+        self._manifest_fault = None
         self._ledger.refresh()
         with self._cache_lock:
             self._cache.clear()
+            self._windows.clear()
 
     def use_ledger(self, ledger: Ledger) -> None:
         """See what a writer in this process commits, as it does."""
@@ -137,9 +152,11 @@ class ActivationStore:
 
     @property
     def plan_complete(self) -> bool:
-        """Whether all of the text is tokenised."""
+        """Whether all of the text is tokenised, what was appended included."""
         groups = self._ledger.committed_groups(PLAN)
-        return groups > 0 and bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
+        if groups == 0 or self._ledger.committed_rows(PLAN) <= appended_from(self.manifest):
+            return False
+        return bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
 
     @property
     def complete(self) -> bool:
@@ -214,6 +231,18 @@ class ActivationStore:
         self._require(PLAN, "tokens", start, stop)
         return self._read_column("flags", start, stop)
 
+    @property
+    def token_columns(self) -> dict[str, ArrayLayout]:
+        """Layouts of the per-token columns by name; `column` reads them."""
+        return {name.rpartition("/")[2]: layout for name, layout in self.layout.plan_arrays().items()}
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """One per-token column of the rows `[start, stop)`; raises `UnknownNameError`."""
+        if name not in self.token_columns:
+            raise UnknownNameError("token column", name, self.token_columns)
+        self._require(PLAN, "tokens", start, stop)
+        return self._read_column(name, start, stop)
+
     def sequences(self) -> "pd.DataFrame":
         """The windows: `sequence, document, start_row, n_rows, document_offset`.
 
@@ -223,6 +252,23 @@ class ActivationStore:
         table = table[table["start_row"] < self.n_rows].reset_index(drop=True)
         table["n_rows"] = table["n_rows"].clip(upper=self.n_rows - table["start_row"])
         return table
+
+    def window_tokens(self, sequences: Sequence[int]) -> list[np.ndarray]:
+        """All token ids of these windows (numbers as in `sequences()`), int32, those included that are no rows because
+        the store's selection left them out. A window that reaches past the planned rows is cut there."""
+        if not self.layout.has_windows:
+            table = self._read_table("sequences").set_index("sequence")
+            spans = ((int(table["start_row"][number]), int(table["n_rows"][number])) for number in sequences)
+            end = self._ledger.committed_rows(PLAN)
+            return [self.rows(start, min(start + n_rows, end)).token_id for start, n_rows in spans]
+        records = self._ledger.records[PLAN]
+        groups = range(self._ledger.committed_groups(PLAN))
+        tokens = []
+        for number in map(int, sequences):
+            group = bisect_right(groups, number, key=lambda group: records[group].extra["n_sequences"])
+            first, windows = self._windows_that_start_in(group)
+            tokens.append(windows[number - first])
+        return tokens
 
     def documents(self) -> "pd.DataFrame":
         """The documents: `document, title, source, language, license, extra, n_tokens, held_out`.
@@ -257,6 +303,30 @@ class ActivationStore:
             block = self._block(hooks, names, first, min(first + per_block, end))
             for offset in range(0, len(block.rows), batch_size):
                 yield _slice_batch(block, slice(offset, offset + batch_size))
+
+    def drop_hooks(self, hooks: str | Sequence[str]) -> tuple[str, ...]:
+        """Remove hooks (names as stored, or aliases) and their activations from the store; tokens and the other hooks
+        stay. SAEs and indexes that were made from them are not touched. Returns the names of what was removed.
+
+        Raises:
+            UnknownNameError: a hook that the store does not have.
+            InvalidInputError: no hook would be left.
+            LockedError: a writer is at work on the store.
+        """
+        from activations.writer import StoreWriter
+
+        self.refresh()
+        names = tuple(sorted({self.resolve_hook(hook) for hook in ([hooks] if isinstance(hooks, str) else hooks)}))
+        if not names or set(names) == set(self.hooks):
+            raise InvalidInputError(
+                f"{self.path} has the hooks {', '.join(self.hooks)}; got {', '.join(names) or 'none'} to drop. "
+                "At least one must be dropped and one must stay; to drop all, delete the folder."
+            )
+        with StoreWriter(self.storage, self.spec, {}, ()) as writer:
+            writer.drop_hooks(names)
+            writer.journal.write("dropped", hooks=list(names))
+        self.refresh()
+        return names
 
     def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[Fault]:
         """Compare every object on disk with the ledger, and report what differs; files that the ledger does not
@@ -348,21 +418,34 @@ class ActivationStore:
         for group in range(start // size, -(-stop // size)):
             yield group, max(start, group * size), min(stop, (group + 1) * size)
 
-    def _record(self, capture: str, array: str, layout: ArrayLayout, group: int) -> tuple[StoredObject, ObjectRecord]:
-        name = f"{array}/{layout.shard_name(group)}"
-        record = self._ledger.records[capture][group].objects.get(name)
-        if record is None:
-            raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
-        return StoredObject(self.storage, name), record
+    def _verified(self, capture: str, group: int, name: str, read: Callable[[StoredObject, ObjectRecord], T]) -> T:
+        """What `read` makes of an object of a row group, wherever the object is by now."""
+        for _ in range(SUPERSEDED_ATTEMPTS):
+            record = self._ledger.records[capture][group]
+            try:
+                return read(*self._object(record, name))
+            except IntegrityError:
+                newer = self._ledger.read_again(capture, group)
+                if newer is None or newer.objects == record.objects:
+                    raise
+                if self._ledger.records[capture][group] is record:
+                    # The same rows in other objects; what else is committed meanwhile is for `refresh` to show.
+                    self._ledger.records[capture][group] = replace(record, objects=newer.objects)
+        return read(*self._object(self._ledger.records[capture][group], name))
+
+    def _object(self, record: GroupRecord, name: str) -> tuple[StoredObject, ObjectRecord]:
+        for candidate in (name, name + ASIDE):
+            if candidate in record.objects:
+                return StoredObject(self.storage, candidate), record.objects[candidate]
+        raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
 
     def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
         self._require_rows(hook, start, stop)
         out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
         for group, first, last in self._pieces(start, stop):
-            shard, record = self._record(self._capture_of[hook], array, layout, group)
             what = f"{array}, rows {first:,} to {last:,}"
-            within = first - group * self.spec.rows_per_group
-            read_raw(shard, layout, record, within, out[first - start : last - start], what)
+            read = partial(_read_part, layout, first - group * layout.rows_per_group, out[first - start : last - start])
+            self._verified(self._capture_of[hook], group, f"{array}/{layout.shard_name(group)}", partial(read, what))
         return out
 
     def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
@@ -377,13 +460,14 @@ class ActivationStore:
         """A whole decoded column of a row group; the last few are kept, since neighbours are often read next."""
         with self._cache_lock:
             cached = self._cache.get((column, group))
-        if cached is not None:
+        rows = self._ledger.records[PLAN][group]
+        n_rows = rows.row_stop - rows.row_start
+        if cached is not None and len(cached) == n_rows:
             return cached
         array = self.layout.column_array(column)
-        shard, record = self._record(PLAN, array, layout, group)
-        rows = self._ledger.records[PLAN][group]
         what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
-        values = read_packed(shard, layout, record, rows.row_stop - rows.row_start, what)
+        name = f"{array}/{layout.shard_name(group)}"
+        values = self._verified(PLAN, group, name, lambda path, record: read_packed(path, layout, record, n_rows, what))
         with self._cache_lock:
             while len(self._cache) >= CACHED_COLUMNS:
                 self._cache.pop(next(iter(self._cache)))
@@ -392,24 +476,42 @@ class ActivationStore:
 
     def _read_table(self, table: str) -> "pd.DataFrame":
         import pyarrow
-        from pyarrow import parquet
 
         self.require_whole()
-
-        def content_of(group: int) -> bytes:
-            name = self.layout.table_object(table, group)
-            record = self._ledger.records[PLAN][group]
-            what = f"{table} that start in rows {record.row_start:,} to {record.row_stop:,}"
-            return read_object(StoredObject(self.storage, name), record.objects[name], what)
-
-        pieces = []
-        for content in self.storage.map(content_of, range(self._ledger.committed_groups(PLAN))):
-            # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
-            opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
-            pieces.append(opened.read(use_threads=False))
+        groups = range(self._ledger.committed_groups(PLAN))
+        pieces = list(self.storage.map(partial(self.table_piece, table), groups))
         if not pieces:
             raise InvalidInputError(f"{self.path} has no committed rows yet.")
         return pyarrow.concat_tables(pieces).to_pandas()
+
+    def table_piece(self, table: str, group: int) -> Any:
+        """What of a table (`activations.layout.TABLES`) starts in a row group, as a `pyarrow.Table`, verified."""
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = self._ledger.records[PLAN][group]
+        what = f"{table} that start in rows {rows.row_start:,} to {rows.row_stop:,}"
+        name = self.layout.table_object(table, group)
+        content = self._verified(PLAN, group, name, lambda path, record: read_object(path, record, what))
+        # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
+        return parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False).read(use_threads=False)
+
+    def _windows_that_start_in(self, group: int) -> tuple[int, list[np.ndarray]]:
+        """Number of the first window that starts in a row group, and all tokens of these windows."""
+        n_sequences = self._ledger.records[PLAN][group].extra["n_sequences"]
+        with self._cache_lock:
+            cached = self._windows.get(group)
+        if cached is not None and cached[0] + len(cached[1]) == n_sequences:
+            return cached
+        column = self.table_piece(WINDOWS, group).column("tokens").combine_chunks()
+        values = column.values.to_numpy(zero_copy_only=False)
+        windows = np.split(values, column.offsets.to_numpy()[1:-1]) if len(column) else []
+        found = n_sequences - len(windows), windows
+        with self._cache_lock:
+            while len(self._windows) >= CACHED_WINDOWS:
+                self._windows.pop(next(iter(self._windows)))
+            self._windows[group] = found
+        return found
 
     def _block(self, hooks: Sequence[str], names: Sequence[str], start: int, stop: int) -> ActivationBatch:
         return ActivationBatch(
@@ -427,6 +529,12 @@ def _spec_of(storage: Storage, manifest: Mapping[str, Any]) -> CaptureSpec:
         raise IntegrityError(
             f"{storage.where('manifest.json')} is damaged ({error}). Restore it from a copy."
         ) from error
+
+
+def _read_part(
+    layout: ArrayLayout, start: int, out: np.ndarray, what: str, stored: StoredObject, record: ObjectRecord
+) -> None:
+    read_raw(stored, layout, record, start, out, what)
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:

@@ -1,11 +1,13 @@
 """What a store shows of itself: `info()` and its table in a notebook."""
 
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from activations.layout import PLAN
+from activations.selection import RowSelection
 from activations.source import RowFlag
 from activations.store import ActivationStore
 
@@ -18,8 +20,9 @@ SAMPLED_ROWS = 2**24
 def store_info(store: ActivationStore) -> dict[str, Any]:
     """What is in the store, JSON-able; see `ActivationStore.info`.
 
-    Keys: `id, fingerprint, path, complete, rows, planned_rows, tokens_without_bos, hooks, bytes, spec, text,
-    sequences, documents, by_language, by_source, created_by`. Per hook: `shape, rows, bytes, norms`.
+    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, selection, chats,
+    created_by, hooks, sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape,
+    rows, bytes, norms`.
     """
     info: dict[str, Any] = {
         "id": store.id,
@@ -31,6 +34,9 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
         "bytes": sum(_bytes_of(store, capture) for capture in store.ledger.records),
         "spec": store.manifest["spec"],
         "text": store.manifest.get("text", {}),
+        "appended": store.manifest.get("appended", []),
+        "selection": store.manifest.get("selection"),
+        "chats": store.manifest.get("chats"),
         "created_by": store.manifest["created_by"],
         "hooks": {
             hook: {
@@ -80,8 +86,9 @@ def norm_statistics(store: ActivationStore, hook: str) -> dict[str, Any]:
 
 
 def _bytes_of(store: ActivationStore, capture: str) -> int:
-    records = store.ledger.records[capture].values()
-    return sum(known.n_bytes for record in records for known in record.objects.values())
+    declaration, records = store.ledger.declarations[capture], store.ledger.records[capture].values()
+    objects = (known for record in records for known in store.layout.objects_of(record, declaration).values())
+    return sum(known.n_bytes for known in objects)
 
 
 def _hook_bytes(store: ActivationStore, hook: str) -> int:
@@ -94,13 +101,18 @@ def store_html(store: ActivationStore) -> str:
     """A small table for notebooks. It reads the ledger only, so it costs nothing on a store of any size."""
     spec = store.spec
     state = "complete" if store.complete else "not complete"
+    texts = [store.manifest.get("text", {}), *(entry["text"] for entry in store.manifest.get("appended", ()))]
     facts = {
         "rows": f"{store.n_rows:,} ({state})",
         "model": spec.model + (f" @ {spec.revision}" if spec.revision else ""),
         "windows": f"{spec.context_size} tokens{' with BOS' if spec.bos_token_id is not None else ''}",
         "stored as": f"{spec.dtype}, {spec.rows_per_group:,} rows a group",
-        "text": ", ".join(store.manifest.get("text", {}).get("files", [])[:4]),
+        "text": ", ".join(file for text in texts for file in text.get("files", [])[:4]),
     }
+    chosen = store.manifest.get("selection")
+    if chosen:
+        narrowed = asdict(RowSelection())
+        facts["rows are"] = ", ".join(f"{name} {value}" for name, value in chosen.items() if value != narrowed[name])
     head = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
         for name, value in facts.items()

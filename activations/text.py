@@ -42,12 +42,14 @@ class TextSource:
         text_column: the column (parquet, data set) or key (JSON lines) that holds the text.
         shuffle_seed: shuffle the documents with this seed; None keeps the order of the files.
         max_document_tokens: use only the first so many tokens of each document.
+        messages_column: in place of `text_column`, the column that holds chats: a list of `{role, content}` each.
     """
 
     paths: Sequence[str | Path] | str | Path
     text_column: str = "text"
     shuffle_seed: int | None = None
     max_document_tokens: int | None = None
+    messages_column: str | None = None
 
     def __post_init__(self) -> None:
         paths = (self.paths,) if isinstance(self.paths, str | Path) else tuple(self.paths)
@@ -87,7 +89,17 @@ class TextSource:
             "text_column": self.text_column,
             "shuffle_seed": self.shuffle_seed,
             "max_document_tokens": self.max_document_tokens,
+            **({"messages_column": self.messages_column} if self.is_chats else {}),
         }
+
+    @property
+    def is_chats(self) -> bool:
+        """Whether documents are chats."""
+        return self.messages_column is not None
+
+    @property
+    def _column(self) -> str:
+        return self.text_column if self.messages_column is None else self.messages_column
 
     @property
     def names(self) -> list[str]:
@@ -138,7 +150,7 @@ class TextSource:
 
     @cached_property
     def _blocks(self) -> list[Block]:
-        return blocks_of(self._files, self.text_column)
+        return blocks_of(self._files, self._column, self.is_chats)
 
     @cached_property
     def _last_pool(self) -> dict[int, list[Document]]:
@@ -175,9 +187,12 @@ class TextSource:
         if self.shuffle_seed is not None:
             stream = stream.shuffle(seed=self.shuffle_seed, buffer_size=HF_SHUFFLE_BUFFER)
         for row in islice(stream, start, None):
-            if self.text_column not in row:
-                raise UnknownNameError("text column", self.text_column, row)
-            yield document_from(row, self.text_column, name)
+            if self._column not in row:
+                raise UnknownNameError("text column", self._column, row)
+            try:
+                yield document_from(row, self._column, name, self.is_chats)
+            except ValueError as error:
+                raise InvalidInputError(f"{self._hf_name}: {error}.") from error
 
 
 def _is_hf(path: str | Path) -> bool:

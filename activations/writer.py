@@ -6,14 +6,15 @@
    rows either; they are brought up to date every few seconds and when the writer closes.
 3. Opening for writing takes the lock and clears away what a dead writer left half done.
 4. Ctrl-C is held back while a writer is open (`activations.interrupts`), so that the lock is given back last.
+5. A store may grow by another text (`activations.append`), which its manifest then lists; its fingerprint stays.
 """
 
 import contextlib
 import io
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -36,10 +37,19 @@ from activations.errors import (
     OccupiedError,
 )
 from activations.interrupts import Interrupts
-from activations.layout import FORMAT, PLAN, TABLES, ZARR_GROUPS, StoreLayout, identity_fingerprint
+from activations.layout import (
+    ASIDE,
+    FORMAT,
+    OPTIONAL_IDENTITY,
+    PLAN,
+    ZARR_GROUPS,
+    StoreLayout,
+    appended_from,
+    identity_fingerprint,
+)
 from activations.ledger import GroupRecord, Journal, Ledger
 from activations.locks import LOCK_NAME
-from activations.manifest import read_manifest, write_manifest
+from activations.manifest import DIGEST, read_manifest, write_manifest
 from activations.plan import PlannedGroup, PlanState
 from activations.spec import CaptureSpec, fingerprint_of
 from activations.storage import Storage, StoredObject, storage_at
@@ -105,9 +115,10 @@ class StoreWriter:
         self.storage = storage_at(folder)
         self.folder = self.storage.location
         self.spec = spec
-        self.layout = StoreLayout(spec)
+        self.layout = StoreLayout(spec)  # until the manifest is read
         self.journal = Journal(self.storage)
         self.ledger: Ledger
+        self.manifest: dict[str, Any]
         self._identity = {**identity, "hooks_at_creation": sorted(hooks)}
         self._load_name = load_name
         self.interrupts = Interrupts()
@@ -132,9 +143,11 @@ class StoreWriter:
     def _open(self) -> None:
         manifest = existing_manifest(self.storage)
         if manifest is None:
-            self._create()
+            manifest = self._create()
         else:
             self._require_same(manifest)
+        self.manifest = manifest
+        self.layout = StoreLayout.of(manifest)
         self.ledger = Ledger(self.storage)
         self._clear_leftovers()
         content = {"columns": sorted(self.layout.plan_arrays()), "spec": self.spec.fingerprint}
@@ -163,9 +176,12 @@ class StoreWriter:
 
     @property
     def plan_state(self) -> PlanState:
-        """Where the committed plan ends."""
+        """Where the committed plan ends; where it is to go on with a text that is appended, that text's beginning."""
         groups = self.ledger.committed_groups(PLAN)
-        return PlanState(**self.ledger.records[PLAN][groups - 1].extra) if groups else PlanState()
+        state = PlanState(**self.ledger.records[PLAN][groups - 1].extra) if groups else PlanState()
+        if state.n_rows <= appended_from(self.manifest):
+            return replace(state, ordinal=0, rows_done=0, complete=False)
+        return state
 
     def declare_hooks(self, shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, str]) -> str:
         """Make room for hooks that are captured together, and return the capture's id.
@@ -179,6 +195,30 @@ class StoreWriter:
         self._declare(capture, content, self.layout.hook_arrays(shapes))
         return capture
 
+    def objects_of(self, record: GroupRecord) -> dict[str, ObjectRecord]:
+        """Objects of a record that are the store's; those of hooks that were dropped are not any more."""
+        return self.layout.objects_of(record, self.ledger.declarations[record.capture])
+
+    def drop_hooks(self, hooks: Collection[str]) -> None:
+        """Remove hooks (canonical names) from the store. From the first step on they are gone for readers; a writer
+        that dies after it leaves files that the next one clears away."""
+        for capture, declaration in list(self.ledger.declarations.items()):
+            declared = declaration.get("hooks", {})
+            kept = {hook: content for hook, content in declared.items() if hook not in hooks}
+            if len(kept) < len(declared):
+                aliases = {alias: hook for alias, hook in declaration.get("aliases", {}).items() if hook in kept}
+                self.ledger.declare_again(capture, {**declaration, "hooks": kept, "aliases": aliases})
+        self._clear_dropped()
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest's entries that are no part of the store's identity."""
+        assert identity_fingerprint(manifest) == manifest["fingerprint"]
+        known = ("format", "version", "fingerprint", "parents", "created_by", DIGEST)
+        extra = {name: value for name, value in manifest.items() if name not in known}
+        self.manifest = write_manifest(
+            self.storage, FORMAT, manifest["fingerprint"], manifest["parents"], manifest["created_by"], **extra
+        )
+
     def commit_plan(self, planned: PlannedGroup) -> None:
         """Write and commit the token columns, sequences and documents of a row group."""
         objects: dict[str, ObjectRecord] = {}
@@ -186,7 +226,8 @@ class StoreWriter:
             layout = self.layout.column(column)
             name = f"{self.layout.column_array(column)}/{layout.shard_name(planned.group)}"
             objects[name] = write_object(self._object(name), pack_shard(layout, values))
-        for table, columns in zip(TABLES, (planned.sequences, planned.documents), strict=True):
+        tables = (planned.sequences, planned.documents, planned.windows)
+        for table, columns in zip(self.layout.tables, tables, strict=False):
             name = self.layout.table_object(table, planned.group)
             objects[name] = write_object(self._object(name), _parquet(table, columns))
         extra = asdict(planned.state)
@@ -218,9 +259,12 @@ class StoreWriter:
                 pass
             self._shapes_at = time.monotonic()
 
-    def _create(self) -> None:
-        content = {"spec": asdict(self.spec), **self._identity}
-        write_manifest(
+    def _create(self) -> dict[str, Any]:
+        identity = {
+            name: value for name, value in self._identity.items() if name not in OPTIONAL_IDENTITY or value is not None
+        }
+        content = {"spec": asdict(self.spec), **identity}
+        return write_manifest(
             self.storage,
             FORMAT,
             identity_fingerprint(content),
@@ -233,16 +277,16 @@ class StoreWriter:
     def _require_same(self, manifest: Mapping[str, Any]) -> None:
         CaptureSpec(**manifest["spec"]).require_equal(self.spec, str(self.folder))
         for name, value in self._identity.items():
-            if name != "hooks_at_creation" and manifest[name] != value:
+            if name != "hooks_at_creation" and manifest.get(name) != value:
                 raise MismatchError(
-                    f"{self.folder} was captured with another {name}: {_difference(manifest[name], value)}. "
+                    f"{self.folder} was captured with another {name}: {_difference(manifest.get(name), value)}. "
                     "Use the same settings to resume, or give another output folder."
                 )
 
     def _declare(self, capture: str, content: Mapping[str, Any], arrays: Mapping[str, ArrayLayout]) -> None:
         for group in ZARR_GROUPS:
             self._write_once(group, "zarr.json", GROUP_METADATA)
-        for table in TABLES:
+        for table in self.layout.tables:
             self.storage.make_folder(table)
         for array, layout in arrays.items():
             self._write_once(array, "zarr.json", layout.metadata(0))
@@ -260,16 +304,41 @@ class StoreWriter:
         return StoredObject(self.storage, name)
 
     def _arrays_of(self, capture: str) -> dict[str, ArrayLayout]:
-        if capture == PLAN:
-            return self.layout.plan_arrays()
-        hooks = self.ledger.declarations[capture]["hooks"]
-        return self.layout.hook_arrays({hook: declared["shape"] for hook, declared in hooks.items()})
+        return self.layout.arrays_of(self.ledger.declarations[capture])
 
     def _clear_leftovers(self) -> None:
+        self._clear_dropped()
         self.ledger.tidy()
         arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
-        for folder in ("", *ZARR_GROUPS, *TABLES, *arrays):
+        for folder in ("", *ZARR_GROUPS, *self.layout.tables, *arrays):
             self.storage.remove_temporaries(folder)
+        self.clear_superseded()
+
+    def _clear_dropped(self) -> None:
+        """Remove what belongs to no capture that is declared: arrays, then records."""
+        arrays = {array for capture in self.ledger.declarations for array in self._arrays_of(capture)}
+        for folder in (self.layout.hook_array(""), self.layout.norm_array("")):
+            for name in self.storage.names(folder.rstrip("/")):
+                if name.endswith("/") and (array := folder + name.rstrip("/")) not in arrays:
+                    self.storage.remove_folder(array)
+        for capture in self.ledger.left_over():
+            self.ledger.forget(capture)
+
+    def clear_superseded(self) -> None:
+        """Remove what was set aside of row groups that are filled up by now."""
+        arrays = [array for capture in self.ledger.declarations for array in self._arrays_of(capture)]
+        listed = {
+            name
+            for records in self.ledger.records.values()
+            for record in records.values()
+            for name in record.objects
+            if name.endswith(ASIDE)
+        }
+        for folder in (*self.layout.tables, *arrays):
+            aside = (f"{folder}/{name}" for name in self.storage.names(folder) if name.endswith(ASIDE))
+            left = [name for name in aside if name not in listed]
+            if left:
+                self.storage.delete(left)
 
 
 def _difference(stored: Any, given: Any) -> str:
@@ -293,6 +362,7 @@ def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:
 
     text, truth, number = pyarrow.string(), pyarrow.bool_(), pyarrow.int64()
     kinds = dict.fromkeys(("title", "source", "language", "license", "extra"), text) | {"held_out": truth}
+    kinds |= {"tokens": pyarrow.list_(pyarrow.int32()), "roles": pyarrow.list_(pyarrow.uint8())}
     schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns])
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(dict(columns), schema=schema), stream, compression="zstd")

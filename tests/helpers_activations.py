@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from activations.errors import UnknownNameError
-from activations.source import ModelIdentity, float32_to_bf16
+from activations.source import ROLES, ChatTokens, Message, ModelIdentity, float32_to_bf16
 from activations.spec import StorageDtype
 from activations.store import ActivationStore
 
@@ -57,6 +57,27 @@ class FakeModel:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
+
+    @property
+    def chat_template(self) -> str | None:
+        return "fake"
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
+        """Turns are written `<role>content` and the special token 1."""
+        encoded = []
+        for chat in chats:
+            pieces = []
+            for message in chat:
+                code = ROLES.index(message.role) if message.role in ROLES else ROLES.index("other")
+                head, said = self.encode_documents([f"<{message.role}>", message.content])
+                pieces.append((head, np.zeros(len(head))))
+                pieces.append((np.append(said, 1), np.full(len(said) + 1, code)))
+            tokens, roles = (np.concatenate(part) for part in zip(*pieces, strict=True))
+            encoded.append(ChatTokens(tokens.astype(np.int32), roles.astype(np.uint8)))
+        return encoded
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        return [chr(token - 3) if token >= 3 else f"<{token}>" for token in ids]
 
     def forward_rows(
         self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int

@@ -42,8 +42,8 @@ class DriverPass(CapturePass):
         super().__init__(crew.model, text, writer, capture_id, max_tokens, batch_size, progress)
         self.crew = crew
         self.job = Job(uuid4().hex, _place(writer.storage), writer.spec, capture_id, batch_size)
-        self.done = dict(writer.ledger.records[capture_id])
-        self.rows_before = sum(record.row_stop - record.row_start for record in self.done.values())
+        done = writer.ledger.records[capture_id].values()
+        self.rows_before = sum(record.row_stop - record.row_start for record in done)
         self.rows_committed = 0
         self._finished: Channel[int] = Channel(len(crew.lanes))
         self._lanes_left = len(crew.lanes)
@@ -89,16 +89,16 @@ class DriverPass(CapturePass):
     def _lane(self, compute: Compute) -> None:
         try:
             for group in self.groups:
-                if group in self.done:
+                plan, start = self.writer.ledger.records[PLAN][group], self._start(group)
+                if start == plan.row_stop:
                     continue
-                plan = self.writer.ledger.records[PLAN][group]
                 objects = compute(self.job, GroupWork(plan, self._windows(group)))
                 if objects is None:
                     if not self._stopping:
                         raise InterruptedRunError(f"A worker gave up row group {group} unasked.")
                     return
                 self.writer.commit_hooks(self.capture_id, group, objects)
-                self._finished.put(plan.row_stop - plan.row_start)
+                self._finished.put(plan.row_stop - start)
         finally:
             with self._lanes_lock:
                 self._lanes_left -= 1

@@ -80,10 +80,11 @@ class RayCrew(RemoteCrew):
             with contextlib.suppress(Exception):  # one that is dead has stopped
                 actor.stop.remote()
 
-    def _ask(self, name: str, given: Any) -> Any:
+    def _ask(self, name: str, *given: Any) -> Any:
         """Have the first actor call a method of its model; documents are tokenised by all of them at once."""
         if name != "encode_documents":
-            return _answer(self._actors[0].ask.remote(name, given))
+            return _answer(self._actors[0].ask.remote(name, *given))
+        (given,) = given
         share = max(1, -(-len(given) // len(self._actors)))
         parts = [given[first : first + share] for first in range(0, len(given), share)]
         asked = [actor.ask.remote(name, part) for actor, part in zip(self._actors, parts, strict=False)]
@@ -148,9 +149,9 @@ class _Actor:
         """What the driver needs to know of the model."""
         return ModelCard.of(self._model())
 
-    def ask(self, name: str, given: Any) -> Any:
+    def ask(self, name: str, *given: Any) -> Any:
         """Call a method of the model."""
-        return getattr(self._model(), name)(given)
+        return getattr(self._model(), name)(*given)
 
     def compute(self, job: Job, work: GroupWork, identity: Any) -> Objects | None:
         """Compute a row group of a pass, if the model is the one that is expected."""

@@ -21,7 +21,7 @@ from activations.layout import PLAN
 from activations.ledger import GroupRecord, Ledger
 from activations.passes import GROUPS_IN_FLIGHT, CapturePass
 from activations.pipeline import Channel, Stopped, Worker
-from activations.source import HookedModel, ModelIdentity
+from activations.source import ChatTokens, HookedModel, ModelIdentity
 from activations.spec import CaptureSpec
 from activations.writer import StoreWriter
 
@@ -58,10 +58,17 @@ class ModelCard:
     special_token_ids: frozenset[int]
     max_context_size: int
     default_batch_size: int
+    chat_template: str | None
 
     @classmethod
     def of(cls, model: HookedModel) -> "ModelCard":
-        return cls(model.identity, model.special_token_ids, model.max_context_size, model.default_batch_size)
+        return cls(
+            model.identity,
+            model.special_token_ids,
+            model.max_context_size,
+            model.default_batch_size,
+            model.chat_template,
+        )
 
 
 class ModelProxy:
@@ -69,12 +76,13 @@ class ModelProxy:
 
     Args:
         card: what does not change.
-        ask: calls a method of a worker's model, by name, with one argument.
+        ask: calls a method of a worker's model, by name.
     """
 
-    def __init__(self, card: ModelCard, ask: Callable[[str, Any], Any]) -> None:
+    def __init__(self, card: ModelCard, ask: Callable[..., Any]) -> None:
         self.identity, self.special_token_ids = card.identity, card.special_token_ids
         self.max_context_size, self.default_batch_size = card.max_context_size, card.default_batch_size
+        self.chat_template = card.chat_template
         self._ask = ask
 
     def resolve_hook(self, name: str) -> str:
@@ -85,6 +93,12 @@ class ModelProxy:
 
     def encode_documents(self, texts: Any) -> list[Any]:
         return list(self._ask("encode_documents", texts))
+
+    def encode_chats(self, chats: Any, template: str) -> list[ChatTokens]:
+        return list(self._ask("encode_chats", chats, template))
+
+    def token_texts(self, ids: Any) -> list[str]:
+        return list(self._ask("token_texts", ids))
 
     def forward_rows(self, *_: Any) -> Any:
         raise AssertionError("the model runs in the workers")

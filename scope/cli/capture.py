@@ -10,7 +10,7 @@ import typer
 from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
-from scope.errors import ScopeError
+from scope.errors import InvalidInputError, ScopeError
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
@@ -23,17 +23,47 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "capture")
     def capture(
-        model: Annotated[str, typer.Option(help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file.")],
-        data: Annotated[list[Path], typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")],
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help="gemma-3-270m, a Hugging Face id, a local folder, or a GGUF file. With --into by default the "
+                "store's own."
+            ),
+        ] = None,
+        data: Annotated[
+            list[Path] | None, typer.Option(help="Text: a parquet, jsonl or plain text file. May be repeated.")
+        ] = None,
         hook: Annotated[
-            list[str], typer.Option(help="A hook name, such as blocks.8.hook_resid_post. May be repeated.")
-        ],
+            list[str] | None,
+            typer.Option(
+                help="A hook name, such as blocks.8.hook_resid_post. May be repeated. With --append by default all "
+                "hooks of the store."
+            ),
+        ] = None,
         out: Annotated[
-            str, typer.Option(help="The store to make, or to go on with: NAME.zarr or s3://BUCKET/NAME.zarr.")
-        ],
-        max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens, BOS included.")] = None,
-        context_size: Annotated[int, typer.Option(help="Tokens in the longest window, BOS included.")] = 256,
-        dtype: Annotated[StorageDtype, typer.Option(help="How activations are stored.")] = "bfloat16",
+            str | None,
+            typer.Option(help="The store to make, or to go on with: NAME.zarr or s3://BUCKET/NAME.zarr."),
+        ] = None,
+        into: Annotated[
+            str | None,
+            typer.Option(
+                help="In place of --out, a complete store: further hooks of its tokens (no --data), or, with --append "
+                "and --data, more text."
+            ),
+        ] = None,
+        append: Annotated[
+            bool, typer.Option("--append", help="Add --data after the rows that the store has, for all of its hooks.")
+        ] = False,
+        max_tokens: Annotated[
+            int | None, typer.Option(help="Stop after this many tokens of --data, BOS included.")
+        ] = None,
+        context_size: Annotated[
+            int | None,
+            typer.Option(help="Tokens in the longest window, BOS included; 256, or what the store has."),
+        ] = None,
+        dtype: Annotated[
+            StorageDtype | None, typer.Option(help="How activations are stored; bfloat16, or what the store has.")
+        ] = None,
         batch_size: Annotated[
             int | None, typer.Option(help="Tokens that the model runs at once; by default what suits the device.")
         ] = None,
@@ -47,11 +77,33 @@ def register(app: typer.Typer) -> None:
         max_document_tokens: Annotated[
             int | None, typer.Option(help="At most this many tokens of each document.")
         ] = None,
+        messages_column: Annotated[
+            str | None,
+            typer.Option(help="Text is chats: the column with the messages, a list of {role, content} each."),
+        ] = None,
+        chat_template: Annotated[
+            Path | None, typer.Option(help="A Jinja file that writes chats, in place of the tokenizer's own template.")
+        ] = None,
+        skip_bos: Annotated[bool, typer.Option("--skip-bos", help="Make no row of the BOS of windows.")] = False,
+        skip_special: Annotated[
+            bool, typer.Option("--skip-special", help="Make no row of other special tokens.")
+        ] = False,
+        every: Annotated[int, typer.Option(help="Make a row of every n-th token of the text alone.")] = 1,
+        every_in: Annotated[str, typer.Option(help="Where --every counts from: window or document.")] = "window",
+        token_pattern: Annotated[
+            str | None,
+            typer.Option(help="Make rows of the tokens alone in whose text (' the') this regular expression is found."),
+        ] = None,
+        roles: Annotated[
+            list[str] | None,
+            typer.Option(help="Of chats: make rows of the turns of this role alone (assistant). May be repeated."),
+        ] = None,
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         compute_dtype: Annotated[
-            str, typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32.")
-        ] = "auto",
+            str | None,
+            typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32; auto, or the store's."),
+        ] = None,
         compile: Annotated[
             bool, typer.Option("--compile", help="Compile the layers: faster on a GPU; last digits differ.")
         ] = False,
@@ -74,13 +126,34 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Run a model over text and keep what its hooks see, one row a token, in a store that can be resumed."""
         from activations.capture import capture as run_capture
+        from activations.selection import RowSelection
         from activations.storage import below
         from activations.text import TextSource
         from scope.models import LanguageModel
 
-        text = TextSource(
-            data, text_column=text_column, shuffle_seed=shuffle_seed, max_document_tokens=max_document_tokens
+        target = _target(out, into, append, data, hook, model)
+        if storage is not None:
+            target = below(storage, target)
+        kept = _kept(target, is_new=into is None)
+        name = model or str(kept["load_name"])
+        selection = RowSelection(
+            skip_bos=skip_bos,
+            skip_special=skip_special,
+            every=every,
+            every_in=every_in,  # type: ignore[arg-type]  # RowSelection names the ways that there are
+            pattern=token_pattern,
+            roles=tuple(roles or ()),
         )
+        template = None if chat_template is None else _read_template(chat_template)
+        text = None
+        if data:
+            text = TextSource(
+                data,
+                text_column=text_column,
+                shuffle_seed=shuffle_seed,
+                max_document_tokens=max_document_tokens,
+                messages_column=messages_column,
+            )
 
         engine = engine or detected_engine()
         follows = is_follower(engine)
@@ -89,24 +162,27 @@ def register(app: typer.Typer) -> None:
 
         def load() -> LanguageModel:
             if not follows:
-                say(f"Loading {model}")
+                say(f"Loading {name}")
             return LanguageModel.load(
-                model,
-                revision=revision,
+                name,
+                revision=revision if model or revision else kept["revision"],
                 device=device,
-                dtype=compute_dtype,
-                compile=compile,
+                dtype=compute_dtype or kept["compute_dtype"],
+                compile=compile or kept["compile"],
                 allow_download=allow_download,
             )
 
         if follows:
-            _follow(lambda: run_capture(load, text, hook, out, engine=engine))
+            _follow(lambda: run_capture(load, text, hook or [], target, engine=engine))
         with progress_bar("Capturing (rows)") as progress:
             report = run_capture(
                 load,
                 text,
-                hook,
-                out if storage is None else below(storage, out),
+                hook or [],
+                target,
+                append=append,
+                selection=None if selection.keeps_all and (into or append) else selection,
+                chat_template=template,
                 max_tokens=max_tokens,
                 context_size=context_size,
                 dtype=dtype,
@@ -127,6 +203,58 @@ def _follow(work: Callable[[], object]) -> NoReturn:
     raise typer.Exit
 
 
+def _target(
+    out: str | None,
+    into: str | None,
+    append: bool,
+    data: list[Path] | None,
+    hook: list[str] | None,
+    model: str | None,
+) -> str:
+    """The store that is meant, once what was given makes sense together."""
+    target = out or into
+    if target is None or (out and into):
+        raise InvalidInputError("Give either --out (a store to make or to go on with) or --into (one to add to).")
+    if append and not data:
+        raise InvalidInputError("--append adds text: give it with --data.")
+    if into and data and not append:
+        raise InvalidInputError(
+            f"--into takes further hooks of the tokens that {into} has, without --data. To add text, give --append."
+        )
+    if not hook and not append:
+        raise InvalidInputError("Give at least one --hook.")
+    if out and not append:
+        for flag, value in (("--model", model), ("--data", data)):
+            if not value:
+                raise InvalidInputError(f"Give {flag}, or a store that has its own with --into.")
+    return target
+
+
+def _kept(target: str, is_new: bool) -> dict[str, Any]:
+    """How the model of a store was loaded; what one that may be new begins with."""
+    from activations.store import ActivationStore
+    from activations.writer import existing_manifest
+
+    if is_new and existing_manifest(target) is None:
+        return {"load_name": None, "revision": None, "compute_dtype": "auto", "compile": False}
+    store = ActivationStore.open(target)
+    name = store.manifest.get("load_name") or store.spec.model
+    dtype, _, compiled = store.spec.compute_dtype.partition(", ")
+    return {
+        "load_name": name,
+        "revision": store.spec.revision,
+        "compute_dtype": dtype,
+        "compile": compiled == "compiled",
+    }
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"The chat template {path} cannot be read: {error}") from error
+
+
 def _facts(report: "CaptureReport") -> dict[str, Any]:
     figures = report._asdict()
     store = figures.pop("store")
@@ -137,7 +265,7 @@ def _summary(report: "CaptureReport") -> str:
     speed = report.new_rows / report.seconds if report.seconds else 0.0
     lines = [
         f"{report.store.path} holds {report.rows:,} tokens of {report.documents:,} documents; "
-        f"{report.new_rows:,} of them are new, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
+        f"{report.new_rows:,} rows were computed, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
     ]
     if report.windowed_documents:
         size = report.store.spec.context_size

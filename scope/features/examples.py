@@ -1,6 +1,7 @@
 """Examples: one firing in its context, and how those worth showing are chosen among all firings of a feature.
 
-A context never leaves the window that the model saw, and BOS is left out of it. The strongest firings of a feature are
+A context never leaves the window that the model saw, and BOS is left out of it. Where the store holds only some of a
+window's tokens it shows these, one after the other. The strongest firings of a feature are
 often the same phrase again and again: `choose` passes over a firing whose last `DISTINCT_TOKENS` tokens, its own the
 last of them, equal those of a stronger one, and takes only a few from one window.
 """
@@ -158,6 +159,7 @@ def _example(reader: "IndexReader", feature: int, firing: Ranked, before: int, a
     token_ids = reader.row_column("token_id").slice(*outer)
     tokens = reader.vocabulary.display(token_ids)[start - outer[0] : stop - outer[0]]
     document = reader.document_info(window.document)
+    position = int(reader.row_column("position").slice(row, row + 1)[0])
     return Example(
         feature=feature,
         row=row,
@@ -170,8 +172,8 @@ def _example(reader: "IndexReader", feature: int, firing: Ranked, before: int, a
         title=document.title,
         source=document.source,
         language=document.language,
-        position=int(reader.row_column("position").slice(row, row + 1)[0]),
-        document_position=window.document_offset + row - window.start,
+        position=position,
+        document_position=window.document_offset + position - reader.has_bos,
         rank=firing.rank,
         quantile=1 - firing.rank / reader.n_firings_of(feature),
     )

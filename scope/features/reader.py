@@ -198,10 +198,10 @@ class IndexReader:
     def row_window(self, row: int) -> Window:
         """The window that a row belongs to."""
         sequence = int(self.row_column("sequence").slice(row, row + 1)[0])
-        first = row - int(self.row_column("position").slice(row, row + 1)[0])
-        bos = int(self.row_column("flags").slice(first, first + 1)[0]) & int(RowFlag.BOS)
         windows = self.windows
         place = int(windows.place[sequence])
+        first = int(windows.start_row[place])
+        bos = int(self.row_column("flags").slice(first, first + 1)[0]) & int(RowFlag.BOS)
         return Window(
             sequence,
             first + bool(bos),
@@ -209,6 +209,11 @@ class IndexReader:
             int(windows.document[place]),
             int(windows.document_offset[place]),
         )
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether windows begin with BOS, be it a row or not."""
+        return self.manifest["model"]["bos_token_id"] is not None
 
     @cached_property
     def windows(self) -> "WindowArrays":

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from activations.source import ModelIdentity
+from activations.source import ChatTokens, Message, ModelIdentity
 from activations.spec import StorageDtype
 from activations.text import TextSource
 from scope.errors import InvalidInputError
 from scope.models import identity, loading, losses
 from scope.models.architectures import Layout, find_layout
+from scope.models.chats import encode_chats, own_template
 from scope.models.compiled import CompiledLayers
 from scope.models.dictionaries import Saes
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
@@ -188,6 +189,15 @@ class LanguageModel:
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's own way to write chats, a Jinja template; None where it has none."""
+        return own_template(self.tokenizer)
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
+        """Token ids and roles of chats as a template writes them, without BOS; see `scope.models.chats`."""
+        return encode_chats(self.tokenizer, self.special_token_ids, chats, template)
+
     @cached_property
     def _reader(self) -> TokenReader:
         return TokenReader(self.tokenizer, self.special_token_ids)
@@ -195,6 +205,10 @@ class LanguageModel:
     def token_strings(self, ids: Sequence[int] | Int[Tensor, " seq"]) -> list[TokenText]:
         """What each token of a text reads; a token that is a part of a character shows the character and its share."""
         return self._reader.token_strings([int(token) for token in ids])
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """As `vocabulary_strings`, under the name that capture knows (`activations.source.HookedModel`)."""
+        return self.vocabulary_strings(ids)
 
     def vocabulary_strings(self, ids: Sequence[int] | Int[Tensor, " n"]) -> list[str]:
         """What each token reads by itself."""

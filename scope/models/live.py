@@ -80,13 +80,17 @@ class LiveActivations:
             raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
         if dtype not in STORAGE:
             raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(STORAGE)}.")
+        if text.is_chats:
+            raise InvalidInputError(
+                "Chats cannot be streamed; capture them into a store, which keeps whose turn it is."
+            )
         text.check()
         if not any(document.text.strip() for document in text.documents()):
             raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
         self.model, self.text, self.max_tokens = model, text, max_tokens
         self._shapes, self._aliases = resolved_hooks(model, hooks)
         self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
-        self.batch_size = batch_size or model.default_batch_size
+        self.batch_size = model.default_batch_size if batch_size is None else batch_size
         self.device = _device(device, model.device)
 
     @property

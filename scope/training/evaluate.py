@@ -150,8 +150,5 @@ def held_out_windows(
     drawn = drawn.sort_values("rank", kind="stable")
     enough = int(np.searchsorted(drawn["n_rows"].cumsum().to_numpy(), n_tokens)) + 1
     chosen = drawn.head(enough)
-    windows = [
-        store.rows(int(start), int(start + length)).token_id.astype(np.int32)
-        for start, length in zip(chosen["start_row"], chosen["n_rows"], strict=True)
-    ]
+    windows = store.window_tokens(chosen["sequence"].tolist())
     return windows, chosen["document"].astype(int).tolist()
