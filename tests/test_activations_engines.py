@@ -31,6 +31,7 @@ from activations.errors import (
 from activations.layout import PLAN
 from activations.passes import CapturePass
 from activations.pipeline import Worker
+from activations.selection import RowSelection
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
@@ -152,6 +153,22 @@ def test_ctrl_c_keeps_what_is_written(text: TextSource, expected: dict[str, byte
     report = with_ray(FakeModel, text, tmp_path / "s.zarr")
     assert report.resumed
     assert tree(report.store.path) == expected
+
+
+@pytest.mark.usefixtures("cluster")
+def test_actors_append_to_a_store_of_chosen_tokens(text: TextSource, tmp_path: Path) -> None:
+    """A row group that is half full is filled up elsewhere, and tokens are chosen by texts that an actor gives."""
+    more = TextSource(write_text(tmp_path / "more.jsonl", n_documents=12, seed=3))
+    selection = RowSelection(skip_bos=True, pattern="[abc]")
+    trees = []
+    for name, engine in (("local", {}), ("ray", {"engine": "ray", "workers": 2})):
+        settings: dict[str, Any] = {**SETTINGS, **engine, "selection": selection}
+        first = capture(FakeModel, text, [RESID, Z], tmp_path / name, **settings)
+        assert first.rows % 64
+        report = capture(FakeModel, more, [RESID, Z], tmp_path / name, append=True, **settings)
+        assert 0 < report.new_rows < report.rows
+        trees.append(tree(report.store.path))
+    assert trees[0] == trees[1]
 
 
 @pytest.mark.usefixtures("cluster")
