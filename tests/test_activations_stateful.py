@@ -1,13 +1,15 @@
-"""Any order of capture, crash, resume, read, rot and verify, against rows that plain numpy holds in memory.
+"""Any order of capture, append, crash, resume, read, rot and verify, against rows that plain numpy holds in memory.
 
 The model of the store is simple: a row exists when its row group's ledger record was put in place by a rename, and
-every row before it too; its content is `FakeModel.rows_at` of the window that the text says. A crash stops the process
+every row before it too (the record says how many rows it has: that of a last row group is replaced when text is
+appended); its content is `FakeModel.rows_at` of the window that the text says. A crash stops the process
 at the nth change of a folder (a rename or a removal), before or after it, and leaves everything as it is then.
 
 A longer run: `SCOPE_STATEFUL_EXAMPLES=2000 pytest tests/test_activations_stateful.py` (new random examples each time).
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -79,7 +81,8 @@ class Disk:
 
     def __init__(self, crash_at: int | None, after: bool) -> None:
         self.crash_at, self.after, self.changes = crash_at, after, 0
-        self.records: list[tuple[str, int]] = []
+        self.records: list[tuple[str, int, int]] = []
+        """Capture, row group, and the row at which the record says that it ends."""
         self._lock = threading.Lock()
 
     def change(self, do: Callable[..., None], path: Path, *arguments: Any) -> None:
@@ -91,9 +94,11 @@ class Disk:
             crash = self.crash_at is not None and self.changes >= self.crash_at
             if crash and not (self.after and self.changes == self.crash_at):
                 raise Crash
+            found = re.search(r"ledger/([^/]+)/(\d{8})\.json$", str(arguments[0])) if arguments else None
+            row_stop = json.loads(Path(path).read_bytes())["record"]["rows"][1] if found else 0
             do(path, *arguments)
-            if arguments and (found := re.search(r"ledger/([^/]+)/(\d{8})\.json$", str(arguments[0]))):
-                self.records.append((found[1], int(found[2])))
+            if found:
+                self.records.append((found[1], int(found[2]), row_stop))
             if crash:
                 raise Crash
 
@@ -109,8 +114,8 @@ class Disk:
 class StoreMachine(RuleBasedStateMachine):
     """The store at `self.out`, and what is known of it.
 
-    `_take_text` says which text the next capture is of, and sets `self.truth`, the rows of each hook. To try a capture
-    that appends text, add a rule for a complete store that calls it with more documents and then `_capture`.
+    `_take_text` says which text the next capture is of, and sets `self.truth`, the rows of each hook. A store takes one
+    more text, which is captured until a crash and then to its end.
     """
 
     golden: ClassVar[dict[tuple[Any, ...], dict[str, bytes]]] = {}
@@ -128,7 +133,9 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(seed=SEEDS, max_tokens=TOKENS, crash_at=CHANGES, after=st.booleans())
     def begin(self, seed: int, max_tokens: int, crash_at: int, after: bool) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
-        self.committed: dict[str, set[int]] = {PLAN: set(), **{hooks_capture_id(hooks): set() for hooks in PASSES}}
+        self.committed: dict[str, dict[int, int]] = {name: {} for name in (PLAN, *map(hooks_capture_id, PASSES))}
+        """Per capture the row at which each of its row groups ends."""
+        self.appended: tuple[TextSource, int] | None = None
         self.begun: list[tuple[str, ...]] = []
         """Passes in the order in which they were declared, as far as the disk knows."""
         self.reader: ActivationStore | None = None
@@ -155,10 +162,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def rows_known(self, capture_id: str) -> int:
         """Rows that are committed, from the first on without a gap."""
-        groups = 0
-        while groups in self.committed[capture_id]:
-            groups += 1
-        return min(groups * R, self.n_rows)
+        rows = group = 0
+        while group in self.committed[capture_id] and rows == group * R:
+            rows = self.committed[capture_id][group]
+            group += 1
+        return rows
 
     def rows_of(self, hook: str) -> int:
         (hooks,) = (hooks for hooks in PASSES if hook in hooks)
@@ -184,7 +192,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     # ---- writing
 
-    def _capture(self, hooks: tuple[str, ...], text: TextSource | None, crash_at: int | None, after: bool) -> None:
+    def _capture(
+        self,
+        hooks: tuple[str, ...],
+        text: TextSource | None,
+        crash_at: int | None,
+        after: bool,
+        appended: int | None = None,
+    ) -> None:
+        """Capture until a crash; `appended` are the rows of a text that is appended."""
         disk = Disk(crash_at, after)
         try:
             with disk.in_place(), contextlib.suppress(Crash):
@@ -193,15 +209,20 @@ class StoreMachine(RuleBasedStateMachine):
                     context_size=CONTEXT,
                     rows_per_group=R,
                     batch_size=3 * CONTEXT,
-                    max_tokens=None if text is None else self.max_tokens,
+                    max_tokens=appended or (None if text is None else self.max_tokens),
+                    append=appended is not None,
                 )
         finally:
-            for capture_id, group in disk.records:
-                self.committed[capture_id].add(group)
-            if hooks not in self.begun and (self.out / "ledger" / hooks_capture_id(hooks) / "capture.json").exists():
+            for capture_id, group, row_stop in disk.records:
+                self.committed[capture_id][group] = row_stop
+            if (
+                hooks in PASSES
+                and hooks not in self.begun
+                and (self.out / "ledger" / hooks_capture_id(hooks) / "capture.json").exists()
+            ):
                 self.begun.append(hooks)
         if crash_at is None or disk.changes < crash_at:
-            assert self.is_complete(hooks)
+            assert all(map(self.is_complete, [hooks] if appended is None else PASSES))
 
     @precondition(lambda self: not all(map(self.is_complete, PASSES)))
     @rule(hooks=st.sampled_from(PASSES), crash_at=CHANGES, after=st.booleans())
@@ -223,6 +244,29 @@ class StoreMachine(RuleBasedStateMachine):
                 self._capture(hooks, None, None, after=False)
         else:
             self._capture(hooks, None, None, after=False)
+
+    @precondition(lambda self: self.appended is None and all(map(self.is_complete, PASSES)))
+    @rule(seed=SEEDS, n_tokens=st.integers(1, 4 * R), crash_at=CHANGES, after=st.booleans())
+    def append(self, seed: int, n_tokens: int, crash_at: int, after: bool) -> None:
+        (self.folder / "more").mkdir(exist_ok=True)
+        text = TextSource(write_text(self.folder / "more" / "text.jsonl", n_documents=8, seed=seed, longest=40))
+        if seed == self.identity[0]:
+            with pytest.raises(InvalidInputError, match="holds the text"):
+                self._capture((), text, None, after, appended=n_tokens)
+            return
+        windows = windows_of([document.text for document in text.documents()], n_tokens)
+        more = {hook: [self.model.rows_at(hook, window) for window in windows] for hook in self.truth}
+        self.truth = {hook: np.concatenate([rows, *more[hook]]) for hook, rows in self.truth.items()}
+        self.token_ids = np.concatenate([self.token_ids, *windows])
+        self.n_rows = len(self.token_ids)
+        self.identity, self.appended = (*self.identity, seed, n_tokens), (text, n_tokens)
+        self._capture((), text, crash_at, after, appended=n_tokens)
+        self.what_is_committed_is_there_and_sound()
+        if self.reader is not None:
+            self.read_from_the_reader(0.5, beyond=True)
+        self._capture((), text, None, after=False, appended=n_tokens)
+        first = ActivationStore.open(self.out).manifest["hooks_at_creation"]
+        assert tree(self.out) == self._never_interrupted(next(hooks for hooks in PASSES if sorted(hooks) == first))
 
     @precondition(lambda self: self.begun)
     @rule()
@@ -246,6 +290,9 @@ class StoreMachine(RuleBasedStateMachine):
                     batch_size=5 * CONTEXT,
                     max_tokens=self.max_tokens,
                 )
+            if self.appended is not None:
+                text, n_tokens = self.appended
+                capture(FakeModel(), text, [], out, batch_size=5 * CONTEXT, max_tokens=n_tokens, append=True)
             self.golden[key] = tree(out)
             shutil.rmtree(out)
         return self.golden[key]
