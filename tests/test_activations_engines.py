@@ -31,6 +31,7 @@ from activations.errors import (
 from activations.layout import PLAN
 from activations.passes import CapturePass
 from activations.pipeline import Worker
+from activations.selection import RowSelection
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
@@ -155,14 +156,30 @@ def test_ctrl_c_keeps_what_is_written(text: TextSource, expected: dict[str, byte
 
 
 @pytest.mark.usefixtures("cluster")
+def test_actors_append_to_a_store_of_chosen_tokens(text: TextSource, tmp_path: Path) -> None:
+    """A row group that is half full is filled up elsewhere, and tokens are chosen by texts that an actor gives."""
+    more = TextSource(write_text(tmp_path / "more.jsonl", n_documents=12, seed=3))
+    selection = RowSelection(skip_bos=True, pattern="[abc]")
+    trees = []
+    for name, engine in (("local", {}), ("ray", {"engine": "ray", "workers": 2})):
+        settings: dict[str, Any] = {**SETTINGS, **engine, "selection": selection}
+        first = capture(FakeModel, text, [RESID, Z], tmp_path / name, **settings)
+        assert first.rows % 64
+        report = capture(FakeModel, more, [RESID, Z], tmp_path / name, append=True, **settings)
+        assert 0 < report.new_rows < report.rows
+        trees.append(tree(report.store.path))
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_ray_listens_on_the_loopback_device_only() -> None:
     psutil = pytest.importorskip("psutil")
-    listening = []
+    listening = set()
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends meanwhile
-            listening += [one.laddr.ip for one in child.net_connections("inet") if one.status == "LISTEN"]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            listening |= {one.laddr.ip for one in child.net_connections("inet") if one.status == "LISTEN"}
     assert listening
-    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.usefixtures("cluster")
