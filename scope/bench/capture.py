@@ -7,7 +7,7 @@
 3. *Peers*: TransformerBridge's `run_with_cache` with `stop_at_layer`, nothing written, and SAELens's
    `CacheActivationsRunner` to disk, on as many tokens.
 4. *Four hooks* in one pass, against the smaller of the floor and what the disk's raw write bandwidth allows.
-5. *Reading back*, page cache emptied: verified rows in order against the disk's bandwidth, and shuffled against that.
+5. *Reading back* (`scope.bench.reading`).
 """
 
 import math
@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from activations.capture import capture
-from activations.shuffle import NO_FLAGS, Selection, ShuffledBatches
-from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.bench import peers
-from scope.bench.machine import describe_machine, drop_from_cache, raw_read_bandwidth, raw_write_bandwidth
+from scope.bench.machine import describe_machine, raw_write_bandwidth
 from scope.bench.random_model import save_random_llama
+from scope.bench.reading import reading_figures
 from scope.bench.settings import CaptureBench
 from scope.models import LanguageModel
 from scope.models.loading import pick_device
@@ -39,9 +38,10 @@ __all__ = ["bench_capture"]
 CPU_SHAPES = (512, 1024, 2048, 4096)
 CUDA_SHAPES = (8192, 32_768, 65_536)
 CPU_TOKENS, CUDA_TOKENS = 8192, 4_000_000
+WARM_UP_BATCHES = 4
+"""Kernels, memory and compiled layers are there before anything is timed, as they are for the floor."""
 FLOOR_SECONDS = 2.0
 """Each shape is timed for at least so long."""
-READ_MEMORY_BYTES = 2**28
 
 
 def bench_capture(config: CaptureBench, say: Callable[[str], None]) -> dict[str, Any]:
@@ -89,6 +89,7 @@ class _Bench:
     def run(self) -> dict[str, Any]:
         rates: dict[str, list[float]] = {name: [] for name in ("floor", "ours", "four_hooks", "bridge", "saelens")}
         shape = self._best_shape()
+        self._capture_rate([self.hook], "warm-up", WARM_UP_BATCHES * self.batch_size)
         disk = 0.0
         for number in range(self.config.rounds):
             self.say(f"Round {number + 1} of {self.config.rounds}")
@@ -103,7 +104,15 @@ class _Bench:
                 )
             rates["floor"].append(self._floor_rate(shape, self.few_tokens))
         best = {name: max(of_rounds) if of_rounds else None for name, of_rounds in rates.items()}
-        return {**self._description(shape), **_figures(best, disk, self._row_bytes(self.four_hooks)), **self._reading()}
+        return {
+            **self._description(shape),
+            **_figures(best, disk, self._row_bytes(self.four_hooks)),
+            **reading_figures(self.folder, self.text, self.say),
+        }
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size or self.model.default_batch_size
 
     @property
     def few_tokens(self) -> int:
@@ -159,43 +168,11 @@ class _Bench:
             out,
             max_tokens=tokens,
             context_size=self.context_size,
-            batch_size=self.config.batch_size,
+            batch_size=self.batch_size,
         )
         rate = report.rows / (time.perf_counter() - started)
         self.say(f"Ours, {len(hooks)} hook(s): {rate:,.0f} tokens/s")
         return rate
-
-    def _reading(self) -> dict[str, float]:
-        """Bytes per second of reading back in order and shuffled, the page cache emptied before each."""
-        out = self.folder / "four.zarr"
-        store = ActivationStore.open(out)
-        hook = self.four_hooks[-1]
-        files = [path for hook in self.four_hooks for path in sorted((out / "hooks" / hook).glob("c.*"))]
-        n_bytes = store.n_rows * self._row_bytes(self.four_hooks)
-        disk = max(raw_read_bandwidth(files, threads) for threads in (1, 2, 4))
-        drop_from_cache(files)
-        started = time.perf_counter()
-        for _ in store.batches(self.four_hooks, 4096):
-            pass
-        in_order = n_bytes / (time.perf_counter() - started)
-        rates = []
-        for shuffled in (False, True):
-            drop_from_cache(files)
-            started = time.perf_counter()
-            if shuffled:
-                batches = ShuffledBatches(
-                    store, hook, 4096, 0, passes=1, memory_bytes=READ_MEMORY_BYTES, select=Selection(NO_FLAGS)
-                )
-                n_rows = sum(len(batch.rows) for batch in batches)
-            else:
-                n_rows = sum(len(batch.rows) for batch in store.batches([hook], 4096))
-            rates.append(n_rows * self._row_bytes([hook]) / (time.perf_counter() - started))
-        return {
-            "disk_read_bytes_per_second": disk,
-            "read_bytes_per_second": in_order,
-            "read_ratio_to_disk": in_order / disk,
-            "shuffled_ratio_to_read": rates[1] / rates[0],
-        }
 
     def _description(self, shape: int) -> dict[str, Any]:
         return {
@@ -207,7 +184,7 @@ class _Bench:
             "tokens": self.tokens,
             "context_size": self.context_size,
             "floor_batch_tokens": shape,
-            "batch_size": self.config.batch_size or self.model.default_batch_size,
+            "batch_size": self.batch_size,
             "rounds": self.config.rounds,
         }
 
