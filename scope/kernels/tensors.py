@@ -1,12 +1,20 @@
 """From the arrays of an `ActivationSource` to torch tensors."""
 
+import importlib.util
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor"]
+__all__ = ["as_tensor", "has_triton"]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton kernels can be built here: torch brings Triton on Linux, not everywhere."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def as_tensor(values: Any, dtype: str, device: torch.device | str = "cpu") -> Tensor:

@@ -6,7 +6,8 @@
 2. the k groups with the largest maxima hold the row's k largest entries (an entry outside of them is no larger than
    each of their k maxima), so the answer is the top k of those k x g entries.
 
-`topk_reference` is the plain form of `topk`, `topk_encode_reference` that of `topk_encode`.
+`topk_reference` is the plain form of `topk`, `topk_encode_reference` that of `topk_encode`. Rows of bfloat16 on a CUDA
+device go through a Triton kernel of the same two stages (`scope.kernels.triton.selection`).
 """
 
 from typing import NamedTuple
@@ -16,8 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.kernels import sparse
+from scope.kernels.tensors import has_triton
 
-__all__ = ["EncodedTopK", "TopK", "topk", "topk_encode", "topk_encode_reference", "topk_reference"]
+__all__ = [
+    "EncodedTopK",
+    "TopK",
+    "keep_largest",
+    "keep_largest_reference",
+    "topk",
+    "topk_encode",
+    "topk_encode_reference",
+    "topk_reference",
+]
 
 GROUP = 8
 """g of the two stages: 8 and 16 were the fastest of 4 to 32 at rows of 4,096 entries."""
@@ -50,6 +61,12 @@ def topk_reference(pre: Float[Tensor, "batch n"], k: int) -> TopK:
 
 def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
     """The k largest entries of each row; of equal entries any may be taken. Not differentiable."""
+    if pre.is_cuda and pre.dtype == torch.bfloat16 and has_triton():
+        from scope.kernels.triton import selection
+
+        found = selection.topk_rows(pre, k)
+        if found is not None:
+            return TopK(found[0].bfloat16(), found[1].long())
     n = pre.shape[-1]
     n_groups = n // GROUP
     if pre.device.type != "cpu" or n_groups < 2 * k:
@@ -62,6 +79,29 @@ def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
         candidates = torch.cat([candidates, torch.arange(body, n).expand(len(pre), -1)], dim=1)
     values, places = torch.topk(pre.gather(1, candidates), k, dim=-1, sorted=False)
     return TopK(values, candidates.gather(1, places))
+
+
+def keep_largest_reference(
+    pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int
+) -> Float[Tensor, "batch n"]:
+    """What `keep_largest` computes, through a sorted copy."""
+    valid = torch.arange(pre.shape[1], device=pre.device) < n_valid
+    ranked = torch.where(valid, pre, -torch.inf).sort(dim=-1, descending=True).values
+    kth = ranked[:, min(k, pre.shape[1]) - 1 :][:, :1]
+    return torch.where(valid & (pre >= kth), pre, 0.0).relu()
+
+
+def keep_largest(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int) -> Float[Tensor, "batch n"]:
+    """ReLU of each row's k largest entries among its first `n_valid`, zero elsewhere; of equal entries all are kept.
+
+    `n_valid` lies on the device, so that nobody waits for it.
+    """
+    if pre.is_cuda and pre.dtype == torch.bfloat16 and has_triton():
+        from scope.kernels.triton import selection
+
+        if pre.shape[1] <= selection.MAX_ROW_IN_REGISTERS:
+            return selection.keep_largest(pre, n_valid, k)
+    return keep_largest_reference(pre, n_valid, k)
 
 
 def topk_encode_reference(

@@ -22,6 +22,7 @@ from scope.errors import InvalidInputError, MismatchError, NonFiniteError
 from scope.saes import registry
 from scope.saes.base import SAE, SAEMetadata, TrainingContext
 from scope.training.config import TrainConfig
+from scope.training.fast import FastStep, supports_fast_step
 from scope.training.initialisation import expected_norm_scale, geometric_median
 from scope.training.schedules import learning_rate_share
 
@@ -103,6 +104,7 @@ class SAETrainer:
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
         self.firings = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
         self.firing_tokens = 0
+        self.fast = FastStep(self) if supports_fast_step(self) else None
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "rows *width"]) -> None:
@@ -121,7 +123,10 @@ class SAETrainer:
         Raises:
             MismatchError: the batch has another width than the SAE.
             NonFiniteError: the batch holds a NaN or an Inf, or the gradient became one; the weights are untouched.
+                On a GPU it may come up to two steps later (`scope.training.fast`).
         """
+        if self.fast is not None:
+            return self.fast.step(self._rows_of(batch), rows)
         raw = self._checked(batch, rows)
         if self.scale is None:
             self.initialise(raw)
@@ -157,6 +162,7 @@ class SAETrainer:
     @torch.no_grad()
     def export(self) -> SAE:
         """A copy of the SAE that takes raw activations and gives values in the model's own units, on the CPU."""
+        self._settle()
         scale = self.scale or 1.0
         sae = type(self.sae)(self.sae.cfg, initialise=False)
         sae.load_state_dict(self.sae.state_dict())
@@ -166,6 +172,7 @@ class SAETrainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights, Adam's state and firing counters, by name: with `counters`, all that a later step depends on."""
+        self._settle()
         tensors = {"tokens_since_fired": self.tokens_since_fired, "firings": self.firings}
         for name, row in self._rows.items():
             tensors[name] = row
@@ -175,7 +182,9 @@ class SAETrainer:
 
     def counters(self) -> dict[str, Any]:
         """Scale and counts, JSON-able."""
+        self._settle()
         return {
+            **(self.fast.counters() if self.fast else {}),
             "scale": self.scale,
             "steps_done": self.steps_done,
             "tokens_done": self.tokens_done,
@@ -194,6 +203,8 @@ class SAETrainer:
         self.scale = counters["scale"]
         self.steps_done, self.tokens_done = counters["steps_done"], counters["tokens_done"]
         self.firing_tokens = counters["firing_tokens"]
+        if self.fast:
+            self.fast.restore(counters)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -217,14 +228,28 @@ class SAETrainer:
         error.rows = [] if rows is None else named  # type: ignore[attr-defined]
         raise error
 
+    def gradient_error(self) -> NonFiniteError:
+        """What is raised for a gradient that is not finite."""
+        return NonFiniteError(
+            f"The gradient of step {self.steps_done + 1:,} is not finite. The weights were not stepped on it; "
+            "lower the learning rate, or look for extreme activations."
+        )
+
+    def _settle(self) -> None:
+        if self.fast is not None:
+            self.fast.settle()
+
     def _checked(self, batch: Tensor, rows: Any = None) -> Tensor:
+        flat = self._rows_of(batch).to(self.config.device, torch.float32)
+        self.require_finite(flat, rows)
+        return flat
+
+    def _rows_of(self, batch: Tensor) -> Tensor:
         flat = batch.flatten(1) if batch.ndim > 2 else batch
         if flat.ndim != 2 or flat.shape[-1] != self.sae.d_in:
             raise MismatchError(
                 f"The batch has shape {tuple(batch.shape)}; expected rows of width {self.sae.d_in:,} (d_in)."
             )
-        flat = flat.to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
         return flat
 
     @torch.no_grad()
@@ -239,10 +264,7 @@ class SAETrainer:
         grad_norm = norms.norm() / self.sae.d_in
         if not torch.isfinite(grad_norm):
             self.sae.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"The gradient of step {self.steps_done + 1:,} is not finite. The weights were not stepped on it; "
-                "lower the learning rate, or look for extreme activations."
-            )
+            raise self.gradient_error()
         if self.config.clip_grad_norm and grad_norm > self.config.clip_grad_norm:
             for row in self._rows.values():
                 assert row.grad is not None
