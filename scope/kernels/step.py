@@ -188,6 +188,7 @@ def feature_rows_reference(
 def feature_rows(
     source: Float[Tensor, "batch d_in"],
     weights: Float[Tensor, "batch k"],
+    ids: Int[Tensor, "batch k"],
     groups: EntryGroups,
     out: Float[Tensor, "d_sae d_in"],
     slots: Int[Tensor, " d_sae"] | None = None,
@@ -198,6 +199,7 @@ def feature_rows(
     Args:
         source: batch rows, in the compute dtype.
         weights: the entries' weights, float32.
+        ids: the entries' features.
         groups: the entries by feature.
         out: where the rows of features with an entry, or with a slot, are written; other rows are left as they are.
         slots: for each feature the row of `extra` to add, or -1.
@@ -206,7 +208,7 @@ def feature_rows(
     if source.is_cuda:
         from scope.kernels.triton import products
 
-        return products.feature_rows(source, weights, *groups, out, slots, extra)
+        return products.feature_rows(source, weights, ids, *groups, out, slots, extra)
     order = groups.order.long()
     rows = order // weights.shape[1]
     grouped = sparse.FeatureGroups(order, rows, groups.offsets[:-1].long())

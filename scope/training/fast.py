@@ -62,6 +62,18 @@ def supports_fast_step(trainer: "SAETrainer") -> bool:
     )
 
 
+class _Entries(NamedTuple):
+    """What fires, and what the gradients need of it."""
+
+    weights: Tensor
+    """(2/B) x value."""
+    at_f: Tensor
+    """The gradient of the pre-activation."""
+    ids: Tensor
+    groups: products.EntryGroups
+    sums: products.FeatureSums
+
+
 class _Aux(NamedTuple):
     """AuxK's part of a step."""
 
@@ -168,13 +180,14 @@ class FastStep:
         error = squares.sum() / n_rows
         total = error + aux.loss if aux else error
 
-        gradients, parts = self._gradient(centred, residual, values * (2 / n_rows), at_f, groups, sums, aux)
+        entries = _Entries(values * (2 / n_rows), at_f, ids, groups, sums)
+        gradients, parts = self._gradient(centred, residual, entries, aux)
         grad_norm = torch.stack(parts).sum().sqrt() / sae.d_in
         rows_finite = torch.isfinite(norms.sum())
         ok = rows_finite & torch.isfinite(grad_norm)
         self._healthy.mul_(ok)
         clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
-        learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), groups, sums, aux)
+        learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), groups, aux)
         fired = self._count(sums.fired, n_rows)
         self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float()]), batch, rows, before)
         mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
@@ -222,30 +235,29 @@ class FastStep:
         weight = config.auxk_coefficient * (n_taken / k_aux).clamp_max(1.0) / n_rows
         loss = weight * torch.linalg.vector_norm(left, dtype=torch.float32).square()
         left.mul_(2 * weight)
-        at_f = torch.where(f > 0, left @ W_dec.T, 0.0)
+        at_f = torch.ops.aten.threshold_backward(left @ W_dec.T, f, 0)  # zero where f is
+        dec = f.T @ left
         return _Aux(
             loss=loss,
             slots=slots.int(),
-            dec=f.T @ left,
+            dec=dec,
             enc=at_f.T @ centred,
             bias_gradient=at_f.sum(dim=0, dtype=torch.float32),
-            along=(f * at_f).sum(dim=0, dtype=torch.float32),
+            along=(dec.float() * W_dec).sum(dim=1),
         )
 
     def _gradient(
         self,
         centred: Tensor,
         residual: Tensor,
-        weights: Tensor,
-        at_f: Tensor,
-        groups: products.EntryGroups,
-        sums: products.FeatureSums,
+        entries: _Entries,
         aux: _Aux | None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The gradients that lie dense, by name, with what lies along the decoder's rows; and the squares of norms."""
         slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
-        squares_dec = products.feature_rows(residual, weights, groups, self._gradients["W_dec"], slots, dec)
-        squares_enc = products.feature_rows(centred, at_f, groups, self._gradients["W_enc"], slots, enc)
+        weights, at_f, ids, groups, sums = entries
+        squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
+        squares_enc = products.feature_rows(centred, at_f, ids, groups, self._gradients["W_enc"], slots, enc)
         bias, along = sums.bias_gradient, sums.along
         if aux:
             slot, has_slot = aux.slots.clamp_min(0).long(), aux.slots >= 0
@@ -266,7 +278,6 @@ class FastStep:
         gradients: dict[str, Tensor],
         control: Tensor,
         groups: products.EntryGroups,
-        sums: products.FeatureSums,
         aux: _Aux | None,
     ) -> float:
         """Adam on all weights; the learning rate."""

@@ -4,9 +4,9 @@
 the reconstruction's tile, its error, and that tile's part of the k dot products with the error.
 
 `feature_rows` sums, for each feature, the batch rows that it fires on. Most features fire on a few rows and some on
-half of them, so it runs twice: for the densest features one program takes 128 columns of a feature and 32 rows at a
-time, for all others one program takes a whole feature. Features come in order of their counts, which is what balances
-the load. No sum depends on timing.
+half of them. The densest features, as few as they are, hold most entries: for them it is a dense product, which tensor
+cores do at next to no cost. For each of the others one program sums its rows, in order of their counts, which is what
+balances the load. No sum depends on timing.
 """
 
 import torch
@@ -16,10 +16,8 @@ from torch import Tensor
 
 __all__ = ["centre", "feature_rows", "feature_sums", "residual_and_dots"]
 
-DENSE_FEATURES = 1024
-"""How many of the densest features are cut into columns."""
-DENSE_COLUMNS = 128
-DENSE_ROWS = 32
+DENSE_FEATURES = 2048
+"""How many of the densest features go through a dense product."""
 
 
 @triton.jit
@@ -79,10 +77,10 @@ def residual_and_dots(
     dots = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     squares = torch.empty(batch, dtype=torch.float32, device=x.device)
     k_padded = triton.next_power_of_2(k)
-    columns = max(16, min(256, 8192 // k_padded))
+    columns = max(16, min(256, 4096 // k_padded))
     _residual_and_dots[(batch,)](
         x, values, ids, W, b, residual, dots, squares, scale, d, k,
-        K_PADDED=k_padded, COLUMNS=columns, num_warps=4 if k_padded * columns <= 8192 else 8,
+        K_PADDED=k_padded, COLUMNS=columns, num_warps=2 if k_padded * columns <= 4096 else 4,
     )  # fmt: skip
     return residual, dots, squares
 
@@ -120,49 +118,42 @@ def feature_sums(values: Tensor, gradients: Tensor, order: Tensor, offsets: Tens
 
 
 @triton.jit
-def _sum_of_rows(source, weights, order, begin, end, column, inside, d, k, acc, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + the weighted sum of the rows that one feature's entries lie in."""
-    for at in range(begin, end, ROWS):
-        entry = at + tl.arange(0, ROWS)
-        place = tl.load(order + entry, mask=entry < end, other=0)
-        weight = tl.load(weights + place, mask=entry < end, other=0.0)
-        row = (place // k).to(tl.int64)
-        tile = tl.load(
-            source + row[:, None] * d + column[None, :], mask=(entry < end)[:, None] & inside[None, :], other=0.0
-        )
-        acc += tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-    return acc
-
-
-@triton.jit
 def _feature_rows(
     source, weights, order, offsets, ranked, slots, extra, out, squares, d, k, first,
     HAS_EXTRA: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     feature = tl.load(ranked + first + tl.program_id(0)).to(tl.int64)
-    part = tl.program_id(1)
     start, end = tl.load(offsets + feature), tl.load(offsets + feature + 1)
     slot = tl.load(slots + feature) if HAS_EXTRA else -1
     square = 0.0
     if (end > start) | (slot >= 0):
-        column = part * WIDTH + tl.arange(0, WIDTH)
+        column = tl.arange(0, WIDTH)
         inside = column < d
         acc = tl.zeros((WIDTH,), tl.float32)
         if HAS_EXTRA:
             acc += tl.load(
                 extra + tl.maximum(slot, 0).to(tl.int64) * d + column, mask=inside & (slot >= 0), other=0.0
             ).to(tl.float32)
-        acc = _sum_of_rows(source, weights, order, start, end, column, inside, d, k, acc, ROWS)
+        for at in range(start, end, ROWS):
+            entry = at + tl.arange(0, ROWS)
+            place = tl.load(order + entry, mask=entry < end, other=0)
+            weight = tl.load(weights + place, mask=entry < end, other=0.0)
+            row = (place // k).to(tl.int64)
+            tile = tl.load(
+                source + row[:, None] * d + column[None, :], mask=(entry < end)[:, None] & inside[None, :], other=0.0
+            )
+            acc += tl.sum(tile.to(tl.float32) * weight[:, None], 0)
         stored = acc.to(out.dtype.element_ty)
         tl.store(out + feature * d + column, stored, mask=inside)
         kept = stored.to(tl.float32)
         square = tl.sum(kept * kept, 0)
-    tl.store(squares + feature * tl.num_programs(1) + part, square)
+    tl.store(squares + feature, square)
 
 
 def feature_rows(
     source: Tensor,
     weights: Tensor,
+    ids: Tensor,
     order: Tensor,
     offsets: Tensor,
     ranked: Tensor,
@@ -172,22 +163,32 @@ def feature_rows(
 ) -> Tensor:
     """Write the rows of (sparse weights)ᵀ source for active features to `out`; returns every row's squared norm."""
     d, k, d_sae = source.shape[1], weights.shape[1], len(out)
+    squares = torch.empty(d_sae, dtype=torch.float32, device=source.device)
     n_dense = min(DENSE_FEATURES, d_sae)
-    has_extra = slots is not None and extra is not None
-    arguments = (source, weights, order, offsets, ranked, slots if has_extra else ranked, extra if has_extra else out)
-    parts = triton.cdiv(d, DENSE_COLUMNS)
-    dense = torch.zeros(d_sae, parts, dtype=torch.float32, device=source.device)
-    _feature_rows[(n_dense, parts)](
-        *arguments, out, dense, d, k, 0,
-        HAS_EXTRA=has_extra, WIDTH=DENSE_COLUMNS, ROWS=DENSE_ROWS, num_warps=4,
-    )  # fmt: skip
-    squares = dense.sum(1)
+    densest = ranked[:n_dense].long()
+    rows = _dense_rows(source, weights, ids, ranked, n_dense)
+    if slots is not None and extra is not None:
+        slot = slots[densest, None]
+        rows += torch.where(slot >= 0, extra[slot.flatten().clamp_min(0).long()], 0.0)
+    out.index_copy_(0, densest, rows)
+    squares.index_copy_(0, densest, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_())
     if d_sae > n_dense:
+        has_extra = slots is not None and extra is not None
         width = triton.next_power_of_2(d)
-        whole = torch.zeros(d_sae, dtype=torch.float32, device=source.device)
-        _feature_rows[(d_sae - n_dense, 1)](
-            *arguments, out, whole, d, k, n_dense,
-            HAS_EXTRA=has_extra, WIDTH=width, ROWS=4, num_warps=8 if width > 1024 else 4,
+        _feature_rows[(d_sae - n_dense,)](
+            source, weights, order, offsets, ranked,
+            slots if has_extra else ranked, extra if has_extra else out, out, squares, d, k, n_dense,
+            HAS_EXTRA=has_extra, WIDTH=width, ROWS=2, num_warps=8 if width > 1024 else 4,
         )  # fmt: skip
-        squares += whole
     return squares
+
+
+def _dense_rows(source: Tensor, weights: Tensor, ids: Tensor, ranked: Tensor, n_dense: int) -> Tensor:
+    """weightsᵀ source for the first features of `ranked`, through their dense columns."""
+    rank = torch.empty_like(ranked)
+    rank[ranked.long()] = torch.arange(len(ranked), dtype=ranked.dtype, device=ranked.device)
+    column = rank[ids.long()].clamp_max(n_dense).long()
+    # All other entries share the column after the last; eight columns more keep rows at 16 bytes.
+    dense = torch.zeros(len(source), n_dense + 8, dtype=source.dtype, device=source.device)
+    dense.scatter_(1, column, weights.to(source.dtype))
+    return dense[:, :n_dense].T @ source

@@ -4,14 +4,15 @@ One program takes one row.
 
 1. The row is read once, as groups of 8 x PIECES entries (PIECES runs of 8 neighbours), of which only the maxima stay.
 2. bfloat16 has 65,536 values, so their order is that of 16-bit integers, and the k-th largest maximum is found
-   exactly, by fixing its 16 bits from the highest down: a bit is set if at least k maxima stay as large.
+   exactly, by fixing its 16 bits from the highest down, two at a time: they become the largest number with which at
+   least k maxima are as large.
 3. The k groups with the largest maxima hold the k largest entries (any other entry is no larger than each of the k
    maxima); of equal maxima the first groups are taken.
 4. Their entries are read again, a hundredth of the row, and the same search over them gives the k entries. Of equal
    entries the first are taken, so that the result does not depend on timing.
 
-Arithmetic is as in RadixSelect (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units") with
-one bit a pass, on registers.
+The search is RadixSelect (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units") with two
+bits a pass, on registers.
 """
 
 import torch
@@ -39,10 +40,17 @@ def _ordered(x):  # type: ignore[no-untyped-def]
 def _kth_largest(keys, k):  # type: ignore[no-untyped-def]
     """The k-th largest of at least k keys of 16 bits; keys below 0 do not count."""
     found = 0
-    for step in tl.static_range(16):
-        raised = found | (1 << (15 - step))
-        enough = tl.sum((keys >= raised).to(tl.int32), 0) >= k
-        found = tl.where(enough, raised, found)
+    for step in tl.static_range(8):
+        shift = 14 - 2 * step
+        # Three counts in one sum: each stays below 2^20.
+        one = (keys >= found + (1 << shift)).to(tl.int64)
+        two = (keys >= found + (2 << shift)).to(tl.int64)
+        three = (keys >= found + (3 << shift)).to(tl.int64)
+        counts = tl.sum(one + (two << 20) + (three << 40), 0)
+        digit = ((counts & 0xFFFFF) >= k).to(tl.int32)
+        digit += (((counts >> 20) & 0xFFFFF) >= k).to(tl.int32)
+        digit += ((counts >> 40) >= k).to(tl.int32)
+        found += digit << shift
     return found
 
 
@@ -142,5 +150,5 @@ def keep_largest(pre: Tensor, n_valid: Tensor, k: int) -> Tensor:
     batch, n = pre.shape
     out = torch.empty_like(pre)
     width = triton.next_power_of_2(n)
-    _keep_largest[(batch,)](pre, out, n_valid, n, k, WIDTH=width, num_warps=16 if width > 4096 else 8)
+    _keep_largest[(batch,)](pre, out, n_valid, n, k, WIDTH=width, num_warps=max(1, min(16, width // 1024)))
     return out
