@@ -74,7 +74,7 @@ def adam_rows(
     Args:
         parameter: a contiguous matrix or vector, float32.
         mean, square: Adam's moments.
-        gradient: in any floating dtype.
+        gradient: in any floating dtype; on the CPU it may be overwritten.
         control: on the device: the clipping factor, and whether to step at all (above 0).
         lr: learning rate.
         betas: decay rates of the moments.
@@ -92,9 +92,21 @@ def adam_rows(
             counts=counts, slots=slots, along=along, copy=copy,
         )  # fmt: skip
         return
-    active = None
+    if not control[1] > 0:
+        return
+    g = gradient.float()
     if counts is not None:
-        active = counts > 0 if slots is None else (counts > 0) | (slots >= 0)
-    adam_rows_reference(
-        parameter, mean, square, gradient, control, lr=lr, betas=betas, step=step, active=active, along=along, copy=copy
-    )
+        idle = counts == 0 if slots is None else (counts == 0) & (slots < 0)
+        g[idle] = 0
+    if along is not None:
+        g.addcmul_(along[:, None], parameter, value=-1)
+    if control[0] != 1:
+        g.mul_(control[0])
+    torch._fused_adam_(
+        [parameter], [g], [mean], [square], [], [torch.tensor(float(step))],
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if along is not None:
+        parameter.div_(torch.linalg.vector_norm(parameter, dim=-1, keepdim=True))
+    if copy is not None:
+        copy.copy_(parameter)

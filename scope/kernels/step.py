@@ -8,7 +8,7 @@ A step has f, `(batch, d_sae)`, with k entries a row. Beside the encode product 
 3. `feature_sums`        for each feature three sums over its entries: firings, the bias's gradient, and what of the
                          decoder's gradient lies along its row (Σ value x gradient, without touching the gradient);
 4. `feature_rows`        the gradients of W_dec and W_enc: sums of batch rows over each feature's entries. Rows of
-                         features without an entry are not written: whoever reads them asks the counts.
+                         features without an entry may be left unwritten: whoever reads them asks the counts.
 
 On a CUDA device they are Triton kernels (`scope.kernels.triton`), elsewhere torch operations. Every sum is in float32
 and in a fixed order, so that a step gives the same bits each time.
@@ -201,7 +201,8 @@ def feature_rows(
         weights: the entries' weights, float32.
         ids: the entries' features.
         groups: the entries by feature.
-        out: where the rows of features with an entry, or with a slot, are written; other rows are left as they are.
+        out: where the rows of features with an entry, or with a slot, are written. Other rows are zero on the CPU; on
+            a GPU they may be left as they are.
         slots: for each feature the row of `extra` to add, or -1.
         extra: further gradients of some features.
     """

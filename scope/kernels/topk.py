@@ -24,6 +24,7 @@ __all__ = [
     "TopK",
     "keep_largest",
     "keep_largest_reference",
+    "linear_topk",
     "topk",
     "topk_encode",
     "topk_encode_reference",
@@ -127,7 +128,10 @@ def topk_encode(
     return EncodedTopK(values, ids, sparse.FeatureGroups(order, rows, offsets))
 
 
-def _encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> TopK:
+def linear_topk(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], b: Float[Tensor, " d_sae"], k: int
+) -> TopK:
+    """The k largest entries of each row of x Wᵀ + b. Not differentiable."""
     if x.device.type != "cpu" or len(x) <= CHUNK_ROWS:
         return topk(torch.addmm(b, x, W.T), k)
     values, ids = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
@@ -142,7 +146,7 @@ def _encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> TopK:
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, k):  # type: ignore[no-untyped-def]
-        values, ids = _encode(x, W, b, k)
+        values, ids = linear_topk(x, W, b, k)
         values = values.relu_()
         groups = sparse.group_by_feature(ids, len(W))
         ctx.save_for_backward(x, W, values, ids, *groups)

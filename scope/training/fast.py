@@ -33,7 +33,7 @@ from scope.errors import NonFiniteError
 from scope.kernels import step as products
 from scope.kernels.adam import adam_rows
 from scope.kernels.tensors import has_triton
-from scope.kernels.topk import keep_largest, topk
+from scope.kernels.topk import keep_largest, linear_topk
 from scope.saes.topk import TopKSAE
 from scope.training.schedules import learning_rate_share
 
@@ -51,15 +51,13 @@ MAX_AUX = 16_384
 
 
 def supports_fast_step(trainer: "SAETrainer") -> bool:
-    """Whether this trainer's settings are ones that `FastStep` computes: TopK on a CUDA device in bfloat16."""
-    config = trainer.config
-    return (
-        type(trainer.sae) is TopKSAE
-        and trainer.sae.cfg.apply_b_dec_to_input
-        and trainer.sae.device.type == "cuda"
-        and config.compute_dtype == "bfloat16"
-        and has_triton()
-    )
+    """Whether this trainer's settings are ones that `FastStep` computes: TopK, on a GPU in bfloat16 or on the CPU."""
+    sae = trainer.sae
+    if type(sae) is not TopKSAE or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
+        return False
+    if sae.device.type == "cuda":
+        return trainer.config.compute_dtype == "bfloat16" and has_triton()
+    return sae.device.type == "cpu"
 
 
 class _Entries(NamedTuple):
@@ -209,8 +207,7 @@ class FastStep:
 
     def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         k = self.trainer.sae.cfg.k  # type: ignore[attr-defined]
-        pre = torch.addmm(self.trainer.sae.b_enc.to(self.dtype), centred, self._copies["W_enc"].T)
-        values, ids = topk(pre, k)
+        values, ids = linear_topk(centred, self._copies["W_enc"], self.trainer.sae.b_enc.to(self.dtype), k)
         return values.float().relu_(), ids.int()
 
     def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor, n_dead: Tensor) -> _Aux | None:
@@ -284,7 +281,9 @@ class FastStep:
         trainer, config = self.trainer, self.trainer.config
         share = learning_rate_share(trainer.steps_done, config.steps, config.warmup, config.decay)
         learning_rate = config.peak_lr * share
-        counts, slots = groups.offsets.diff(), aux.slots if aux else None
+        # On the CPU `feature_rows` writes every row, zeros too; on a GPU Adam reads active ones only.
+        on_cuda = trainer.sae.device.type == "cuda"
+        counts, slots = (groups.offsets.diff() if on_cuda else None), (aux.slots if aux else None)
         for name, weight in self._weights.items():
             state = trainer.optimiser.state[weight]
             sparse: dict[str, Any] = {}
