@@ -12,16 +12,17 @@ million, no dead ones.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["DictionaryLike", "densities", "dictionary_like"]
+__all__ = ["DictionaryLike", "densities", "dictionary_like", "row_maker"]
 
 DENSEST, RAREST = 0.5, 1e-6
-FIRING_SHARE = 1.25
+FIRING_SHARE = 1.75
 """True features on a row, in multiples of k, so that the k largest are chosen among features that are there."""
 DEAD_SHARE = 0.1
 DEAD_READS = 0.02
@@ -57,38 +58,44 @@ def densities(d_sae: int, k: int) -> Float[Tensor, " d_sae"]:
     return torch.cat([live, torch.zeros(d_sae - n_live, dtype=torch.float64)]).float()
 
 
-def dictionary_like(
-    d_in: int,
-    d_sae: int,
-    k: int,
-    batch_size: int,
-    n_batches: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> DictionaryLike:
-    """Make batches and weights; `dtype` is that of the batches."""
+def row_maker(
+    d_in: int, d_sae: int, k: int, device: torch.device, seed: int = 0
+) -> Callable[[int], Float[Tensor, "batch d_in"]]:
+    """A function that draws so many rows, float32; the same directions and the same rows for the same seed."""
     generator = torch.Generator(device).manual_seed(seed)
-    W_dec = torch.randn(d_sae, d_in, generator=generator, device=device)
-    W_dec /= W_dec.norm(dim=-1, keepdim=True)
+    directions = _directions(d_in, d_sae, device, generator)
+    return lambda n: _rows(n, directions, densities(d_sae, k).to(device), generator)
+
+
+def dictionary_like(
+    d_in: int, d_sae: int, k: int, batch_size: int, n_batches: int, device: torch.device, seed: int = 0
+) -> DictionaryLike:
+    """Make batches, float32, and weights."""
+    generator = torch.Generator(device).manual_seed(seed)
+    W_dec = _directions(d_in, d_sae, device, generator)
     p = densities(d_sae, k).to(device)
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    directions = W_dec.to(compute)
-
-    def rows(n: int) -> Tensor:
-        there = torch.rand(n, d_sae, generator=generator, device=device) < p
-        strengths = torch.randn(n, d_sae, generator=generator, device=device).mul_(STRENGTH_SPREAD).exp_()
-        return (torch.where(there, strengths, 0.0).to(compute) @ directions).to(dtype)
-
-    batches = [
-        torch.cat([rows(min(ROWS_AT_ONCE, batch_size - at)) for at in range(0, batch_size, ROWS_AT_ONCE)])
-        for _ in range(n_batches)
-    ]
+    batches = [_rows(batch_size, W_dec, p, generator) for _ in range(n_batches)]
     # What the other directions add up to along one of them, by chance.
-    crosstalk = float(batches[0].float().norm(dim=-1).mean()) / math.sqrt(d_in)
-    rareness = torch.special.ndtri((1 - p.double().clamp(RAREST, DENSEST)))
+    crosstalk = float(batches[0].norm(dim=-1).mean()) / math.sqrt(d_in)
+    rareness = torch.special.ndtri(1 - p.double().clamp(RAREST, DENSEST))
     n_dead = int((p == 0).sum())
     reads = torch.ones(d_sae, 1, device=device)
     reads[d_sae - n_dead :] = DEAD_READS
     b_enc = torch.where(p > 0, -crosstalk * rareness, 0.0).float()
     return DictionaryLike(batches, W_dec, W_dec * reads, b_enc, n_dead)
+
+
+def _directions(d_in: int, d_sae: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(d_sae, d_in, generator=generator, device=device)
+    return rows.div_(rows.norm(dim=-1, keepdim=True))
+
+
+def _rows(n: int, directions: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
+    compute = directions.to(torch.bfloat16) if directions.is_cuda else directions
+    parts = []
+    for start in range(0, n, ROWS_AT_ONCE):
+        size = (min(ROWS_AT_ONCE, n - start), len(p))
+        there = torch.rand(size, generator=generator, device=p.device) < p
+        strengths = torch.randn(size, generator=generator, device=p.device).mul_(STRENGTH_SPREAD).exp_()
+        parts.append((torch.where(there, strengths, 0.0).to(compute.dtype) @ compute).float())
+    return torch.cat(parts)

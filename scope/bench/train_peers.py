@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scope.bench.synthetic import DictionaryLike
+from scope.bench.synthetic import DictionaryLike, row_maker
+from scope.training.config import TrainConfig
+from scope.training.trainer import SAETrainer
 
-__all__ = ["saelens_step", "sparsify_step"]
+__all__ = ["losses_on_the_same_batches", "saelens_step", "sparsify_step", "without_wandb"]
 
 Step = Callable[[Tensor], Any]
 NEVER = 1_000_000
@@ -28,35 +30,48 @@ def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: floa
 
     Args:
         data: the weights to start from.
-        scale: its rows are multiplied by it before they are given.
-        arch: "topk", "batchtopk" or "jumprelu".
+        scale: rows are multiplied by it before they are given.
+        arch: one of `SAELENS_ARCHITECTURES`.
         k: firing features.
         lr: learning rate.
         compiled: whether its forward pass goes through `torch.compile`.
     """
+    d_sae, d_in = data.W_dec.shape
+    trainer = _saelens_trainer(arch, d_in, d_sae, k, lr, len(data.batches[0]), data.W_dec.device)
+    with torch.no_grad():
+        trainer.sae.W_enc.copy_(data.W_enc.T)
+        trainer.sae.W_dec.copy_(data.W_dec)
+        trainer.sae.b_enc.copy_(data.b_enc * scale)
+    if compiled:
+        trainer.sae.training_forward_pass = torch.compile(trainer.sae.training_forward_pass)
+    trainer.n_forward_passes_since_fired[d_sae - data.n_dead :] = NEVER
+
+    def step(batch: Tensor) -> Any:
+        output = trainer.step(batch * scale)
+        trainer.n_training_steps += 1
+        return output
+
+    return step
+
+
+def _saelens_trainer(
+    arch: str, d_in: int, d_sae: int, k: int, lr: float, batch_size: int, device: torch.device
+) -> Any:
     import sae_lens
     from sae_lens import SAETrainer
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
     name = SAELENS_ARCHITECTURES[arch]
-    device, batch_size = str(data.W_dec.device.type), len(data.batches[0])
-    d_sae, d_in = data.W_dec.shape
-    sizes = {"d_in": d_in, "d_sae": d_sae, "device": device, "dtype": "float32"}
+    sizes: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "device": str(device), "dtype": "float32"}
     sizes |= {} if arch == "jumprelu" else {"k": k}
     sae = getattr(sae_lens, f"{name}TrainingSAE")(getattr(sae_lens, f"{name}TrainingSAEConfig")(**sizes))
-    with torch.no_grad():
-        sae.W_enc.copy_(data.W_enc.T)
-        sae.W_dec.copy_(data.W_dec)
-        sae.b_enc.copy_(data.b_enc * scale)
-    if compiled:
-        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
     config = SAETrainerConfig(
         n_checkpoints=0,
         checkpoint_path=None,
         save_final_checkpoint=False,
         total_training_samples=batch_size * NEVER,
-        device=device,
-        autocast=device == "cuda",
+        device=str(device),
+        autocast=device.type == "cuda",
         lr=lr,
         lr_end=lr / 10,
         lr_scheduler_name="constant",
@@ -74,15 +89,7 @@ def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: floa
     def nothing() -> Iterator[Tensor]:
         yield from ()
 
-    trainer = SAETrainer(config, sae, nothing())
-    trainer.n_forward_passes_since_fired[d_sae - data.n_dead :] = NEVER
-
-    def step(batch: Tensor) -> Any:
-        output = trainer.step(batch)
-        trainer.n_training_steps += 1
-        return output
-
-    return step
+    return SAETrainer(config, sae, nothing())
 
 
 def sparsify_step(data: DictionaryLike, scale: float, k: int, lr: float) -> Step:
@@ -101,7 +108,7 @@ def sparsify_step(data: DictionaryLike, scale: float, k: int, lr: float) -> Step
 
     def step(batch: Tensor) -> Any:
         coder.set_decoder_norm_to_unit_norm()
-        output = coder(batch)
+        output = coder(batch * scale)
         output.fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
@@ -123,3 +130,37 @@ def without_wandb() -> Iterator[None]:
             setattr(empty, name, type(name, (), {}))
         sys.modules["wandb"] = empty
     yield
+
+
+def losses_on_the_same_batches(
+    arch: str, d_in: int, d_sae: int, k: int, batch_size: int, n_steps: int, device: torch.device
+) -> tuple[float, float]:
+    """Squared error a row, over the last tenth of the steps, of our trainer and of SAELens's.
+
+    Each starts as it does by default and takes every batch once, with the same learning rate (ours by default).
+    """
+    config = TrainConfig(
+        arch=arch,
+        d_sae=d_sae,
+        k=k,
+        tokens=n_steps * batch_size,
+        batch_size=batch_size,
+        warmup=0.0,
+        decay=0.0,
+        device=str(device),
+        compute_dtype="bfloat16" if device.type == "cuda" else "float32",
+    )
+    ours = SAETrainer(config, d_in)
+    theirs = _saelens_trainer(arch, d_in, d_sae, k, config.peak_lr, batch_size, device)
+    errors: list[tuple[Tensor, Tensor]] = []
+    rows = row_maker(d_in, d_sae, k, device)
+    for number in range(n_steps):
+        batch = rows(batch_size)
+        report = ours.step(batch)
+        assert ours.scale is not None
+        output = theirs.step(batch * ours.scale)
+        theirs.n_training_steps += 1
+        if number >= n_steps - max(1, n_steps // 10):
+            mine = (report.loss - sum(report.parts.values())) * d_in
+            errors.append((mine, output.losses["mse_loss"].detach()))
+    return tuple(float(torch.stack(of).mean()) for of in zip(*errors, strict=True))  # type: ignore[return-value]

@@ -31,6 +31,7 @@ from scope.errors import InterruptedRunError, NonFiniteError
 from scope.saes import formats
 from scope.training.config import TrainConfig
 from scope.training.data import Batch, BatchStream, provenance_of, resolve_hook, shuffled_batches, width_of
+from scope.training.prefetch import on_device
 from scope.training.report import TrainReport
 from scope.training.trainer import SAETrainer, StepReport
 from scope.training.workfolder import LOG_NAME, WorkFolder
@@ -114,7 +115,7 @@ class _Loop:
         seconds_before = work.resume(trainer) if work else 0.0
         self.lines = [json.loads(line) for line in work.log().splitlines()] if work else []
         resumed_at = trainer.steps_done
-        batches = self._initialised(self.stream(resumed_at))
+        batches = self._initialised(on_device(self.stream(resumed_at), config.device))
         started = time.perf_counter() - seconds_before
         with _interrupt_deferred() as interrupted:
             for rows, values in itertools.islice(batches, config.steps - resumed_at):
