@@ -1,5 +1,7 @@
 """The kernels of the fast training step against their plain forms: on the CPU always, as Triton kernels on a GPU."""
 
+import os
+
 import pytest
 import torch
 from helpers_training import one_thread  # noqa: F401  # a fixture
@@ -11,6 +13,8 @@ from scope.kernels.topk import keep_largest, keep_largest_reference, linear_topk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""With it the tests of the CPU run the Triton kernels too, in Triton's interpreter."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(1, 3, 5, 1), (9, 37, 50, 5), (70, 130, 900, 33)]
 """batch, d_in, d_sae, k: odd ones."""
@@ -57,7 +61,7 @@ def test_residual_and_dots(device: str, dtype: torch.dtype, shape: tuple[int, in
 def test_sums_over_entries(
     device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], n_dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device == "cuda":
+    if device == "cuda" or INTERPRETED:
         from scope.kernels.triton import products
 
         monkeypatch.setattr(products, "DENSE_FEATURES", n_dense)
@@ -151,7 +155,9 @@ def pre_activations(kind: str, batch: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "negative"])
-@pytest.mark.parametrize(("n", "n_valid", "k"), [(1, 1, 1), (100, 77, 10), (100, 5, 10), (300, 300, 300), (1030, 999, 8)])
+@pytest.mark.parametrize(
+    ("n", "n_valid", "k"), [(1, 1, 1), (100, 77, 10), (100, 5, 10), (300, 300, 300), (1030, 999, 8)]
+)
 def test_keep_largest(device: str, kind: str, n: int, n_valid: int, k: int) -> None:
     pre = pre_activations(kind, 7, n).to(device)
     n_taken = torch.tensor(n_valid, device=device)
@@ -164,7 +170,9 @@ def test_keep_largest(device: str, kind: str, n: int, n_valid: int, k: int) -> N
         assert (got[:, n_valid:] == 0).all()
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "negative"])
 @pytest.mark.parametrize(
     ("n", "k"), [(17, 3), (512, 5), (777, 7), (1000, 16), (4096, 32), (16_384, 64), (65_536, 64), (65_536, 256)]
@@ -172,7 +180,7 @@ def test_keep_largest(device: str, kind: str, n: int, n_valid: int, k: int) -> N
 def test_topk_of_bfloat16_rows(kind: str, n: int, k: int) -> None:
     from scope.kernels.triton import selection
 
-    pre = pre_activations(kind, 33, n).cuda()
+    pre = pre_activations(kind, 3, n) if INTERPRETED else pre_activations(kind, 33, n).cuda()
     found = selection.topk_rows(pre, k)
     assert found is not None
     values, ids = found

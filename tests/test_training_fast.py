@@ -65,13 +65,17 @@ def test_the_default_trainer_takes_it() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda rows: rows.index_fill(0, torch.tensor([5]), torch.nan), r"1 rows .* blocks.1.hook_resid_post: rows 405"),
+        (
+            lambda rows: rows.index_fill(0, torch.tensor([5]), torch.nan),
+            r"1 rows .* blocks.1.hook_resid_post: rows 405",
+        ),
         (lambda rows: torch.full_like(rows, 1e30), "gradient of step 5"),
     ],
 )
 def test_nothing_moves_from_a_bad_batch_on(lag: int, spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    trainer, alone = trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag), trainer_for(
-        replace(CONFIG, clip_grad_norm=0.0), lag
+    trainer, alone = (
+        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
+        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
     )
     for number in range(4):
         trainer.step(batch(number))

@@ -3,7 +3,7 @@
 Gaussian noise has none of what makes a step hard: no feature that fires on half of the rows, none that fires once in a
 million, no dead ones.
 
-1. Densities of the live features fall from 0.5 to 1e-6, as p(u) = 0.5 exp(-a u^b) over their ranks u from 0 to 1,
+1. Densities of the live features fall from 0.9 to 1e-6, as p(u) = 0.9 exp(-a u^b) over their ranks u from 0 to 1,
    with b such that they add up to `FIRING_SHARE` x k. A tenth of the features is dead.
 2. A row is a sum of random unit directions: each feature takes part with its density and a lognormal strength.
 3. The encoder reads each live direction, less a bias that grows with the feature's rareness, as a trained one does;
@@ -21,8 +21,8 @@ from torch import Tensor
 
 __all__ = ["DictionaryLike", "densities", "dictionary_like", "row_maker"]
 
-DENSEST, RAREST = 0.5, 1e-6
-FIRING_SHARE = 1.75
+DENSEST, RAREST = 0.9, 1e-6
+FIRING_SHARE = 2.0
 """True features on a row, in multiples of k, so that the k largest are chosen among features that are there."""
 DEAD_SHARE = 0.1
 DEAD_READS = 0.02

@@ -29,7 +29,7 @@ from scope.bench import train_peers
 from scope.bench.floor import Floor, measure_floor
 from scope.bench.machine import describe_machine
 from scope.bench.settings import TrainBench
-from scope.bench.synthetic import DictionaryLike, dictionary_like
+from scope.bench.synthetic import dictionary_like
 from scope.training.config import TrainConfig
 from scope.training.data import Batch
 from scope.training.prefetch import on_device

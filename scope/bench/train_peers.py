@@ -54,9 +54,7 @@ def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: floa
     return step
 
 
-def _saelens_trainer(
-    arch: str, d_in: int, d_sae: int, k: int, lr: float, batch_size: int, device: torch.device
-) -> Any:
+def _saelens_trainer(arch: str, d_in: int, d_sae: int, k: int, lr: float, batch_size: int, device: torch.device) -> Any:
     import sae_lens
     from sae_lens import SAETrainer
     from sae_lens.config import LoggingConfig, SAETrainerConfig

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scope.kernels.tensors import uses_triton
+
 __all__ = ["EPS", "adam_rows", "adam_rows_reference"]
 
 EPS = 1e-8
@@ -84,7 +86,7 @@ def adam_rows(
         along: what of each row's gradient lies along it. Given, the rows have norm 1 before and after.
         copy: receives the new parameter in its own dtype.
     """
-    if parameter.is_cuda:
+    if uses_triton(parameter):
         from scope.kernels.triton import adam
 
         adam.adam_rows(

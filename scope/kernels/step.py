@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.kernels import sparse
+from scope.kernels.tensors import uses_triton
 
 __all__ = [
     "EntryGroups",
@@ -83,7 +84,7 @@ def centre(
     x: Float[Tensor, "batch d_in"], scale: float, b: Float[Tensor, " d_in"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " batch"]]:
     """The encoder's input, scale x - b, in `dtype`, and ‖scale x‖² of each row, float32."""
-    if x.is_cuda:
+    if uses_triton(x):
         from scope.kernels.triton import products
 
         return products.centre(x.contiguous(), scale, b, dtype)
@@ -124,7 +125,7 @@ def residual_and_dots(
         W: decoder rows, in the compute dtype.
         b: decoder bias, float32.
     """
-    if x.is_cuda:
+    if uses_triton(x):
         from scope.kernels.triton import products
 
         return Residual(*products.residual_and_dots(x.contiguous(), scale, values, ids, W, b))
@@ -168,7 +169,7 @@ def feature_sums(
     groups: EntryGroups,
 ) -> FeatureSums:
     """Sums over each feature's entries; `groups` is `group_entries(ids, d_sae)`."""
-    if values.is_cuda:
+    if uses_triton(values):
         from scope.kernels.triton import products
 
         return FeatureSums(*products.feature_sums(values, gradients, groups.order, groups.offsets))
@@ -206,7 +207,7 @@ def feature_rows(
         slots: for each feature the row of `extra` to add, or -1.
         extra: further gradients of some features.
     """
-    if source.is_cuda:
+    if uses_triton(source):
         from scope.kernels.triton import products
 
         return products.feature_rows(source, weights, ids, *groups, out, slots, extra)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.kernels import sparse
-from scope.kernels.tensors import has_triton
+from scope.kernels.tensors import uses_triton
 
 __all__ = [
     "EncodedTopK",
@@ -62,7 +62,7 @@ def topk_reference(pre: Float[Tensor, "batch n"], k: int) -> TopK:
 
 def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
     """The k largest entries of each row; of equal entries any may be taken. Not differentiable."""
-    if pre.is_cuda and pre.dtype == torch.bfloat16 and has_triton():
+    if pre.dtype == torch.bfloat16 and uses_triton(pre):
         from scope.kernels.triton import selection
 
         found = selection.topk_rows(pre, k)
@@ -82,9 +82,7 @@ def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
     return TopK(values, candidates.gather(1, places))
 
 
-def keep_largest_reference(
-    pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int
-) -> Float[Tensor, "batch n"]:
+def keep_largest_reference(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int) -> Float[Tensor, "batch n"]:
     """What `keep_largest` computes, through a sorted copy."""
     valid = torch.arange(pre.shape[1], device=pre.device) < n_valid
     ranked = torch.where(valid, pre, -torch.inf).sort(dim=-1, descending=True).values
@@ -97,7 +95,7 @@ def keep_largest(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int
 
     `n_valid` lies on the device, so that nobody waits for it.
     """
-    if pre.is_cuda and pre.dtype == torch.bfloat16 and has_triton():
+    if pre.dtype == torch.bfloat16 and uses_triton(pre):
         from scope.kernels.triton import selection
 
         if pre.shape[1] <= selection.MAX_ROW_IN_REGISTERS:

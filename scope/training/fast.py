@@ -22,14 +22,12 @@ On the CPU the same code waits for nothing (its lag is 0). All sums are in a fix
 """
 
 from collections import deque
-
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scope.errors import NonFiniteError
 from scope.kernels import step as products
 from scope.kernels.adam import adam_rows
 from scope.kernels.tensors import has_triton
@@ -250,7 +248,7 @@ class FastStep:
         entries: _Entries,
         aux: _Aux | None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The gradients that lie dense, by name, with what lies along the decoder's rows; and the squares of norms."""
+        """The gradients by name, with what of W_dec's lies along its rows; and the squares of their norms."""
         slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
         weights, at_f, ids, groups, sums = entries
         squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
@@ -268,7 +266,7 @@ class FastStep:
             bias.square().sum(),
             b_dec.square().sum(),
         ]
-        return {"b_enc": bias, "b_dec": b_dec, "along": along}, parts
+        return {**self._gradients, "b_enc": bias, "b_dec": b_dec, "along": along}, parts
 
     def _move(
         self,
@@ -295,7 +293,7 @@ class FastStep:
                 weight,
                 state["exp_avg"],
                 state["exp_avg_sq"],
-                self._gradients.get(name, gradients.get(name)),
+                gradients[name],
                 control,
                 lr=learning_rate,
                 betas=(config.beta1, config.beta2),
@@ -350,5 +348,3 @@ class FastStep:
                 continue
             self._copies[name] = weight if weight.dtype == self.dtype else weight.to(self.dtype)
             self._versions[name] = weight._version
-
-

@@ -20,7 +20,7 @@ def _adam_rows(
     parameter, mean, square, gradient, counts, slots, along, copy, control,
     d, n, lr, beta1, beta2, correction1, root_correction2, eps,
     HAS_COUNTS: tl.constexpr, HAS_SLOTS: tl.constexpr, UNIT: tl.constexpr, HAS_COPY: tl.constexpr, WIDTH: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     if tl.load(control + 1) > 0:  # a gradient that is not finite moves nothing
         clip = tl.load(control)
         row = tl.program_id(0).to(tl.int64)

@@ -21,7 +21,7 @@ DENSE_FEATURES = 2048
 
 
 @triton.jit
-def _centre(x, b, centred, squares, scale, d, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _centre(x, b, centred, squares, scale, d, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < d
@@ -44,7 +44,7 @@ def centre(x: Tensor, scale: float, b: Tensor, dtype: torch.dtype) -> tuple[Tens
 def _residual_and_dots(
     x, values, ids, W, b, residual, dots, squares, scale, d, k,
     K_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K_PADDED)
     feature = tl.load(ids + row * k + slot, mask=slot < k, other=0).to(tl.int64)
@@ -86,9 +86,7 @@ def residual_and_dots(
 
 
 @triton.jit
-def _feature_sums(
-    order, offsets, values, gradients, fired, bias_gradient, along, ENTRIES: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def _feature_sums(order, offsets, values, gradients, fired, bias_gradient, along, ENTRIES: tl.constexpr):
     feature = tl.program_id(0)
     start, end = tl.load(offsets + feature), tl.load(offsets + feature + 1)
     n_fired = tl.zeros((ENTRIES,), tl.int32)
@@ -121,7 +119,7 @@ def feature_sums(values: Tensor, gradients: Tensor, order: Tensor, offsets: Tens
 def _feature_rows(
     source, weights, order, offsets, ranked, slots, extra, out, squares, d, k, first,
     HAS_EXTRA: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     feature = tl.load(ranked + first + tl.program_id(0)).to(tl.int64)
     start, end = tl.load(offsets + feature), tl.load(offsets + feature + 1)
     slot = tl.load(slots + feature) if HAS_EXTRA else -1
