@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scope.kernels import step
 from scope.kernels.adam import adam_rows, adam_rows_reference
-from scope.kernels.topk import keep_largest, keep_largest_reference, linear_topk, topk
+from scope.kernels.topk import keep_largest, keep_largest_reference, largest_of_all, linear_topk, topk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,8 +58,14 @@ def test_residual_and_dots(device: str, dtype: torch.dtype, shape: tuple[int, in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n_dense", [2, 2048])
+@pytest.mark.parametrize("some", [False, True])
 def test_sums_over_entries(
-    device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], n_dense: int, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    n_dense: int,
+    some: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device == "cuda" or INTERPRETED:
         from scope.kernels.triton import products
@@ -70,10 +76,13 @@ def test_sums_over_entries(
     generator = torch.Generator().manual_seed(1)
     gradients = torch.randn(batch, k, generator=generator).to(device)
     source = torch.randn(batch, d_in, generator=generator).to(device, dtype)
-    groups = step.group_entries(ids, d_sae)
-    flat = ids.flatten()[groups.order.long()]
+    counted = values > 0 if some else torch.ones_like(ids, dtype=torch.bool)
+    gradients = torch.where(counted, gradients, 0.0)
+    groups = step.group_entries(ids, d_sae, counted if some else None)
+    n_entries = int(counted.sum())
+    flat = ids.flatten()[groups.order.long()[:n_entries]]
     assert (flat.diff() >= 0).all()
-    counts = torch.bincount(ids.flatten().long(), minlength=d_sae)
+    counts = torch.bincount(ids[counted].long(), minlength=d_sae)
     assert torch.equal(groups.offsets.diff().long(), counts)
     assert torch.equal(counts[groups.ranked.long()], counts.sort(descending=True).values)
 
@@ -192,6 +201,17 @@ def test_topk_of_bfloat16_rows(kind: str, n: int, k: int) -> None:
     assert again is not None
     assert torch.equal(again[1], ids)
     assert torch.equal(topk(pre, k).ids, ids.long())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_largest_of_all(device: str) -> None:
+    values = pre_activations("ties", 9, 30).float().to(device)
+    for n in (0, 1, 40, 270):
+        kept = largest_of_all(values, n)
+        assert int(kept.sum()) == n
+        assert torch.equal(values[kept].sort().values, values.flatten().sort().values[270 - n :])
+        tied = values == values[kept].min() if n else torch.zeros_like(kept)
+        assert (kept[tied].int().diff() <= 0).all()  # of equal ones the first
 
 
 def test_linear_topk_in_pieces() -> None:

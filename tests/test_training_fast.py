@@ -130,7 +130,7 @@ def test_late_counts_of_dead_features_size_auxk() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_follows_autograd_and_waits_for_nothing() -> None:
-    config = replace(CONFIG, device="cuda", compute_dtype="bfloat16", d_sae=512, clip_grad_norm=1.0)
+    config = replace(CONFIG, device="cuda", d_sae=512, clip_grad_norm=1.0)
     trainers = []
     for autograd in (True, False):
         trainer = SAETrainer(config, 32)
@@ -153,7 +153,7 @@ def test_on_a_gpu_it_follows_autograd_and_waits_for_nothing() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_same_batches_give_the_same_bits() -> None:
-    config = replace(CONFIG, device="cuda", compute_dtype="bfloat16", d_sae=512)
+    config = replace(CONFIG, device="cuda", d_sae=512)
     prints = []
     for _ in range(2):
         trainer = SAETrainer(config, 32)

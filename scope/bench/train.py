@@ -154,7 +154,6 @@ class _Bench:
             decay=0.0,
             dead_feature_tokens=DEAD_AFTER,
             device=str(self.device),
-            compute_dtype="bfloat16" if self.cuda else "float32",
         )
         trainer = SAETrainer(config, self.d_in)
         trainer.initialise(self.data.batches[0])

@@ -146,7 +146,6 @@ def losses_on_the_same_batches(
         warmup=0.0,
         decay=0.0,
         device=str(device),
-        compute_dtype="bfloat16" if device.type == "cuda" else "float32",
     )
     ours = SAETrainer(config, d_in)
     theirs = _saelens_trainer(arch, d_in, d_sae, k, config.peak_lr, batch_size, device)

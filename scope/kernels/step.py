@@ -17,7 +17,7 @@ and in a fixed order, so that a step gives the same bits each time.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scope.kernels import sparse
@@ -45,7 +45,7 @@ class Residual(NamedTuple):
     residual: Float[Tensor, "batch d_in"]
     """x_hat - x, in the decoder's dtype."""
     dots: Float[Tensor, "batch k"]
-    """Its products with the decoder rows of the row's entries, float32."""
+    """Its products with the decoder rows of the row's entries, float32; 0 where an entry's value is 0."""
     squares: Float[Tensor, " batch"]
     """‖x_hat - x‖², float32."""
 
@@ -54,7 +54,7 @@ class EntryGroups(NamedTuple):
     """The entries of a sparse feature matrix ordered by feature."""
 
     order: Int[Tensor, " entries"]
-    """Positions in the flattened ids, all of feature 0 first, rows ascending within one."""
+    """Positions in the flattened ids, all of feature 0 first, rows ascending within one; at the end those of none."""
     offsets: Int[Tensor, " d_sae_and_one"]
     """Where each feature's entries start; the last is where they all end."""
     ranked: Int[Tensor, " d_sae"]
@@ -102,9 +102,8 @@ def residual_and_dots_reference(
     """What `residual_and_dots` computes, in plain products."""
     x_hat = sparse.decode_reference(values.float(), ids, W.float()) + b
     residual = x_hat - scale * x.float()
-    return Residual(
-        residual.to(W.dtype), sparse.gather_dots_reference(residual, W.float(), ids), residual.square().sum(1)
-    )
+    dots = torch.where(values != 0, sparse.gather_dots_reference(residual, W.float(), ids), 0.0)
+    return Residual(residual.to(W.dtype), dots, residual.square().sum(1))
 
 
 def residual_and_dots(
@@ -132,12 +131,18 @@ def residual_and_dots(
     residual = sparse.decode(values, ids, W).float().add_(b).sub_(x, alpha=scale)
     squares = torch.linalg.vector_norm(residual, dim=1).square_()
     residual = residual.to(W.dtype)
-    return Residual(residual, sparse.gather_dots(residual, W, ids).float(), squares)
+    dots = sparse.gather_dots(residual, W, ids).float().masked_fill_(values == 0, 0.0)
+    return Residual(residual, dots, squares)
 
 
-def group_entries(ids: Int[Tensor, "batch k"], d_sae: int) -> EntryGroups:
-    """Order the entries of a sparse feature matrix by feature, without waiting for the device."""
-    keys = ids.flatten()
+def group_entries(
+    ids: Int[Tensor, "batch k"], d_sae: int, counted: Bool[Tensor, "batch k"] | None = None
+) -> EntryGroups:
+    """Order the entries of a sparse feature matrix by feature, without waiting for the device.
+
+    Entries that are not `counted` come last, past the last offset, and belong to no feature.
+    """
+    keys = ids.flatten() if counted is None else torch.where(counted, ids, d_sae).flatten()
     keys = keys.short() if d_sae <= torch.iinfo(torch.int16).max else keys.int()
     ordered, order = torch.sort(keys, stable=True)
     bounds = torch.arange(d_sae + 1, device=ids.device, dtype=torch.int32)
@@ -199,7 +204,7 @@ def feature_rows(
 
     Args:
         source: batch rows, in the compute dtype.
-        weights: the entries' weights, float32.
+        weights: the entries' weights, float32; 0 for those that are not counted.
         ids: the entries' features.
         groups: the entries by feature.
         out: where the rows of features with an entry, or with a slot, are written. Other rows are zero on the CPU; on
@@ -213,6 +218,7 @@ def feature_rows(
         return products.feature_rows(source, weights, ids, *groups, out, slots, extra)
     order = groups.order.long()
     rows = order // weights.shape[1]
+    order, rows = order[: groups.offsets[-1]], rows[: groups.offsets[-1]]
     grouped = sparse.FeatureGroups(order, rows, groups.offsets[:-1].long())
     out.copy_(sparse.weighted_row_sums(source, weights, grouped))
     if slots is not None and extra is not None:

@@ -13,7 +13,7 @@ device go through a Triton kernel of the same two stages (`scope.kernels.triton.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scope.kernels import sparse
@@ -24,6 +24,7 @@ __all__ = [
     "TopK",
     "keep_largest",
     "keep_largest_reference",
+    "largest_of_all",
     "linear_topk",
     "topk",
     "topk_encode",
@@ -124,6 +125,13 @@ def topk_encode(
     """
     values, ids, order, rows, offsets = _TopKEncode.apply(x, W, b, k)
     return EncodedTopK(values, ids, sparse.FeatureGroups(order, rows, offsets))
+
+
+def largest_of_all(values: Float[Tensor, "batch k"], n: int) -> Bool[Tensor, "batch k"]:
+    """Which are the `n` largest entries of the whole matrix, the first of equal ones. Nobody waits for the device."""
+    order = torch.sort(values.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+    return mask.index_fill_(0, order[:n], True).view(values.shape)
 
 
 def linear_topk(

@@ -55,8 +55,9 @@ class TrainConfig:
     """Steps between lines of the run log."""
     device: str = "cpu"
     """Where to train: "cpu", "cuda" or "cuda:1"."""
-    compute_dtype: str = "float32"
-    """dtype of the encoder's product: "float32", or on a CUDA device "bfloat16". Weights stay float32."""
+    compute_dtype: str | None = None
+    """dtype of the products: "float32", or on a CUDA device "bfloat16". None: "bfloat16" on a CUDA device, for which
+    the fast step is made. Weights and Adam's moments are float32 always."""
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
@@ -91,7 +92,7 @@ class TrainConfig:
         for name in ("clip_grad_norm", "auxk_coefficient", "max_norm_ratio"):
             if not getattr(self, name) >= 0:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        if self.compute_dtype not in ("float32", "bfloat16"):
+        if self.compute_dtype not in (None, "float32", "bfloat16"):
             raise InvalidInputError(f"compute_dtype is {self.compute_dtype!r}; expected 'float32' or 'bfloat16'.")
         if self.compute_dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise InvalidInputError(f"compute_dtype 'bfloat16' needs a CUDA device; device is {self.device!r}.")
@@ -100,6 +101,11 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps in the run: whole batches."""
         return self.tokens // self.batch_size
+
+    @property
+    def product_dtype(self) -> str:
+        """`compute_dtype`, or its default for this device."""
+        return self.compute_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
     def peak_lr(self) -> float:

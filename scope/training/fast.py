@@ -54,7 +54,7 @@ def supports_fast_step(trainer: "SAETrainer") -> bool:
     if type(sae) is not TopKSAE or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
         return False
     if sae.device.type == "cuda":
-        return trainer.config.compute_dtype == "bfloat16" and has_triton()
+        return trainer.config.product_dtype == "bfloat16" and has_triton()
     return sae.device.type == "cpu"
 
 
@@ -106,7 +106,7 @@ class FastStep:
         self.trainer = trainer
         sae, config = trainer.sae, trainer.config
         self.lag = (LAG if sae.device.type == "cuda" else 0) if lag is None else lag
-        self.dtype = getattr(torch, config.compute_dtype)
+        self.dtype = getattr(torch, config.product_dtype)
         self.dead_counts: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
         """(steps done before, dead features) of the last steps that were read."""
         self._pending: deque[_Pending] = deque()

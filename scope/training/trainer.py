@@ -8,6 +8,8 @@
 3. `export` folds the scale into the weights. As the decoder's rows have norm 1, that leaves W_enc and W_dec alone and
    divides the biases: the exported SAE takes raw activations, and its values are in the model's own units.
 
+For TopK step 2 goes without autograd (`scope.training.fast`): the same numbers, sooner, and a GPU is not waited for.
+
 The trainer knows nothing of stores, files or logs; `scope.training.run` is the loop around it.
 """
 
@@ -291,7 +293,7 @@ class SAETrainer:
         return counts.sum()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.compute_dtype == "bfloat16":
+        if self.config.product_dtype == "bfloat16":
             return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -1,7 +1,8 @@
 """Products with a sparse feature matrix on a GPU: each reads the rows it needs once, and nothing else.
 
 `residual_and_dots` holds a tile of the k decoder rows of one token in registers; from it come, without a second read,
-the reconstruction's tile, its error, and that tile's part of the k dot products with the error.
+the reconstruction's tile, its error, and that tile's part of the k dot products with the error. Entries whose value is
+0 are passed over: nothing is read for them, and their dot product is 0.
 
 `feature_rows` sums, for each feature, the batch rows that it fires on. Most features fire on a few rows and some on
 half of them. The densest features, as few as they are, hold most entries: for them it is a dense product, which tensor
@@ -55,7 +56,7 @@ def _residual_and_dots(
         column = start + tl.arange(0, COLUMNS)
         inside = column < d
         tile = tl.load(
-            W + feature[:, None] * d + column[None, :], mask=(slot[:, None] < k) & inside[None, :], other=0.0
+            W + feature[:, None] * d + column[None, :], mask=(value != 0)[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
         target = tl.load(x + row * d + column, mask=inside, other=0.0).to(tl.float32) * scale
         centre = tl.load(b + column, mask=inside, other=0.0)
