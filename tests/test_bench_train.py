@@ -48,7 +48,7 @@ def test_figures_without_peers() -> None:
     assert [figures[name] for name in RATIOS[:3]] == [None] * 3
     rates = figures["tokens_per_second"]
     assert figures["ratio_to_floor"] == pytest.approx(rates["ours"] / rates["floor"])
-    assert figures["dead_share"] > 0.05
+    assert figures["dead_share"] > 0.04
     assert (figures["d_sae"], figures["k"], figures["batch_size"]) == (512, 16, 256)
     assert "saelens" not in rates
 

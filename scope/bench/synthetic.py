@@ -4,7 +4,7 @@ Gaussian noise has none of what makes a step hard: no feature that fires on half
 million, no dead ones.
 
 1. Densities of the live features fall from 0.9 to 1e-6, as p(u) = 0.9 exp(-a u^b) over their ranks u from 0 to 1,
-   with b such that they add up to `FIRING_SHARE` x k. A tenth of the features is dead.
+   with b such that they add up to `FIRING_SHARE` x k. Six in a hundred features are dead.
 2. A row is a sum of random unit directions: each feature takes part with its density and a lognormal strength.
 3. The encoder reads each live direction, less a bias that grows with the feature's rareness, as a trained one does;
    what other directions add by chance then rarely makes a rare feature fire. A dead feature reads its direction
@@ -24,7 +24,7 @@ __all__ = ["DictionaryLike", "densities", "dictionary_like", "row_maker"]
 DENSEST, RAREST = 0.9, 1e-6
 FIRING_SHARE = 2.0
 """True features on a row, in multiples of k, so that the k largest are chosen among features that are there."""
-DEAD_SHARE = 0.1
+DEAD_SHARE = 0.06
 DEAD_READS = 0.02
 STRENGTH_SPREAD = 0.3
 ROWS_AT_ONCE = 512

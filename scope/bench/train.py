@@ -1,7 +1,7 @@
 """`scope bench train`: our training step against its floor and its peers, in one run.
 
 1. *Input*: rows and weights of a dictionary as it is late in training (`scope.bench.synthetic`): features that fire on
-   half of the rows and on one in a million, and a tenth of them dead, so that AuxK is at work.
+   half of the rows and on one in a million, and six in a hundred dead, so that AuxK is at work.
 2. *Ours*: `SAETrainer.step`, all of it: scaling, encoder, selection, decoder, AuxK, gradients, clipping, Adam, decoder
    norms, counting. On a GPU in bfloat16 with float32 weights and moments, on a CPU in float32.
 3. *Peers*, from the same weights on the same rows: SAELens's `SAETrainer.step` (autocast on a GPU), the same with its

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from scope.kernels import sparse
 from scope.kernels.tensors import uses_triton
@@ -94,14 +95,19 @@ def keep_largest_reference(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, "
 def keep_largest(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int) -> Float[Tensor, "batch n"]:
     """ReLU of each row's k largest entries among its first `n_valid`, zero elsewhere; of equal entries all are kept.
 
-    `n_valid` lies on the device, so that nobody waits for it.
+    `n_valid` lies on the device, so that the Triton kernel's caller need not wait for it.
     """
     if pre.dtype == torch.bfloat16 and uses_triton(pre):
         from scope.kernels.triton import selection
 
         if pre.shape[1] <= selection.MAX_ROW_IN_REGISTERS:
             return selection.keep_largest(pre, n_valid, k)
-    return keep_largest_reference(pre, n_valid, k)
+    n = int(n_valid)
+    kept = pre[:, :n].relu()
+    if k < n:
+        smallest = topk(pre[:, :n].contiguous(), k).values.amin(dim=-1, keepdim=True)
+        kept = kept * (kept >= smallest)
+    return functional.pad(kept, (0, pre.shape[1] - n))
 
 
 def topk_encode_reference(

@@ -43,7 +43,7 @@ __all__ = ["FastStep", "supports_fast_step"]
 LAG = 2
 """Steps between a step on a GPU and the host's reading what it found: one that runs, one that waits in the queue."""
 AUX_MULTIPLE = 256
-"""The dead features that AuxK takes are padded to a multiple of this, which tensor cores like."""
+"""On a GPU the dead features that AuxK takes are padded to a multiple of this, which tensor cores like."""
 MAX_AUX = 16_384
 """Dead features that AuxK takes in one step, at most: with more, those with the lowest ids."""
 
@@ -214,7 +214,8 @@ class FastStep:
         known = int(n_dead) if self.lag == 0 else dict(self.dead_counts).get(trainer.steps_done - self.lag, 0)
         if not known:
             return None
-        width = min(MAX_AUX, -(-known // AUX_MULTIPLE) * AUX_MULTIPLE, sae.d_sae)
+        multiple = AUX_MULTIPLE if sae.device.type == "cuda" else 1
+        width = min(MAX_AUX, -(-known // multiple) * multiple, sae.d_sae)
         rank = dead.cumsum(0) - 1
         slots = torch.where(dead & (rank < width), rank, -1)
         ids = torch.zeros(width + 1, dtype=torch.int64, device=sae.device)
