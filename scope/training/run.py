@@ -157,6 +157,7 @@ class _Loop:
             "fvu": float(step.fvu),
             "l0": float(step.l0),
             **{f"{name}_loss": float(value) for name, value in step.parts.items()},
+            **({} if step.coefficient is None else {"sparsity_coefficient": float(step.coefficient)}),
             "dead": int(step.dead),
             "dead_share": float(step.dead) / self.config.d_sae,
             "learning_rate": step.learning_rate,
