@@ -30,6 +30,8 @@ class Activation:
     name: ClassVar[str] = ""
     parameters: ClassVar[Mapping[str, float]] = {"b_enc": 0.0}
     """Parameters `(d_sae,)` of the SAE, each with its initial value."""
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Numbers that it keeps on the SAE, for all features together, and that no gradient moves."""
     in_feature_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Those that scale as the features do, buffers too."""
     centring: ClassVar[tuple[str, ...]] = ("b_enc",)
@@ -40,6 +42,10 @@ class Activation:
     def encode(self, sae: "SAE", centred: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Features, dense, outside of training."""
         raise NotImplementedError
+
+    def encode_sparse(self, sae: "SAE", centred: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor] | None:
+        """Ids and values of what fires, where that is found faster than `encode`; None where it is not."""
+        return None
 
     def train(self, sae: "SAE", centred: Float[Tensor, "batch d_in"], context: "TrainingContext") -> Active:
         """Features of a training batch, differentiable."""
@@ -62,6 +68,10 @@ class Activation:
 
     def settle(self, sae: "SAE", centred: Float[Tensor, "rows d_in"], k: int) -> None:
         """Start from a sample of centred inputs where about k features fire on a row."""
+
+    def for_inference(self, sae: "SAE") -> "SAE":
+        """The SAE as it is stored and used, when training is over."""
+        return sae
 
     def after_step(self, sae: "SAE", counts: Int[Tensor, " d_sae"]) -> None:
         """Bring its parameters back to where they make sense, after the optimiser moved them."""

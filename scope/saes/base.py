@@ -121,6 +121,8 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.output_width, dtype=dtype, device=device))
         for name in self.activation.parameters:
             setattr(self, name, nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype, device=device)))
+        for name in self.activation.buffers:
+            self.register_buffer(name, torch.zeros((), dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.empty(cfg.output_width, dtype=dtype, device=device))
         if initialise:
             self.initialise(generator)
@@ -214,6 +216,9 @@ class SAE(nn.Module):
         Raises:
             MismatchError: `x` has another width than `d_in`.
         """
+        found = self.activation.encode_sparse(self, self._centred(self.rows_of(x)))
+        if found is not None:
+            return SparseFeatures(*found)
         dense = self.encode(x)
         width = max(1, int((dense > 0).sum(dim=-1).max())) if dense.numel() else 1
         values, ids = torch.topk(dense, width, dim=-1, sorted=False)
@@ -396,7 +401,7 @@ class SAE(nn.Module):
 
     def for_inference(self) -> "SAE":
         """The SAE as it is stored and used: itself, or what it becomes when training is over."""
-        return self
+        return self.activation.for_inference(self)
 
     def rows_of(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*rows d_in"]:
         """`x` in the SAE's dtype and with one feature dimension, its width checked."""

@@ -1,6 +1,6 @@
 """BatchTopK: over a whole batch the k x rows largest pre-activations become features, so that rows may share."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from scope.kernels.entries import largest
 from scope.saes.activation import Activation, dense_at, listed
 from scope.saes.active import Active
 from scope.saes.base import SAE, SAEConfig
-from scope.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
+from scope.saes.jumprelu import JumpReLU, JumpReLUConfig, JumpReLUSAE
 from scope.saes.registry import register
 from scope.saes.topk import require_k
 
@@ -30,6 +30,7 @@ class BatchTopK(Activation):
     """
 
     name: ClassVar[str] = "batchtopk"
+    buffers: ClassVar[tuple[str, ...]] = ("threshold",)
     in_feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
 
     def encode(self, sae: SAE, centred: Tensor) -> Tensor:
@@ -44,6 +45,9 @@ class BatchTopK(Activation):
             self._follow(sae, pre.flatten()[index])
         few = listed(sae, centred, index, pre)
         return few if few is not None else dense_at(sae.pre_activations(centred, sae.b_enc), index)
+
+    def for_inference(self, sae: SAE) -> SAE:
+        return as_jumprelu(sae)
 
     @staticmethod
     def _follow(sae: SAE, firing: Tensor) -> None:
@@ -86,19 +90,17 @@ class BatchTopKSAE(SAE):
 
     activation = BatchTopK()
 
-    def __init__(self, cfg: SAEConfig, *, device: torch.device | str = "cpu", **options: Any) -> None:
-        super().__init__(cfg, device=device, **options)
-        self.register_buffer("threshold", torch.zeros((), dtype=self.dtype, device=device))
-
-    def for_inference(self) -> SAE:
-        return as_jumprelu(self)
-
 
 @torch.no_grad()
-def as_jumprelu(sae: SAE) -> JumpReLUSAE:
-    """The JumpReLU SAE with an SAE's weights and its one threshold for all features."""
-    shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
-    inference = JumpReLUSAE(JumpReLUConfig(**shared), initialise=False, device=sae.device).to(sae.dtype)
+def as_jumprelu(sae: SAE) -> SAE:
+    """The SAE with the same weights, JumpReLU, and an SAE's one threshold for all features."""
+    inference: SAE
+    if any(f.name == "activation" for f in fields(sae.cfg)):
+        cfg = replace(sae.cfg, activation=JumpReLU.name, k=None)  # type: ignore[call-arg]
+        inference = type(sae)(cfg, initialise=False, device=sae.device)
+    else:
+        shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
+        inference = JumpReLUSAE(JumpReLUConfig(**shared), initialise=False, device=sae.device)
     threshold = sae.threshold.expand(sae.d_sae)
-    inference.load_state_dict({**sae.state_dict(), "threshold": threshold})
+    inference.to(sae.dtype).load_state_dict({**sae.state_dict(), "threshold": threshold})
     return inference

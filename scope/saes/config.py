@@ -118,6 +118,11 @@ class SAEConfig:
         return self.metadata.hook_name
 
     @property
+    def stored_architecture(self) -> str:
+        """The architecture's name in files."""
+        return self.architecture
+
+    @property
     def encoder_width(self) -> int:
         """Entries that one feature reads."""
         return self.d_in
@@ -155,7 +160,7 @@ class SAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields and the architecture, JSON-able."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"architecture": self.architecture, **content, "metadata": self.metadata.to_dict()}
+        return {"architecture": self.stored_architecture, **content, "metadata": self.metadata.to_dict()}
 
     @classmethod
     def from_dict(cls: type[C], content: Mapping[str, Any]) -> C:

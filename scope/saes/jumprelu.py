@@ -17,7 +17,7 @@ from scope.saes.registry import register
 if TYPE_CHECKING:
     from scope.saes.base import TrainingContext
 
-__all__ = ["JumpReLU", "JumpReLUConfig", "JumpReLUSAE", "jumprelu", "require_jumprelu", "step"]
+__all__ = ["JumpReLU", "JumpReLUConfig", "JumpReLUSAE", "JumpReLUSettings", "jumprelu", "step"]
 
 SPARSITY_LOSSES = ("step", "quadratic", "tanh")
 SETTLE_SHARE = 0.5
@@ -144,10 +144,8 @@ class JumpReLU(Activation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JumpReLUConfig(SAEConfig):
-    """Configuration of a `JumpReLUSAE`. All but the shape matters in training alone."""
-
-    architecture: ClassVar[str] = "jumprelu"
+class JumpReLUSettings:
+    """How thresholds are trained; afterwards none of it matters."""
 
     bandwidth: float = 0.5
     """Width of the window about a threshold in which it is learned, in units of scaled pre-activations."""
@@ -160,25 +158,31 @@ class JumpReLUConfig(SAEConfig):
     ste_to_input: bool = False
     """Whether the straight-through estimator trains the encoder too (Anthropic), not the threshold alone."""
 
+    def require_sense(self) -> None:
+        """Raise `InvalidInputError` unless the settings make sense."""
+        if not self.bandwidth > 0:
+            raise InvalidInputError(f"bandwidth is {self.bandwidth}; expected a positive number.")
+        if self.sparsity_loss not in SPARSITY_LOSSES:
+            raise UnknownNameError("sparsity loss", self.sparsity_loss, SPARSITY_LOSSES)
+        if self.target_l0 is not None and not self.target_l0 > 0:
+            raise InvalidInputError(f"target_l0 is {self.target_l0}; expected a positive number.")
+        if self.sparsity_loss == "quadratic" and self.target_l0 is None:
+            raise InvalidInputError("The quadratic sparsity loss needs target_l0, the L0 that it aims at.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUConfig(JumpReLUSettings, SAEConfig):
+    """Configuration of a `JumpReLUSAE`."""
+
+    architecture: ClassVar[str] = "jumprelu"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_jumprelu(self.bandwidth, self.sparsity_loss, self.target_l0)
+        self.require_sense()
 
     @classmethod
     def for_training(cls, *, d_sae: int, k: int, **common: Any) -> "JumpReLUConfig":
         return cls(d_sae=d_sae, **{"target_l0": float(k), **common})
-
-
-def require_jumprelu(bandwidth: float, sparsity_loss: str, target_l0: float | None) -> None:
-    """Raise unless the settings of a JumpReLU make sense."""
-    if not bandwidth > 0:
-        raise InvalidInputError(f"bandwidth is {bandwidth}; expected a positive number.")
-    if sparsity_loss not in SPARSITY_LOSSES:
-        raise UnknownNameError("sparsity loss", sparsity_loss, SPARSITY_LOSSES)
-    if target_l0 is not None and not target_l0 > 0:
-        raise InvalidInputError(f"target_l0 is {target_l0}; expected a positive number.")
-    if sparsity_loss == "quadratic" and target_l0 is None:
-        raise InvalidInputError("The quadratic sparsity loss needs target_l0, the L0 that it aims at.")
 
 
 @register(JumpReLUConfig)

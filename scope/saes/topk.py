@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from scope.errors import InvalidInputError
@@ -12,7 +11,7 @@ from scope.kernels.sparse import group_by_feature
 from scope.kernels.topk import topk, topk_encode
 from scope.saes.activation import Activation
 from scope.saes.active import Active, Padded
-from scope.saes.base import SAE, SAEConfig, SparseFeatures
+from scope.saes.base import SAE, SAEConfig
 from scope.saes.registry import register
 
 if TYPE_CHECKING:
@@ -30,6 +29,15 @@ class TopK(Activation):
         pre = sae.pre_activations(centred, sae.b_enc)
         values, ids = torch.topk(pre, _k_of(sae), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, ids, values.relu())
+
+    def encode_sparse(self, sae: SAE, centred: Tensor) -> tuple[Tensor, Tensor]:
+        k, pre = _k_of(sae), sae.pre_activations(centred, sae.b_enc)
+        if pre.requires_grad:
+            values, ids = torch.topk(pre, k, dim=-1, sorted=False)
+        else:
+            flat = topk(pre.reshape(-1, sae.d_sae), k)
+            values, ids = (part.view(*pre.shape[:-1], k) for part in flat)
+        return ids, values.relu()
 
     def train(self, sae: SAE, centred: Tensor, context: "TrainingContext") -> Active:
         k = context.k or _k_of(sae)
@@ -74,20 +82,6 @@ class TopKSAE(SAE):
 
     cfg: TopKConfig
     activation = TopK()
-
-    def encode_sparse(self, x: Float[Tensor, "*batch width"]) -> SparseFeatures:
-        return sparse_features(self, self._centred(self.rows_of(x)))
-
-
-def sparse_features(sae: SAE, centred: Tensor) -> SparseFeatures:
-    """The k largest pre-activations of each row, those of them above 0, as ids and values."""
-    k, pre = _k_of(sae), sae.pre_activations(centred, sae.b_enc)
-    if pre.requires_grad:
-        values, ids = torch.topk(pre, k, dim=-1, sorted=False)
-    else:
-        flat = topk(pre.reshape(-1, sae.d_sae), k)
-        values, ids = (part.view(*pre.shape[:-1], k) for part in flat)
-    return SparseFeatures(ids, values.relu())
 
 
 def require_k(k: Any, d_sae: int) -> None:
