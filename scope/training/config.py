@@ -166,6 +166,12 @@ class TrainConfig:
         """`k_aux`, or its default for an input of this width."""
         return self.k_aux or 1 << max(0, (d_in // 2).bit_length() - 1)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is the gradient, AuxK and Adam with unit decoder rows, and nothing else."""
+        further = (self.k_anneal, self.frequency_coefficient, self.resample_steps)
+        return not any(further) and self.decoder_norm == "unit"
+
     def k_start_for(self) -> int:
         """`k_start`, or its default."""
         return self.k_start or min(4 * self.k, self.d_sae)
