@@ -6,7 +6,10 @@ from typing import Any
 
 from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CENTRES", "TrainConfig"]
+__all__ = ["CENTRES", "SWEPT", "TrainConfig"]
+
+SWEPT = ("arch", "d_sae", "k", "lr")
+"""Settings that a sweep may vary."""
 
 ARCHITECTURE_FIELDS = ("activation", "sparsity_loss", "bandwidth", "prefixes")
 """Settings that only some architectures have; None means that nothing was given."""

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scope.errors import InvalidInputError
-from scope.training.config import TrainConfig
+from scope.training.config import SWEPT, TrainConfig
 
-__all__ = ["SWEPT", "SweepRun", "require_one_pass", "sweep"]
+__all__ = ["SweepRun", "require_one_pass", "sweep"]
 
-SWEPT = ("arch", "d_sae", "k", "lr")
-"""Settings that a sweep may vary."""
 SHARED = ("tokens", "batch_size", "seed", "shuffle_bytes", "max_norm_ratio")
 """Settings that decide which batches come, and so must be the same for all runs."""
 
