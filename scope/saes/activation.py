@@ -39,6 +39,9 @@ class Activation:
     coefficient: ClassVar[float | None] = None
     """Weight that its sparsity penalty starts from; None where k alone says how many features fire."""
 
+    steering_gain: ClassVar[float] = 1.0
+    """How much faster than usual the L0 controller moves the penalty's weight."""
+
     def encode(self, sae: "SAE", centred: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Features, dense, outside of training."""
         raise NotImplementedError

@@ -97,6 +97,7 @@ class JumpReLU(Activation):
     parameters: ClassVar[Mapping[str, float]] = {"b_enc": 0.0, "threshold": 0.0}
     in_feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     coefficient: ClassVar[float | None] = 0.1
+    steering_gain: ClassVar[float] = 2.0
 
     def encode(self, sae: SAE, centred: Tensor) -> Tensor:
         pre = sae.pre_activations(centred, sae.b_enc)

@@ -2,7 +2,8 @@
 
 1. Rows of the batch are drawn with probability proportional to their squared loss, one for each dead feature.
 2. The decoder row becomes the row's direction from the centre, the encoder column the same of the input, with 0.2 of
-   the mean norm of the living features' columns; the feature's biases and thresholds take the living ones' median.
+   the mean norm of the living features' columns, or with all of it where features compete for the k largest places
+   (TopK and its kin); the feature's biases and thresholds take the living ones' median.
 3. The trainer forgets Adam's moments of these features.
 """
 
@@ -37,7 +38,8 @@ def resample(
     drawn = torch.multinomial(loss.square().double().cpu(), len(chosen), generator=generator).to(x.device)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=x.device)
     alive[dead] = False
-    norm = ENCODER_SHARE * float(sae.W_enc[:, alive].norm(dim=0).mean())
+    share = ENCODER_SHARE if sae.activation.coefficient is not None else 1.0
+    norm = share * float(sae.W_enc[:, alive].norm(dim=0).mean())
     sae.restart_features(chosen, x[drawn] - x.mean(dim=0), target[drawn] - target.mean(dim=0), norm)
     for name in sae.activation.parameters:
         parameter = getattr(sae, name)

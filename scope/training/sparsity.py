@@ -3,8 +3,10 @@
 `SparsityController` steers the coefficient of the sparsity penalty so that nobody searches for it by hand:
 
 1. over the sparsity warm-up the coefficient rises linearly from 0 to its start, and nothing is steered;
-2. then, with e = log(L0 / target) of a running mean of L0, limited to ±1, the logarithm of the coefficient goes up by
-   INTEGRAL e each step, and PROPORTIONAL e is added on top: the first finds the level, the second damps the way there.
+2. then, with e a running mean of log(L0 / target), limited to ±1, the logarithm of the coefficient goes up by a gain
+   times e each step, and PROPORTIONAL e is added on top: the first finds the level, the second damps the way there.
+   The gain is such that the coefficient can go anywhere within a run, and higher where features come and go slowly
+   (JumpReLU, whose thresholds move by about the learning rate).
 
 `FrequencyPenalty` keeps a running share of rows on which each feature fires. With p that share and `cap` the largest
 that costs nothing, a feature's activations are added to the loss with the weight coefficient x max(0, p / cap - 1).
@@ -18,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scope.saes.base import SAE
 from scope.training.config import TrainConfig
 
 __all__ = ["FrequencyPenalty", "SparsityController"]
@@ -26,8 +29,8 @@ INTEGRAL_RUN = 15.0
 """How far log(coefficient) can move over a whole run, with e at its limit."""
 MIN_INTEGRAL, MAX_INTEGRAL = 0.0005, 0.03
 PROPORTIONAL = 0.5
-L0_RATE = 0.1
-"""Share that each batch has in the running mean of L0."""
+ERROR_RATE = 0.1
+"""Share that each batch has in the running mean of log(L0 / target)."""
 FREQUENCY_RATE = 0.01
 
 
@@ -39,41 +42,40 @@ class SparsityController:
         steps: steps in the run.
         warmup: share of the run over which the coefficient rises from 0.
         steer: False keeps it at `start`.
+        gain: how much faster than usual the coefficient moves.
         device: where its state lies.
     """
 
-    def __init__(self, start: float, steps: int, warmup: float, steer: bool, device: str) -> None:
+    def __init__(self, start: float, steps: int, warmup: float, steer: bool, device: str, gain: float = 1.0) -> None:
         self.warmup_steps, self.steer = warmup * steps, steer
-        self.integral = min(MAX_INTEGRAL, max(MIN_INTEGRAL, INTEGRAL_RUN / steps))
+        self.integral = gain * min(MAX_INTEGRAL, max(MIN_INTEGRAL, INTEGRAL_RUN / steps))
         self._log = torch.full((), math.log(start), device=device)
-        self._l0 = torch.full((), math.nan, device=device)
-        self._push = torch.zeros((), device=device)
+        self._error = torch.zeros((), device=device)
 
     @classmethod
-    def of(cls, config: TrainConfig, default: float | None, device: str) -> "SparsityController | None":
-        """The controller of a run; None where the activation function has no penalty (its `default` is None)."""
+    def of(cls, config: TrainConfig, sae: SAE) -> "SparsityController | None":
+        """The controller of a run; None where the activation function has no penalty."""
+        default, gain = sae.activation.start_coefficient(sae), sae.activation.steering_gain
         if default is None:
             return None
         start = config.sparsity_coefficient if config.sparsity_coefficient is not None else default
-        return cls(start, config.steps, config.sparsity_warmup, config.l0_controller, device)
+        return cls(start, config.steps, config.sparsity_warmup, config.l0_controller, config.device, gain)
 
     def coefficient(self, step: int) -> Float[Tensor, ""]:
         """The coefficient that holds at a step, from 0 to `steps` - 1."""
         rising = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return rising * torch.exp(self._log + self._push)
+        push = PROPORTIONAL * self._error if self.steer and step >= self.warmup_steps else 0.0
+        return rising * torch.exp(self._log + push)
 
     def observe(self, steps_done: int, l0: Float[Tensor, ""], target: float) -> None:
         """Take note of a step's L0 and move the coefficient."""
-        self._l0.copy_(torch.where(self._l0.isnan(), l0, self._l0 + L0_RATE * (l0 - self._l0)))
-        if not self.steer or steps_done < self.warmup_steps:
-            return
-        error = torch.log(self._l0.clamp_min(1e-3 * target) / target).clamp(-1, 1)
-        self._log.add_(self.integral * error)
-        self._push.copy_(PROPORTIONAL * error)
+        self._error.lerp_(torch.log(l0.clamp_min(1e-3 * target) / target).clamp(-1, 1), ERROR_RATE)
+        if self.steer and steps_done >= self.warmup_steps:
+            self._log.add_(self._error, alpha=self.integral)
 
     def state(self) -> dict[str, Tensor]:
         """All that its later steps depend on, by name."""
-        return {"sparsity.log": self._log, "sparsity.l0": self._l0, "sparsity.push": self._push}
+        return {"sparsity.log": self._log, "sparsity.error": self._error}
 
 
 class FrequencyPenalty:

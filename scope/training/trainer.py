@@ -108,8 +108,7 @@ class SAETrainer:
         self.optimiser = torch.optim.Adam(
             self._rows.values(), lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True
         )
-        coefficient = self.sae.activation.start_coefficient(self.sae)
-        self.controller = SparsityController.of(config, coefficient, config.device)
+        self.controller = SparsityController.of(config, self.sae)
         self.frequency = FrequencyPenalty.of(config, config.device)
         self.scales: tuple[float, ...] | None = None
         self.steps_done = 0
