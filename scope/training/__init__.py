@@ -4,14 +4,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scope.training.config import TrainConfig
+    from scope.training.finetune import finetune_kl
     from scope.training.report import TrainReport
     from scope.training.run import train, train_sweep
+    from scope.training.settings import FinetuneConfig
     from scope.training.sweeps import SweepRun, sweep
     from scope.training.trainer import SAETrainer
 
-__all__ = ["SAETrainer", "SweepRun", "TrainConfig", "TrainReport", "sweep", "train", "train_sweep"]
+__all__ = [
+    "FinetuneConfig",
+    "SAETrainer",
+    "SweepRun",
+    "TrainConfig",
+    "TrainReport",
+    "finetune_kl",
+    "sweep",
+    "train",
+    "train_sweep",
+]
 
 _HOMES = {
+    "FinetuneConfig": "settings",
+    "finetune_kl": "finetune",
     "SAETrainer": "trainer",
     "SweepRun": "sweeps",
     "TrainConfig": "config",
