@@ -91,7 +91,7 @@ def finished_sae(
         return None
     from scope.saes.formats import load
     from scope.training.data import ports_of, provenance_of
-    from scope.training.run import is_result_of
+    from scope.training.single import is_result_of
 
     metadata = provenance_of(store, ports_of(store, hook, hook_out)[0], {})
     return load(out) if is_result_of(out, metadata, config) else None

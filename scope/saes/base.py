@@ -19,7 +19,7 @@ and decorates the class with `scope.saes.registry.register`. Reading and writing
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scope.errors import InvalidInputError, MismatchError
+from scope.errors import MismatchError
 from scope.kernels import sparse
 from scope.kernels.topk import topk
 from scope.saes.active import Active
@@ -340,52 +340,17 @@ class SAE(nn.Module):
             return W_dec.norm(dim=-1)
         return sum((part.norm(dim=-1) for part in W_dec.split(widths, dim=-1)), W_dec.new_zeros(len(W_dec)))
 
-    @torch.no_grad()
-    def fold_scales(self, inputs: Sequence[float], outputs: Sequence[float] = ()) -> None:
-        """Turn an SAE of scaled rows into one that takes raw rows and gives values in the model's own units.
-
-        With inputs s x and outputs t y, features are divided by t (by the harmonic mean of several outputs' t, so that
-        their order stays), which multiplies W_enc by s/t, divides biases and thresholds by t, and leaves a single
-        output's W_dec as it is.
-
-        Args:
-            inputs: the factor of each input, in order.
-            outputs: the factor of each output; none for those of the inputs.
-        """
-        ports = self.cfg.ports
-        scale_in = _spread(inputs, [port.width for port in ports.inputs], self.W_enc)
-        written = list(outputs or inputs)
-        scale_out = _spread(written, [port.width for port in ports.outputs or ports.inputs], self.W_enc)
-        reference = written[0] if len(set(written)) == 1 else len(written) / sum(1 / scale for scale in written)
-        self._scale_encoder(scale_in / reference)
-        for name in self.activation.in_feature_units:
-            getattr(self, name).div_(reference)
-        self.W_dec.mul_(reference / scale_out)
-        self.b_dec.div_(scale_out)
-        self._scale_skip(scale_in, scale_out)
-
-    def _scale_encoder(self, factors: Float[Tensor, " d_in"]) -> None:
+    def scale_encoder(self, factors: Float[Tensor, " d_in"]) -> None:
+        """Multiply what the encoder does with each entry of the input."""
         self.W_enc.mul_(factors[:, None])
 
-    def _scale_skip(self, scale_in: Tensor, scale_out: Tensor) -> None:
-        """Fold the scales into what reaches the output past the features."""
+    def scale_skip(self, scale_in: Float[Tensor, " d_in"], scale_out: Float[Tensor, " d_out"]) -> None:
+        """Fold scales into what reaches the output past the features."""
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Bring every row of W_dec to norm 1."""
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
-
-    @torch.no_grad()
-    def fold_decoder_norm(self) -> None:
-        """Bring every row of W_dec to norm 1 and put the norm into the encoder, which leaves the output as it is.
-
-        It changes which pre-activations are the largest, so it is not for TopK and its kin.
-        """
-        norms = self.W_dec.norm(dim=-1)
-        self.W_enc.mul_(norms)
-        for name in self.activation.in_feature_units:
-            getattr(self, name).mul_(norms)
-        self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None])
 
     @torch.no_grad()
     def restart_features(
@@ -450,10 +415,3 @@ class SAE(nn.Module):
 def _unit_rows(n: int, width: int, generator: torch.Generator | None) -> Tensor:
     rows = torch.randn(n, width, generator=generator, dtype=torch.float32)
     return rows / rows.norm(dim=-1, keepdim=True)
-
-
-def _spread(factors: Sequence[float], widths: Sequence[int], like: Tensor) -> Tensor:
-    """One factor for each entry of the ports side by side."""
-    if len(factors) != len(widths):
-        raise InvalidInputError(f"There are {len(factors)} scales for {len(widths)} hooks.")
-    return torch.cat([like.new_full((width,), factor) for factor, width in zip(factors, widths, strict=True)])

@@ -122,7 +122,7 @@ class CrossLayerTranscoder(SAE):
         rows = torch.randn(self.d_sae, self.d_out, generator=generator, dtype=torch.float32)
         return functional.normalize(_zero_earlier(rows, self.cfg.n_layers), dim=-1)
 
-    def _scale_encoder(self, factors: Float[Tensor, " d_in"]) -> None:
+    def scale_encoder(self, factors: Float[Tensor, " d_in"]) -> None:
         by_layer = factors.view(self.cfg.n_layers, -1)
         self.W_enc.mul_(by_layer.repeat_interleave(self.d_sae // self.cfg.n_layers, dim=0).T)
 

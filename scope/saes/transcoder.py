@@ -103,5 +103,5 @@ class SkipTranscoder(Transcoder):
     def _with_skip(self, decoded: Tensor, rows: Tensor) -> Tensor:
         return decoded + rows @ self.W_skip.T
 
-    def _scale_skip(self, scale_in: Tensor, scale_out: Tensor) -> None:
+    def scale_skip(self, scale_in: Tensor, scale_out: Tensor) -> None:
         self.W_skip.mul_(scale_in / scale_out[:, None])

@@ -23,6 +23,7 @@ from torch import Tensor
 from scope.errors import InvalidInputError, MismatchError, NonFiniteError
 from scope.saes import registry
 from scope.saes.base import SAE, Port, Ports, SAEMetadata, TrainingContext
+from scope.saes.folding import fold_decoder_norm, fold_scales
 from scope.training.config import TrainConfig
 from scope.training.initialisation import centre_of, expected_norm_scale
 from scope.training.resampling import resample
@@ -201,10 +202,10 @@ class SAETrainer:
         sae = type(self.sae)(self.sae.cfg, initialise=False)
         sae.load_state_dict(self.sae.state_dict())
         if self.config.decoder_norm == "free":
-            sae.fold_decoder_norm()
+            fold_decoder_norm(sae)
         if self.scales is not None:
             n = len(self.ports.inputs)
-            sae.fold_scales(self.scales[:n], self.scales[n:])
+            fold_scales(sae, self.scales[:n], self.scales[n:])
         return sae.for_inference()
 
     def state_tensors(self) -> dict[str, Tensor]:
