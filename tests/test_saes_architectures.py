@@ -255,7 +255,7 @@ def test_export_and_files_keep_what_was_trained(
 def test_sae_lens_loads_every_architecture(architecture: str, tmp_path: Path) -> None:
     import sae_lens
 
-    sae = make(architecture).for_inference()
+    sae = make(architecture)
     theirs = sae_lens.SAE.load_from_disk(str(formats.save(sae, tmp_path / "one")))
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(3))
     for ours, their in ((sae.encode(x), theirs.encode(x)), (sae(x), theirs(x))):

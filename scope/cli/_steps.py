@@ -13,9 +13,19 @@ if TYPE_CHECKING:
     from scope.models import LanguageModel
     from scope.saes.base import SAE
     from scope.training import SweepRun, TrainConfig, TrainReport
+    from scope.training.aligned import AlignedStores
     from scope.training.evaluate import Quality
 
-__all__ = ["finished_sae", "index_sae", "load_model_of", "measure_sae", "optional_model_of", "train_runs", "train_sae"]
+__all__ = [
+    "aligned_stores",
+    "finished_sae",
+    "index_sae",
+    "load_model_of",
+    "measure_sae",
+    "optional_model_of",
+    "train_runs",
+    "train_sae",
+]
 
 
 def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
@@ -55,6 +65,16 @@ def optional_model_of(store: "ActivationStore", name: str | None, device: str | 
             raise
         say(f"Going on without the model: {error}")
         return None
+
+
+def aligned_stores(first: "ActivationStore", further: Sequence[Path]) -> "AlignedStores":
+    """Stores of the same text as one source, named a, b, c, …"""
+    from string import ascii_lowercase
+
+    from activations.store import ActivationStore
+    from scope.training.aligned import AlignedStores
+
+    return AlignedStores(dict(zip(ascii_lowercase, [first, *map(ActivationStore.open, further)], strict=False)))
 
 
 def train_sae(

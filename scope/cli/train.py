@@ -34,6 +34,13 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="The hook that a transcoder writes; those that a clt writes, in order."),
         ] = None,
+        beside: Annotated[
+            list[Path] | None,
+            typer.Option(
+                help="A further store of the same text, such as another model's, for a crosscoder. Hooks are then "
+                "named a:HOOK in STORE, b:HOOK in the first store beside it, and so on."
+            ),
+        ] = None,
         evaluate_tokens: Annotated[
             int, typer.Option(help="Held-out tokens for the cross-entropy; 0 leaves it out and needs no model.")
         ] = 4096,
@@ -47,9 +54,10 @@ def register(app: typer.Typer) -> None:
         over the data.
         """
         from activations.store import ActivationStore
-        from scope.cli._steps import finished_sae, measure_sae, optional_model_of, train_runs, train_sae
+        from scope.cli._steps import aligned_stores, finished_sae, measure_sae, optional_model_of, train_runs, train_sae
 
-        opened = ActivationStore.open(store)
+        first = ActivationStore.open(store)
+        opened: Any = first if not beside else aligned_stores(first, beside)
         held_out = bool(opened.documents()["held_out"].any())
         if not held_out:
             say("No document of this store is held out (one title in ten is): the quality will not be measured.")
@@ -66,7 +74,8 @@ def register(app: typer.Typer) -> None:
             else:
                 figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}
                 done = [(sae, out, figures, f"{out} holds the result of this very run already.")]
-        language_model = optional_model_of(opened, model, config.device) if held_out and evaluate_tokens else None
+        spliced = held_out and evaluate_tokens and not beside
+        language_model = optional_model_of(first, model, config.device) if spliced else None
         results, texts = [], []
         for sae, folder, figures, text in done:
             data = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}

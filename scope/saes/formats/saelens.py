@@ -1,6 +1,10 @@
 """SAELens's folder: `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, beside our `manifest.json`.
 
 sae_lens reads what is written here (`SAE.load_from_disk`), and what it writes is read here, without importing it.
+BatchTopK and Matryoshka are written as the JumpReLU SAEs that they are after training, as SAELens does. Where it lacks
+an architecture, the layout is extended: a transcoder of TopK is a `topk_transcoder`; a `crosscoder` has its hooks side
+by side in W_enc and W_dec, in the order of `hook_names` in the metadata, with their `widths`; a `clt` has `n_layers`
+layers side by side, and features ordered by the layer that they read.
 Our provenance lies in the config's metadata, where sae_lens keeps names that it does not know.
 
 Two settings of SAELens are folded into the weights when read, which leaves features and outputs as they are:
@@ -57,6 +61,7 @@ def save(
 ) -> Path:
     """See `scope.saes.formats.save`."""
     require_free(folder)
+    sae = sae.for_inference()
     weights = sae.weights()
     _require_finite(weights, "The SAE to be saved")
     files = {CONFIG: _config_bytes(sae), WEIGHTS: serialise(weights), **(companions or {})}
