@@ -54,8 +54,9 @@ def test_figures_without_peers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_saelens_takes_its_turn() -> None:
-    config = TrainBench(d_in=32, d_sae=128, k=4, batch_size=64, steps=1, rounds=1, device="cpu", loss_steps=3)
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu"])
+def test_saelens_takes_its_turn(arch: str) -> None:
+    config = TrainBench(arch, "cpu", d_in=32, d_sae=128, k=4, batch_size=64, steps=1, rounds=1, loss_steps=3)
     figures = bench_train(config, lambda message: None)
     rates = figures["tokens_per_second"]
     assert figures["ratio_to_saelens"] == pytest.approx(rates["ours"] / rates["saelens"])

@@ -57,8 +57,26 @@ def test_it_equals_the_step_through_autograd(auxk_coefficient: float, clip_grad_
     assert torch.equal(fast.tokens_since_fired, plain.tokens_since_fired)
 
 
+@pytest.mark.parametrize("lag", [0, 2])
+def test_batchtopk_equals_its_step_through_autograd(lag: int) -> None:
+    # Rows of few features, so that none wants more than four times k; and as many as there are features at most.
+    config = replace(CONFIG, arch="batchtopk", k=16)
+    plain, fast = trainer_for(config, lag=None), trainer_for(config, lag)
+    for number in range(12):
+        expected, got = plain.step(batch(number)), fast.step(batch(number))
+        if lag == 0:
+            for name in ("loss", "grad_norm", "fvu", "l0", "dead"):
+                torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-3, atol=1e-5)
+    if lag == 0:
+        torch.testing.assert_close(fast.sae.threshold, plain.sae.threshold, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(fast.sae.W_dec, plain.sae.W_dec, rtol=1e-2, atol=1e-4)
+    assert float(fast.sae.threshold) > 0
+
+
 def test_the_default_trainer_takes_it() -> None:
     assert SAETrainer(CONFIG, 32).fast is not None
+    for further in ({"k_anneal": 0.1}, {"resample_steps": 5}, {"frequency_coefficient": 0.1}, {"arch": "batchtopk"}):
+        assert SAETrainer(replace(CONFIG, **further), 32).fast is None
 
 
 @pytest.mark.parametrize("lag", [0, 2])

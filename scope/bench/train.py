@@ -42,6 +42,7 @@ LONG_DEAD = 10**9
 DEAD_AFTER = 10_000_000
 WARM_UP = 3
 LEARNING_RATE = 1e-4
+THRESHOLD_ROWS = 512
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 Step = Callable[[Tensor], Any]
@@ -101,10 +102,11 @@ class _Bench:
         if not self.config.with_peers:
             return found
         scale, arch = self._scale(), self.config.arch
+        threshold = self._threshold() if arch == "jumprelu" else None
         if importlib.util.find_spec("sae_lens") and arch in train_peers.SAELENS_ARCHITECTURES:
 
             def saelens(compiled: bool = False) -> Step:
-                return train_peers.saelens_step(self.data, scale, arch, self.k, LEARNING_RATE, compiled)
+                return train_peers.saelens_step(self.data, scale, arch, self.k, LEARNING_RATE, compiled, threshold)
 
             found["saelens"] = saelens
             if self.config.compiled if self.config.compiled is not None else self.cuda:
@@ -142,6 +144,12 @@ class _Bench:
         norms = self.data.batches[0].float().norm(dim=-1)
         return float(self.d_in**0.5 / norms.mean())
 
+    def _threshold(self) -> float:
+        """The threshold for all features with which k of them fire on a row, for scaled rows."""
+        rows = self.data.batches[0][:THRESHOLD_ROWS]
+        pre = (rows - rows.mean(dim=0)) @ self.data.W_enc.T + self.data.b_enc
+        return self._scale() * float(pre.flatten().topk(self.k * len(rows)).values[-1])
+
     def _trainer(self) -> SAETrainer:
         config = TrainConfig(
             arch=self.config.arch,
@@ -162,6 +170,8 @@ class _Bench:
             trainer.sae.W_enc.copy_(self.data.W_enc.T)
             trainer.sae.W_dec.copy_(self.data.W_dec)
             trainer.sae.b_enc.copy_(self.data.b_enc * trainer.scale)
+            if self.config.arch == "jumprelu":
+                trainer.sae.threshold.fill_(self._threshold())
         trainer.tokens_since_fired[self.d_sae - self.data.n_dead :] = LONG_DEAD
         return trainer
 

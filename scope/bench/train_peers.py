@@ -25,7 +25,9 @@ NEVER = 1_000_000
 SAELENS_ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
 
 
-def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: float, compiled: bool) -> Step:
+def saelens_step(
+    data: DictionaryLike, scale: float, arch: str, k: int, lr: float, compiled: bool, threshold: float | None = None
+) -> Step:
     """SAELens's trainer: `SAETrainer.step`, with autocast on a GPU, its AuxK on the dead features, its Adam.
 
     Args:
@@ -35,6 +37,7 @@ def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: floa
         k: firing features.
         lr: learning rate.
         compiled: whether its forward pass goes through `torch.compile`.
+        threshold: of all features of a JumpReLU.
     """
     d_sae, d_in = data.W_dec.shape
     trainer = _saelens_trainer(arch, d_in, d_sae, k, lr, len(data.batches[0]), data.W_dec.device)
@@ -42,6 +45,8 @@ def saelens_step(data: DictionaryLike, scale: float, arch: str, k: int, lr: floa
         trainer.sae.W_enc.copy_(data.W_enc.T)
         trainer.sae.W_dec.copy_(data.W_dec)
         trainer.sae.b_enc.copy_(data.b_enc * scale)
+        if threshold is not None:
+            trainer.sae.threshold.fill_(threshold)
     if compiled:
         trainer.sae.training_forward_pass = torch.compile(trainer.sae.training_forward_pass)
     trainer.n_forward_passes_since_fired[d_sae - data.n_dead :] = NEVER

@@ -1,5 +1,6 @@
 """What several commands do: open what they were given, find the model that filled a store, train, measure, index."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,20 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.models import LanguageModel
     from scope.saes.base import SAE
-    from scope.training import TrainConfig, TrainReport
+    from scope.training import SweepRun, TrainConfig, TrainReport
+    from scope.training.aligned import AlignedStores
     from scope.training.evaluate import Quality
 
-__all__ = ["finished_sae", "index_sae", "load_model_of", "measure_sae", "optional_model_of", "train_sae"]
+__all__ = [
+    "aligned_stores",
+    "finished_sae",
+    "index_sae",
+    "load_model_of",
+    "measure_sae",
+    "optional_model_of",
+    "train_runs",
+    "train_sae",
+]
 
 
 def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
@@ -56,25 +67,54 @@ def optional_model_of(store: "ActivationStore", name: str | None, device: str | 
         return None
 
 
-def train_sae(store: "ActivationStore", hook: str, config: "TrainConfig", out: Path) -> "TrainReport":
-    """Train on one hook of a store, with a progress bar."""
+def aligned_stores(first: "ActivationStore", further: Sequence[Path]) -> "AlignedStores":
+    """Stores of the same text as one source, named a, b, c, …"""
+    from string import ascii_lowercase
+
+    from activations.store import ActivationStore
+    from scope.training.aligned import AlignedStores
+
+    return AlignedStores(dict(zip(ascii_lowercase, [first, *map(ActivationStore.open, further)], strict=False)))
+
+
+def train_sae(
+    store: "ActivationStore",
+    hook: str | Sequence[str],
+    config: "TrainConfig",
+    out: Path,
+    hook_out: Sequence[str] = (),
+) -> "TrainReport":
+    """Train on one hook of a store, or a dictionary of several, with a progress bar."""
     from scope.training import train
 
     with progress_bar("Training (rows)") as progress:
-        return train(store, hook, config, out, progress=progress)
+        return train(store, hook, config, out, hook_out=hook_out, progress=progress)
 
 
-def finished_sae(out: Path, store: "ActivationStore", hook: str, config: "TrainConfig") -> "SAE | None":
-    """The SAE in `out` if it is the result of this very run: same store, hook and settings."""
-    from activations.manifest import read_manifest
-    from scope.saes.formats import load
+def train_runs(store: "ActivationStore", runs: "Sequence[SweepRun]", out: Path) -> "list[TrainReport]":
+    """Train a sweep from one pass over a store, with a progress bar."""
+    from scope.training import train_sweep
 
-    if not (out / "manifest.json").is_file() or store.fingerprint not in read_manifest(out).get("parents", ()):
+    with progress_bar(f"Training {len(runs)} (rows)") as progress:
+        return train_sweep(store, runs, out, progress=progress)
+
+
+def finished_sae(
+    out: Path,
+    store: "ActivationStore",
+    hook: str | Sequence[str],
+    config: "TrainConfig",
+    hook_out: Sequence[str] = (),
+) -> "SAE | None":
+    """The SAE in `out` if it is the result of this very run: same store, hooks and settings."""
+    if not (out / "manifest.json").is_file():
         return None
-    sae = load(out)
-    recorded = dict(sae.cfg.metadata.training or {})
-    same = sae.hook_name == store.resolve_hook(hook) and {**recorded, **config.to_dict()} == recorded
-    return sae if same else None
+    from scope.saes.formats import load
+    from scope.training.data import ports_of, provenance_of
+    from scope.training.single import is_result_of
+
+    metadata = provenance_of(store, ports_of(store, hook, hook_out)[0], {})
+    return load(out) if is_result_of(out, metadata, config) else None
 
 
 def measure_sae(sae: Any, out: Path, store: "ActivationStore", model: "LanguageModel | None", tokens: int) -> "Quality":

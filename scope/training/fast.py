@@ -1,9 +1,10 @@
-"""`FastStep`: the trainer's step for TopK dictionaries, without autograd and without waiting for the device.
+"""`FastStep`: the trainer's step for TopK and BatchTopK, without autograd and without waiting for the device.
 
 It computes what `SAETrainer` computes through autograd, with gradients written down by hand. With B rows, f the sparse
 features, r = x_hat - x, and "at f" the k entries of each row:
 
-1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the k largest of each row are f.
+1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the k largest of each row are f. For
+   BatchTopK they are the k B largest of the batch, chosen among the `WIDEST` x k largest of each row.
 2. r, and the gradient at f: (2/B) r · W_dec at f, where f > 0.
 3. AuxK (Gao et al. 2024, A.2) over the dead features, which are few enough for dense products: ê from their k_aux
    largest pre-activations on each row, and the gradients of share x coefficient ‖r + ê‖² / B.
@@ -31,7 +32,8 @@ from torch import Tensor
 from scope.kernels import step as products
 from scope.kernels.adam import adam_rows
 from scope.kernels.tensors import has_triton
-from scope.kernels.topk import keep_largest, linear_topk
+from scope.kernels.topk import keep_largest, largest_of_all, linear_topk
+from scope.saes.batchtopk import BatchTopKSAE, followed_threshold
 from scope.saes.topk import TopKSAE
 from scope.training.schedules import learning_rate_share
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from scope.training.trainer import SAETrainer, StepReport
 
 __all__ = ["FastStep", "supports_fast_step"]
+
+WIDEST = 4
+"""Multiple of k that a row of a BatchTopK takes at most; what a row would take beyond goes to others."""
 
 LAG = 2
 """Steps between a step on a GPU and the host's reading what it found: one that runs, one that waits in the queue."""
@@ -49,13 +54,16 @@ MAX_AUX = 16_384
 
 
 def supports_fast_step(trainer: "SAETrainer") -> bool:
-    """Whether this trainer's settings are ones that `FastStep` computes: TopK, on a GPU in bfloat16 or on the CPU."""
-    sae = trainer.sae
-    if type(sae) is not TopKSAE or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
+    """Whether this trainer's settings are ones that `FastStep` computes: TopK or BatchTopK on a GPU in bfloat16, where
+    there is Triton, and TopK on the CPU; nothing but the gradient, AuxK, and Adam with unit decoder rows."""
+    sae, config = trainer.sae, trainer.config
+    if type(sae) not in (TopKSAE, BatchTopKSAE) or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
+        return False
+    if len(trainer.ports.inputs) != 1 or not config.is_plain:
         return False
     if sae.device.type == "cuda":
-        return trainer.config.product_dtype == "bfloat16" and has_triton()
-    return sae.device.type == "cpu"
+        return config.product_dtype == "bfloat16" and has_triton()
+    return sae.device.type == "cpu" and type(sae) is TopKSAE  # BatchTopK's own step has no limit to a row's features
 
 
 class _Entries(NamedTuple):
@@ -109,6 +117,7 @@ class FastStep:
         self.dtype = getattr(torch, config.product_dtype)
         self.dead_counts: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
         """(steps done before, dead features) of the last steps that were read."""
+        self._over_batch = type(sae) is BatchTopKSAE
         self._pending: deque[_Pending] = deque()
         self._weights = trainer._rows
         for weight in self._weights.values():
@@ -169,7 +178,7 @@ class FastStep:
             x, trainer.scale, values, ids, self._copies["W_dec"], sae.b_dec
         )
         at_f = torch.where(values > 0, dots * (2 / n_rows), 0.0)
-        groups = products.group_entries(ids, sae.d_sae)
+        groups = products.group_entries(ids, sae.d_sae, values > 0 if self._over_batch else None)
         sums = products.feature_sums(values, at_f, ids, groups)
         n_dead = dead.sum()
         aux = self._auxk(centred, residual, dead, n_dead) if config.auxk_coefficient else None
@@ -184,6 +193,7 @@ class FastStep:
         self._healthy.mul_(ok)
         clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
         learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), groups, aux)
+        self._follow(values)
         fired = self._count(sums.fired, n_rows)
         self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float()]), batch, rows, before)
         mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
@@ -204,9 +214,20 @@ class FastStep:
         )
 
     def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.trainer.sae.cfg.k  # type: ignore[attr-defined]
-        values, ids = linear_topk(centred, self._copies["W_enc"], self.trainer.sae.b_enc.to(self.dtype), k)
-        return values.float().relu_(), ids.int()
+        """Values, 0 or more, and ids of the entries of each row."""
+        sae, k = self.trainer.sae, self.trainer.config.k
+        width = min(WIDEST * k, sae.d_sae) if self._over_batch else k
+        values, ids = linear_topk(centred, self._copies["W_enc"], sae.b_enc.to(self.dtype), width)
+        values = values.float().relu_()
+        if self._over_batch:
+            values = torch.where(largest_of_all(values, k * len(values)), values, 0.0)
+        return values, ids.int()
+
+    def _follow(self, values: Tensor) -> None:
+        """BatchTopK's running threshold."""
+        if self._over_batch:
+            moved = followed_threshold(self.trainer.sae.threshold, torch.where(values > 0, values, torch.inf).min())
+            self.trainer.sae.threshold.copy_(torch.where(self._healthy > 0, moved, self.trainer.sae.threshold))
 
     def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor, n_dead: Tensor) -> _Aux | None:
         """Loss and gradients of AuxK; None while no feature was dead."""

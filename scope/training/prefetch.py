@@ -7,10 +7,11 @@
 The thread is `DEPTH` batches ahead. On the CPU batches pass through as they are.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from activations.pipeline import Channel, Worker
 from scope.training.data import Batch
@@ -42,9 +43,9 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
     def send() -> None:
         copies = torch.cuda.Stream(device)
         for rows, values in batches:
-            pinned = values.pin_memory()
+            pinned = _each(values, Tensor.pin_memory)
             with torch.cuda.stream(copies):
-                sent = pinned.to(device, non_blocking=True)
+                sent = _each(pinned, lambda tensor: tensor.to(device, non_blocking=True))
                 done = torch.cuda.Event()
                 done.record(copies)
             channel.put(_Sent(Batch(rows, sent), done))
@@ -56,10 +57,15 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
         for batch, done in channel:
             here = torch.cuda.current_stream(device)
             here.wait_event(done)
-            batch.values.record_stream(here)
+            _each(batch.values, lambda tensor, stream=here: tensor.record_stream(stream))
             yield batch
     finally:
         channel.stop()
         worker.join_fully()
     if worker.error is not None:
         raise worker.error
+
+
+def _each(values: Any, act: Callable[..., Any]) -> Any:
+    """What `act` makes of a batch's values, which are one tensor or a tensor for each hook."""
+    return {hook: act(tensor) for hook, tensor in values.items()} if isinstance(values, Mapping) else act(values)
