@@ -199,7 +199,7 @@ class FastStep:
         mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
         if self.lag == 0:
             self._read(self._pending.popleft())
-        from scope.training.trainer import StepReport
+        from scope.training.trainer import StepReport  # which imports this module
 
         return StepReport(
             step=trainer.steps_done,
