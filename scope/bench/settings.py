@@ -62,8 +62,8 @@ class TrainBench:
     """How often each takes its turn; the best counts."""
     with_peers: bool = True
     """Whether to run SAELens and, on a GPU, sparsify."""
-    compiled: bool | None = None
-    """Whether to run SAELens compiled as well. None: on a GPU only."""
+    with_compiled: bool = True
+    """Whether to run SAELens compiled as well, on a GPU."""
     loss_steps: int = 0
     """Steps to train ours and SAELens's from the start on the same batches, to compare their losses. 0: none."""
 

@@ -109,7 +109,7 @@ class _Bench:
                 return train_peers.saelens_step(self.data, scale, arch, self.k, LEARNING_RATE, compiled, threshold)
 
             found["saelens"] = saelens
-            if self.config.compiled if self.config.compiled is not None else self.cuda:
+            if self.cuda and self.config.with_compiled:
                 found["saelens_compiled"] = lambda: saelens(compiled=True)
         if self.cuda and arch == "topk" and importlib.util.find_spec("sparsify"):
             found["sparsify"] = lambda: train_peers.sparsify_step(self.data, scale, self.k, LEARNING_RATE)
