@@ -59,6 +59,8 @@ def test_features_follow_the_equations() -> None:
         features = sae.encode_sparse(x)
         torch.testing.assert_close(sae.decode_sparse(features), sae(x))
         torch.testing.assert_close(sae.reconstruct(x, features), sae(x))
+        assert sae.fingerprint == make(name).fingerprint
+        assert name in sae._repr_html_()
 
 
 @torch.no_grad()

@@ -227,7 +227,8 @@ def test_a_run_with_tricks_resumes_exactly(tmp_path: Path, options: dict[str, An
     [
         ({"decoder_norm": "uniit"}, UnknownNameError, "unit"),
         ({"b_dec_init": "geometric_mean"}, UnknownNameError, "geometric_median"),
-        ({"k_start": 2}, InvalidInputError, "k_start"),
+        ({"k_start": 2, "k_anneal": 0.5}, InvalidInputError, "k_start"),
+        ({"k_start": 20}, InvalidInputError, "k_anneal is 0"),
         ({"frequency_cap": 0.0}, InvalidInputError, "frequency_cap"),
         ({"sparsity_coefficient": -1.0}, InvalidInputError, "sparsity_coefficient"),
         ({"sparsity_warmup": 1.5}, InvalidInputError, "sparsity_warmup"),

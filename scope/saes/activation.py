@@ -41,6 +41,8 @@ class Activation:
 
     steering_gain: ClassVar[float] = 1.0
     """How much faster than usual the L0 controller moves the penalty's weight."""
+    steering_damping: ClassVar[float] = 0.5
+    """How strongly it reacts at once."""
 
     def encode(self, sae: "SAE", centred: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Features, dense, outside of training."""

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["SAE", "Port", "Ports", "SAEConfig", "SAEMetadata", "SparseFeatures", "TrainingContext", "TrainingLoss"]
 
 
+HOOK_FIELDS = ("hook_name", "hook_name_out", "hook_names", "hook_names_out")
+
+
 class SparseFeatures(NamedTuple):
     """The features that fire on each row, in no particular order."""
 
@@ -394,11 +397,12 @@ class SAE(nn.Module):
         digest = hashlib.sha256(config.encode())
         for name, tensor in sorted(self.weights().items()):
             digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().data)
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def extra_repr(self) -> str:
-        where = f", hook_name={self.hook_name!r}" if self.hook_name else ""
+        named = {name: getattr(self.cfg.metadata, name) for name in HOOK_FIELDS}
+        where = "".join(f", {name}={value!r}" for name, value in named.items() if value)
         return f"d_in={self.d_in}, d_sae={self.d_sae}{where}"
 
     def _repr_html_(self) -> str:

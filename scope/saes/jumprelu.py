@@ -1,7 +1,7 @@
 """JumpReLU: a feature fires where its pre-activation is above a threshold of its own, which is learned."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -98,6 +98,7 @@ class JumpReLU(Activation):
     in_feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     coefficient: ClassVar[float | None] = 0.1
     steering_gain: ClassVar[float] = 2.0
+    steering_damping: ClassVar[float] = 2.0
 
     def encode(self, sae: SAE, centred: Tensor) -> Tensor:
         pre = sae.pre_activations(centred, sae.b_enc)
@@ -114,7 +115,7 @@ class JumpReLU(Activation):
             active = Dense(pre, sae.pre_activations(centred, sae.b_enc))
         threshold = active.of(sae.threshold).expand_as(active.pre).to(active.pre.dtype)
         values = jumprelu(active.pre, threshold, cfg.bandwidth, cfg.ste_to_input)
-        return type(active)(**{**vars(active), "values": values})
+        return replace(active, values=values)
 
     def penalties(self, sae: SAE, active: Active, target: Tensor, context: "TrainingContext") -> Mapping[str, Tensor]:
         cfg: Any = sae.cfg

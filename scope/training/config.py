@@ -140,6 +140,10 @@ class TrainConfig:
                 raise InvalidInputError(f"{name} is {value}; expected a positive number.")
         if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
             raise InvalidInputError(f"k_start is {self.k_start:,}; expected from k, {self.k:,}, to {self.d_sae:,}.")
+        if self.k_start is not None and not self.k_anneal:
+            raise InvalidInputError(
+                "k_start is given, but k_anneal is 0: give the share of the run over which k falls."
+            )
         for name, choices in (("decoder_norm", DECODER_NORMS), ("b_dec_init", CENTRES)):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)

@@ -4,9 +4,9 @@
 
 1. over the sparsity warm-up the coefficient rises linearly from 0 to its start, and nothing is steered;
 2. then, with e a running mean of log(L0 / target), limited to ±1, the logarithm of the coefficient goes up by a gain
-   times e each step, and PROPORTIONAL e is added on top: the first finds the level, the second damps the way there.
-   The gain is such that the coefficient can go anywhere within a run, and higher where features come and go slowly
-   (JumpReLU, whose thresholds move by about the learning rate).
+   times e each step, and a damping times e is added on top: the first finds the level, the second calms the way there.
+   The gain is such that the coefficient can go anywhere within a run. Where features come and go slowly (JumpReLU,
+   whose thresholds move by about the learning rate) the damping is higher.
 
 `FrequencyPenalty` keeps a running share of rows on which each feature fires. With p that share and `cap` the largest
 that costs nothing, a feature's activations are added to the loss with the weight coefficient x max(0, p / cap - 1).
@@ -28,7 +28,6 @@ __all__ = ["FrequencyPenalty", "SparsityController"]
 INTEGRAL_RUN = 15.0
 """How far log(coefficient) can move over a whole run, with e at its limit."""
 MIN_INTEGRAL, MAX_INTEGRAL = 0.0005, 0.03
-PROPORTIONAL = 0.5
 ERROR_RATE = 0.1
 """Share that each batch has in the running mean of log(L0 / target)."""
 FREQUENCY_RATE = 0.01
@@ -43,11 +42,21 @@ class SparsityController:
         warmup: share of the run over which the coefficient rises from 0.
         steer: False keeps it at `start`.
         gain: how much faster than usual the coefficient moves.
+        damping: what times the error is added to the coefficient's logarithm.
         device: where its state lies.
     """
 
-    def __init__(self, start: float, steps: int, warmup: float, steer: bool, device: str, gain: float = 1.0) -> None:
-        self.warmup_steps, self.steer = warmup * steps, steer
+    def __init__(
+        self,
+        start: float,
+        steps: int,
+        warmup: float,
+        steer: bool,
+        device: str,
+        gain: float = 1.0,
+        damping: float = 0.5,
+    ) -> None:
+        self.warmup_steps, self.steer, self.damping = warmup * steps, steer, damping
         self.integral = gain * min(MAX_INTEGRAL, max(MIN_INTEGRAL, INTEGRAL_RUN / steps))
         self._log = torch.full((), math.log(start), device=device)
         self._error = torch.zeros((), device=device)
@@ -55,16 +64,18 @@ class SparsityController:
     @classmethod
     def of(cls, config: TrainConfig, sae: SAE) -> "SparsityController | None":
         """The controller of a run; None where the activation function has no penalty."""
-        default, gain = sae.activation.start_coefficient(sae), sae.activation.steering_gain
+        act = sae.activation
+        default = act.start_coefficient(sae)
         if default is None:
             return None
         start = config.sparsity_coefficient if config.sparsity_coefficient is not None else default
-        return cls(start, config.steps, config.sparsity_warmup, config.l0_controller, config.device, gain)
+        steer, gains = config.l0_controller, (act.steering_gain, act.steering_damping)
+        return cls(start, config.steps, config.sparsity_warmup, steer, config.device, *gains)
 
     def coefficient(self, step: int) -> Float[Tensor, ""]:
         """The coefficient that holds at a step, from 0 to `steps` - 1."""
         rising = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        push = PROPORTIONAL * self._error if self.steer and step >= self.warmup_steps else 0.0
+        push = self.damping * self._error if self.steer and step >= self.warmup_steps else 0.0
         return rising * torch.exp(self._log + push)
 
     def observe(self, steps_done: int, l0: Float[Tensor, ""], target: float) -> None:

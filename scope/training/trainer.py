@@ -322,8 +322,8 @@ class SAETrainer:
         generator = torch.Generator().manual_seed(self.config.seed + self.steps_done)
         started = resample(self.sae, dead, x, y, generator)
         self.tokens_since_fired[started] = 0
-        for row in self._rows.values():
-            if len(row) == self.sae.d_sae:
+        for name, row in self._rows.items():
+            if name in ("W_enc", "W_dec", *self.sae.activation.parameters):
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimiser.state[row][moment][started] = 0
 
