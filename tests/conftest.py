@@ -11,7 +11,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jaxtyping
 import pytest
 
-CHECKED = ("scope.kernels", "scope.models", "scope.saes", "scope.interventions", "scope.training", "scope.attribution")
+import scope
+
+# One by one: the check would wrap what Triton's compiler reads in scope.kernels.triton.
+KERNELS = tuple(f"scope.kernels.{path.stem}" for path in (Path(scope.__file__).parent / "kernels").glob("*.py"))
+CHECKED = (*KERNELS, "scope.models", "scope.saes", "scope.interventions", "scope.training", "scope.attribution")
 """Packages whose tensor annotations are checked at run time."""
 
 _hook = jaxtyping.install_import_hook(CHECKED, "helpers_checks.checked")

@@ -175,6 +175,12 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         SAETrainer(replace(CONFIG, device=device), 32)
 
 
+def test_products_are_bfloat16_on_a_gpu_by_default() -> None:
+    assert CONFIG.product_dtype == "float32"
+    assert replace(CONFIG, device="cuda").product_dtype == "bfloat16"
+    assert replace(CONFIG, device="cuda", compute_dtype="float32").product_dtype == "float32"
+
+
 def test_the_default_learning_rate_follows_width_and_batch() -> None:
     at = replace(CONFIG, lr=None, d_sae=2**14, batch_size=2048, tokens=10_000)
     assert at.peak_lr == pytest.approx(1e-3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scope.errors import InvalidInputError
 
-__all__ = ["CaptureBench"]
+__all__ = ["CaptureBench", "TrainBench"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,48 @@ class CaptureBench:
             raise InvalidInputError(
                 f"tokens is {self.tokens:,}; expected at least 1,024, so that there is work to time."
             )
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Settings of the training benchmark; what is None follows from the device."""
+
+    arch: str = "topk"
+    """Architecture."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+    d_in: int | None = None
+    """Width of the activations. None: 640 on a CPU, 2,304 on a GPU."""
+    d_sae: int | None = None
+    """Number of features. None: 4,096 on a CPU, 65,536 on a GPU."""
+    k: int | None = None
+    """Features that fire on a row. None: 32 on a CPU, 64 on a GPU."""
+    batch_size: int | None = None
+    """Rows in a step. None: 2,048 on a CPU, 8,192 on a GPU."""
+    steps: int | None = None
+    """Steps that are timed in each round. None: 4 on a CPU, 20 on a GPU."""
+    rounds: int = 3
+    """How often each takes its turn; the best counts."""
+    with_peers: bool = True
+    """Whether to run SAELens and, on a GPU, sparsify."""
+    with_compiled: bool = True
+    """Whether to run SAELens compiled as well, on a GPU."""
+    loss_steps: int = 0
+    """Steps to train ours and SAELens's from the start on the same batches, to compare their losses. 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k", "batch_size", "steps", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name} is {value:,}; expected at least 1.")
+        if self.loss_steps < 0:
+            raise InvalidInputError(f"loss_steps is {self.loss_steps:,}; expected 0 or more.")
+
+    def shape(self, cuda: bool) -> tuple[int, int, int, int]:
+        """d_in, d_sae, k and batch size on a GPU or on a CPU."""
+        defaults = (2304, 65_536, 64, 8192) if cuda else (640, 4096, 32, 2048)
+        given = (self.d_in, self.d_sae, self.k, self.batch_size)
+        d_in, d_sae, k, batch_size = (value or default for value, default in zip(given, defaults, strict=True))
+        if k > d_sae:
+            raise InvalidInputError(f"k is {k:,}; expected at most d_sae, {d_sae:,}.")
+        return d_in, d_sae, k, batch_size

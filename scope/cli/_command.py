@@ -18,7 +18,8 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -97,7 +98,11 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
 
 
 def command(
-    app: typer.Typer, name: str, config: type | None = None, required: Iterable[str] = ()
+    app: typer.Typer,
+    name: str,
+    config: type | None = None,
+    required: Iterable[str] = (),
+    several: Iterable[str] = (),
 ) -> Callable[[Callable[..., Outcome]], Callable[..., None]]:
     """Register a function as a command of `app`.
 
@@ -106,6 +111,8 @@ def command(
         name: the command's name.
         config: a frozen dataclass; its fields become options, and the function's parameter `config` gets the object.
         required: fields of `config` that must be given.
+        several: fields of `config` that take several values, separated by commas. `config` has the first of each, and
+            the function's parameter `swept` gets all: by field, a tuple of values.
     """
 
     def decorate(function: Callable[..., Outcome]) -> Callable[..., None]:
@@ -113,9 +120,9 @@ def command(
         own = [
             parameter.replace(annotation=hints[parameter.name])
             for parameter in inspect.signature(function).parameters.values()
-            if parameter.name != "config"
+            if parameter.name not in ("config", "swept")
         ]
-        from_config = _config_parameters(config, set(required)) if config is not None else []
+        from_config = _config_parameters(config, set(required), set(several)) if config is not None else []
 
         def run(**values: Any) -> None:
             as_json = values.pop("json")
@@ -123,7 +130,7 @@ def command(
             try:
                 if config is not None:
                     fields = {parameter.name: values.pop(parameter.name) for parameter in from_config}
-                    values["config"] = config(**fields)
+                    values |= _configured(config, fields, several)
                 outcome = function(**values)
             except ScopeError as error:
                 _fail(error, as_json, 2 if isinstance(error, InvalidInputError) else 1)
@@ -170,16 +177,22 @@ def _load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
+    known = {str(parameter.name): parameter for parameter in context.command.params}
     renamed = {key.replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(renamed) - known)
+    unknown = sorted(set(renamed) - set(known))
     if unknown:
         raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know.")
+    for name, value in renamed.items():
+        takes_several = getattr(known[name], "multiple", False)
+        if takes_several and not isinstance(value, list):
+            renamed[name] = [value]
+        elif isinstance(value, list) and not takes_several:
+            renamed[name] = ",".join(map(str, value))
     context.default_map = {**(context.default_map or {}), **renamed}
     return path
 
 
-def _config_parameters(config: type, required: set[str]) -> list[inspect.Parameter]:
+def _config_parameters(config: type, required: set[str], several: set[str]) -> list[inspect.Parameter]:
     hints = get_type_hints(config)
     documentation = _field_docstrings(config)
     parameters = []
@@ -189,13 +202,55 @@ def _config_parameters(config: type, required: set[str]) -> list[inspect.Paramet
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else default
         flag = "--" + field.name.replace("_", "-")
         declaration = f"{flag}/--no-{flag[2:]}" if hints[field.name] is bool else flag
-        option = typer.Option(declaration, help=documentation.get(field.name, ""))
         hint: Any = hints[field.name]
+        told = documentation.get(field.name, "")
+        if field.name in several:
+            told += " Several, separated by commas, make a sweep."
+        if field.name in several or _is_list(hint):
+            hint, default = (
+                str | None,
+                default if default is inspect.Parameter.empty or default is None else str(default),
+            )
+        option = typer.Option(declaration, help=told)
         annotation = Annotated[hint, option]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
     return parameters
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a field's type is `tuple[X, ...]`, or that or None."""
+    return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+
+
+def _item_type(hint: Any) -> type:
+    """The type of one value of a field: X of X, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    first = next(part for part in parts if part is not type(None))
+    item: type = get_args(first)[0] if get_origin(first) is tuple else first
+    return item
+
+
+def _configured(config: type, given: dict[str, Any], several: Iterable[str]) -> dict[str, Any]:
+    """The config from its options, and with `several` all values of each of these."""
+    hints, names = get_type_hints(config), tuple(several)
+    parsed: dict[str, tuple[Any, ...]] = {}
+    for name, text in given.items():
+        if text is not None and (name in names or _is_list(hints[name])):
+            parsed[name] = _listed(name, text, _item_type(hints[name]))
+    first = {name: values if _is_list(hints[name]) else values[0] for name, values in parsed.items()}
+    made = {"config": config(**{**given, **first})}
+    return {**made, "swept": {name: parsed[name] for name in names if name in parsed}} if names else made
+
+
+def _listed(name: str, text: str, item: type) -> tuple[Any, ...]:
+    try:
+        return tuple(item(part.strip()) for part in str(text).strip("[]() ").split(",") if part.strip(" '\""))
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{name} is {text!r}; expected one {item.__name__}, or several separated by commas."
+        ) from error
 
 
 def _field_docstrings(config: type) -> dict[str, str]:

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.models import LanguageModel, LiveActivations
     from scope.saes.base import SAE
-    from scope.training import TrainConfig, TrainReport
+    from scope.training import SweepRun, TrainConfig, TrainReport
+    from scope.training.aligned import AlignedStores
     from scope.training.evaluate import Quality
 
     Source = ActivationStore | LiveActivations
 
 __all__ = [
+    "aligned_stores",
     "finished_sae",
     "has_held_out",
     "index_sae",
@@ -25,13 +27,14 @@ __all__ = [
     "measure_sae",
     "open_source",
     "optional_model_of",
+    "train_runs",
     "train_sae",
 ]
 
 
 def open_source(
     store: str | None,
-    hook: str,
+    hooks: Sequence[str],
     model: str | None,
     data: Sequence[Path],
     *,
@@ -39,11 +42,11 @@ def open_source(
     model_device: str | None,
     device: str,
 ) -> "Source":
-    """The store in a folder; or, without one, what a hook of a model sees on a text, computed as it is consumed.
+    """The store in a folder; or, without one, what hooks of a model see on a text, computed as it is consumed.
 
     Args:
         store: the store's folder or address.
-        hook: the hook, where there is no store.
+        hooks: the hooks, where there is no store.
         model: what to load, where there is no store.
         data: the text's files, where there is no store.
         context_size: tokens in a window, BOS included.
@@ -67,7 +70,7 @@ def open_source(
     text = TextSource(data)
     text.check()
     say(f"Loading {model}")
-    return LanguageModel.load(model, device=model_device).source(text, hook, context_size=context_size, device=device)
+    return LanguageModel.load(model, device=model_device).source(text, hooks, context_size=context_size, device=device)
 
 
 def has_held_out(source: "Source") -> bool:
@@ -123,25 +126,54 @@ def optional_model_of(store: "Source", name: str | None, device: str | None) -> 
         return None
 
 
-def train_sae(store: "Source", hook: str, config: "TrainConfig", out: Path) -> "TrainReport":
-    """Train on one hook of a store, with a progress bar."""
+def aligned_stores(first: "ActivationStore", further: Sequence[str]) -> "AlignedStores":
+    """Stores of the same text as one source, named a, b, c, …"""
+    from string import ascii_lowercase
+
+    from activations.store import ActivationStore
+    from scope.training.aligned import AlignedStores
+
+    return AlignedStores(dict(zip(ascii_lowercase, [first, *map(ActivationStore.open, further)], strict=False)))
+
+
+def train_sae(
+    store: "Source",
+    hook: str | Sequence[str],
+    config: "TrainConfig",
+    out: Path,
+    hook_out: Sequence[str] = (),
+) -> "TrainReport":
+    """Train on one hook of a store, or a dictionary of several, with a progress bar."""
     from scope.training import train
 
     with progress_bar("Training (rows)") as progress:
-        return train(store, hook, config, out, progress=progress)
+        return train(store, hook, config, out, hook_out=hook_out, progress=progress)
 
 
-def finished_sae(out: Path, store: "Source", hook: str, config: "TrainConfig") -> "SAE | None":
-    """The SAE in `out` if it is the result of this very run: same store, hook and settings."""
-    from activations.manifest import read_manifest
-    from scope.saes.formats import load
+def train_runs(store: "Source", runs: "Sequence[SweepRun]", out: Path) -> "list[TrainReport]":
+    """Train a sweep from one pass over a store, with a progress bar."""
+    from scope.training import train_sweep
 
-    if not (out / "manifest.json").is_file() or store.fingerprint not in read_manifest(out).get("parents", ()):
+    with progress_bar(f"Training {len(runs)} (rows)") as progress:
+        return train_sweep(store, runs, out, progress=progress)
+
+
+def finished_sae(
+    out: Path,
+    store: "Source",
+    hook: str | Sequence[str],
+    config: "TrainConfig",
+    hook_out: Sequence[str] = (),
+) -> "SAE | None":
+    """The SAE in `out` if it is the result of this very run: same store, hooks and settings."""
+    if not (out / "manifest.json").is_file():
         return None
-    sae = load(out)
-    recorded = dict(sae.cfg.metadata.training or {})
-    same = sae.hook_name == store.resolve_hook(hook) and {**recorded, **config.to_dict()} == recorded
-    return sae if same else None
+    from scope.saes.formats import load
+    from scope.training.data import ports_of, provenance_of
+    from scope.training.single import is_result_of
+
+    metadata = provenance_of(store, ports_of(store, hook, hook_out)[0], {})
+    return load(out) if is_result_of(out, metadata, config) else None
 
 
 def measure_sae(sae: Any, out: Path, store: "Source", model: "LanguageModel | None", tokens: int) -> "Quality":

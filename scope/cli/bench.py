@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from scope.bench.settings import CaptureBench
+from scope.bench.settings import CaptureBench, TrainBench
 from scope.cli._command import Outcome, command, say
 
 __all__ = ["register"]
@@ -21,6 +21,14 @@ def register(app: typer.Typer) -> None:
         from scope.bench.capture import bench_capture
 
         figures = bench_capture(config, say)
+        return Outcome(figures, _table(figures))
+
+    @command(bench, "train", config=TrainBench)
+    def train(config: TrainBench) -> Outcome:
+        """The training step's speed and memory against its floor, SAELens and sparsify."""
+        from scope.bench.train import bench_train
+
+        figures = bench_train(config, say)
         return Outcome(figures, _table(figures))
 
 

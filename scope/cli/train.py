@@ -1,12 +1,16 @@
 """`scope train`: train a sparse autoencoder on a store or on a model as it runs, and say how good it is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scope.cli._command import Outcome, command, say
-from scope.training.config import TrainConfig
+from scope.errors import InvalidInputError
+from scope.training.config import SWEPT, TrainConfig
+
+if TYPE_CHECKING:
+    from scope.training.sweeps import SweepRun
 
 __all__ = ["register"]
 
@@ -14,16 +18,34 @@ __all__ = ["register"]
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @command(app, "train", config=TrainConfig, required=("d_sae", "k"))
+    @command(app, "train", config=TrainConfig, required=("d_sae", "k"), several=SWEPT)
     def train(
-        hook: Annotated[str, typer.Option(help="The hook to train on.")],
-        out: Annotated[Path, typer.Option(help="The folder for the SAE.")],
+        hook: Annotated[
+            list[str],
+            typer.Option(
+                help="The hook to train on. Several are what a crosscoder or clt reads, in order; for other "
+                "architectures they make a sweep."
+            ),
+        ],
+        out: Annotated[Path, typer.Option(help="The folder for the SAE; for a sweep, the folder of their folders.")],
         config: TrainConfig,
+        swept: dict[str, tuple[Any, ...]],
         store: Annotated[
             str | None,
             typer.Argument(
                 help="The activation store: a folder or s3://BUCKET/NAME. Without one the model runs while it is "
                 "trained: --model, --data."
+            ),
+        ] = None,
+        hook_out: Annotated[
+            list[str] | None,
+            typer.Option(help="The hook that a transcoder writes; those that a clt writes, in order."),
+        ] = None,
+        beside: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="A further store of the same text, such as another model's, for a crosscoder. Hooks are then "
+                "named a:HOOK in STORE, b:HOOK in the first store beside it, and so on."
             ),
         ] = None,
         evaluate_tokens: Annotated[
@@ -46,25 +68,82 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
     ) -> Outcome:
-        """Train a sparse autoencoder on one hook of a store, or of a model and a text without storing anything, and
-        measure it on the held-out documents."""
-        from scope.cli._steps import finished_sae, has_held_out, measure_sae, open_source, optional_model_of, train_sae
+        """Train a sparse dictionary on a store, or on a model and a text without storing anything, and measure it on
+        the held-out documents.
 
-        opened = open_source(
-            store, hook, model, data or [], context_size=context_size, model_device=model_device, device=config.device
+        Commas in --k, --d-sae, --lr or --arch, and several --hook, train one for each combination, all from one pass
+        over the data.
+        """
+        from scope.cli._steps import (
+            aligned_stores,
+            finished_sae,
+            has_held_out,
+            measure_sae,
+            open_source,
+            optional_model_of,
+            train_runs,
+            train_sae,
         )
-        held_out = has_held_out(opened)
+
+        if beside and store is None:
+            raise InvalidInputError("--beside names further stores; give the first one too.")
+        first: Any = open_source(
+            store,
+            [*hook, *(hook_out or [])],
+            model,
+            data or [],
+            context_size=context_size,
+            model_device=model_device,
+            device=config.device,
+        )
+        opened: Any = first if not beside else aligned_stores(first, beside)
+        held_out = has_held_out(first)
         if not held_out:
             say("No document of this text is held out (one title in ten is): the quality will not be measured.")
-        sae = finished_sae(out, opened, hook, config)
-        if sae is None:
-            report = train_sae(opened, hook, config, out)
-            sae, figures, text = report.sae, report.to_dict(), report.summary()
+        runs = _runs(config, hook, hook_out or [], swept)
+        if len(runs) > 1:
+            trained = {out / run.name: report for run, report in zip(runs, train_runs(opened, runs, out), strict=True)}
+            done = [(report.sae, folder, report.to_dict(), report.summary()) for folder, report in trained.items()]
         else:
-            figures, text = {"hook": hook, "d_sae": sae.d_sae}, f"{out} holds the result of this very run already."
-        figures = {"sae": str(out), "id": sae.fingerprint[:12], **figures}
-        if held_out:
-            language_model = optional_model_of(opened, model, config.device) if evaluate_tokens else None
-            quality = measure_sae(sae, out, opened, language_model, evaluate_tokens)
-            figures, text = {**figures, **quality.to_dict()}, f"{text}\n{quality.summary()}"
-        return Outcome(figures, text)
+            hooks, written = runs[0].hooks, runs[0].hooks_out
+            sae = finished_sae(out, opened, hooks, runs[0].config, written)
+            if sae is None:
+                report = train_sae(opened, hooks, runs[0].config, out, written)
+                done = [(report.sae, out, report.to_dict(), report.summary())]
+            else:
+                figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}
+                done = [(sae, out, figures, f"{out} holds the result of this very run already.")]
+        spliced = held_out and evaluate_tokens and not beside
+        language_model = optional_model_of(first, model, config.device) if spliced else None
+        results, texts = [], []
+        for sae, folder, figures, text in done:
+            result = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}
+            if held_out:
+                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens)
+                result, text = {**result, **quality.to_dict()}, f"{text}\n{quality.summary()}"
+            results.append(result)
+            texts.append(text)
+        return Outcome(results[0] if len(runs) == 1 else {"runs": results}, "\n\n".join(texts))
+
+
+def _runs(
+    config: TrainConfig, hooks: list[str], hooks_out: list[str], swept: dict[str, tuple[Any, ...]]
+) -> "list[SweepRun]":
+    """What is to be trained: one SAE for each combination and hook; several hooks are one SAE's where it reads many."""
+    from scope.training.sweeps import SweepRun, sweep
+
+    architectures = swept.get("arch", (config.arch,))
+    together = [name in ("crosscoder", "clt") for name in architectures]
+    if any(together) != all(together):
+        raise InvalidInputError(
+            f"A sweep over {', '.join(architectures)} reads several hooks together and one by one. Make it two sweeps."
+        )
+    if not any(together) and not hooks_out:
+        return sweep(config, hooks, **swept)
+    if not any(together) and (len(hooks) > 1 or len(hooks_out) > 1):
+        raise InvalidInputError(
+            f"The architecture {config.arch} reads one hook and writes one; got {len(hooks)} --hook and "
+            f"{len(hooks_out)} --hook-out. Train them one by one."
+        )
+    runs = sweep(config, [" ".join(hooks)], **swept)
+    return [SweepRun(run.name, tuple(hooks), tuple(hooks_out), run.config) for run in runs]

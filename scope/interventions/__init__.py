@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
     from scope.interventions.edit import Edit, combine
-    from scope.interventions.features import ablate_features, scale_features, set_features, splice
+    from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
 
 __all__ = [
     "Edit",
@@ -25,12 +25,13 @@ __all__ = [
     "set_",
     "set_features",
     "splice",
+    "splice_edits",
 ]
 
 _HOMES = {
     "edit": ("Edit", "combine"),
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
-    "features": ("ablate_features", "scale_features", "set_features", "splice"),
+    "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
 }
 
 

@@ -17,7 +17,7 @@ from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same
 from scope.models.run import EditContext
 from scope.saes.base import SAE
 
-__all__ = ["ablate_features", "scale_features", "set_features", "splice"]
+__all__ = ["ablate_features", "scale_features", "set_features", "splice", "splice_edits"]
 
 
 def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) -> Edit:
@@ -34,6 +34,60 @@ def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) 
         return reconstruction.to(value.device, value.dtype).view(value.shape)
 
     return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in)
+
+
+def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
+    """Edits, by hook, after which the model goes on with what an SAE makes of its activations.
+
+    An SAE's reconstruction takes the place of what it reads. A transcoder reads its input as it comes, and its output
+    takes the place of what it writes. A cross-layer transcoder does so at all its layers: what it writes at a layer
+    comes from what it read there and in the layers before, in the model so changed. The edits of one call belong
+    together and are for one pass after another, not for passes at the same time.
+
+    Raises:
+        InvalidInputError: the SAE names no hook; or it is a crosscoder, whose reconstructions follow from one another;
+            or a cross-layer transcoder of TopK, whose features in one layer depend on later ones.
+    """
+    ports = sae.cfg.ports
+    if not all(port.hook for side in ports for port in side):
+        raise InvalidInputError("This SAE does not say which hooks it reads and writes; set them in its metadata.")
+    if not ports.outputs:
+        if len(ports.inputs) > 1:
+            raise InvalidInputError(
+                "A crosscoder cannot be spliced in: it reconstructs several hooks from all of them together, and the "
+                "later ones follow from the earlier ones."
+            )
+        return {str(sae.hook_name): splice(sae, keep_bos=keep_bos)}
+    if len(ports.inputs) > 1 and sae.activation.name == "topk":
+        raise InvalidInputError(
+            "A cross-layer transcoder of TopK cannot be spliced in: which features of a layer fire depends on the "
+            "layers after it. One of batchtopk, jumprelu or relu can."
+        )
+    seen: list[Tensor] = []
+
+    def reader(number: int) -> Edit:
+        def read(value: Tensor, context: EditContext) -> Tensor:
+            del seen[number:]
+            seen.append(as_read(sae, value))
+            return value
+
+        return Edit(str(ports.inputs[number].hook), read, width=ports.inputs[number].width)
+
+    def writer(number: int) -> Edit:
+        start = sum(port.width for port in ports.outputs[:number])
+        width = ports.outputs[number].width
+
+        def write(value: Tensor, context: EditContext) -> Tensor:
+            if len(seen) <= number:
+                raise InvalidInputError(f"{ports.outputs[number].hook} comes before {ports.inputs[number].hook}.")
+            later = [seen[0].new_zeros(*seen[0].shape[:-1], port.width) for port in ports.inputs[len(seen) :]]
+            written = sae(torch.cat([*seen, *later], dim=-1))[..., start : start + width]
+            return written.to(value.device, value.dtype).view(value.shape)
+
+        return Edit(str(ports.outputs[number].hook), write, None, keep_bos, width=width)
+
+    edits = [make(number) for number in range(len(ports.inputs)) for make in (reader, writer)]
+    return {edit.hook: edit for edit in edits}
 
 
 def ablate_features(

@@ -1,12 +1,26 @@
 """From the arrays of an `ActivationSource` to torch tensors."""
 
+import importlib.util
+import os
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor"]
+__all__ = ["as_tensor", "has_triton", "uses_triton"]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton kernels can be built here: torch brings Triton on Linux, not everywhere."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the kernels of this tensor's device are Triton's: on a CUDA device, or on any in Triton's interpreter."""
+    return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and has_triton()
 
 
 def as_tensor(values: Any, dtype: str, device: torch.device | str = "cpu") -> Tensor:

@@ -6,18 +6,32 @@
 2. the k groups with the largest maxima hold the row's k largest entries (an entry outside of them is no larger than
    each of their k maxima), so the answer is the top k of those k x g entries.
 
-`topk_reference` is the plain form of `topk`, `topk_encode_reference` that of `topk_encode`.
+`topk_reference` is the plain form of `topk`, `topk_encode_reference` that of `topk_encode`. Rows of bfloat16 on a CUDA
+device go through a Triton kernel of the same two stages (`scope.kernels.triton.selection`).
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from scope.kernels import sparse
+from scope.kernels.tensors import uses_triton
 
-__all__ = ["EncodedTopK", "TopK", "topk", "topk_encode", "topk_encode_reference", "topk_reference"]
+__all__ = [
+    "EncodedTopK",
+    "TopK",
+    "keep_largest",
+    "keep_largest_reference",
+    "largest_of_all",
+    "linear_topk",
+    "topk",
+    "topk_encode",
+    "topk_encode_reference",
+    "topk_reference",
+]
 
 GROUP = 8
 """g of the two stages: 8 and 16 were the fastest of 4 to 32 at rows of 4,096 entries."""
@@ -50,6 +64,12 @@ def topk_reference(pre: Float[Tensor, "batch n"], k: int) -> TopK:
 
 def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
     """The k largest entries of each row; of equal entries any may be taken. Not differentiable."""
+    if pre.dtype == torch.bfloat16 and uses_triton(pre):
+        from scope.kernels.triton import selection
+
+        found = selection.topk_rows(pre, k)
+        if found is not None:
+            return TopK(found[0].bfloat16(), found[1].long())
     n = pre.shape[-1]
     n_groups = n // GROUP
     if pre.device.type != "cpu" or n_groups < 2 * k:
@@ -62,6 +82,32 @@ def topk(pre: Float[Tensor, "batch n"], k: int) -> TopK:
         candidates = torch.cat([candidates, torch.arange(body, n).expand(len(pre), -1)], dim=1)
     values, places = torch.topk(pre.gather(1, candidates), k, dim=-1, sorted=False)
     return TopK(values, candidates.gather(1, places))
+
+
+def keep_largest_reference(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int) -> Float[Tensor, "batch n"]:
+    """What `keep_largest` computes, through a sorted copy."""
+    valid = torch.arange(pre.shape[1], device=pre.device) < n_valid
+    ranked = torch.where(valid, pre, -torch.inf).sort(dim=-1, descending=True).values
+    kth = ranked[:, min(k, pre.shape[1]) - 1 :][:, :1]
+    return torch.where(valid & (pre >= kth), pre, 0.0).relu()
+
+
+def keep_largest(pre: Float[Tensor, "batch n"], n_valid: Int[Tensor, ""], k: int) -> Float[Tensor, "batch n"]:
+    """ReLU of each row's k largest entries among its first `n_valid`, zero elsewhere; of equal entries all are kept.
+
+    `n_valid` lies on the device, so that the Triton kernel's caller need not wait for it.
+    """
+    if pre.dtype == torch.bfloat16 and uses_triton(pre):
+        from scope.kernels.triton import selection
+
+        if pre.shape[1] <= selection.MAX_ROW_IN_REGISTERS:
+            return selection.keep_largest(pre, n_valid, k)
+    n = int(n_valid)
+    kept = pre[:, :n].relu()
+    if k < n:
+        smallest = topk(pre[:, :n].contiguous(), k).values.amin(dim=-1, keepdim=True)
+        kept = kept * (kept >= smallest)
+    return functional.pad(kept, (0, pre.shape[1] - n))
 
 
 def topk_encode_reference(
@@ -87,7 +133,17 @@ def topk_encode(
     return EncodedTopK(values, ids, sparse.FeatureGroups(order, rows, offsets))
 
 
-def _encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> TopK:
+def largest_of_all(values: Float[Tensor, "batch k"], n: int) -> Bool[Tensor, "batch k"]:
+    """Which are the `n` largest entries of the whole matrix, the first of equal ones. Nobody waits for the device."""
+    order = torch.sort(values.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+    return mask.index_fill_(0, order[:n], True).view(values.shape)
+
+
+def linear_topk(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], b: Float[Tensor, " d_sae"], k: int
+) -> TopK:
+    """The k largest entries of each row of x Wᵀ + b. Not differentiable."""
     if x.device.type != "cpu" or len(x) <= CHUNK_ROWS:
         return topk(torch.addmm(b, x, W.T), k)
     values, ids = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
@@ -102,7 +158,7 @@ def _encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> TopK:
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, k):  # type: ignore[no-untyped-def]
-        values, ids = _encode(x, W, b, k)
+        values, ids = linear_topk(x, W, b, k)
         values = values.relu_()
         groups = sparse.group_by_feature(ids, len(W))
         ctx.save_for_backward(x, W, values, ids, *groups)

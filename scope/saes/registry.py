@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -17,15 +17,21 @@ _CLASSES: dict[str, type[SAE]] = {}
 _CONFIGS: dict[str, type[SAEConfig]] = {}
 
 
-def register(config: type[SAEConfig]) -> Callable[[S], S]:
-    """Class decorator: make an SAE class known under its config's `architecture`."""
+def register(config: type[SAEConfig], stored_as: Sequence[str] = ()) -> Callable[[S], S]:
+    """Class decorator: make an SAE class known under its config's `architecture`.
+
+    Args:
+        config: the config's class.
+        stored_as: further names that the architecture has in files.
+    """
 
     def add(sae_class: S) -> S:
         name = config.architecture
         taken = _CLASSES.get(name)
         if not name or (taken is not None and taken.__qualname__ != sae_class.__qualname__):
             raise ValueError(f"The architecture name {name!r} of {sae_class.__name__} is empty or taken.")
-        _CLASSES[name], _CONFIGS[name] = sae_class, config
+        for known in (name, *stored_as):
+            _CLASSES[known], _CONFIGS[known] = sae_class, config
         return sae_class
 
     return add
@@ -42,7 +48,7 @@ def _import_all() -> None:
 def architectures() -> tuple[str, ...]:
     """The names of all architectures, sorted."""
     _import_all()
-    return tuple(sorted(_CLASSES))
+    return tuple(sorted({config.architecture for config in _CONFIGS.values()}))
 
 
 def get(architecture: str) -> type[SAE]:

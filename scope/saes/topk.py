@@ -1,20 +1,51 @@
 """TopK: on each row the k largest pre-activations, and nothing else, become features."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from scope.errors import InvalidInputError
-from scope.kernels.sparse import sparse_decode
+from scope.kernels.sparse import group_by_feature
 from scope.kernels.topk import topk, topk_encode
-from scope.saes.base import SAE, SAEConfig, SparseFeatures, TrainingContext, TrainingLoss
+from scope.saes.activation import Activation
+from scope.saes.active import Active, Padded
+from scope.saes.base import SAE, SAEConfig
 from scope.saes.registry import register
 
-__all__ = ["TopKConfig", "TopKSAE"]
+if TYPE_CHECKING:
+    from scope.saes.base import TrainingContext
+
+__all__ = ["TopK", "TopKConfig", "TopKSAE", "require_k"]
+
+
+class TopK(Activation):
+    """f = ReLU(TopK(pre)): a row's k largest entries, those of them above 0."""
+
+    name: ClassVar[str] = "topk"
+
+    def encode(self, sae: SAE, centred: Tensor) -> Tensor:
+        pre = sae.pre_activations(centred, sae.b_enc)
+        values, ids = torch.topk(pre, _k_of(sae), dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, ids, values.relu())
+
+    def encode_sparse(self, sae: SAE, centred: Tensor) -> tuple[Tensor, Tensor]:
+        k, pre = _k_of(sae), sae.pre_activations(centred, sae.b_enc)
+        if pre.requires_grad:
+            values, ids = torch.topk(pre, k, dim=-1, sorted=False)
+        else:
+            flat = topk(pre.reshape(-1, sae.d_sae), k)
+            values, ids = (part.view(*pre.shape[:-1], k) for part in flat)
+        return ids, values.relu()
+
+    def train(self, sae: SAE, centred: Tensor, context: "TrainingContext") -> Active:
+        k = context.k or _k_of(sae)
+        if sae.has_one_encoder:
+            return Padded(*topk_encode(centred, sae.W_enc.T, sae.b_enc, k), sae.d_sae)
+        pre = sae.pre_activations(centred, sae.b_enc)
+        ids = topk(pre.detach(), k).ids
+        return Padded(pre.gather(1, ids).relu(), ids, group_by_feature(ids, sae.d_sae), sae.d_sae)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +59,11 @@ class TopKConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.k <= self.d_sae:
-            raise InvalidInputError(f"k is {self.k:,}; expected at least 1 and at most d_sae, {self.d_sae:,}.")
+        require_k(self.k, self.d_sae)
 
     @classmethod
-    def for_training(cls, *, d_in: int, d_sae: int, k: int, **common: Any) -> "TopKConfig":
-        return cls(d_in=d_in, d_sae=d_sae, k=k, **common)
+    def for_training(cls, *, d_sae: int, k: int, **common: Any) -> "TopKConfig":
+        return cls(d_sae=d_sae, k=k, **common)
 
 
 @register(TopKConfig)
@@ -51,47 +81,15 @@ class TopKSAE(SAE):
     """
 
     cfg: TopKConfig
+    activation = TopK()
 
-    def encode(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*rows d_sae"]:
-        pre = self._pre_activations(x)
-        values, ids = torch.topk(pre, self.cfg.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, ids, values.relu())
 
-    def encode_sparse(self, x: Float[Tensor, "*batch width"]) -> SparseFeatures:
-        pre = self._pre_activations(x)
-        if pre.requires_grad:
-            values, ids = torch.topk(pre, self.cfg.k, dim=-1, sorted=False)
-        else:
-            flat = topk(pre.reshape(-1, self.d_sae), self.cfg.k)
-            values, ids = (part.view(*pre.shape[:-1], self.cfg.k) for part in flat)
-        return SparseFeatures(ids, values.relu())
+def require_k(k: Any, d_sae: int) -> None:
+    """Raise `InvalidInputError` unless k is from 1 to d_sae."""
+    if not 1 <= k <= d_sae:
+        raise InvalidInputError(f"k is {k:,}; expected at least 1 and at most d_sae, {d_sae:,}.")
 
-    def training_loss(self, x: Float[Tensor, "batch d_in"], context: TrainingContext) -> TrainingLoss:
-        centred = self._centred(x)
-        values, ids, groups = topk_encode(centred, self.W_enc.T, self.b_enc, self.cfg.k)
-        x_hat = sparse_decode(values, ids, self.W_dec, groups) + self.b_dec
-        error = functional.mse_loss(x_hat, x, reduction="sum") / len(x)
-        total = error
-        parts = {}
-        if context.dead is not None and context.auxk_coefficient:
-            auxk = context.auxk_coefficient * self._auxk(centred, x - x_hat.detach(), context)
-            total = total + auxk
-            parts["auxk"] = auxk.detach()
-        return TrainingLoss(total, error.detach(), SparseFeatures(ids, values.detach()), parts)
 
-    def _auxk(self, centred: Tensor, residual: Tensor, context: TrainingContext) -> Tensor:
-        assert context.dead is not None
-        dead = context.dead.nonzero().flatten()
-        activations = functional.linear(centred, self.W_enc.T[dead], self.b_enc[dead]).relu()
-        if len(dead) > context.k_aux:
-            smallest = topk(activations.detach(), context.k_aux).values.amin(dim=-1, keepdim=True)
-            activations = activations * (activations >= smallest)
-        # Few dead features explain little of the error; full weight would only make them noisy.
-        share = min(1.0, len(dead) / context.k_aux)
-        return share * functional.mse_loss(activations @ self.W_dec[dead], residual, reduction="sum") / len(residual)
-
-    def _centred(self, x: Tensor) -> Tensor:
-        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-
-    def _pre_activations(self, x: Tensor) -> Tensor:
-        return functional.linear(self._centred(self.rows_of(x)), self.W_enc.T, self.b_enc)
+def _k_of(sae: SAE) -> int:
+    k: int = sae.cfg.k  # type: ignore[attr-defined]
+    return k

@@ -1,12 +1,21 @@
 """What a training run is configured by. Light to import: the CLI makes its options from it."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["TrainConfig"]
+__all__ = ["CENTRES", "SWEPT", "TrainConfig"]
+
+SWEPT = ("arch", "d_sae", "k", "lr")
+"""Settings that a sweep may vary."""
+
+ARCHITECTURE_FIELDS = ("activation", "sparsity_loss", "bandwidth", "prefixes")
+"""Settings that only some architectures have; None means that nothing was given."""
+DECODER_NORMS = ("unit", "free")
+CENTRES = ("geometric_median", "mean", "zeros")
+"""Where b_dec may start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +23,15 @@ class TrainConfig:
     """Settings of one training run. A token is a row of activations; every default stands here and nowhere else."""
 
     arch: str = "topk"
-    """Architecture, by its name in the registry."""
+    """Architecture: standard, gated, topk, batchtopk, jumprelu or matryoshka for one hook; transcoder or
+    skip_transcoder from one hook to another; crosscoder for several hooks; clt from several hooks to several."""
+    activation: str | None = None
+    """Activation function of a transcoder, skip_transcoder, crosscoder or clt: relu, topk, batchtopk or jumprelu. None:
+    batchtopk."""
     d_sae: int
     """Number of features."""
     k: int
-    """Target L0: features that fire on a row."""
+    """Target L0: features that fire on a row. topk and its kin hold it exactly, the others are steered to it."""
     tokens: int = 1_000_000
     """Rows to train on; more than the source has means several passes, each in another order."""
     batch_size: int = 2048
@@ -35,8 +48,42 @@ class TrainConfig:
     """Adam's decay rate of the mean squared gradient. Rare features learn faster at 0.95 than at the usual 0.999."""
     clip_grad_norm: float = 1.0
     """Largest norm of a step's gradient, with the loss divided by the variance of the data. 0: no clipping."""
+    scale_inputs: bool = True
+    """Whether each hook's rows are scaled to an expected norm of sqrt(d_in); it is folded back into the weights."""
+    b_dec_init: str = "geometric_median"
+    """Where b_dec starts: the "geometric_median" of a sample of rows, their "mean", or "zeros"."""
+    tied_init: bool = True
+    """Whether the encoder starts as the decoder's transpose; a transcoder's, which reads another hook, never does."""
     init_encoder_scale: float = 0.5
     """The encoder starts as the decoder's transpose times this; features overlap, and at 1 they overshoot at first."""
+    decoder_norm: str = "unit"
+    """"unit" brings the decoder's rows to norm 1 after each step. "free" leaves them, for architectures whose sparsity
+    penalty weighs each feature by its row's norm (standard, gated, and jumprelu with tanh)."""
+    sparsity_coefficient: float | None = None
+    """Weight of the sparsity penalty (standard, gated, jumprelu, or that activation), or where the L0 controller starts
+    from. None: the activation function's own."""
+    l0_controller: bool = True
+    """Whether the sparsity coefficient is steered so that k features fire on a row."""
+    sparsity_warmup: float = 0.05
+    """Share of the run over which the sparsity coefficient rises linearly from 0."""
+    sparsity_loss: str | None = None
+    """Penalty of JumpReLU: "step" (L0), "quadratic" ((L0 / k - 1)²) or "tanh". None: step."""
+    bandwidth: float | None = None
+    """Width of the window about JumpReLU's thresholds in which they are learned. None: 0.5."""
+    prefixes: tuple[int, ...] | None = None
+    """Widths of the nested dictionaries of a matryoshka, ascending, d_sae last or left out. None: d_sae / 16, / 8, / 4,
+    / 2 and d_sae."""
+    k_anneal: float = 0.0
+    """Share of the run over which k falls linearly from k_start to k. 0: k from the start."""
+    k_start: int | None = None
+    """Features a row at the start of the annealing. None: 4 k, at most d_sae."""
+    frequency_coefficient: float = 0.0
+    """Weight of the penalty on features that fire on more than frequency_cap of the rows. 0: none, since some dense
+    features are real (position, norm)."""
+    frequency_cap: float = 0.1
+    """Share of the rows on which a feature may fire without that penalty."""
+    resample_steps: int = 0
+    """Steps after which dead features start anew at badly explained rows, again and again. 0: never; AuxK does it."""
     auxk_coefficient: float = 1 / 8
     """Weight of the loss that revives dead features (AuxK). Gao et al. 2024 use 1/32 in far longer runs. 0: none."""
     k_aux: int | None = None
@@ -55,8 +102,9 @@ class TrainConfig:
     """Steps between lines of the run log."""
     device: str = "cpu"
     """Where to train: "cpu", "cuda" or "cuda:1"."""
-    compute_dtype: str = "float32"
-    """dtype of the encoder's product: "float32", or on a CUDA device "bfloat16". Weights stay float32."""
+    compute_dtype: str | None = None
+    """dtype of the products: "float32", or on a CUDA device "bfloat16". None: "bfloat16" on a CUDA device, for which
+    the fast step is made. Weights and Adam's moments are float32 always."""
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
@@ -78,7 +126,7 @@ class TrainConfig:
     def _require_ranges(self) -> None:
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise InvalidInputError(f"lr is {self.lr}; expected a positive number.")
-        for name in ("warmup", "decay"):
+        for name in ("warmup", "decay", "sparsity_warmup", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected a share of the run, from 0 to 1.")
         if self.warmup + self.decay > 1:
@@ -86,12 +134,23 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 0 and less than 1.")
-        if not self.init_encoder_scale > 0:
-            raise InvalidInputError(f"init_encoder_scale is {self.init_encoder_scale}; expected a positive number.")
-        for name in ("clip_grad_norm", "auxk_coefficient", "max_norm_ratio"):
+        for name in ("init_encoder_scale", "frequency_cap", "sparsity_coefficient", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidInputError(f"{name} is {value}; expected a positive number.")
+        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
+            raise InvalidInputError(f"k_start is {self.k_start:,}; expected from k, {self.k:,}, to {self.d_sae:,}.")
+        if self.k_start is not None and not self.k_anneal:
+            raise InvalidInputError(
+                "k_start is given, but k_anneal is 0: give the share of the run over which k falls."
+            )
+        for name, choices in (("decoder_norm", DECODER_NORMS), ("b_dec_init", CENTRES)):
+            if getattr(self, name) not in choices:
+                raise UnknownNameError(name, getattr(self, name), choices)
+        for name in ("clip_grad_norm", "auxk_coefficient", "max_norm_ratio", "frequency_coefficient", "resample_steps"):
             if not getattr(self, name) >= 0:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        if self.compute_dtype not in ("float32", "bfloat16"):
+        if self.compute_dtype not in (None, "float32", "bfloat16"):
             raise InvalidInputError(f"compute_dtype is {self.compute_dtype!r}; expected 'float32' or 'bfloat16'.")
         if self.compute_dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise InvalidInputError(f"compute_dtype 'bfloat16' needs a CUDA device; device is {self.device!r}.")
@@ -100,6 +159,11 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps in the run: whole batches."""
         return self.tokens // self.batch_size
+
+    @property
+    def product_dtype(self) -> str:
+        """`compute_dtype`, or its default for this device."""
+        return self.compute_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
     def peak_lr(self) -> float:
@@ -114,6 +178,48 @@ class TrainConfig:
     def k_aux_for(self, d_in: int) -> int:
         """`k_aux`, or its default for an input of this width."""
         return self.k_aux or 1 << max(0, (d_in // 2).bit_length() - 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is the gradient, AuxK and Adam with unit decoder rows, and nothing else."""
+        further = (self.k_anneal, self.frequency_coefficient, self.resample_steps)
+        return not any(further) and self.decoder_norm == "unit"
+
+    def k_start_for(self) -> int:
+        """`k_start`, or its default."""
+        return self.k_start or min(4 * self.k, self.d_sae)
+
+    def architecture_options(self, config_class: type) -> dict[str, Any]:
+        """The settings that are fields of the architecture's own configuration, where they were given.
+
+        Raises:
+            InvalidInputError: one was given that the architecture does not have.
+        """
+        known = {f.name for f in fields(config_class)}
+        given = {name: getattr(self, name) for name in ARCHITECTURE_FIELDS if getattr(self, name) is not None}
+        for name in given:
+            if name not in known:
+                raise InvalidInputError(f"{name} was given, which the architecture {self.arch} does not have.")
+        return given
+
+    def require_fits(self, penalised: bool) -> None:
+        """Refuse settings that the architecture leaves without effect or sense.
+
+        Args:
+            penalised: whether its features are kept few by a sparsity penalty.
+
+        Raises:
+            InvalidInputError: names the setting and the architecture.
+        """
+        if penalised:
+            return
+        what = f"the architecture {self.arch} has no sparsity penalty: k says how many features fire"
+        if self.sparsity_coefficient is not None:
+            raise InvalidInputError(f"sparsity_coefficient is {self.sparsity_coefficient}, but {what}.")
+        if self.decoder_norm == "free":
+            raise InvalidInputError(
+                f"decoder_norm is 'free', but {what}, and nothing would keep the decoder's rows from growing."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -22,12 +22,14 @@ from activations.store import ActivationStore
 from scope.errors import InvalidInputError
 from scope.models.live import LiveActivations
 from scope.saes.base import SAE
+from scope.saes.crosscoder import Crosscoder
 from scope.training.metrics import (
     CrossEntropyMetrics,
     LossModel,
     ReconstructionMetrics,
     delta_ce,
     mean_activation,
+    output_hooks,
     reconstruction_metrics,
 )
 
@@ -44,7 +46,7 @@ class Quality(NamedTuple):
 
     reconstruction: ReconstructionMetrics
     cross_entropy: CrossEntropyMetrics | None
-    """None where no model was given."""
+    """None where no model was given, and for a crosscoder."""
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, flat and JSON-able: fvu, fvu_all, l0, dead_share, …, delta_ce, ce_recovered, …"""
@@ -64,6 +66,8 @@ class Quality(NamedTuple):
             f"On {seen.n_rows:,} held-out rows: fvu {seen.fvu:.4f}{_interval(seen.fvu_interval)}, l0 {seen.l0:.1f}, "
             f"no firing there {seen.dead_share:.1%}, denser than 10% {seen.over_dense_share:.1%}",
         ]
+        for hook, fvu in (seen.fvu_by_output or {}).items():
+            lines.append(f"  {hook}: fvu {fvu:.4f}")
         loss = self.cross_entropy
         if loss is not None:
             lines.append(
@@ -101,7 +105,7 @@ def evaluate(
     Args:
         sae: takes raw activations; its `hook_name` is captured in the store.
         store: the activations, and the tokens for the cross-entropy; or a live source.
-        model: the model that filled the store; None leaves the cross-entropy out.
+        model: the model that filled the store; None leaves the cross-entropy out, as a crosscoder does.
         ce_tokens: tokens to measure the cross-entropy on, at least.
         seed: of the draw of windows and of the intervals.
         progress: called with (passes done, passes in all).
@@ -111,19 +115,19 @@ def evaluate(
         UnknownNameError, MismatchError: the store lacks the SAE's hook, or it has another width.
     """
     report = progress or (lambda done, total: None)
-    passes = 1 if model is None else 4
+    passes = 1 if model is None or isinstance(sae, Crosscoder) else 4
     live = isinstance(store, LiveActivations)
     measured = store.held_out(LIVE_ROWS) if isinstance(store, LiveActivations) else store
     reconstruction = reconstruction_metrics(sae, measured, seed=seed)
     report(1, passes)
-    if model is None:
+    if model is None or isinstance(sae, Crosscoder):
         return Quality(reconstruction, None)
     windows, documents = held_out_windows(measured, ce_tokens, seed)
     loss = delta_ce(
         model,
         sae,
         windows,
-        mean_activation(store, str(sae.hook_name), max_rows=LIVE_ROWS if live else None),
+        {hook: mean_activation(store, hook, max_rows=LIVE_ROWS if live else None) for hook in output_hooks(sae)},
         documents=documents,
         seed=seed,
         progress=lambda done, total: report(1 + done, passes),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError
 
-__all__ = ["expected_norm_scale", "geometric_median"]
+__all__ = ["centre_of", "expected_norm_scale", "geometric_median"]
 
 
 def expected_norm_scale(sample: Float[Tensor, "rows d_in"]) -> float:
@@ -14,6 +14,13 @@ def expected_norm_scale(sample: Float[Tensor, "rows d_in"]) -> float:
     if mean_norm == 0:
         raise InvalidInputError("All activations of the sample are zero; there is nothing to train on.")
     return float(sample.shape[-1] ** 0.5 / mean_norm)
+
+
+def centre_of(sample: Float[Tensor, "rows d_in"], kind: str) -> Float[Tensor, " d_in"]:
+    """The centre of the rows, by its name in `scope.training.config.CENTRES`."""
+    if kind == "geometric_median":
+        return geometric_median(sample)
+    return sample.mean(dim=0) if kind == "mean" else sample.new_zeros(sample.shape[-1])
 
 
 def geometric_median(sample: Float[Tensor, "rows d_in"], iterations: int = 100) -> Float[Tensor, " d_in"]:

@@ -12,6 +12,9 @@ resampling documents, never tokens, with replacement.
     over_dense_share  share of features that fire on more than 10% of the rows
     cosine            mean of x·x_hat / ‖x‖‖x_hat‖
 
+A transcoder's x_hat and x are of what it writes. With several outputs (crosscoders, cross-layer transcoders) fvu is
+the mean of the outputs' own, each about its own mean, and a row counts as within the norm if it is at every output.
+
 The mean is that of the rows that the sum runs over. dead_share is a statement about as many rows as were looked at:
 below a million it says little, and the count is reported beside it.
 
@@ -20,7 +23,11 @@ below a million it says little, and the count is reported beside it.
     delta_ce          CE_sae - CE            CE_sae: x_hat in place of x
     ce_recovered      (CE_mean - CE_sae) / (CE_mean - CE)    CE_mean: the mean activation in place of x
 
-where BOS rows pass through untouched; the share of rows that the SAE covers is reported.
+A transcoder's output takes the place of what it writes; a cross-layer transcoder's outputs those of all its layers,
+each from what its layers read in the model so changed (`scope.interventions.splice_edits`). For a crosscoder there is
+no such figure: it reconstructs hooks that follow from one another.
+
+BOS rows pass through untouched; the share of rows that the SAE covers is reported.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +42,9 @@ from activations.shuffle import Selection, ShuffledBatches
 from activations.source import ActivationSource, RowFlag
 from scope.errors import InvalidInputError, MismatchError
 from scope.kernels.tensors import as_tensor
-from scope.saes.base import SAE
-from scope.training.data import EXCLUDED, resolve_hook, width_of
+from scope.saes.base import SAE, Port, Ports
+from scope.training.data import EXCLUDED, resolve_hook, side_by_side, width_of
+from scope.training.tally import Interval, ReconstructionMetrics, Tally, bootstrap
 
 __all__ = [
     "CrossEntropyMetrics",
@@ -44,44 +52,13 @@ __all__ = [
     "bootstrap",
     "delta_ce",
     "mean_activation",
+    "output_hooks",
     "reconstruction_metrics",
 ]
 
 NORM_RATIO = 10.0
-OVER_DENSE = 0.1
-RESAMPLES = 1000
 MEMORY_BYTES = 2**26
 """Activations held in memory to draw rows at random."""
-
-Interval = tuple[float, float]
-
-
-class ReconstructionMetrics(NamedTuple):
-    """See the module's docstring for the definitions."""
-
-    fvu: float
-    """Over rows of at most ten times the median norm: the one to compare by."""
-    fvu_interval: Interval | None
-    """95% interval of `fvu`; None without documents."""
-    fvu_all: float
-    """Over all rows but BOS."""
-    l0: float
-    dead_share: float
-    """Share of features that never fired on `n_rows` rows."""
-    over_dense_share: float
-    cosine: float
-    n_rows: int
-    """Rows looked at."""
-    n_within_norm: int
-    """Those of at most ten times the median norm."""
-    density: Float[np.ndarray, " d_sae"]
-    """Share of rows on which each feature fires."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures without the densities, JSON-able."""
-        figures = self._asdict()
-        figures.pop("density")
-        return figures
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -108,27 +85,6 @@ class CrossEntropyMetrics(NamedTuple):
         return self._asdict()
 
 
-def bootstrap(
-    statistic: Callable[[Float[np.ndarray, "samples parts"]], Float[np.ndarray, " samples"]],
-    sums: Float[np.ndarray, "documents parts"],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """The 95% percentile interval of a statistic of sums over documents.
-
-    Args:
-        statistic: from the sums of each resample to its value.
-        sums: what each document adds to them.
-    """
-    generator = np.random.default_rng(seed)
-    n = len(sums)
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of few documents may leave nothing to divide by
-        values = statistic(counts @ sums)
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
 @torch.no_grad()
 def reconstruction_metrics(
     sae: SAE,
@@ -147,7 +103,7 @@ def reconstruction_metrics(
     Args:
         sae: takes raw activations.
         source: a store, or anything else that satisfies `ActivationSource`.
-        hook: the hook's name; None takes the SAE's.
+        hook: the name of the hook that is read; None takes the SAE's. Other hooks are the SAE's own.
         documents: the document of each row of the source, for the interval. None: asked of the source where it can say.
         held_out_only: False measures on every row but BOS.
         max_rows: look at so many rows, drawn at random; None for all.
@@ -160,26 +116,46 @@ def reconstruction_metrics(
         MismatchError: the hook has another width than the SAE.
         InvalidInputError: no row is left to measure on.
     """
-    name = resolve_hook(source, hook or sae.hook_name or "")
-    width = width_of(source, name)[0]
-    if width != sae.d_in:
-        raise MismatchError(f"{name} has a width of {width:,}; the SAE reads {sae.d_in:,} (d_in).")
+    ports = _ports_in(sae, source, hook)
+    names = [str(port.hook) for side in ports for port in side]
     held_out = RowFlag.HELD_OUT if held_out_only else RowFlag(0)
     selection = Selection(exclude_flags=RowFlag.BOS, require_flags=held_out)
     batches = ShuffledBatches(
-        source, name, batch_size, seed, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
+        source, names, batch_size, seed, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
     )
-    norms = [x.norm(dim=-1) for _, x in _float_rows(batches, source)]
-    n_rows = sum(len(part) for part in norms)
+    outputs = ports.outputs or ports.inputs
+    norms = [[values[str(port.hook)].norm(dim=-1) for port in outputs] for _, values in _float_rows(batches, source)]
+    n_rows = sum(len(part[0]) for part in norms)
     if not n_rows:
-        raise InvalidInputError(f"No row of {name} is left to measure on; held_out_only is {held_out_only}.")
-    limit = NORM_RATIO * float(torch.cat(norms).median())
-    tally = _Tally(sae, limit, documents if documents is not None else _documents_of(source))
-    for rows, x in _float_rows(batches, source):
-        tally.add(rows, x.to(sae.device))
+        raise InvalidInputError(
+            f"No row of {', '.join(names)} is left to measure on; held_out_only is {held_out_only}."
+        )
+    limits = [NORM_RATIO * float(torch.cat(of_one).median()) for of_one in zip(*norms, strict=True)]
+    tally = Tally(sae, limits, documents if documents is not None else _documents_of(source))
+    for rows, values in _float_rows(batches, source):
+        x = side_by_side(values, ports.inputs).to(sae.device)
+        tally.add(rows, x, side_by_side(values, ports.outputs).to(sae.device) if ports.outputs else x)
         if progress:
             progress(tally.n_rows, n_rows)
     return tally.result(seed)
+
+
+def _ports_in(sae: SAE, source: ActivationSource, hook: str | None) -> Ports:
+    """The SAE's ports with their names in a source; raises `MismatchError` where a width is another."""
+    sides = []
+    for side in sae.cfg.ports:
+        found: list[Port] = []
+        for port in side:
+            name = resolve_hook(
+                source, hook if hook and len(sae.cfg.ports.inputs) == 1 and not found else port.hook or ""
+            )
+            width = width_of(source, name)[0]
+            if width != port.width:
+                raise MismatchError(f"{name} has a width of {width:,}; the SAE expects {port.width:,}.")
+            found.append(Port(name, width))
+        hook = None  # it names the input
+        sides.append(tuple(found))
+    return Ports(*sides)
 
 
 @torch.no_grad()
@@ -197,9 +173,10 @@ def mean_activation(
     selection = Selection(exclude_flags=EXCLUDED, max_norm_ratio=max_norm_ratio)
     total, n = torch.zeros(width_of(source, name)[0], dtype=torch.float64), 0
     batches = ShuffledBatches(
-        source, name, batch_size, 0, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
+        source, [name], batch_size, 0, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
     )
-    for _, x in _float_rows(batches, source):
+    for _, values in _float_rows(batches, source):
+        x = values[name]
         total += x.sum(dim=0, dtype=torch.float64)
         n += len(x)
     return (total / n).float()
@@ -223,7 +200,7 @@ def delta_ce(
     model: LossModel,
     sae: SAE,
     windows: Sequence[Int[np.ndarray, " _"]],
-    mean: Float[Tensor, " d_in"],
+    mean: Float[Tensor, " d_in"] | Mapping[str, Float[Tensor, " d_in"]],
     *,
     documents: Sequence[int] | None = None,
     seed: int = 0,
@@ -235,25 +212,23 @@ def delta_ce(
         model: the model that the SAE reads.
         sae: takes raw activations at its `hook_name`.
         windows: token ids of held-out windows, BOS included.
-        mean: the mean activation at the hook, such as `mean_activation` gives.
+        mean: the mean activation at the hook that is written, such as `mean_activation` gives; by hook where several.
         documents: the document of each window, for the intervals.
         seed: of the bootstrap.
         progress: called with (passes done, 3).
 
     Raises:
-        InvalidInputError: there are no windows, or the SAE names no hook.
+        InvalidInputError: there are no windows, the SAE names no hook, or it is a crosscoder.
     """
-    from scope.interventions import set_, splice
+    from scope.interventions import set_, splice_edits
 
-    hook = sae.hook_name
-    if not hook or not windows:
-        raise InvalidInputError("The SAE names no hook." if windows else "There are no windows to measure on.")
-    mean = mean.to(sae.device).reshape(-1)
-    edits: list[dict[str, Any] | None] = [
-        None,
-        {hook: splice(sae, keep_bos=True)},
-        {hook: set_(hook, mean, keep_bos=True)},
-    ]
+    if not windows:
+        raise InvalidInputError("There are no windows to measure on.")
+    spliced = splice_edits(sae, keep_bos=True)
+    written = output_hooks(sae)
+    means = mean if isinstance(mean, Mapping) else {written[0]: mean}
+    ablated = {hook: set_(hook, means[hook].to(sae.device).reshape(-1), keep_bos=True) for hook in written}
+    edits: list[dict[str, Any] | None] = [None, dict(spliced), dict(ablated)]
     sums = np.zeros((len(windows), 4))
     sums[:, 3] = [len(window) - 1 for window in windows]
     for number, edit in enumerate(edits):
@@ -277,6 +252,11 @@ def delta_ce(
     )
 
 
+def output_hooks(sae: SAE) -> list[str]:
+    """The hooks that an SAE reconstructs."""
+    return [str(port.hook) for port in sae.cfg.ports.outputs or sae.cfg.ports.inputs]
+
+
 def _delta(sums: np.ndarray) -> np.ndarray:
     return (sums[:, 1] - sums[:, 0]) / sums[:, 3]
 
@@ -292,9 +272,9 @@ def _sums_by(sums: np.ndarray, documents: Sequence[int]) -> np.ndarray:
     return total
 
 
-def _float_rows(batches: ShuffledBatches, source: ActivationSource) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _float_rows(batches: ShuffledBatches, source: ActivationSource) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     for rows, values in batches:
-        yield rows, as_tensor(values, source.dtype).float().flatten(1)
+        yield rows, {name: as_tensor(part, source.dtype).float().flatten(1) for name, part in values.items()}
 
 
 def _documents_of(source: ActivationSource) -> np.ndarray | None:
@@ -302,59 +282,3 @@ def _documents_of(source: ActivationSource) -> np.ndarray | None:
         return None
     table = source.sequences().sort_values("start_row")
     return np.repeat(table["document"].to_numpy(), table["n_rows"].to_numpy())
-
-
-class _Tally:
-    """Sums over the rows looked at. Activations are shifted by b_dec, so that sums of squares lose no digits."""
-
-    def __init__(self, sae: SAE, limit: float, documents: np.ndarray | None) -> None:
-        self.sae, self.limit = sae, limit
-        self.codes = None if documents is None else np.unique(documents, return_inverse=True)[1]
-        n_documents = 1 if self.codes is None else int(self.codes.max()) + 1
-        # Per document: residual squares, squares, rows, and the sum of the rows, of those within the limit.
-        self.within = torch.zeros(n_documents, 3 + sae.d_in, dtype=torch.float64, device=sae.device)
-        self.beyond = torch.zeros(3 + sae.d_in, dtype=torch.float64, device=sae.device)
-        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
-        self.cosines, self.n_rows = 0.0, 0
-
-    def add(self, rows: np.ndarray, x: Tensor) -> None:
-        features = self.sae.encode_sparse(x)
-        x_hat = self.sae.decode_sparse(features).double()
-        residual, shifted = x.double() - x_hat, x.double() - self.sae.b_dec.double()
-        sums = [residual.square().sum(-1, keepdim=True), shifted.square().sum(-1, keepdim=True)]
-        parts = torch.cat([*sums, torch.ones_like(sums[0]), shifted], dim=1)
-        inside = x.norm(dim=-1) <= self.limit
-        codes = torch.zeros(len(x), dtype=torch.int64) if self.codes is None else torch.from_numpy(self.codes[rows])
-        self.within.index_add_(0, codes.to(x.device)[inside], parts[inside])
-        self.beyond += parts[~inside].sum(dim=0)
-        self.firings += torch.bincount(features.ids[features.values > 0].long(), minlength=self.sae.d_sae)
-        self.cosines += float(torch.cosine_similarity(x.double(), x_hat, dim=-1).sum())
-        self.n_rows += len(x)
-
-    def result(self, seed: int) -> ReconstructionMetrics:
-        within = self.within.cpu().numpy()
-        inside, everything = within.sum(axis=0), within.sum(axis=0) + self.beyond.cpu().numpy()
-        interval = None
-        if self.codes is not None:
-            totals = _squares_about(within, inside[3:] / inside[2])
-            interval = bootstrap(lambda sums: sums[:, 0] / sums[:, 1], np.stack([within[:, 0], totals], axis=1), seed)
-        density = self.firings.cpu().numpy() / self.n_rows
-        return ReconstructionMetrics(
-            fvu=float(inside[0] / _squares_about(inside, inside[3:] / inside[2])),
-            fvu_interval=interval,
-            fvu_all=float(everything[0] / _squares_about(everything, everything[3:] / everything[2])),
-            l0=float(density.sum()),
-            dead_share=float((density == 0).mean()),
-            over_dense_share=float((density > OVER_DENSE).mean()),
-            cosine=self.cosines / self.n_rows,
-            n_rows=self.n_rows,
-            n_within_norm=int(inside[2]),
-            density=density,
-        )
-
-
-def _squares_about(sums: np.ndarray, mean: np.ndarray) -> np.ndarray | np.float64:
-    """sum ‖x - mean‖² from the sums of ‖x‖², 1 and x."""
-    squares, n, vectors = sums[..., 1], sums[..., 2], sums[..., 3:]
-    result: np.ndarray = squares - 2 * vectors @ mean + n * (mean @ mean)
-    return result

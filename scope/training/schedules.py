@@ -1,6 +1,6 @@
-"""How the learning rate moves over a run."""
+"""How the learning rate and k move over a run."""
 
-__all__ = ["learning_rate_share"]
+__all__ = ["annealed_k", "learning_rate_share"]
 
 
 def learning_rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -15,3 +15,10 @@ def learning_rate_share(step: int, steps: int, warmup: float, decay: float) -> f
     rising = (step + 1) / (warmup * steps) if warmup else 1.0
     falling = (steps - step) / (decay * steps) if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
+
+
+def annealed_k(step: int, steps: int, k: int, k_start: int, share: float) -> int:
+    """Features a row at a step: a linear fall from `k_start` to `k` over a share of the run, then `k`."""
+    if not share or step >= share * steps:
+        return k
+    return round(k_start + (k - k_start) * step / (share * steps))

@@ -1,12 +1,16 @@
 """`SAETrainer`: one SAE, trained a batch at a time.
 
-1. The first batch (or `initialise`, given a larger sample) settles the scale, after which rows have an expected norm of
-   sqrt(d_in), and b_dec, the sample's geometric median.
+1. The first batch (or `initialise`, given a larger sample) settles the scale of each hook, after which rows have an
+   expected norm of sqrt(d_in), b_dec, the sample's geometric median, and where the activation function starts.
 2. Each `step` scales its batch, takes the gradient of the architecture's `training_loss`, takes out what would only
    change the norm of a decoder row, clips it, and lets Adam move the weights; then the decoder's rows are brought back
    to norm 1. A batch with a NaN or an Inf is refused before.
-3. `export` folds the scale into the weights. As the decoder's rows have norm 1, that leaves W_enc and W_dec alone and
-   divides the biases: the exported SAE takes raw activations, and its values are in the model's own units.
+3. After it the sparsity coefficient moves towards the target L0 (`scope.training.sparsity`), and now and then, if asked
+   for, dead features start anew (`scope.training.resampling`).
+4. `export` folds the scales into the weights. As the decoder's rows have norm 1, one scale leaves W_enc and W_dec alone
+   and divides the biases: the exported SAE takes raw activations, and its values are in the model's own units.
+
+For TopK step 2 goes without autograd (`scope.training.fast`): the same numbers, sooner, and a GPU is not waited for.
 
 The trainer knows nothing of stores, files or logs; `scope.training.run` is the loop around it.
 """
@@ -20,10 +24,14 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, NonFiniteError
 from scope.saes import registry
-from scope.saes.base import SAE, SAEMetadata, TrainingContext
+from scope.saes.base import SAE, Port, Ports, SAEMetadata, TrainingContext
+from scope.saes.folding import fold_decoder_norm, fold_scales
 from scope.training.config import TrainConfig
-from scope.training.initialisation import expected_norm_scale, geometric_median
-from scope.training.schedules import learning_rate_share
+from scope.training.fast import FastStep, supports_fast_step
+from scope.training.initialisation import centre_of, expected_norm_scale
+from scope.training.resampling import resample
+from scope.training.schedules import annealed_k, learning_rate_share
+from scope.training.sparsity import FrequencyPenalty, SparsityController
 
 __all__ = ["SAETrainer", "StepReport"]
 
@@ -48,7 +56,9 @@ class StepReport(NamedTuple):
     dead: Float[Tensor, ""]
     """Features that counted as dead at this step."""
     parts: dict[str, Float[Tensor, ""]]
-    """The loss's further terms, divided by d_in, by name ("auxk")."""
+    """The loss's further terms, divided by d_in, by name ("auxk", "sparsity", "frequency", …)."""
+    coefficient: Float[Tensor, ""] | None = None
+    """Weight of the sparsity penalty in this step; None where the activation function has none."""
 
 
 class SAETrainer:
@@ -56,40 +66,45 @@ class SAETrainer:
 
     Args:
         config: the settings.
-        d_in: width of the activations.
+        d_in: width of the activations, or all hooks that are read and written, with their widths.
         metadata: provenance for the SAE; its hook name is used in errors.
         reshape_activations: "hook_z" where the rows were flattened from heads x d_head.
 
     Raises:
         UnknownNameError: there is no such architecture.
-        InvalidInputError: the device cannot be used.
+        InvalidInputError: the device cannot be used, or the architecture does not read or write so many hooks.
 
     Attributes:
         sae: the SAE in training, in scaled units. Use `export` for one that takes raw activations.
-        scale: the factor that raw activations are multiplied by; None before the first batch.
+        scales: the factors that raw activations are multiplied by, of each input and then of each output that is no
+            input; None before the first batch.
         steps_done, tokens_done: how far the run is.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        d_in: int,
+        d_in: int | Ports,
         metadata: SAEMetadata | None = None,
         reshape_activations: str = "none",
     ) -> None:
         _require_device(config.device)
         self.config = config
         self.metadata = metadata or SAEMetadata()
+        self.ports = Ports((Port(self.metadata.hook_name, d_in),), ()) if isinstance(d_in, int) else d_in
         sae_class, config_class = registry.get(config.arch), registry.config_of(config.arch)
         cfg = config_class.for_training(
-            d_in=d_in,
+            **config_class.shape_of(self.ports),
             d_sae=config.d_sae,
             k=config.k,
             metadata=self.metadata,
             reshape_activations=reshape_activations,
+            **config.architecture_options(config_class),
         )
         generator = torch.Generator().manual_seed(config.seed)
-        self.sae: SAE = sae_class(cfg, generator=generator, device=config.device)
+        self.sae: SAE = sae_class(cfg, initialise=False, device=config.device)
+        self.sae.initialise(generator, tied=config.tied_init)
+        config.require_fits(self.sae.activation.coefficient is not None)
         with torch.no_grad():
             self.sae.W_enc.mul_(config.init_encoder_scale)
         # Adam works on contiguous views of the same memory: W_enc is laid out by feature.
@@ -97,86 +112,133 @@ class SAETrainer:
         self.optimiser = torch.optim.Adam(
             self._rows.values(), lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True
         )
-        self.scale: float | None = None
+        self.controller = SparsityController.of(config, self.sae)
+        self.frequency = FrequencyPenalty.of(config, config.device)
+        self.scales: tuple[float, ...] | None = None
         self.steps_done = 0
         self.tokens_done = 0
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
         self.firings = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
         self.firing_tokens = 0
+        self.fast = FastStep(self) if supports_fast_step(self) else None
+
+    @property
+    def scale(self) -> float | None:
+        """The factor that raw activations of the first input are multiplied by; None before the first batch."""
+        return self.scales[0] if self.scales else None
 
     @torch.no_grad()
-    def initialise(self, sample: Float[Tensor, "rows *width"]) -> None:
-        """Settle the scale and b_dec from a sample of raw activations."""
-        rows = self._checked(sample)
-        self.scale = expected_norm_scale(rows)
-        self.sae.b_dec.copy_(geometric_median(rows * self.scale))
+    def initialise(
+        self, sample: Float[Tensor, "rows *width"], target: Float[Tensor, "rows d_out"] | None = None
+    ) -> None:
+        """Settle the scales, b_dec and the activation function's start from a sample of raw activations."""
+        raw = [part for part in (self._checked(sample), self._checked_target(target)) if part is not None]
+        parts = [part for rows, ports in zip(raw, self.ports, strict=False) for part in _split(rows, ports)]
+        self.scales = tuple(expected_norm_scale(part) if self.config.scale_inputs else 1.0 for part in parts)
+        scaled = [self._scaled(rows, number) for number, rows in enumerate(raw)]
+        self.sae.settle(scaled[0], centre_of(scaled[-1], self.config.b_dec_init), self.config.k)
 
-    def step(self, batch: Float[Tensor, "batch *width"], rows: Any = None) -> StepReport:
+    def step(
+        self,
+        batch: Float[Tensor, "batch *width"],
+        rows: Any = None,
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> StepReport:
         """Train on a batch of raw activations.
 
         Args:
-            batch: the activations, any floating dtype.
+            batch: the activations, any floating dtype; those of several inputs side by side.
             rows: their row ids, for the error message.
+            target: what a transcoder is to write, the outputs side by side; None where the inputs are reconstructed.
 
         Raises:
             MismatchError: the batch has another width than the SAE.
             NonFiniteError: the batch holds a NaN or an Inf, or the gradient became one; the weights are untouched.
+                On a GPU it may come up to two steps later (`scope.training.fast`).
         """
-        raw = self._checked(batch, rows)
-        if self.scale is None:
-            self.initialise(raw)
-        assert self.scale is not None
-        x = raw * self.scale
-        dead = self.tokens_since_fired >= self.config.dead_after
+        if self.fast is not None:
+            return self.fast.step(self._rows_of(batch), rows)
+        raw, raw_target = self._checked(batch, rows), self._checked_target(target, rows)
+        if self.scales is None:
+            self.initialise(raw, raw_target)
+        x = self._scaled(raw, 0)
+        y = x if raw_target is None else self._scaled(raw_target, 1)
+        config = self.config
+        k = annealed_k(self.steps_done, config.steps, config.k, config.k_start_for(), config.k_anneal)
+        dead = self.tokens_since_fired >= config.dead_after
+        coefficient = self.controller.coefficient(self.steps_done) if self.controller else None
         context = TrainingContext(
-            dead=dead if self.config.auxk_coefficient and bool(dead.any()) else None,
-            auxk_coefficient=self.config.auxk_coefficient,
-            k_aux=self.config.k_aux_for(self.sae.d_in),
+            dead=dead if config.auxk_coefficient and bool(dead.any()) else None,
+            auxk_coefficient=config.auxk_coefficient,
+            k_aux=config.k_aux_for(self.sae.d_out),
+            sparsity_coefficient=coefficient if coefficient is not None else 0.0,
+            k=k,
+            frequency_weights=self.frequency.weights() if self.frequency else None,
         )
         with torch.enable_grad(), self._autocast():
-            loss = self.sae.training_loss(x, context)
+            loss = self.sae.training_loss(x, context, None if raw_target is None else y)
         loss.total.backward()
-        learning_rate = self.config.peak_lr * learning_rate_share(
-            self.steps_done, self.config.steps, self.config.warmup, self.config.decay
-        )
+        learning_rate = config.peak_lr * learning_rate_share(self.steps_done, config.steps, config.warmup, config.decay)
         grad_norm = self._move(learning_rate)
-        fired = self._count(loss.features.ids, loss.features.values)
-        d_in = self.sae.d_in
+        self.sae.activation.after_step(self.sae, loss.counts)
+        fired = self._count(loss.counts, len(x))
+        if self.controller:
+            self.controller.observe(self.steps_done, fired / len(x), k)
+        if self.frequency:
+            self.frequency.observe(loss.counts, len(x))
+        if config.resample_steps and self.steps_done % config.resample_steps == 0:
+            self._resample(x, y)
+        d_out = self.sae.d_out
         return StepReport(
             step=self.steps_done,
             tokens=self.tokens_done,
             learning_rate=learning_rate,
-            loss=loss.total.detach() / d_in,
+            loss=loss.total.detach() / d_out,
             grad_norm=grad_norm,
-            fvu=loss.squared_error * len(x) / (x.norm().square() - len(x) * x.mean(dim=0).norm().square()),
+            fvu=loss.squared_error * len(x) / (y.norm().square() - len(x) * y.mean(dim=0).norm().square()),
             l0=fired / len(x),
             dead=dead.sum().float(),
-            parts={name: value / d_in for name, value in loss.parts.items()},
+            parts={name: value / d_out for name, value in loss.parts.items()},
+            coefficient=coefficient,
         )
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """A copy of the SAE that takes raw activations and gives values in the model's own units, on the CPU."""
-        scale = self.scale or 1.0
+        """A copy of the SAE that takes raw activations and gives values in the model's own units, on the CPU, in the
+        form that it is stored and used in (BatchTopK becomes JumpReLU)."""
+        self._settle()
         sae = type(self.sae)(self.sae.cfg, initialise=False)
         sae.load_state_dict(self.sae.state_dict())
-        for bias in (sae.b_enc, sae.b_dec):
-            bias.div_(scale)
-        return sae
+        if self.config.decoder_norm == "free":
+            fold_decoder_norm(sae)
+        if self.scales is not None:
+            n = len(self.ports.inputs)
+            fold_scales(sae, self.scales[:n], self.scales[n:])
+        return sae.for_inference()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights, Adam's state and firing counters, by name: with `counters`, all that a later step depends on."""
+        self._settle()
         tensors = {"tokens_since_fired": self.tokens_since_fired, "firings": self.firings}
         for name, row in self._rows.items():
             tensors[name] = row
             for key, value in self.optimiser.state[row].items():
                 tensors[f"adam.{key}.{name}"] = value
-        return tensors
+        return {**tensors, **self._further_state()}
+
+    def _further_state(self) -> dict[str, Tensor]:
+        """Buffers of the SAE, and what the sparsity control and the frequency penalty remember."""
+        state = dict(self.sae.named_buffers())
+        for part in (self.controller, self.frequency):
+            state |= part.state() if part else {}
+        return state
 
     def counters(self) -> dict[str, Any]:
         """Scale and counts, JSON-able."""
+        self._settle()
         return {
-            "scale": self.scale,
+            **(self.fast.counters() if self.fast else {}),
+            "scales": list(self.scales) if self.scales else None,
             "steps_done": self.steps_done,
             "tokens_done": self.tokens_done,
             "firing_tokens": self.firing_tokens,
@@ -191,9 +253,13 @@ class SAETrainer:
             row.copy_(tensors[name])
             keys = [key.split(".")[1] for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")]
             self.optimiser.state[row] = {key: tensors[f"adam.{key}.{name}"].to(row.device) for key in keys}
-        self.scale = counters["scale"]
+        for name, tensor in self._further_state().items():
+            tensor.copy_(tensors[name])
+        self.scales = tuple(counters["scales"]) if counters["scales"] else None
         self.steps_done, self.tokens_done = counters["steps_done"], counters["tokens_done"]
         self.firing_tokens = counters["firing_tokens"]
+        if self.fast:
+            self.fast.restore(counters)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -217,32 +283,78 @@ class SAETrainer:
         error.rows = [] if rows is None else named  # type: ignore[attr-defined]
         raise error
 
+    def gradient_error(self) -> NonFiniteError:
+        """What is raised for a gradient that is not finite."""
+        return NonFiniteError(
+            f"The gradient of step {self.steps_done + 1:,} is not finite. The weights were not stepped on it; "
+            "lower the learning rate, or look for extreme activations."
+        )
+
+    def _settle(self) -> None:
+        if self.fast is not None:
+            self.fast.settle()
+
+    def _scaled(self, rows: Tensor, number: int) -> Tensor:
+        """Raw inputs (number 0) or outputs (1) times the scale of each port."""
+        assert self.scales is not None
+        ports, first = self.ports[number], 0 if number == 0 else len(self.ports.inputs)
+        if len(ports) == 1:
+            return rows * self.scales[first]
+        scaled = [part * self.scales[first + i] for i, part in enumerate(_split(rows, ports))]
+        return torch.cat(scaled, dim=-1)
+
+    def _checked_target(self, target: Tensor | None, rows: Any = None) -> Tensor | None:
+        if not self.ports.outputs:
+            return None
+        width = sum(port.width for port in self.ports.outputs)
+        if target is None or target.ndim != 2 or target.shape[-1] != width:
+            got = "none" if target is None else f"shape {tuple(target.shape)}"
+            raise MismatchError(f"The target has {got}; expected rows of width {width:,}, the outputs side by side.")
+        flat = target.to(self.config.device, torch.float32)
+        self.require_finite(flat, rows)
+        return flat
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor, y: Tensor) -> None:
+        if self.steps_done > (1 - self.config.decay) * self.config.steps:
+            return  # too late to learn anything
+        dead = (self.tokens_since_fired >= self.config.dead_after).nonzero().flatten()
+        generator = torch.Generator().manual_seed(self.config.seed + self.steps_done)
+        started = resample(self.sae, dead, x, y, generator)
+        self.tokens_since_fired[started] = 0
+        for name, row in self._rows.items():
+            if name in ("W_enc", "W_dec", *self.sae.activation.parameters):
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimiser.state[row][moment][started] = 0
+
     def _checked(self, batch: Tensor, rows: Any = None) -> Tensor:
+        flat = self._rows_of(batch).to(self.config.device, torch.float32)
+        self.require_finite(flat, rows)
+        return flat
+
+    def _rows_of(self, batch: Tensor) -> Tensor:
         flat = batch.flatten(1) if batch.ndim > 2 else batch
         if flat.ndim != 2 or flat.shape[-1] != self.sae.d_in:
             raise MismatchError(
                 f"The batch has shape {tuple(batch.shape)}; expected rows of width {self.sae.d_in:,} (d_in)."
             )
-        flat = flat.to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
         return flat
 
     @torch.no_grad()
     def _move(self, learning_rate: float) -> Tensor:
         assert self.sae.W_dec.grad is not None
-        along = (self.sae.W_dec.grad * self.sae.W_dec).sum(dim=-1, keepdim=True)
-        self.sae.W_dec.grad.addcmul_(along, self.sae.W_dec, value=-1)
+        unit_rows = self.config.decoder_norm == "unit"
+        if unit_rows:
+            along = (self.sae.W_dec.grad * self.sae.W_dec).sum(dim=-1, keepdim=True)
+            self.sae.W_dec.grad.addcmul_(along, self.sae.W_dec, value=-1)
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
             self._rows[name].grad = _by_rows(parameter.grad)
         norms = torch.stack([row.grad.norm() for row in self._rows.values() if row.grad is not None])
-        grad_norm = norms.norm() / self.sae.d_in
+        grad_norm = norms.norm() / self.sae.d_out
         if not torch.isfinite(grad_norm):
             self.sae.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"The gradient of step {self.steps_done + 1:,} is not finite. The weights were not stepped on it; "
-                "lower the learning rate, or look for extreme activations."
-            )
+            raise self.gradient_error()
         if self.config.clip_grad_norm and grad_norm > self.config.clip_grad_norm:
             for row in self._rows.values():
                 assert row.grad is not None
@@ -252,14 +364,12 @@ class SAETrainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.sae.zero_grad(set_to_none=True)
-        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
+        if unit_rows:
+            self.sae.normalise_decoder()
         return grad_norm
 
     @torch.no_grad()
-    def _count(self, ids: Tensor, values: Tensor) -> Tensor:
-        firing = ids[values > 0]
-        counts = torch.bincount(firing, minlength=self.sae.d_sae)
-        n_rows = len(ids)
+    def _count(self, counts: Tensor, n_rows: int) -> Tensor:
         self.tokens_since_fired.add_(n_rows).masked_fill_(counts > 0, 0)
         self.steps_done += 1
         self.tokens_done += n_rows
@@ -269,7 +379,7 @@ class SAETrainer:
         return counts.sum()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.compute_dtype == "bfloat16":
+        if self.config.product_dtype == "bfloat16":
             return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -279,6 +389,10 @@ def _require_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"The device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _split(rows: Tensor, ports: tuple[Port, ...]) -> tuple[Tensor, ...]:
+    return rows.split([port.width for port in ports], dim=-1)
 
 
 def _by_rows(tensor: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def save(
     """Write an SAE in SAELens's format, with a manifest, so that it is there as a whole or not at all.
 
     Args:
-        sae: what to save, in the model's own units.
+        sae: what to save, in the model's own units. BatchTopK and Matryoshka become the JumpReLU SAEs that they are.
         path: the folder to make; it must not exist, or be empty.
         density: share of rows on which each feature fires, `(d_sae,)`; kept as SAELens's log10 sparsity.
         companions: further files to put beside it, by name.

@@ -1,6 +1,10 @@
 """SAELens's folder: `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, beside our `manifest.json`.
 
 sae_lens reads what is written here (`SAE.load_from_disk`), and what it writes is read here, without importing it.
+BatchTopK and Matryoshka are written as the JumpReLU SAEs that they are after training, as SAELens does. Where it lacks
+an architecture, the layout is extended: a transcoder of TopK is a `topk_transcoder`; a `crosscoder` has its hooks side
+by side in W_enc and W_dec, in the order of `hook_names` in the metadata, with their `widths`; a `clt` has `n_layers`
+layers side by side, and features ordered by the layer that they read.
 Our provenance lies in the config's metadata, where sae_lens keeps names that it does not know.
 
 Two settings of SAELens are folded into the weights when read, which leaves features and outputs as they are:
@@ -30,6 +34,7 @@ from scope._version import __version__
 from scope.errors import IntegrityError, InvalidInputError, MismatchError, NonFiniteError, OccupiedError
 from scope.saes import registry
 from scope.saes.base import SAE
+from scope.saes.folding import fold_decoder_norm, fold_scales
 
 __all__ = ["load", "read_density", "recognises", "save"]
 
@@ -56,6 +61,7 @@ def save(
 ) -> Path:
     """See `scope.saes.formats.save`."""
     require_free(folder)
+    sae = sae.for_inference()
     weights = sae.weights()
     _require_finite(weights, "The SAE to be saved")
     files = {CONFIG: _config_bytes(sae), WEIGHTS: serialise(weights), **(companions or {})}
@@ -90,7 +96,8 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> SAE:
         raise InvalidInputError(f"{folder / CONFIG} lacks a setting of its architecture ({error}).") from error
     sae = sae_class(cfg, initialise=False, device="meta").to_empty(device="cpu")
     _fill(sae, weights, folder)
-    _fold_decoder_norm(sae, content)
+    if content.get("rescale_acts_by_decoder_norm"):
+        fold_decoder_norm(sae)
     _fold_normalisation(sae, content, folder)
     if (folder / "manifest.json").is_file():
         recorded = read_manifest(folder, "sae")["fingerprint"]
@@ -169,15 +176,6 @@ def _fill(sae: SAE, weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 @torch.no_grad()
-def _fold_decoder_norm(sae: SAE, content: Mapping[str, Any]) -> None:
-    if content.get("rescale_acts_by_decoder_norm"):
-        norms = sae.W_dec.norm(dim=-1)
-        sae.W_enc.mul_(norms)
-        sae.b_enc.mul_(norms)
-        sae.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None])
-
-
-@torch.no_grad()
 def _fold_normalisation(sae: SAE, content: Mapping[str, Any], folder: Path) -> None:
     mode = content.get("normalize_activations", "none")
     if mode == "none":
@@ -185,8 +183,7 @@ def _fold_normalisation(sae: SAE, content: Mapping[str, Any], folder: Path) -> N
     if mode == "expected_average_only_in" and (folder / SCALER).is_file():
         scale = json.loads((folder / SCALER).read_text()).get("scaling_factor")
         if scale is not None:
-            sae.b_enc.div_(scale)
-            sae.b_dec.div_(scale)
+            fold_scales(sae, [scale])
         return
     raise InvalidInputError(
         f"{folder} normalises its input ({mode!r}) in a way that its files do not settle, so that its features would "

@@ -1,0 +1,372 @@
+"""`FastStep`: the trainer's step for TopK and BatchTopK, without autograd and without waiting for the device.
+
+It computes what `SAETrainer` computes through autograd, with gradients written down by hand. With B rows, f the sparse
+features, r = x_hat - x, and "at f" the k entries of each row:
+
+1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the k largest of each row are f. For
+   BatchTopK they are the k B largest of the batch, chosen among the `WIDEST` x k largest of each row.
+2. r, and the gradient at f: (2/B) r · W_dec at f, where f > 0.
+3. AuxK (Gao et al. 2024, A.2) over the dead features, which are few enough for dense products: ê from their k_aux
+   largest pre-activations on each row, and the gradients of share x coefficient ‖r + ê‖² / B.
+4. dW_dec = (2/B) fᵀ r and dW_enc = (gradient at f)ᵀ (scale x - b_dec), rows of active features only; db_enc and what
+   of dW_dec lies along its rows come from sums over entries; db_dec = (2/B) Σ r - W_enc db_enc.
+5. The norm of all this, and from it the clipping factor, stay on the device; so does the check for NaN and Inf.
+6. Adam moves the weights (`scope.kernels.adam`), every feature's moments included, and renews their copies in the
+   compute dtype.
+
+The host reads what a step found `LAG` steps later, when the device has long finished it: whether its rows and its
+gradient were finite, and how many features were dead. Until then a step that met a NaN has moved nothing, and neither
+has any step after it. The number of dead features sizes the products of AuxK, so that a feature which died within the
+last `LAG` steps may wait as long for its first aid; checkpoints hold these numbers, and a resumed run does the same.
+
+On the CPU the same code waits for nothing (its lag is 0). All sums are in a fixed order.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scope.kernels import step as products
+from scope.kernels.adam import adam_rows
+from scope.kernels.tensors import has_triton
+from scope.kernels.topk import keep_largest, largest_of_all, linear_topk
+from scope.saes.batchtopk import BatchTopKSAE, followed_threshold
+from scope.saes.topk import TopKSAE
+from scope.training.schedules import learning_rate_share
+
+if TYPE_CHECKING:
+    from scope.training.trainer import SAETrainer, StepReport
+
+__all__ = ["FastStep", "supports_fast_step"]
+
+WIDEST = 4
+"""Multiple of k that a row of a BatchTopK takes at most; what a row would take beyond goes to others."""
+
+LAG = 2
+"""Steps between a step on a GPU and the host's reading what it found: one that runs, one that waits in the queue."""
+AUX_MULTIPLE = 256
+"""On a GPU the dead features that AuxK takes are padded to a multiple of this, which tensor cores like."""
+MAX_AUX = 16_384
+"""Dead features that AuxK takes in one step, at most: with more, those with the lowest ids."""
+
+
+def supports_fast_step(trainer: "SAETrainer") -> bool:
+    """Whether this trainer's settings are ones that `FastStep` computes: TopK or BatchTopK on a GPU in bfloat16, where
+    there is Triton, and TopK on the CPU; nothing but the gradient, AuxK, and Adam with unit decoder rows."""
+    sae, config = trainer.sae, trainer.config
+    if type(sae) not in (TopKSAE, BatchTopKSAE) or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
+        return False
+    if len(trainer.ports.inputs) != 1 or not config.is_plain:
+        return False
+    if sae.device.type == "cuda":
+        return config.product_dtype == "bfloat16" and has_triton()
+    return sae.device.type == "cpu" and type(sae) is TopKSAE  # BatchTopK's own step has no limit to a row's features
+
+
+class _Entries(NamedTuple):
+    """What fires, and what the gradients need of it."""
+
+    weights: Tensor
+    """(2/B) x value."""
+    at_f: Tensor
+    """The gradient of the pre-activation."""
+    ids: Tensor
+    groups: products.EntryGroups
+    sums: products.FeatureSums
+
+
+class _Aux(NamedTuple):
+    """AuxK's part of a step."""
+
+    loss: Tensor
+    slots: Tensor
+    """For each feature its place among the dead ones taken, or -1; int32."""
+    dec: Tensor
+    enc: Tensor
+    bias_gradient: Tensor
+    along: Tensor
+
+
+class _Pending(NamedTuple):
+    """A step whose findings the host has not read."""
+
+    found: Tensor
+    """On the host, once `event` is done: rows finite, gradient finite, dead features."""
+    event: Any
+    batch: Tensor
+    rows: Any
+    before: tuple[int, int, int]
+    """The trainer's counts before the step."""
+
+
+class FastStep:
+    """The fast step of one trainer, which owns the weights, Adam's moments and the counts.
+
+    Args:
+        trainer: a trainer that `supports_fast_step`.
+        lag: steps until the host reads what a step found.
+    """
+
+    def __init__(self, trainer: "SAETrainer", lag: int | None = None) -> None:
+        self.trainer = trainer
+        sae, config = trainer.sae, trainer.config
+        self.lag = (LAG if sae.device.type == "cuda" else 0) if lag is None else lag
+        self.dtype = getattr(torch, config.product_dtype)
+        self.dead_counts: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
+        """(steps done before, dead features) of the last steps that were read."""
+        self._over_batch = type(sae) is BatchTopKSAE
+        self._pending: deque[_Pending] = deque()
+        self._weights = trainer._rows
+        for weight in self._weights.values():
+            if not trainer.optimiser.state[weight]:
+                trainer.optimiser.state[weight] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=sae.device),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
+        shape = (sae.d_sae, sae.d_in)
+        self._gradients = {name: torch.empty(shape, dtype=self.dtype, device=sae.device) for name in ("W_enc", "W_dec")}
+        self._copies: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._healthy = torch.ones((), device=sae.device)
+
+    def counters(self) -> dict[str, Any]:
+        """What of a later step depends on earlier ones, beside the trainer's own state; JSON-able."""
+        return {"dead_counts": [list(pair) for pair in self.dead_counts]}
+
+    def restore(self, counters: dict[str, Any]) -> None:
+        """Take over `counters`, and whatever weights the trainer has now."""
+        pairs = [(int(step), int(count)) for step, count in counters.get("dead_counts", [])]
+        self.dead_counts = deque(pairs, maxlen=self.lag + 1)
+        self._pending.clear()
+        self._versions.clear()
+        self._healthy.fill_(1.0)
+
+    def settle(self) -> None:
+        """Wait for all steps that were begun; raises `NonFiniteError` if one of them met a NaN or an Inf."""
+        while self._pending:
+            self._read(self._pending.popleft())
+        for weight in self._weights.values():
+            self.trainer.optimiser.state[weight]["step"].fill_(self.trainer.steps_done)
+
+    @torch.no_grad()
+    def step(self, batch: Float[Tensor, "batch d_in"], rows: Any = None) -> "StepReport":
+        """Train on a batch of raw activations, as `SAETrainer.step` does.
+
+        Raises:
+            NonFiniteError: this batch, or (on a GPU) one of the last two, holds a NaN or an Inf, or its gradient does.
+        """
+        while self._pending and len(self._pending) >= max(1, self.lag):
+            self._read(self._pending.popleft())
+        trainer, config, sae = self.trainer, self.trainer.config, self.trainer.sae
+        x = batch.to(sae.device, non_blocking=True)
+        if trainer.scale is None:
+            trainer.initialise(x)
+        assert trainer.scale is not None
+        self._renew_copies()
+        n_rows = len(x)
+        before = (trainer.steps_done, trainer.tokens_done, trainer.firing_tokens)
+        since = trainer.tokens_since_fired
+        dead = since >= config.dead_after
+
+        centred, norms = products.centre(x, trainer.scale, sae.b_dec, self.dtype)
+        values, ids = self._encode(centred)
+        residual, dots, squares = products.residual_and_dots(
+            x, trainer.scale, values, ids, self._copies["W_dec"], sae.b_dec
+        )
+        at_f = torch.where(values > 0, dots * (2 / n_rows), 0.0)
+        groups = products.group_entries(ids, sae.d_sae, values > 0 if self._over_batch else None)
+        sums = products.feature_sums(values, at_f, ids, groups)
+        n_dead = dead.sum()
+        aux = self._auxk(centred, residual, dead, n_dead) if config.auxk_coefficient else None
+        error = squares.sum() / n_rows
+        total = error + aux.loss if aux else error
+
+        entries = _Entries(values * (2 / n_rows), at_f, ids, groups, sums)
+        gradients, parts = self._gradient(centred, residual, entries, aux)
+        grad_norm = torch.stack(parts).sum().sqrt() / sae.d_in
+        rows_finite = torch.isfinite(norms.sum())
+        ok = rows_finite & torch.isfinite(grad_norm)
+        self._healthy.mul_(ok)
+        clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
+        learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), groups, aux)
+        self._follow(values)
+        fired = self._count(sums.fired, n_rows)
+        self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float()]), batch, rows, before)
+        mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
+        if self.lag == 0:
+            self._read(self._pending.popleft())
+        from scope.training.trainer import StepReport  # which imports this module
+
+        return StepReport(
+            step=trainer.steps_done,
+            tokens=trainer.tokens_done,
+            learning_rate=learning_rate,
+            loss=total / sae.d_in,
+            grad_norm=grad_norm,
+            fvu=error * n_rows / (norms.sum() - n_rows * mean.square().sum()),
+            l0=fired / n_rows,
+            dead=n_dead.float(),
+            parts={"auxk": aux.loss / sae.d_in} if aux else {},
+        )
+
+    def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Values, 0 or more, and ids of the entries of each row."""
+        sae, k = self.trainer.sae, self.trainer.config.k
+        width = min(WIDEST * k, sae.d_sae) if self._over_batch else k
+        values, ids = linear_topk(centred, self._copies["W_enc"], sae.b_enc.to(self.dtype), width)
+        values = values.float().relu_()
+        if self._over_batch:
+            values = torch.where(largest_of_all(values, k * len(values)), values, 0.0)
+        return values, ids.int()
+
+    def _follow(self, values: Tensor) -> None:
+        """BatchTopK's running threshold."""
+        if self._over_batch:
+            moved = followed_threshold(self.trainer.sae.threshold, torch.where(values > 0, values, torch.inf).min())
+            self.trainer.sae.threshold.copy_(torch.where(self._healthy > 0, moved, self.trainer.sae.threshold))
+
+    def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor, n_dead: Tensor) -> _Aux | None:
+        """Loss and gradients of AuxK; None while no feature was dead."""
+        trainer, config, sae = self.trainer, self.trainer.config, self.trainer.sae
+        known = int(n_dead) if self.lag == 0 else dict(self.dead_counts).get(trainer.steps_done - self.lag, 0)
+        if not known:
+            return None
+        multiple = AUX_MULTIPLE if sae.device.type == "cuda" else 1
+        width = min(MAX_AUX, -(-known // multiple) * multiple, sae.d_sae)
+        rank = dead.cumsum(0) - 1
+        slots = torch.where(dead & (rank < width), rank, -1)
+        ids = torch.zeros(width + 1, dtype=torch.int64, device=sae.device)
+        ids.scatter_(0, torch.where(slots >= 0, slots, width), torch.arange(sae.d_sae, device=sae.device))
+        ids = ids[:width]
+        n_taken = n_dead.clamp_max(width)
+        k_aux, n_rows = config.k_aux_for(sae.d_in), len(centred)
+        W_enc, W_dec = self._copies["W_enc"][ids], self._copies["W_dec"][ids]
+        pre = torch.addmm(sae.b_enc[ids].to(self.dtype), centred, W_enc.T)
+        f = keep_largest(pre, n_taken, k_aux)
+        left = torch.addmm(residual, f, W_dec)  # ê - e, as residual is -e
+        # Few dead features explain little of the error; full weight would only make them noisy.
+        weight = config.auxk_coefficient * (n_taken / k_aux).clamp_max(1.0) / n_rows
+        loss = weight * torch.linalg.vector_norm(left, dtype=torch.float32).square()
+        left.mul_(2 * weight)
+        at_f = torch.ops.aten.threshold_backward(left @ W_dec.T, f, 0)  # zero where f is
+        dec = f.T @ left
+        return _Aux(
+            loss=loss,
+            slots=slots.int(),
+            dec=dec,
+            enc=at_f.T @ centred,
+            bias_gradient=at_f.sum(dim=0, dtype=torch.float32),
+            along=(dec.float() * W_dec).sum(dim=1),
+        )
+
+    def _gradient(
+        self,
+        centred: Tensor,
+        residual: Tensor,
+        entries: _Entries,
+        aux: _Aux | None,
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The gradients by name, with what of W_dec's lies along its rows; and the squares of their norms."""
+        slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
+        weights, at_f, ids, groups, sums = entries
+        squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
+        squares_enc = products.feature_rows(centred, at_f, ids, groups, self._gradients["W_enc"], slots, enc)
+        bias, along = sums.bias_gradient, sums.along
+        if aux:
+            slot, has_slot = aux.slots.clamp_min(0).long(), aux.slots >= 0
+            bias = bias + torch.where(has_slot, aux.bias_gradient[slot], 0.0)
+            along = along + torch.where(has_slot, aux.along[slot], 0.0)
+        b_dec = residual.sum(dim=0, dtype=torch.float32).mul_(2 / len(residual))
+        b_dec -= (bias.to(self.dtype) @ self._copies["W_enc"]).float()
+        parts = [
+            (squares_dec - along.square()).clamp_min(0).sum(),  # rows of norm 1: what is taken out along them
+            squares_enc.sum(),
+            bias.square().sum(),
+            b_dec.square().sum(),
+        ]
+        return {**self._gradients, "b_enc": bias, "b_dec": b_dec, "along": along}, parts
+
+    def _move(
+        self,
+        gradients: dict[str, Tensor],
+        control: Tensor,
+        groups: products.EntryGroups,
+        aux: _Aux | None,
+    ) -> float:
+        """Adam on all weights; the learning rate."""
+        trainer, config = self.trainer, self.trainer.config
+        share = learning_rate_share(trainer.steps_done, config.steps, config.warmup, config.decay)
+        learning_rate = config.peak_lr * share
+        # On the CPU `feature_rows` writes every row, zeros too; on a GPU Adam reads active ones only.
+        on_cuda = trainer.sae.device.type == "cuda"
+        counts, slots = (groups.offsets.diff() if on_cuda else None), (aux.slots if aux else None)
+        for name, weight in self._weights.items():
+            state = trainer.optimiser.state[weight]
+            sparse: dict[str, Any] = {}
+            if name in self._gradients:
+                sparse = {"counts": counts, "slots": slots}
+                sparse["copy"] = self._copies[name] if self._copies[name] is not weight else None
+                sparse["along"] = gradients["along"] if name == "W_dec" else None
+            adam_rows(
+                weight,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                gradients[name],
+                control,
+                lr=learning_rate,
+                betas=(config.beta1, config.beta2),
+                step=trainer.steps_done + 1,
+                **sparse,
+            )
+        return learning_rate
+
+    def _count(self, fired: Tensor, n_rows: int) -> Tensor:
+        """Count firings and steps; how many entries fired."""
+        trainer, config = self.trainer, self.trainer.config
+        healthy = self._healthy > 0
+        since = torch.where(fired > 0, 0, trainer.tokens_since_fired + n_rows)
+        trainer.tokens_since_fired.copy_(torch.where(healthy, since, trainer.tokens_since_fired))
+        trainer.steps_done += 1
+        trainer.tokens_done += n_rows
+        if trainer.steps_done > (1 - config.decay) * config.steps or not config.decay:
+            trainer.firings += torch.where(healthy, fired, 0)
+            trainer.firing_tokens += n_rows
+        return fired.sum()
+
+    def _note(self, found: Tensor, batch: Tensor, rows: Any, before: tuple[int, int, int]) -> None:
+        event = None
+        if found.is_cuda:
+            host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            host.copy_(found, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            found = host
+        self._pending.append(_Pending(found, event, batch, rows, before))
+
+    def _read(self, pending: _Pending) -> None:
+        if pending.event is not None:
+            pending.event.synchronize()
+        rows_finite, finite, n_dead = pending.found.tolist()
+        if finite:
+            self.dead_counts.append((pending.before[0], int(n_dead)))
+            return
+        trainer = self.trainer
+        trainer.steps_done, trainer.tokens_done, trainer.firing_tokens = pending.before
+        self._pending.clear()
+        self._healthy.fill_(1.0)
+        if not rows_finite:
+            trainer.require_finite(pending.batch, pending.rows)
+        raise trainer.gradient_error()
+
+    def _renew_copies(self) -> None:
+        """Copy the weights to the compute dtype where someone else has changed them; Adam renews its own."""
+        for name in ("W_enc", "W_dec"):
+            weight = self._weights[name]
+            if self._versions.get(name) == weight._version:
+                continue
+            self._copies[name] = weight if weight.dtype == self.dtype else weight.to(self.dtype)
+            self._versions[name] = weight._version

@@ -1,0 +1,71 @@
+"""Batches on the device before they are asked for, so that a GPU never waits for its input.
+
+1. A thread takes batches from the stream (which reads ahead from the disk in a thread of its own), copies each to
+   pinned memory and from there to the device, on a CUDA stream of its own.
+2. The step's stream waits for that copy's event, not the host; the memory is given back when the step is through.
+
+The thread is `DEPTH` batches ahead. On the CPU batches pass through as they are.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from activations.pipeline import Channel, Worker
+from scope.training.data import Batch
+
+__all__ = ["DEPTH", "on_device"]
+
+DEPTH = 3
+"""Batches that lie on the device in advance."""
+
+
+class _Sent(NamedTuple):
+    batch: Batch
+    done: torch.cuda.Event
+
+
+def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """The same batches, their values on `device`.
+
+    Args:
+        batches: a stream of batches on the host.
+        device: where the steps run.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        yield from batches
+        return
+    channel: Channel[_Sent] = Channel(DEPTH)
+
+    def send() -> None:
+        copies = torch.cuda.Stream(device)
+        for rows, values in batches:
+            pinned = _each(values, Tensor.pin_memory)
+            with torch.cuda.stream(copies):
+                sent = _each(pinned, lambda tensor: tensor.to(device, non_blocking=True))
+                done = torch.cuda.Event()
+                done.record(copies)
+            channel.put(_Sent(Batch(rows, sent), done))
+        channel.close()
+
+    worker = Worker("prefetch", send, channel.close)
+    worker.start()
+    try:
+        for batch, done in channel:
+            here = torch.cuda.current_stream(device)
+            here.wait_event(done)
+            _each(batch.values, lambda tensor, stream=here: tensor.record_stream(stream))
+            yield batch
+    finally:
+        channel.stop()
+        worker.join_fully()
+    if worker.error is not None:
+        raise worker.error
+
+
+def _each(values: Any, act: Callable[..., Any]) -> Any:
+    """What `act` makes of a batch's values, which are one tensor or a tensor for each hook."""
+    return {hook: act(tensor) for hook, tensor in values.items()} if isinstance(values, Mapping) else act(values)

@@ -1,0 +1,180 @@
+"""One SAE in training, as the loop of `scope.training.run` drives it: steps, log, checkpoints, report and folder."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from activations.manifest import read_manifest
+from activations.source import ActivationSource
+from scope._version import __version__
+from scope.saes import formats
+from scope.saes.base import SAEMetadata
+from scope.training.config import TrainConfig
+from scope.training.data import Batch, ports_of, provenance_of, side_by_side
+from scope.training.report import TrainReport
+from scope.training.sweeps import SweepRun
+from scope.training.trainer import SAETrainer, StepReport
+from scope.training.workfolder import LOG_NAME, WorkFolder
+
+__all__ = ["SingleRun", "is_result_of"]
+
+OVER_DENSE = 0.1
+"""A feature that fires on a larger share of the rows is over-dense."""
+
+
+class SingleRun:
+    """One SAE in training: its trainer, its ports, and, with an output folder, its working folder.
+
+    Args:
+        source: where rows come from.
+        run: the hooks and the settings.
+        out: the folder to make; None for none.
+        provenance: fields of `SAEMetadata` to record beside what the source itself knows.
+
+    Raises:
+        UnknownNameError, InvalidInputError: the source or the architecture does not fit the hooks or the settings.
+    """
+
+    def __init__(
+        self, source: ActivationSource, run: SweepRun, out: str | Path | None, provenance: Mapping[str, Any]
+    ) -> None:
+        self.config = run.config
+        self.out = None if out is None else Path(out)
+        self.ports, reshape = ports_of(source, run.hooks, run.hooks_out)
+        self.metadata = provenance_of(source, self.ports, provenance)
+        self.trainer = SAETrainer(run.config, self.ports, self.metadata, reshape)
+        self.work: WorkFolder | None = None
+        self.lines: list[dict[str, Any]] = []
+        self.seconds_before, self.resumed_at = 0.0, 0
+
+    @property
+    def hooks(self) -> list[str]:
+        """All hooks that the run reads rows of."""
+        return [str(port.hook) for side in self.ports for port in side]
+
+    @property
+    def label(self) -> str:
+        """The hooks, for a person."""
+        sides = [", ".join(str(port.hook) for port in side) for side in self.ports if side]
+        return " -> ".join(sides)
+
+    def description(self) -> dict[str, Any]:
+        """What the run is, JSON-able: a resume with another is refused."""
+        return {
+            "config": self.config.to_dict(),
+            "hook": self.label,
+            "d_in": self.trainer.sae.d_in,
+            "source": self.metadata.store_fingerprint,
+        }
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Take up the working folder, where there is to be one, and what an earlier call left in it."""
+        if self.out is None:
+            return
+        self.work = stack.enter_context(WorkFolder(self.out, self.description()))
+        self.seconds_before = self.work.resume(self.trainer)
+        self.lines = [json.loads(line) for line in self.work.log().splitlines()]
+        self.resumed_at = self.trainer.steps_done
+
+    def rows_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Inputs and, where they are others, targets of a batch."""
+        target = side_by_side(batch.values, self.ports.outputs) if self.ports.outputs else None
+        return side_by_side(batch.values, self.ports.inputs), target
+
+    def take(self, batch: Batch, seconds: float) -> None:
+        """A step and its line in the log."""
+        values, target = self.rows_of(batch)
+        step = self.trainer.step(values, batch.rows, target)
+        if step.step % self.config.log_steps == 0 or step.step == self.config.steps:
+            self._log(step, seconds)
+
+    def checkpoint_if_due(self, seconds: float) -> None:
+        """Replace the checkpoint every so many steps, and at the last one: saving the SAE may fail, on a full disk."""
+        steps_done = self.trainer.steps_done
+        if steps_done % self.config.checkpoint_steps == 0 or steps_done == self.config.steps:
+            self.checkpoint(seconds)
+
+    def checkpoint(self, seconds: float) -> None:
+        """Replace the checkpoint, where there is a working folder."""
+        if self.work:
+            self.work.checkpoint(self.trainer, seconds)
+
+    def _log(self, step: StepReport, seconds: float) -> None:
+        line = {
+            "step": step.step,
+            "tokens": step.tokens,
+            "loss": float(step.loss),
+            "fvu": float(step.fvu),
+            "l0": float(step.l0),
+            **{f"{name}_loss": float(value) for name, value in step.parts.items()},
+            **({} if step.coefficient is None else {"sparsity_coefficient": float(step.coefficient)}),
+            "dead": int(step.dead),
+            "dead_share": float(step.dead) / self.config.d_sae,
+            "learning_rate": step.learning_rate,
+            "grad_norm": float(step.grad_norm),
+            "tokens_per_s": round(step.tokens / seconds, 1),
+        }
+        self.lines.append(line)
+        if self.work:
+            self.work.append(line)
+
+    def report(self, seconds: float) -> TrainReport:
+        """The finished run."""
+        trainer, config = self.trainer, self.config
+        sae = trainer.export()
+        scale = trainer.scale if len(trainer.scales or ()) == 1 else trainer.scales
+        training = {**config.to_dict(), "peak_lr": config.peak_lr, "norm_scale": scale}
+        sae.cfg = replace(sae.cfg, metadata=replace(sae.cfg.metadata, training=training, scope_version=__version__))
+        tail = self.lines[-max(1, len(self.lines) // 10) :]
+        return TrainReport(
+            sae=sae,
+            path=self.work.out if self.work else None,
+            hook=self.label,
+            steps=trainer.steps_done,
+            tokens=trainer.tokens_done,
+            seconds=seconds,
+            resumed_at=self.resumed_at,
+            fvu=fmean(line["fvu"] for line in tail),
+            l0=fmean(line["l0"] for line in tail),
+            dead_share=float((trainer.tokens_since_fired >= config.dead_after).float().mean()),
+            dead_tokens=config.dead_after,
+            over_dense_share=float((trainer.density > OVER_DENSE).float().mean()),
+            log=tuple(self.lines),
+        )
+
+    def save(self, report: TrainReport) -> None:
+        """Put the SAE and its log in the output folder, and end the working folder."""
+        if self.work is None:
+            return
+        log, figures = {LOG_NAME: self.work.log()}, report.to_dict()
+        formats.save(report.sae, self.work.out, density=self.trainer.density, companions=log, training=figures)
+        self.work.remove()
+
+    def finished(self) -> TrainReport | None:
+        """The report of this very run where its SAE is in the output folder; None where it is not."""
+        if self.out is None or not is_result_of(self.out, self.metadata, self.config):
+            return None
+        lines = [json.loads(line) for line in (self.out / LOG_NAME).read_text().splitlines()]
+        figures = read_manifest(self.out, "sae")["training"]
+        named = {name.removeprefix("train_"): value for name, value in figures.items()}
+        kept = {f.name: named[f.name] for f in fields(TrainReport) if f.name in named and f.name != "path"}
+        return TrainReport(
+            sae=formats.load(self.out), path=self.out, **{**kept, "resumed_at": self.config.steps}, log=tuple(lines)
+        )
+
+
+def is_result_of(folder: Path, metadata: SAEMetadata, config: TrainConfig) -> bool:
+    """Whether a folder holds the SAE of a run with these hooks, this source and these settings."""
+    if not (folder / "manifest.json").is_file() or not metadata.store_fingerprint:
+        return False
+    found = formats.load(folder).cfg.metadata
+    recorded = json.loads(json.dumps(dict(found.training or {})))
+    asked = json.loads(json.dumps(config.to_dict()))
+    same = ("hook_name", "hook_name_out", "hook_names", "hook_names_out", "store_fingerprint")
+    return all(getattr(found, name) == getattr(metadata, name) for name in same) and {**recorded, **asked} == recorded

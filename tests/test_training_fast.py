@@ -1,0 +1,187 @@
+"""The step without autograd against the step with it, and what it does when the host looks two steps late."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_training import one_thread, synthetic  # noqa: F401  # a fixture
+from torch import Tensor
+
+from scope.errors import NonFiniteError
+from scope.saes.base import SAEMetadata
+from scope.training.config import TrainConfig
+from scope.training.fast import FastStep
+from scope.training.trainer import SAETrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = TrainConfig(
+    d_sae=64, k=4, tokens=40 * 128, batch_size=128, lr=5e-3, dead_feature_tokens=400, clip_grad_norm=0.05
+)
+ROWS = synthetic(2048).rows
+
+
+def trainer_for(config: TrainConfig = CONFIG, lag: int | None = 0) -> SAETrainer:
+    """A trainer half of whose features never fire; `lag` None takes autograd's step."""
+    trainer = SAETrainer(config, 32, SAEMetadata(hook_name="blocks.1.hook_resid_post"))
+    trainer.fast = None if lag is None else FastStep(trainer, lag)
+    trainer.initialise(ROWS)
+    with torch.no_grad():
+        trainer.sae.b_enc[40:] = -2.5
+    return trainer
+
+
+def batch(number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return ROWS[torch.randint(len(ROWS), (128,), generator=generator)]
+
+
+@pytest.mark.parametrize("auxk_coefficient", [0.0, 1 / 8])
+@pytest.mark.parametrize("clip_grad_norm", [0.0, 0.05])
+def test_it_equals_the_step_through_autograd(auxk_coefficient: float, clip_grad_norm: float) -> None:
+    config = replace(CONFIG, auxk_coefficient=auxk_coefficient, clip_grad_norm=clip_grad_norm)
+    plain, fast = trainer_for(config, lag=None), trainer_for(config)
+    revived = 0
+    for number in range(20):
+        expected, got = plain.step(batch(number)), fast.step(batch(number))
+        assert got.parts.keys() == expected.parts.keys()
+        revived += len(got.parts)
+        for name in ("loss", "grad_norm", "fvu", "l0", "dead"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+        assert got.learning_rate == expected.learning_rate
+    assert (revived > 5) == (auxk_coefficient > 0)
+    expected_state, state = plain.state_tensors(), fast.state_tensors()
+    assert state.keys() == expected_state.keys()
+    for name, tensor in expected_state.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-5)
+    assert torch.equal(fast.tokens_since_fired, plain.tokens_since_fired)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_batchtopk_equals_its_step_through_autograd(lag: int) -> None:
+    # Rows of few features, so that none wants more than four times k; and as many as there are features at most.
+    config = replace(CONFIG, arch="batchtopk", k=16)
+    plain, fast = trainer_for(config, lag=None), trainer_for(config, lag)
+    for number in range(12):
+        expected, got = plain.step(batch(number)), fast.step(batch(number))
+        if lag == 0:
+            for name in ("loss", "grad_norm", "fvu", "l0", "dead"):
+                torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-3, atol=1e-5)
+    if lag == 0:
+        torch.testing.assert_close(fast.sae.threshold, plain.sae.threshold, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(fast.sae.W_dec, plain.sae.W_dec, rtol=1e-2, atol=1e-4)
+    assert float(fast.sae.threshold) > 0
+
+
+def test_the_default_trainer_takes_it() -> None:
+    assert SAETrainer(CONFIG, 32).fast is not None
+    for further in ({"k_anneal": 0.1}, {"resample_steps": 5}, {"frequency_coefficient": 0.1}, {"arch": "batchtopk"}):
+        assert SAETrainer(replace(CONFIG, **further), 32).fast is None
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda rows: rows.index_fill(0, torch.tensor([5]), torch.nan),
+            r"1 rows .* blocks.1.hook_resid_post: rows 405",
+        ),
+        (lambda rows: torch.full_like(rows, 1e30), "gradient of step 5"),
+    ],
+)
+def test_nothing_moves_from_a_bad_batch_on(lag: int, spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    trainer, alone = (
+        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
+        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
+    )
+    for number in range(4):
+        trainer.step(batch(number))
+        alone.step(batch(number))
+    expected = {name: tensor.clone() for name, tensor in alone.state_tensors().items()}
+
+    def go_on() -> None:
+        for number in range(4, 8):
+            rows = batch(number)
+            trainer.step(spoil(rows) if number == 4 else rows, rows=range(100 * number, 100 * number + 128))
+
+    with pytest.raises(NonFiniteError, match=message):
+        go_on()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trainer.state_tensors().items())
+    assert trainer.counters() == alone.counters()
+    trainer.step(batch(5))  # and it goes on from there
+    assert trainer.steps_done == 5
+
+
+def test_a_late_look_is_made_up_for_before_the_state_is_read() -> None:
+    trainer = trainer_for(lag=2)
+    trainer.step(batch(0))
+    trainer.step(torch.full((128, 32), torch.nan))
+    for read in (trainer.state_tensors, trainer.counters, trainer.export):
+        with pytest.raises(NonFiniteError):
+            read()
+        trainer.step(torch.full((128, 32), torch.nan))
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_restored_trainer_goes_on_to_the_same_weights(lag: int) -> None:
+    whole, first, second = (trainer_for(lag=lag) for _ in range(3))
+    for number in range(20):
+        whole.step(batch(number))
+    for number in range(9):
+        first.step(batch(number))
+    assert int((first.tokens_since_fired >= 400).sum()) > 5
+    second.restore({name: tensor.clone() for name, tensor in first.state_tensors().items()}, first.counters())
+    for number in range(9, 20):
+        second.step(batch(number))
+    assert all(torch.equal(tensor, second.state_tensors()[name]) for name, tensor in whole.state_tensors().items())
+    assert whole.counters() == second.counters()
+
+
+def test_late_counts_of_dead_features_size_auxk() -> None:
+    trainer = trainer_for(lag=2)
+    parts = [bool(trainer.step(batch(number)).parts) for number in range(12)]
+    now = trainer_for(lag=0)
+    at_once = [bool(now.step(batch(number)).parts) for number in range(12)]
+    assert parts.index(True) == at_once.index(True) + 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_follows_autograd() -> None:
+    config = replace(CONFIG, device="cuda", d_sae=512, clip_grad_norm=1.0, auxk_coefficient=0.0)
+    plain, fast = SAETrainer(config, 32), SAETrainer(config, 32)
+    assert fast.fast is not None
+    plain.fast = None
+    for trainer in (plain, fast):
+        trainer.initialise(ROWS)
+    for number in range(20):
+        expected, got = plain.step(batch(number)), fast.step(batch(number))
+        for name in ("loss", "fvu", "l0", "grad_norm"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_waits_for_nothing() -> None:
+    trainer = SAETrainer(replace(CONFIG, device="cuda", d_sae=512), 32)
+    batches = [batch(number).cuda() for number in range(15)]
+    for rows in batches[:12]:
+        report = trainer.step(rows)
+    assert "auxk" in report.parts
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for rows in batches[12:]:
+            trainer.step(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_batches_give_the_same_bits() -> None:
+    config = replace(CONFIG, device="cuda", d_sae=512)
+    prints = []
+    for _ in range(2):
+        trainer = SAETrainer(config, 32)
+        for number in range(12):
+            trainer.step(batch(number))
+        prints.append(trainer.export().fingerprint)
+    assert prints[0] == prints[1]
