@@ -93,6 +93,19 @@ def test_k_falls_to_its_value() -> None:
     assert CONFIG.is_plain
 
 
+def test_thresholds_have_a_learning_rate_of_their_own() -> None:
+    moved = []
+    for factor in (1.0, 10.0):
+        trainer = SAETrainer(replace(CONFIG, arch="jumprelu", threshold_lr=factor, sparsity_warmup=0.0), 32)
+        trainer.initialise(DATA.rows[:2000])
+        before = trainer.sae.threshold.detach().clone(), trainer.sae.W_enc.detach().clone()
+        trainer.step(DATA.rows[:256])
+        moved.append([trainer.sae.threshold.detach() - before[0], trainer.sae.W_enc.detach() - before[1]])
+    torch.testing.assert_close(moved[1][0], 10 * moved[0][0], rtol=1e-3, atol=1e-6)
+    assert float(moved[0][0].abs().max()) > 0
+    torch.testing.assert_close(moved[1][1], moved[0][1])
+
+
 # Over-dense and dead features
 
 
