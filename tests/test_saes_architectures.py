@@ -21,7 +21,7 @@ from scope.training.trainer import SAETrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_HOOK = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka")
 DATA = synthetic(20_000)
-CONFIG = TrainConfig(d_sae=64, k=4, tokens=400 * 256, batch_size=256, lr=5e-3, sparsity_warmup=0.05)
+CONFIG = TrainConfig(d_sae=64, k=4, tokens=300 * 256, batch_size=256, lr=5e-3)
 
 
 def train_on(rows: torch.Tensor, config: TrainConfig) -> SAETrainer:
