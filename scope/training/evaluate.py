@@ -19,6 +19,7 @@ from activations.store import ActivationStore
 from scope.errors import InvalidInputError
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
+from scope.training.aligned import AlignedStores
 from scope.training.metrics import (
     CrossEntropyMetrics,
     LossModel,
@@ -87,7 +88,7 @@ def read_quality(folder: Path) -> dict[str, Any]:
 
 def evaluate(
     sae: SAE,
-    store: ActivationStore,
+    store: ActivationStore | AlignedStores,
     model: LossModel | None = None,
     *,
     ce_tokens: int = 4096,
@@ -112,7 +113,7 @@ def evaluate(
     passes = 1 if model is None or isinstance(sae, Crosscoder) else 4
     reconstruction = reconstruction_metrics(sae, store, seed=seed)
     report(1, passes)
-    if model is None or isinstance(sae, Crosscoder):
+    if model is None or isinstance(sae, Crosscoder) or isinstance(store, AlignedStores):
         return Quality(reconstruction, None)
     windows, documents = held_out_windows(store, ce_tokens, seed)
     loss = delta_ce(
