@@ -69,6 +69,13 @@ def test_dictionaries_of_several_hooks(
     assert load(tmp_path / "one").cfg.to_dict()["activation"] == "jumprelu"
 
 
+def test_a_crosscoder_over_two_stores(store: Path, tmp_path: Path) -> None:
+    hooks = ("--beside", store, "--hook", f"a:{RESID}", "--hook", f"b:{MLP_IN}", "--arch", "crosscoder")
+    result = trained(store, *hooks, "--d-sae", 32, "--k", 4, "--out", tmp_path / "one")
+    assert set(result["fvu_by_output"]) == {f"a:{RESID}", f"b:{MLP_IN}"}
+    assert trained(store, *hooks, "--d-sae", 32, "--k", 4, "--out", tmp_path / "one")["id"] == result["id"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,7 +21,7 @@ from scope.training.trainer import SAETrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_HOOK = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka")
 DATA = synthetic(20_000)
-CONFIG = TrainConfig(d_sae=64, k=4, tokens=400 * 256, batch_size=256, lr=5e-3, sparsity_warmup=0.05)
+CONFIG = TrainConfig(d_sae=64, k=4, tokens=300 * 256, batch_size=256, lr=5e-3)
 
 
 def train_on(rows: torch.Tensor, config: TrainConfig) -> SAETrainer:
@@ -293,7 +293,7 @@ def test_one_step_equals_sae_lens(case: str) -> None:
     prefix, options, coefficients = THEIRS[case]
     plain: dict[str, Any] = {"warmup": 0.0, "decay": 0.0, "clip_grad_norm": 0.0, "auxk_coefficient": 0.0}
     if coefficients:
-        plain |= {"sparsity_coefficient": 0.7, "l0_controller": False, "sparsity_warmup": 0.0}
+        plain |= {"threshold_lr": 1.0, "sparsity_coefficient": 0.7, "l0_controller": False, "sparsity_warmup": 0.0}
     trainer = SAETrainer(replace(CONFIG, arch=name, sparsity_loss=loss or None, **plain), 32)
     trainer.initialise(DATA.rows[:1000])
     if name == "gated":

@@ -86,7 +86,7 @@ class CrashError(Exception):
     """The process dies."""
 
 
-@pytest.mark.parametrize("steps", [7, 14, 29])
+@pytest.mark.parametrize("steps", [7, 29])
 def test_a_stopped_sweep_goes_on_to_the_same_weights(source: Several, tmp_path: Path, steps: int) -> None:
     runs = sweep(CONFIG, [IN, Z], k=[2, 4])
     whole = [report.sae.fingerprint for report in train_sweep(source, runs)]

@@ -40,14 +40,13 @@ def train_on(rows: torch.Tensor, config: TrainConfig, steps: int | None = None) 
     [
         ("standard", 4, {}),
         ("gated", 6, {}),
-        ("jumprelu", 3, {}),
         ("jumprelu", 6, {"sparsity_loss": "tanh"}),
         ("jumprelu", 4, {"sparsity_loss": "quadratic"}),
         ("jumprelu", 4, {"sparsity_coefficient": 1.0}),
     ],
 )
 def test_the_controller_reaches_the_target_l0(architecture: str, k: int, options: dict[str, Any]) -> None:
-    config = replace(CONFIG, arch=architecture, k=k, tokens=600 * 128, batch_size=128, **options)
+    config = replace(CONFIG, arch=architecture, k=k, tokens=500 * 128, batch_size=128, **options)
     _, reports = train_on(DATA.rows, config)
     l0 = float(torch.stack([report.l0 for report in reports[-40:]]).mean())
     assert l0 == pytest.approx(k, rel=0.05)
@@ -91,6 +90,19 @@ def test_k_falls_to_its_value() -> None:
     assert default.k_start_for() == 16
     assert not default.is_plain
     assert CONFIG.is_plain
+
+
+def test_thresholds_have_a_learning_rate_of_their_own() -> None:
+    moved = []
+    for factor in (1.0, 10.0):
+        trainer = SAETrainer(replace(CONFIG, arch="jumprelu", threshold_lr=factor, sparsity_warmup=0.0), 32)
+        trainer.initialise(DATA.rows[:2000])
+        before = trainer.sae.threshold.detach().clone(), trainer.sae.W_enc.detach().clone()
+        trainer.step(DATA.rows[:256])
+        moved.append([trainer.sae.threshold.detach() - before[0], trainer.sae.W_enc.detach() - before[1]])
+    torch.testing.assert_close(moved[1][0], 10 * moved[0][0], rtol=1e-3, atol=1e-6)
+    assert float(moved[0][0].abs().max()) > 0
+    torch.testing.assert_close(moved[1][1], moved[0][1])
 
 
 # Over-dense and dead features

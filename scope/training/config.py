@@ -70,6 +70,8 @@ class TrainConfig:
     """Penalty of JumpReLU: "step" (L0), "quadratic" ((L0 / k - 1)²) or "tanh". None: step."""
     bandwidth: float | None = None
     """Width of the window about JumpReLU's thresholds in which they are learned. None: 0.5."""
+    threshold_lr: float = 10.0
+    """Learning rate of JumpReLU's thresholds, as a multiple of lr: they must follow pre-activations of all sizes."""
     prefixes: tuple[int, ...] | None = None
     """Widths of the nested dictionaries of a matryoshka, ascending, d_sae last or left out. None: d_sae / 16, / 8, / 4,
     / 2 and d_sae."""
@@ -134,7 +136,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 0 and less than 1.")
-        for name in ("init_encoder_scale", "frequency_cap", "sparsity_coefficient", "bandwidth"):
+        for name in ("init_encoder_scale", "frequency_cap", "sparsity_coefficient", "bandwidth", "threshold_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InvalidInputError(f"{name} is {value}; expected a positive number.")

@@ -23,6 +23,7 @@ from scope.errors import InvalidInputError
 from scope.models.live import LiveActivations
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
+from scope.training.aligned import AlignedStores
 from scope.training.metrics import (
     CrossEntropyMetrics,
     LossModel,
@@ -93,7 +94,7 @@ def read_quality(folder: Path) -> dict[str, Any]:
 
 def evaluate(
     sae: SAE,
-    store: ActivationStore | LiveActivations,
+    store: ActivationStore | LiveActivations | AlignedStores,
     model: LossModel | None = None,
     *,
     ce_tokens: int = 4096,
@@ -120,7 +121,7 @@ def evaluate(
     measured = store.held_out(LIVE_ROWS) if isinstance(store, LiveActivations) else store
     reconstruction = reconstruction_metrics(sae, measured, seed=seed)
     report(1, passes)
-    if model is None or isinstance(sae, Crosscoder):
+    if model is None or isinstance(sae, Crosscoder) or isinstance(measured, AlignedStores):
         return Quality(reconstruction, None)
     windows, documents = held_out_windows(measured, ce_tokens, seed)
     loss = delta_ce(

@@ -109,9 +109,11 @@ class SAETrainer:
             self.sae.W_enc.mul_(config.init_encoder_scale)
         # Adam works on contiguous views of the same memory: W_enc is laid out by feature.
         self._rows = {name: _by_rows(tensor.detach()) for name, tensor in self.sae.named_parameters()}
-        self.optimiser = torch.optim.Adam(
-            self._rows.values(), lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True
-        )
+        groups = [
+            {"params": [row], "factor": config.threshold_lr if name == "threshold" else 1.0}
+            for name, row in self._rows.items()
+        ]
+        self.optimiser = torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True)
         self.controller = SparsityController.of(config, self.sae)
         self.frequency = FrequencyPenalty.of(config, config.device)
         self.scales: tuple[float, ...] | None = None
@@ -360,7 +362,7 @@ class SAETrainer:
                 assert row.grad is not None
                 row.grad.mul_(self.config.clip_grad_norm / grad_norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.sae.zero_grad(set_to_none=True)
