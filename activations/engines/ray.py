@@ -2,7 +2,7 @@
 
 1. Where `RAY_ADDRESS` is set, that cluster is used, else one is started on this machine for the length of the capture:
    it listens on the loopback device only, sends no usage statistics, and its workers import what this process can.
-2. Each actor makes the model once, from a function that is sent to it, and is a `GroupWorker`. It has a GPU to itself
+2. Each actor makes the model once, from a function that is sent to it, and has a `GroupWorker`. It has a GPU to itself
    where there are some, else an equal share of the processors.
 3. The driver makes no model: actors answer for it, and share the tokenising.
 4. An actor that dies is started again by Ray, and what it was asked is asked again. A row group is computed from its
@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from activations.engines.crew import Compute, Objects, RemoteCrew
-from activations.engines.worker import LANES, GroupWork, GroupWorker, Job, ModelCard, ModelProxy
+from activations.engines.worker import LANES, GroupWork, Job, JobWorkers, ModelCard, ModelProxy
 from activations.errors import InterruptedRunError, InvalidInputError, MismatchError
 from activations.source import HookedModel
 
@@ -143,7 +143,7 @@ class _Actor:
         self._make_model = make_model
         self._lock = threading.Lock()
         self._made: HookedModel | None = None
-        self._worker: GroupWorker | None = None
+        self._workers = JobWorkers()
 
     def card(self) -> ModelCard:
         """What the driver needs to know of the model."""
@@ -161,20 +161,11 @@ class _Actor:
                 f"A worker has another model than the first: {model.identity}; expected {identity}. "
                 "Give all nodes of the cluster the same model files and devices."
             )
-        with self._lock:
-            if self._worker is None or self._worker.job.id != job.id:
-                if self._worker is not None:
-                    self._worker.close()
-                self._worker = GroupWorker(model, job)
-            worker = self._worker
-        return worker.compute(work)
+        return self._workers.compute(model, job, work)
 
     def stop(self) -> None:
         """Let the pass end early."""
-        with self._lock:
-            worker = self._worker
-        if worker is not None:
-            worker.stop()
+        self._workers.stop()
 
     def _model(self) -> HookedModel:
         with self._lock:

@@ -30,7 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from activations.engines.crew import Compute, Objects, RemoteCrew
-from activations.engines.worker import LANES, GroupWork, GroupWorker, Job
+from activations.engines.worker import LANES, GroupWork, Job, JobWorkers
 from activations.errors import InterruptedRunError, InvalidInputError, MismatchError
 from activations.source import HookedModel
 
@@ -67,7 +67,7 @@ class TorchrunCrew(RemoteCrew):
         self._make_model = make_model
         self._made: HookedModel | None = None
         self._mail = _Mail(next(_captures))
-        self._own = _JobWorkers()
+        self._own = JobWorkers()
         self._give_up_at = math.inf
         """When to wait no longer for other ranks (monotonic time)."""
         self._numbers = [itertools.count() for _ in range(self.world_size)]
@@ -189,32 +189,6 @@ class TorchrunCrew(RemoteCrew):
                 self._mail.put("end", None)
         self._own.close()
         self._handlers.close()
-
-
-class _JobWorkers:
-    """The worker of this process, another for each pass."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._worker: GroupWorker | None = None
-
-    def compute(self, model: HookedModel, job: Job, work: GroupWork) -> Objects | None:
-        with self._lock:
-            if self._worker is None or self._worker.job.id != job.id:
-                self._worker = GroupWorker(model, job)
-            worker = self._worker
-        return worker.compute(work)
-
-    def stop(self) -> None:
-        with self._lock:
-            worker = self._worker
-        if worker is not None:
-            worker.stop()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._worker is not None:
-                self._worker.close()
 
 
 class _Mail:

@@ -25,7 +25,7 @@ from activations.source import ChatTokens, HookedModel, ModelIdentity
 from activations.spec import CaptureSpec
 from activations.writer import StoreWriter
 
-__all__ = ["LANES", "GroupWork", "GroupWorker", "Job", "ModelCard", "ModelProxy"]
+__all__ = ["LANES", "GroupWork", "GroupWorker", "Job", "JobWorkers", "ModelCard", "ModelProxy"]
 
 LANES = GROUPS_IN_FLIGHT + 1
 """Row groups with one worker at once: those in its memory, and one that waits for the model."""
@@ -223,3 +223,34 @@ class GroupWorker:
             future.set_exception(self._error)
         else:
             future.set_result(None)
+
+
+class JobWorkers:
+    """The worker of this process, another for each pass."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: GroupWorker | None = None
+
+    def compute(self, model: HookedModel, job: Job, work: GroupWork) -> Objects | None:
+        """As `GroupWorker.compute`, of the worker for this pass."""
+        with self._lock:
+            if self._worker is None or self._worker.job.id != job.id:
+                if self._worker is not None:
+                    self._worker.close()
+                self._worker = GroupWorker(model, job)
+            worker = self._worker
+        return worker.compute(work)
+
+    def stop(self) -> None:
+        """Let the pass end early."""
+        with self._lock:
+            worker = self._worker
+        if worker is not None:
+            worker.stop()
+
+    def close(self) -> None:
+        """End, after everything that was asked for."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.close()
