@@ -144,7 +144,7 @@ def _step(
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError("The loss of the fine-tuning is not finite. Lower the learning rate.")
     loss.backward()
-    return float(found.kl), float(fvu), found.n_tokens
+    return float(found.kl.detach()), float(fvu.detach()), found.n_tokens
 
 
 class _Measured:
