@@ -47,6 +47,7 @@ class CaptureReport(NamedTuple):
     new_rows: int
     """Rows that this run computed."""
     seconds: float
+    """How long it took, making the model apart."""
     resumed: bool
     """Whether the store was there before, with at least some of its text tokenised."""
     documents: int
@@ -142,7 +143,6 @@ class _Request(NamedTuple):
 
 
 def _captured(crew: Crew, request: _Request) -> CaptureReport:
-    started = time.monotonic()
     text, storage, append, max_tokens = request.text, request.storage, request.append, request.max_tokens
     _check_numbers(max_tokens, request.batch_size, request.dtype)
     manifest = existing_manifest(storage)
@@ -153,6 +153,7 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
     dtype = _given(request.dtype, stored.get("dtype", "bfloat16"))
     rows_per_group = _given(request.rows_per_group, stored.get("rows_per_group"))
     made = crew.model
+    started = time.monotonic()
     batch_size = _given(request.batch_size, made.default_batch_size)
     rows = _choice(made, text, manifest, request.selection, request.chat_template, adopt=text is None or append)
     hooks = request.hooks if entry is None else _all_hooks(made, request.hooks, ActivationStore.open(storage))

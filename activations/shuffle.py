@@ -146,6 +146,8 @@ class ShuffledBatches:
         self.in_memory = n_rows is not None and n_rows <= fitting
         """Whether all chosen rows are known to fit in memory, so that each pass is a full shuffle."""
         self.capacity = n_rows if n_rows is not None and self.in_memory else streamed
+        if n_rows is None and tokens is not None:  # what a live source is not asked for, its model need not compute
+            self.capacity = min(self.capacity, max(batch_size, tokens))
         """Rows in the buffer."""
         self._read_ahead = max(MIN_READ_AHEAD, int(self.capacity * GIVEN_SHARE * row_bytes / event_bytes))
         if self.in_memory:

@@ -56,6 +56,8 @@ class TextSource:
         object.__setattr__(self, "paths", tuple(_address(path) if _is_hf(path) else Path(path) for path in paths))
         if not paths:
             raise InvalidInputError("No text was given: expected at least one parquet, jsonl or txt file.")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise InvalidInputError(f"shuffle_seed is {self.shuffle_seed}; expected 0 or more.")
         if self.max_document_tokens is not None and self.max_document_tokens < 1:
             raise InvalidInputError(f"max_document_tokens is {self.max_document_tokens}; expected at least 1.")
         if len(paths) > 1 and any(_is_hf(path) for path in paths):

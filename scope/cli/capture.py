@@ -55,7 +55,10 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--append", help="Add --data after the rows that the store has, for all of its hooks.")
         ] = False,
         max_tokens: Annotated[
-            int | None, typer.Option(help="Stop after this many tokens of --data, BOS included.")
+            int | None,
+            typer.Option(
+                help="Stop after this many rows of --data, BOS included: tokens, or those of them that are chosen."
+            ),
         ] = None,
         context_size: Annotated[
             int | None,
@@ -132,6 +135,14 @@ def register(app: typer.Typer) -> None:
         from scope.models import LanguageModel
 
         target = _target(out, into, append, data, hook, model)
+        of_text = {
+            "--max-tokens": max_tokens,
+            "--shuffle-seed": shuffle_seed,
+            "--max-document-tokens": max_document_tokens,
+        }
+        if not data and any(value is not None for value in of_text.values()):
+            given = ", ".join(flag for flag, value in of_text.items() if value is not None)
+            raise InvalidInputError(f"{given} belongs to --data; without it all tokens that the store has are taken.")
         if storage is not None:
             target = below(storage, target)
         kept = _kept(target, is_new=into is None)
@@ -264,8 +275,8 @@ def _facts(report: "CaptureReport") -> dict[str, Any]:
 def _summary(report: "CaptureReport") -> str:
     speed = report.new_rows / report.seconds if report.seconds else 0.0
     lines = [
-        f"{report.store.path} holds {report.rows:,} tokens of {report.documents:,} documents; "
-        f"{report.new_rows:,} rows were computed, in {report.seconds:,.0f} s ({speed:,.0f} tokens/s)."
+        f"{report.store.path} holds {report.rows:,} rows of {report.documents:,} documents; "
+        f"{report.new_rows:,} rows were computed, in {report.seconds:,.0f} s ({speed:,.0f} rows/s; loading apart)."
     ]
     if report.windowed_documents:
         size = report.store.spec.context_size

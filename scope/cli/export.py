@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from activations.spec import StorageDtype
-from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
 
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "export")
     def export(
-        store: Annotated[Path, typer.Argument(help="The store.")],
+        store: Annotated[str, typer.Argument(help="The store: a folder or s3://BUCKET/NAME.")],
         format: Annotated[str, typer.Option(help="safetensors, npy, or hf-dataset (parquet).")],
         out: Annotated[Path, typer.Option(help="The folder to write, new or empty.")],
         hook: Annotated[list[str] | None, typer.Option(help="A hook; by default all. May be repeated.")] = None,
@@ -33,9 +33,12 @@ def register(app: typer.Typer) -> None:
         from activations.export import export_store
         from activations.store import ActivationStore
 
+        opened = ActivationStore.open(store)
+        if not opened.is_complete_for(hook or opened.hooks):
+            say(f"{store} is not complete; what it has by now is exported.")
         with progress_bar("Exporting (rows)") as progress:
             report = export_store(
-                ActivationStore.open(store),
+                opened,
                 out,
                 format,  # type: ignore[arg-type]  # export_store names the formats that there are
                 hook or (),

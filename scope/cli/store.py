@@ -1,6 +1,5 @@
 """`scope store`: change a store in place."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
     @command(group, "drop")
     def drop(
-        store: Annotated[Path, typer.Argument(help="The store.")],
+        store: Annotated[str, typer.Argument(help="The store: a folder or s3://BUCKET/NAME.")],
         hook: Annotated[list[str], typer.Option(help="A hook to remove. May be repeated; at least one must stay.")],
     ) -> Outcome:
         """Remove hooks from a store for good. Its tokens and other hooks stay, as do SAEs and indexes made from it."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveActivations"]
 
-HELD_OUT_ROWS = 2**16
+HELD_OUT_ROWS = 2**13
 
 
 class LiveActivations:

@@ -38,7 +38,7 @@ __all__ = ["QUALITY_NAME", "Quality", "evaluate", "read_quality"]
 
 QUALITY_NAME = "quality.json"
 WINDOWS_PER_DOCUMENT = 2
-LIVE_ROWS = 2**16
+LIVE_ROWS = 2**13
 """Rows that the model computes for a live source's figures, held out, and as many for the mean."""
 
 
