@@ -550,6 +550,34 @@ def test_a_release_of_saelens(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         formats.load("gemma-scope-2-270m-pt-res/other/id")
 
 
+@pytest.mark.usefixtures("no_network")
+def test_the_factor_of_a_release_is_folded_in(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"id": "one", "path": "one", "norm_scaling_factor": 0.25}
+    release = {"old": {"conversion_func": None, "repo_id": "google/gemma-scope-2-270m-pt", "saes": [entry]}}
+    monkeypatch.setattr(addresses, "_releases", lambda: release)
+    p, x = jumprelu_params(), rows()
+    del p["threshold"]
+    old_saelens(hub / "one", p, normalize_activations="expected_average_only_in", apply_b_dec_to_input=False)
+    f = (0.25 * x @ p["W_enc"] + p["b_enc"]).relu()
+    same(formats.load("old/one"), x, f / 0.25, (f @ p["W_dec"] + p["b_dec"]) / 0.25)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_dashboard_finds_the_published_sae_of_an_index(hub: Path, tmp_path: Path) -> None:
+    from dashboards.prompts import _load_sae
+    from scope.workspace import Workspace
+
+    in_hub(hub)
+    address = f"hf://google/gemma-scope-2-270m-pt/{NAME}"
+    sae, workspace = formats.load(address), Workspace(tmp_path / "workspace")
+    info = {"fingerprint": sae.fingerprint, "hook_name": sae.hook_name, "metadata": sae.cfg.metadata.to_dict()}
+    assert _load_sae(workspace, info).fingerprint == sae.fingerprint
+    assert workspace.sae(address).fingerprint == sae.fingerprint
+    assert workspace.sae(str(hub / NAME)).hook_name == sae.hook_name
+    with pytest.raises(UnknownNameError):
+        _load_sae(workspace, {**info, "metadata": {"source": str(hub / NAME)}})
+
+
 def test_without_saelens_a_missing_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> dict:
         raise MissingDependencyError("sae-lens", "peers", "Looking up a release of SAELens")
