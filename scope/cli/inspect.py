@@ -43,9 +43,9 @@ def _describe(what: str, allow_download: bool) -> dict[str, Any]:
     if is_address(what):
         return {"kind": read_manifest(what)["format"], **_open(what).info()}
     path = Path(what)
-    if (path / "manifest.json").is_file() and read_manifest(path)["format"] != "sae":
-        return {"kind": read_manifest(path)["format"], **_open(what).info()}
-    if path.exists() and formats.recognised(path):
+    if (path / "manifest.json").is_file() and (kind := read_manifest(path)["format"]) != "sae":
+        return {"kind": kind, **_open(what).info()}
+    if any((path / name).is_file() for name in ("manifest.json", "cfg.json")) or formats.recognised(path):
         return _describe_sae(what, allow_download)
     from scope.models import LanguageModel
 
