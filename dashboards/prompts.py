@@ -6,7 +6,7 @@
 3. `read_token` finds the vocabulary's token for what someone typed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,7 @@ class PromptJobs:
         fingerprint = str(opened.sae_info["fingerprint"])
         if fingerprint not in self._saes:
             job.report("loading the SAE")
-            self._saes[fingerprint] = self.context.workspace.sae(fingerprint)
+            self._saes[fingerprint] = _load_sae(self.context.workspace, opened.sae_info)
         name = str(opened.model_info["name"])
         if name not in self._models:
             job.report(f"loading {name}, which takes some seconds the first time")
@@ -205,3 +205,17 @@ def _predictions(
         [Prediction(token, strings[token], probability) for token, probability in zip(row, chances, strict=True)]
         for row, chances in zip(ids, probabilities, strict=True)
     ]
+
+
+def _load_sae(workspace: Any, info: Mapping[str, Any]) -> Any:
+    """The SAE of an index: the workspace's, or the published one that it was made with, if that is on this machine."""
+    from scope.saes.formats import load
+    from scope.saes.formats.addresses import is_address
+
+    try:
+        return workspace.sae(str(info["fingerprint"]))
+    except UnknownNameError:
+        source = info["metadata"].get("source")
+        if not is_address(source):
+            raise
+        return load(source, hook=info["hook_name"])

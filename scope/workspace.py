@@ -109,10 +109,11 @@ class Workspace:
         return ActivationStore.open(self.find(id, "activation-store").path)
 
     def sae(self, id: str) -> "SAE":
-        """The sparse autoencoder with this id."""
+        """The sparse autoencoder with this id, or at a path or address that `scope.saes.formats.load` takes."""
         from scope.saes.formats import load
+        from scope.saes.formats.addresses import is_address
 
-        return load(self.find(id, "sae").path)
+        return load(id if is_address(id) or Path(id).is_absolute() else self.find(id, "sae").path)
 
     def index(self, id: str) -> "FeatureIndex":
         """The feature index with this id."""

@@ -73,6 +73,25 @@ def test_the_line_from_text_to_index(line):
     assert "fvu" in scope("info", line["sae"], "--json")["quality"]
 
 
+def test_a_published_sae_is_indexed_as_our_own_is(line, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    own = load_file(line["sae"] / "sae_weights.safetensors")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    names = {"encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+    theirs = {"encoder.weight": own["W_enc"].T.contiguous(), **{name: own[ours] for name, ours in names.items()}}
+    save_file(theirs, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"k": 4, "num_latents": 64, "d_in": own["b_dec"].shape[0]}))
+    out = tmp_path / "theirs.index"
+    error = scope("index", line["store"], folder, "--out", out, "--json", code=2)["error"]
+    assert "--hook" in error["message"]
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="does not record which model"):
+        indexed = scope("index", line["store"], folder, "--out", out, "--hook", HOOK, "--json")
+    assert indexed["n_firings"] == scope("info", line["index"], "--json")["n_firings"]
+
+
 def test_info_of_a_model_lists_its_sizes():
     facts = scope("info", helpers_models.tiny_folder("llama"), "--json")
     assert facts["kind"] == "model"

@@ -152,8 +152,8 @@ def test_what_is_no_sae_is_refused(tmp_path: Path) -> None:
         formats.load(tmp_path / "absent")
     with pytest.raises(InvalidInputError, match="SAELens"):
         formats.load(tmp_path)
-    (tmp_path / "params.npz").touch()
-    with pytest.raises(InvalidInputError, match="Gemma Scope 1"):
+    (tmp_path / "hyperparams.json").touch()
+    with pytest.raises(InvalidInputError, match=r"It holds hyperparams\.json"):
         formats.load(tmp_path)
 
 

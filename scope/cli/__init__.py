@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from scope.cli import _command, bench, capture, demo, export, finetune, index, inspect, serve, store, train, workspace
+from scope.cli import (
+    _command,
+    bench,
+    capture,
+    demo,
+    export,
+    finetune,
+    index,
+    inspect,
+    sae,
+    serve,
+    store,
+    train,
+    workspace,
+)
 
 __all__ = ["app", "main"]
 
@@ -32,7 +46,7 @@ app = typer.Typer(
     name="scope", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-for module in (demo, capture, store, export, train, finetune, index, serve, inspect, workspace, bench):
+for module in (demo, capture, store, export, train, finetune, sae, index, serve, inspect, workspace, bench):
     module.register(app)
 
 

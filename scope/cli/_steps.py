@@ -187,14 +187,28 @@ def measure_sae(sae: Any, out: Path, store: "Source", model: "LanguageModel | No
 
 
 def index_sae(
-    store: "ActivationStore", sae_folder: Path, out: Path, model: "LanguageModel | None", allow_mismatch: bool = False
+    store: "ActivationStore",
+    sae_folder: Path,
+    out: Path,
+    model: "LanguageModel | None",
+    allow_mismatch: bool = False,
+    sae: "SAE | None" = None,
 ) -> "FeatureIndex":
-    """Index an SAE's firings on a store, with a progress bar. The figures beside the SAE go into the index."""
+    """Index an SAE's firings on a store, with a progress bar. The figures beside the SAE go into the index.
+
+    Args:
+        store: the store.
+        sae_folder: where the SAE lies.
+        out: the index to make, or to go on with.
+        model: the store's model, where it is at hand.
+        allow_mismatch: whether the SAE may name another model or tokenizer than the store.
+        sae: the SAE, where it was loaded before.
+    """
     from scope.features.build import build_index
     from scope.saes.formats import load
     from scope.training.evaluate import read_quality
 
-    sae = load(sae_folder)
+    sae = sae or load(sae_folder)
     with progress_bar("Indexing (steps)") as progress:
         return build_index(
             store,

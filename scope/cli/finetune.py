@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli.sae import SAE_HELP, DownloadOption, HookOption, HookOutOption, require_hook
 from scope.training.settings import FinetuneConfig
 
 __all__ = ["register"]
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "finetune", config=FinetuneConfig)
     def finetune(
         store: Annotated[Path, typer.Argument(help="The activation store that the SAE was trained on.")],
-        sae: Annotated[Path, typer.Argument(help="The folder of the SAE.")],
+        sae: Annotated[str, typer.Argument(help=SAE_HELP)],
         out: Annotated[Path, typer.Option(help="The folder for the fine-tuned SAE.")],
         config: FinetuneConfig,
         device: Annotated[str, typer.Option(help='Where to train: "cpu", "cuda" or "cuda:1".')] = "cpu",
@@ -25,6 +26,9 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str | None, typer.Option(help="The store's model, where it is not found under its own name.")
         ] = None,
+        hook: HookOption = None,
+        hook_out: HookOutOption = None,
+        allow_download: DownloadOption = False,
     ) -> Outcome:
         """Fine-tune an SAE so that the model, with it spliced in, predicts as it did (KL, end to end)."""
         from activations.store import ActivationStore
@@ -32,7 +36,9 @@ def register(app: typer.Typer) -> None:
         from scope.saes.formats import load
         from scope.training import finetune_kl
 
-        opened, trained = ActivationStore.open(store), load(sae)
+        opened = ActivationStore.open(store)
+        trained = load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
+        require_hook(trained)
         language_model = load_model_of(opened, model, device)
         with progress_bar("Fine-tuning (tokens)") as progress:
             report = finetune_kl(trained, language_model, opened, config, out, progress=progress)

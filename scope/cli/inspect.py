@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli.sae import DownloadOption
 from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["register"]
@@ -30,37 +31,45 @@ def _open(what: str) -> Any:
     )
 
 
-def _describe(what: str) -> dict[str, Any]:
-    """JSON-able facts about a store, SAE or index folder, or a model."""
+def _describe(what: str, allow_download: bool) -> dict[str, Any]:
+    """JSON-able facts about a store, an SAE, an index folder or a model."""
     from activations.manifest import read_manifest
     from activations.storage import is_address
+    from scope.saes import formats
+    from scope.saes.formats.addresses import is_address as is_on_the_hub
 
+    if is_on_the_hub(what):
+        return _describe_sae(what, allow_download)
     if is_address(what):
         return {"kind": read_manifest(what)["format"], **_open(what).info()}
     path = Path(what)
-    if (path / "cfg.json").is_file():
-        return _describe_sae(path)
-    if (path / "manifest.json").is_file():
-        return {"kind": read_manifest(path)["format"], **_open(what).info()}
+    if (path / "manifest.json").is_file() and (kind := read_manifest(path)["format"]) != "sae":
+        return {"kind": kind, **_open(what).info()}
+    if any((path / name).is_file() for name in ("manifest.json", "cfg.json")) or formats.recognised(path):
+        return _describe_sae(what, allow_download)
     from scope.models import LanguageModel
 
     try:
         model = LanguageModel.load(what)
     except UnknownNameError as error:
+        if not path.exists() and formats.is_release(what):
+            return _describe_sae(what, allow_download)
         raise UnknownNameError("store, SAE, index or model", what, error.near) from error
     return {"kind": "model", **model.info()}
 
 
-def _describe_sae(path: Path) -> dict[str, Any]:
-    from scope.saes.formats import load
+def _describe_sae(name: str, allow_download: bool) -> dict[str, Any]:
+    from scope.saes.formats import load, locate, recognised
     from scope.training.evaluate import read_quality
 
-    sae = load(path)
+    sae = load(name, allow_download=allow_download)
+    path = locate(name).path
     config = sae.config_as_stored().to_dict()
     known = {name: value for name, value in config.items() if value is not None and name != "metadata"}
     metadata = {name: value for name, value in sae.cfg.metadata.to_dict().items() if value is not None}
     quality = read_quality(path)
-    return {"kind": "sae", "id": sae.fingerprint[:12], **known, "metadata": metadata, "quality": quality}
+    what = {"kind": "sae", "id": sae.fingerprint[:12], "stored_as": recognised(path)}
+    return {**what, **known, "metadata": metadata, "quality": quality}
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
@@ -80,11 +89,16 @@ def register(app: typer.Typer) -> None:
     @command(app, "info")
     def info(
         what: Annotated[
-            str, typer.Argument(help="A store (a folder or s3://BUCKET/NAME), an SAE or index folder, or a model.")
+            str,
+            typer.Argument(
+                help="A store (a folder or s3://BUCKET/NAME), an SAE (a folder, hf://OWNER/REPOSITORY/FOLDER, or "
+                "SAELens's RELEASE/ID), an index folder, or a model."
+            ),
         ],
+        allow_download: DownloadOption = False,
     ) -> Outcome:
         """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality."""
-        facts = _describe(what)
+        facts = _describe(what, allow_download)
         return Outcome(facts, "\n".join(_lines(facts)))
 
     @command(app, "verify")

@@ -1,56 +1,128 @@
 """SAEs on disk: one file per format. `load` finds out which it is; `save` writes SAELens's.
 
-A format is a module with `recognises(folder) -> bool` and `load(folder, device) -> SAE`.
+A format is a module with `recognises(path) -> bool` and `load(path) -> SAE`, on the CPU and in our conventions. What
+shares the work: `addresses` finds the folder, `building` reads and checks, `hooks` translates the names of places.
 """
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from activations.errors import InvalidInputError, UnknownNameError
+from activations.errors import InvalidInputError, MismatchError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from scope.saes.base import SAE
+    from scope.saes.formats.addresses import Found
 
-__all__ = ["READABLE", "load", "save"]
+__all__ = ["READABLE", "is_release", "load", "locate", "recognised", "save"]
 
-READABLE = {"saelens": "SAELens (cfg.json, sae_weights.safetensors)"}
+READABLE = {
+    "saelens": "SAELens (cfg.json, sae_weights.safetensors)",
+    "gemma_scope": "Gemma Scope 1 (params.npz)",
+    "gemma_scope_2": "Gemma Scope 2 (params.safetensors, config.json)",
+    "sparsify": "sparsify (sae.safetensors, cfg.json)",
+    "dictionary_learning": "dictionary_learning (ae.pt, config.json)",
+    "circuit_tracer": "circuit-tracer (layer_N.safetensors)",
+}
 """The formats that `load` reads, by the name of their module."""
 
-_NOT_YET = {
-    "params.npz": "Gemma Scope 1",
-    "params.safetensors": "Gemma Scope 2",
-    "sae.safetensors": "sparsify",
-    "ae.pt": "dictionary_learning",
-}
+NAMED_FILES = 8
+"""Files of an unreadable folder that the error names."""
 
 
-def load(path: str | Path, *, device: "torch.device | str" = "cpu") -> "SAE":
-    """The SAE in a folder, whatever format it has.
+def load(
+    name: str | Path,
+    *,
+    device: "torch.device | str" = "cpu",
+    allow_download: bool = False,
+    hook: str | None = None,
+    hook_out: str | None = None,
+) -> "SAE":
+    """The SAE in a folder, at an address, or of a SAELens release, whatever format it has.
+
+    Args:
+        name: a folder (or circuit-tracer's file), `hf://OWNER/REPOSITORY/FOLDER@REVISION`, or SAELens's `RELEASE/ID`.
+        device: where its weights shall lie.
+        allow_download: whether to fetch what is not on this machine from the Hugging Face hub.
+        hook: the hook that it reads, where its files do not say.
+        hook_out: the hook that a transcoder writes, where its files do not say.
 
     Raises:
-        UnknownNameError: there is no such folder, or the SAE's architecture is none of ours.
-        InvalidInputError: the folder holds no SAE in a format that this release reads.
-        MismatchError: tensors are missing or have another shape than the configuration says.
+        UnknownNameError: there is nothing of that name, or the SAE's architecture is none of ours.
+        InvalidInputError: no SAE in a format that this release reads, or one that does what none of ours does.
+        MismatchError: tensors are missing or have another shape than the configuration says, or the files name another
+            hook.
         NonFiniteError: a weight is NaN or Inf.
         IntegrityError: a file cannot be read, or its content is not what the manifest recorded.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        siblings = [str(child) for child in folder.parent.iterdir() if child.is_dir()] if folder.parent.is_dir() else []
-        raise UnknownNameError("SAE folder", str(folder), siblings)
-    for name in READABLE:
-        module = importlib.import_module(f"scope.saes.formats.{name}")
-        if module.recognises(folder):
-            sae: SAE = module.load(folder, device=device)
-            return sae
-    seen = [label for file, label in _NOT_YET.items() if (folder / file).exists()]
-    found = f"It looks like {seen[0]}'s format, which is not read yet." if seen else "No known file is in it."
-    raise InvalidInputError(f"{folder} holds no readable SAE. {found} Readable: {', '.join(READABLE.values())}.")
+    found = locate(name, allow_download=allow_download)
+    format = recognised(found.path)
+    if format is None:
+        raise InvalidInputError(_unreadable(found))
+    module = importlib.import_module(f"scope.saes.formats.{format}")
+    sae: SAE = module.load(found.path, scale=found.scale) if format == "saelens" else module.load(found.path)
+    if format != "saelens" and found.source is not None:
+        metadata = sae.cfg.metadata
+        metadata = replace(metadata, extra={**metadata.extra, "source": found.source})
+        sae.cfg = replace(sae.cfg, metadata=metadata)
+    _name_hooks(sae, {"hook_name": hook, "hook_name_out": hook_out})
+    return sae.to(device)
+
+
+def locate(name: str | Path, *, allow_download: bool = False) -> "Found":
+    """Where an SAE lies on this machine; raises and downloads as `load` does."""
+    from scope.saes.formats import addresses
+
+    return addresses.find(name, allow_download)
+
+
+def is_release(name: str) -> bool:
+    """Whether SAELens's list has the release of `RELEASE/ID`; False where the list is not installed."""
+    from scope.saes.formats import addresses
+
+    return addresses.is_release(name)
+
+
+def recognised(path: Path) -> str | None:
+    """The format of a local path, one of `READABLE`; None where it has none of them."""
+    formats = (name for name in READABLE if importlib.import_module(f"scope.saes.formats.{name}").recognises(path))
+    return next(formats, None)
+
+
+def _unreadable(found: "Found") -> str:
+    path = found.path
+    files = sorted(child.name for child in path.iterdir()) if path.is_dir() else []
+    seen = ", ".join(files[:NAMED_FILES]) + (f" and {len(files) - NAMED_FILES:,} more" if files[NAMED_FILES:] else "")
+    what = f"It holds {seen or 'nothing'}." if path.is_dir() else "It is a file of no format."
+    if found.conversion:
+        what += f" SAELens reads this release by {found.conversion!r}; save it from there to read it here."
+    return f"{found.source or path} is no readable SAE. {what} Readable: {', '.join(READABLE.values())}."
+
+
+def _name_hooks(sae: "SAE", given: Mapping[str, str | None]) -> None:
+    """Put hooks that were given into an SAE's metadata where it has none."""
+    changes: dict[str, Any] = {}
+    for field, hook in given.items():
+        known = getattr(sae.cfg.metadata, field)
+        if hook is None or hook == known:
+            continue
+        if known is not None:
+            raise MismatchError(f"The SAE's files have the {field} {known}; {hook} was given. Leave it out.")
+        if field == "hook_name_out" and not sae.cfg.ports.outputs:
+            raise InvalidInputError(
+                f"{hook} was given as the hook that is written, but the architecture {sae.cfg.architecture} writes "
+                "what it reads."
+            )
+        if sae.cfg.metadata.hook_names:
+            raise InvalidInputError(f"{hook} was given as the hook, but the SAE has several: they are in its files.")
+        changes[field] = hook
+    if changes:
+        sae.cfg = replace(sae.cfg, metadata=replace(sae.cfg.metadata, **changes))
 
 
 def save(

@@ -12,29 +12,34 @@ Two settings of SAELens are folded into the weights when read, which leaves feat
 - `rescale_acts_by_decoder_norm`: the encoder's columns and biases are multiplied by ‖W_dec row‖, the decoder's rows
   divided by it;
 - `normalize_activations="expected_average_only_in"` with its `activation_scaler.json`, as in an unfinished training of
-  SAELens: x was multiplied by a constant before it was encoded. Afterwards the SAE takes raw activations and gives
-  values in the model's own units.
+  SAELens, or with the factor that its list of releases gives: x was multiplied by a constant before it was encoded.
+  Afterwards the SAE takes raw activations and gives values in the model's own units.
+
+Configurations from before SAELens 6, which most published SAEs have, are flat: what is metadata now stands beside the
+settings, TopK is an activation function of the standard architecture, and an SAE of `hook_z` reads all heads.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from activations.manifest import read_manifest, write_atomically, write_manifest
 from scope._version import __version__
-from scope.errors import IntegrityError, InvalidInputError, MismatchError, NonFiniteError, OccupiedError
+from scope.errors import IntegrityError, InvalidInputError, OccupiedError
 from scope.saes import registry
 from scope.saes.base import SAE
+from scope.saes.config import SAEMetadata
 from scope.saes.folding import fold_decoder_norm, fold_scales
+from scope.saes.formats.building import fill, read_json, read_weights, require_finite
 
 __all__ = ["load", "read_density", "recognises", "save"]
 
@@ -42,6 +47,8 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 SCALER = "activation_scaler.json"
 FORMAT_VERSION = "6.0.0"
 """The release of SAELens that introduced this layout. sae_lens takes a config without a version for an older one."""
+_RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+"""Names that the settings had before."""
 SPARSITY_FLOOR = 1e-10
 """Added to a density before its logarithm is taken, as SAELens does."""
 
@@ -63,7 +70,7 @@ def save(
     require_free(folder)
     sae = sae.for_inference()
     weights = sae.weights()
-    _require_finite(weights, "The SAE to be saved")
+    require_finite(weights, "The SAE to be saved")
     files = {CONFIG: _config_bytes(sae), WEIGHTS: serialise(weights), **(companions or {})}
     if density is not None:
         log_density = torch.log10(density.detach().float().cpu() + SPARSITY_FLOOR)
@@ -85,20 +92,26 @@ def save(
     return folder
 
 
-def load(folder: Path, *, device: torch.device | str = "cpu") -> SAE:
-    """See `scope.saes.formats.load`."""
+def load(folder: Path, *, device: torch.device | str = "cpu", scale: float | None = None) -> SAE:
+    """See `scope.saes.formats.load`.
+
+    Args:
+        folder: where it lies.
+        device: where its weights shall lie.
+        scale: the factor of the input that the folder itself does not tell.
+    """
     content = _read_config(folder)
-    sae_class = registry.get(str(content.get("architecture", "standard")))
-    weights = _read_weights(folder)
+    sae_class = registry.get(str(content["architecture"]))
+    weights = _without_unused(read_weights(folder / WEIGHTS), folder)
     try:
         cfg = registry.config_of(content["architecture"]).from_dict(content)
     except TypeError as error:  # a field without a default is missing
         raise InvalidInputError(f"{folder / CONFIG} lacks a setting of its architecture ({error}).") from error
     sae = sae_class(cfg, initialise=False, device="meta").to_empty(device="cpu")
-    _fill(sae, weights, folder)
+    fill(sae, weights, f"{folder / WEIGHTS} do not fit {folder / CONFIG}")
     if content.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norm(sae)
-    _fold_normalisation(sae, content, folder)
+    _fold_normalisation(sae, content, folder, scale)
     if (folder / "manifest.json").is_file():
         recorded = read_manifest(folder, "sae")["fingerprint"]
         if sae.fingerprint != recorded:
@@ -131,8 +144,8 @@ def _config_bytes(sae: SAE) -> bytes:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    content = _as_since_6(read_json(folder / CONFIG))
     try:
-        content: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         metadata = content.setdefault("metadata", {})
         content["d_in"], content["d_sae"] = int(content["d_in"]), int(content["d_sae"])
         content["dtype"] = content["dtype"].removeprefix("torch.")
@@ -146,42 +159,46 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{folder / WEIGHTS} cannot be read ({error}). Copy or download the SAE again.") from error
-    _require_finite(weights, str(folder / WEIGHTS))
+def _as_since_6(content: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before SAELens 6 in the present layout; the present ones as they are."""
+    if "hook_name" not in content and "hook_point" not in content:
+        return {"architecture": "standard", **content}
+    content = {_RENAMED.get(name, name): value for name, value in content.items()}
+    hook = str(content.get("hook_name"))
+    own = {f.name for f in fields(SAEMetadata)} - {"training", "extra"}
+    metadata = {name: value for name, value in content.items() if name in own and value is not None}
+    settings = {"architecture": "standard", "apply_b_dec_to_input": True, **content}
+    settings.setdefault("reshape_activations", "hook_z" if "hook_z" in hook else "none")
+    kwargs = content.get("activation_fn_kwargs") or {}
+    if content.get("activation_fn") == "topk" and kwargs.get("k") is not None:
+        settings |= {"architecture": "topk", "k": kwargs["k"]}
+    elif content.get("activation_fn", "relu") != "relu":
+        raise InvalidInputError(
+            f"The SAE has the activation function {content['activation_fn']!r}; expected relu or topk."
+        )
+    normalised = content.get("normalize_activations") or "none"
+    settings["normalize_activations"] = "expected_average_only_in" if normalised is True else normalised
+    return {**settings, "metadata": metadata}
+
+
+def _without_unused(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Early releases stored a factor for each feature, which is 1 unless the SAE was tuned by it."""
+    factors = weights.pop("scaling_factor", None)
+    if factors is not None and not torch.allclose(factors, torch.ones_like(factors)):
+        raise InvalidInputError(
+            f"{folder / WEIGHTS} scales each feature by a tuned scaling_factor, which no architecture of ours has."
+        )
     return weights
 
 
-def _require_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            n_bad = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(f"{where}: {n_bad:,} of the {tensor.numel():,} entries of {name} are NaN or Inf.")
-
-
-def _fill(sae: SAE, weights: Mapping[str, Tensor], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        wrong = [
-            f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
-        raise MismatchError(f"The tensors in {folder / WEIGHTS} do not fit {folder / CONFIG}: {'; '.join(wrong)}.")
-    sae.load_state_dict(dict(weights))
-
-
 @torch.no_grad()
-def _fold_normalisation(sae: SAE, content: Mapping[str, Any], folder: Path) -> None:
-    mode = content.get("normalize_activations", "none")
+def _fold_normalisation(sae: SAE, content: Mapping[str, Any], folder: Path, scale: float | None) -> None:
+    mode = content.get("normalize_activations") or "none"
     if mode == "none":
         return
-    if mode == "expected_average_only_in" and (folder / SCALER).is_file():
-        scale = json.loads((folder / SCALER).read_text()).get("scaling_factor")
+    if mode == "expected_average_only_in" and (scale is not None or (folder / SCALER).is_file()):
+        if (folder / SCALER).is_file():
+            scale = json.loads((folder / SCALER).read_text()).get("scaling_factor")
         if scale is not None:
             fold_scales(sae, [scale])
         return
