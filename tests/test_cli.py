@@ -231,8 +231,8 @@ def test_the_demo_goes_on_with_what_is_there(demo_workspace):
 
 
 def test_a_model_and_a_text_are_trained_on_without_a_store(line, data, tmp_path):
-    """Its rows are a store's, so it becomes as good where more is trained on than there is, so that all of them are in the
-    buffer; the store of `line` ran its model in other batches."""
+    """Its rows are a store's, so it becomes as good where more is trained on than there is: then all are in the buffer.
+    The store of `line` ran its model in other batches."""
     model = helpers_models.tiny_folder("gemma3")
     options = ("--hook", HOOK, "--d-sae", 64, "--k", 4, "--tokens", 16_384, "--batch-size", 256)
     options = (*options, "--evaluate-tokens", 200, "--json")
