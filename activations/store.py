@@ -2,29 +2,26 @@
 
 What is read is a snapshot of what was committed when the store was opened (`refresh` takes a new one). Opening and
 reading never write. `activations.layout` shows what lies where; `activations.writer` fills it.
-
-A row group that is filled up while text is appended moves to other objects, but its rows stay: whoever finds the old
-objects gone asks the ledger again where they are (`_verified`), and sees no more rows than before.
+`activations.reading` reads the objects of its row groups.
 """
 
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from activations.arrays import ArrayLayout, ObjectRecord, open_zarr, read_object, read_packed, read_raw
+from activations.arrays import ArrayLayout, open_zarr
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import ASIDE, FORMAT, PLAN, WINDOWS, StoreLayout, appended_from, identity_fingerprint
-from activations.ledger import GroupRecord, Ledger
+from activations.layout import FORMAT, PLAN, StoreLayout, appended_from, identity_fingerprint
+from activations.ledger import Ledger
 from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
+from activations.reading import GroupReader
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
-from activations.storage import Storage, StoredObject, storage_at
+from activations.storage import Storage, storage_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,12 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["ActivationStore", "Fault", "TokenRows"]
 
 READ_AHEAD_BYTES = 2**24
-CACHED_COLUMNS = 64
-CACHED_WINDOWS = 8
-"""Row groups whose whole windows are kept in memory."""
-SUPERSEDED_ATTEMPTS = 4
-
-T = TypeVar("T")
 
 
 class TokenRows(NamedTuple):
@@ -78,10 +69,7 @@ class ActivationStore:
         self.manifest = manifest
         self.spec = _spec_of(storage, manifest)
         self.layout = StoreLayout.of(manifest)
-        self._ledger = Ledger(storage)
-        self._cache: dict[tuple[str, int], np.ndarray] = {}
-        self._windows: dict[int, tuple[int, list[np.ndarray]]] = {}
-        self._cache_lock = threading.Lock()
+        self._reader = GroupReader(storage, self.layout, Ledger(storage))
         self._manifest_fault: str | None = None
 
     @classmethod
@@ -100,14 +88,11 @@ class ActivationStore:
         """See what was committed meanwhile."""
         self.manifest = read_manifest(self.storage, FORMAT)
         self._manifest_fault = None
-        self._ledger.refresh()
-        with self._cache_lock:
-            self._cache.clear()
-            self._windows.clear()
+        self._reader.refresh()
 
     def use_ledger(self, ledger: Ledger) -> None:
         """See what a writer in this process commits, as it does."""
-        self._ledger = ledger
+        self._reader.ledger = ledger
 
     @property
     def fingerprint(self) -> str:
@@ -131,14 +116,14 @@ class ActivationStore:
         """The stored name of a hook, which may be given by the alias it was captured under; raises with near misses."""
         if name in self._capture_of:
             return name
-        for declaration in self._ledger.declarations.values():
+        for declaration in self.ledger.declarations.values():
             if name in declaration.get("aliases", {}):
                 return str(declaration["aliases"][name])
         raise UnknownNameError("hook", name, self.hooks, hint=f"(in the store {self.path})")
 
     def hook_shape(self, name: str) -> tuple[int, ...]:
         hook = self.resolve_hook(name)
-        return tuple(self._ledger.declarations[self._capture_of[hook]]["hooks"][hook]["shape"])
+        return tuple(self.ledger.declarations[self._capture_of[hook]]["hooks"][hook]["shape"])
 
     @property
     def n_rows(self) -> int:
@@ -148,15 +133,15 @@ class ActivationStore:
     def rows_of(self, hook: str) -> int:
         """Committed rows of one hook; less than `n_rows` while it is being added to a store that has others."""
         capture = self._capture_of[self.resolve_hook(hook)]
-        return min(self._ledger.committed_rows(PLAN), self._ledger.committed_rows(capture))
+        return min(self.ledger.committed_rows(PLAN), self.ledger.committed_rows(capture))
 
     @property
     def plan_complete(self) -> bool:
         """Whether all of the text is tokenised, what was appended included."""
-        groups = self._ledger.committed_groups(PLAN)
-        if groups == 0 or self._ledger.committed_rows(PLAN) <= appended_from(self.manifest):
+        groups = self.ledger.committed_groups(PLAN)
+        if groups == 0 or self.ledger.committed_rows(PLAN) <= appended_from(self.manifest):
             return False
-        return bool(self._ledger.records[PLAN][groups - 1].extra["complete"])
+        return bool(self.ledger.records[PLAN][groups - 1].extra["complete"])
 
     @property
     def complete(self) -> bool:
@@ -165,7 +150,7 @@ class ActivationStore:
 
     def is_complete_for(self, hooks: Sequence[str]) -> bool:
         """Whether the text is captured to its end for all of these hooks (names as stored, or aliases)."""
-        planned = self._ledger.committed_rows(PLAN)
+        planned = self.ledger.committed_rows(PLAN)
         try:
             return self.plan_complete and all(self.rows_of(hook) == planned for hook in hooks)
         except UnknownNameError:
@@ -185,7 +170,8 @@ class ActivationStore:
         """
         hook = self.resolve_hook(hook)
         layout = self.layout.hook(self.hook_shape(hook))
-        return self._read_raw(hook, self.layout.hook_array(hook), layout, start, stop)
+        self._require_rows(hook, start, stop)
+        return self._reader.raw(self._capture_of[hook], self.layout.hook_array(hook), layout, start, stop)
 
     def read_float32(self, hook: str, start: int, stop: int) -> np.ndarray:
         """As `read`, converted to float32 (exact for bfloat16 and float16)."""
@@ -209,7 +195,7 @@ class ActivationStore:
 
         def read(places: np.ndarray) -> None:
             first, last = int(rows[places[0]]), int(rows[places[-1]])
-            piece = self._read_raw(hook, self.layout.hook_array(hook), layout, first, last + 1)
+            piece = self.read(hook, first, last + 1)
             out[places] = piece.take(rows[places] - first, axis=0)
 
         if len(rows):
@@ -224,17 +210,18 @@ class ActivationStore:
     def norms(self, hook: str, start: int, stop: int) -> np.ndarray:
         """L2 norm of each row over all feature dimensions, before rounding to the storage dtype; float32."""
         hook = self.resolve_hook(hook)
-        return self._read_raw(hook, self.layout.norm_array(hook), self.layout.norm, start, stop)
+        self._require_rows(hook, start, stop)
+        return self._reader.raw(self._capture_of[hook], self.layout.norm_array(hook), self.layout.norm, start, stop)
 
     def rows(self, start: int, stop: int) -> TokenRows:
         """Token columns of the rows `[start, stop)`; planned rows may be read before their activations are there."""
         self._require(PLAN, "tokens", start, stop)
-        return TokenRows(*(self._read_column(column, start, stop) for column in TokenRows._fields))
+        return TokenRows(*(self._reader.column(column, start, stop) for column in TokenRows._fields))
 
     def flags(self, start: int, stop: int) -> np.ndarray:
         """`RowFlag` bits of the rows `[start, stop)`, uint8."""
         self._require(PLAN, "tokens", start, stop)
-        return self._read_column("flags", start, stop)
+        return self._reader.column("flags", start, stop)
 
     @property
     def token_columns(self) -> dict[str, ArrayLayout]:
@@ -246,7 +233,7 @@ class ActivationStore:
         if name not in self.token_columns:
             raise UnknownNameError("token column", name, self.token_columns)
         self._require(PLAN, "tokens", start, stop)
-        return self._read_column(name, start, stop)
+        return self._reader.column(name, start, stop)
 
     def sequences(self) -> "pd.DataFrame":
         """The windows: `sequence, document, start_row, n_rows, document_offset`.
@@ -264,14 +251,14 @@ class ActivationStore:
         if not self.layout.has_windows:
             table = self._read_table("sequences").set_index("sequence")
             spans = ((int(table["start_row"][number]), int(table["n_rows"][number])) for number in sequences)
-            end = self._ledger.committed_rows(PLAN)
+            end = self.ledger.committed_rows(PLAN)
             return [self.rows(start, min(start + n_rows, end)).token_id for start, n_rows in spans]
-        records = self._ledger.records[PLAN]
-        groups = range(self._ledger.committed_groups(PLAN))
+        records = self.ledger.records[PLAN]
+        groups = range(self.ledger.committed_groups(PLAN))
         tokens = []
         for number in map(int, sequences):
             group = bisect_right(groups, number, key=lambda group: records[group].extra["n_sequences"])
-            first, windows = self._windows_that_start_in(group)
+            first, windows = self._reader.windows_that_start_in(group)
             tokens.append(windows[number - first])
         return tokens
 
@@ -360,11 +347,11 @@ class ActivationStore:
 
     @property
     def ledger(self) -> Ledger:
-        return self._ledger
+        return self._reader.ledger
 
     @property
     def _capture_of(self) -> dict[str, str]:
-        declarations = self._ledger.declarations
+        declarations = self.ledger.declarations
         found = {hook: capture for capture in declarations for hook in declarations[capture].get("hooks", {})}
         return dict(sorted(found.items()))
 
@@ -377,7 +364,7 @@ class ActivationStore:
     def manifest_fault(self) -> str:
         """What is wrong with the manifest, empty if nothing is: its bytes, or that it is another store's."""
         if self._manifest_fault is None:
-            declared = self._ledger.declarations.get(PLAN)
+            declared = self.ledger.declarations.get(PLAN)
             if not has_its_digest(self.manifest) or identity_fingerprint(self.manifest) != self.fingerprint:
                 self._manifest_fault = "changed: its content does not have its digest"
             elif declared is not None and declared["spec"] != self.spec.fingerprint:
@@ -391,9 +378,9 @@ class ActivationStore:
             raise IntegrityError(
                 f"{self.storage.where('manifest.json')} is damaged: {self._manifest_fault}. Restore it from a copy."
             )
-        committed = self._ledger.committed_rows(capture)
+        committed = self.ledger.committed_rows(capture)
         if capture != PLAN:
-            committed = min(committed, self._ledger.committed_rows(PLAN))
+            committed = min(committed, self.ledger.committed_rows(PLAN))
         if not 0 <= start <= stop <= committed:
             if 0 <= start <= stop:
                 self.require_whole({capture, PLAN}, stop)
@@ -417,73 +404,11 @@ class ActivationStore:
                     f"{self.storage.where(f'ledger/{capture}')}. Restore it from a copy, or run the capture again."
                 )
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(group, first row, last row + 1) of each row group that the rows touch."""
-        size = self.spec.rows_per_group
-        for group in range(start // size, -(-stop // size)):
-            yield group, max(start, group * size), min(stop, (group + 1) * size)
-
-    def _verified(self, capture: str, group: int, name: str, read: Callable[[StoredObject, ObjectRecord], T]) -> T:
-        """What `read` makes of an object of a row group, wherever the object is by now."""
-        for _ in range(SUPERSEDED_ATTEMPTS):
-            record = self._ledger.records[capture][group]
-            try:
-                return read(*self._object(record, name))
-            except IntegrityError:
-                newer = self._ledger.read_again(capture, group)
-                if newer is None or newer.objects == record.objects:
-                    raise
-                if self._ledger.records[capture][group] is record:
-                    # The same rows in other objects; what else is committed meanwhile is for `refresh` to show.
-                    self._ledger.records[capture][group] = replace(record, objects=newer.objects)
-        return read(*self._object(self._ledger.records[capture][group], name))
-
-    def _object(self, record: GroupRecord, name: str) -> tuple[StoredObject, ObjectRecord]:
-        for candidate in (name, name + ASIDE):
-            if candidate in record.objects:
-                return StoredObject(self.storage, candidate), record.objects[candidate]
-        raise IntegrityError(f"The ledger of {self.path} does not list {name}.")
-
-    def _read_raw(self, hook: str, array: str, layout: ArrayLayout, start: int, stop: int) -> np.ndarray:
-        self._require_rows(hook, start, stop)
-        out = np.empty((stop - start, *layout.feature_shape), layout.storage_dtype)
-        for group, first, last in self._pieces(start, stop):
-            what = f"{array}, rows {first:,} to {last:,}"
-            read = partial(_read_part, layout, first - group * layout.rows_per_group, out[first - start : last - start])
-            self._verified(self._capture_of[hook], group, f"{array}/{layout.shard_name(group)}", partial(read, what))
-        return out
-
-    def _read_column(self, column: str, start: int, stop: int) -> np.ndarray:
-        layout = self.layout.column(column)
-        pieces = [np.empty(0, layout.storage_dtype)]
-        for group, first, last in self._pieces(start, stop):
-            offset = group * self.spec.rows_per_group
-            pieces.append(self._decoded(column, layout, group)[first - offset : last - offset])
-        return np.concatenate(pieces)
-
-    def _decoded(self, column: str, layout: ArrayLayout, group: int) -> np.ndarray:
-        """A whole decoded column of a row group; the last few are kept, since neighbours are often read next."""
-        with self._cache_lock:
-            cached = self._cache.get((column, group))
-        rows = self._ledger.records[PLAN][group]
-        n_rows = rows.row_stop - rows.row_start
-        if cached is not None and len(cached) == n_rows:
-            return cached
-        array = self.layout.column_array(column)
-        what = f"{array}, rows {rows.row_start:,} to {rows.row_stop:,}"
-        name = f"{array}/{layout.shard_name(group)}"
-        values = self._verified(PLAN, group, name, lambda path, record: read_packed(path, layout, record, n_rows, what))
-        with self._cache_lock:
-            while len(self._cache) >= CACHED_COLUMNS:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[column, group] = values
-        return values
-
     def _read_table(self, table: str) -> "pd.DataFrame":
         import pyarrow
 
         self.require_whole()
-        groups = range(self._ledger.committed_groups(PLAN))
+        groups = range(self.ledger.committed_groups(PLAN))
         pieces = list(self.storage.map(partial(self.table_piece, table), groups))
         if not pieces:
             raise InvalidInputError(f"{self.path} has no committed rows yet.")
@@ -491,32 +416,7 @@ class ActivationStore:
 
     def table_piece(self, table: str, group: int) -> Any:
         """What of a table (`activations.layout.TABLES`) starts in a row group, as a `pyarrow.Table`, verified."""
-        import pyarrow
-        from pyarrow import parquet
-
-        rows = self._ledger.records[PLAN][group]
-        what = f"{table} that start in rows {rows.row_start:,} to {rows.row_stop:,}"
-        name = self.layout.table_object(table, group)
-        content = self._verified(PLAN, group, name, lambda path, record: read_object(path, record, what))
-        # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
-        return parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False).read(use_threads=False)
-
-    def _windows_that_start_in(self, group: int) -> tuple[int, list[np.ndarray]]:
-        """Number of the first window that starts in a row group, and all tokens of these windows."""
-        n_sequences = self._ledger.records[PLAN][group].extra["n_sequences"]
-        with self._cache_lock:
-            cached = self._windows.get(group)
-        if cached is not None and cached[0] + len(cached[1]) == n_sequences:
-            return cached
-        column = self.table_piece(WINDOWS, group).column("tokens").combine_chunks()
-        values = column.values.to_numpy(zero_copy_only=False)
-        windows = np.split(values, column.offsets.to_numpy()[1:-1]) if len(column) else []
-        found = n_sequences - len(windows), windows
-        with self._cache_lock:
-            while len(self._windows) >= CACHED_WINDOWS:
-                self._windows.pop(next(iter(self._windows)))
-            self._windows[group] = found
-        return found
+        return self._reader.table_piece(table, group)
 
     def _block(self, hooks: Sequence[str], names: Sequence[str], start: int, stop: int) -> ActivationBatch:
         return ActivationBatch(
@@ -534,12 +434,6 @@ def _spec_of(storage: Storage, manifest: Mapping[str, Any]) -> CaptureSpec:
         raise IntegrityError(
             f"{storage.where('manifest.json')} is damaged ({error}). Restore it from a copy."
         ) from error
-
-
-def _read_part(
-    layout: ArrayLayout, start: int, out: np.ndarray, what: str, stored: StoredObject, record: ObjectRecord
-) -> None:
-    read_raw(stored, layout, record, start, out, what)
 
 
 def _slice_batch(block: ActivationBatch, part: slice) -> ActivationBatch:
