@@ -22,7 +22,7 @@ from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN, appended_from
-from activations.passes import Progress, windowing_of
+from activations.passes import PassSettings, Progress, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
 from activations.source import ROLES, HookedModel
@@ -32,7 +32,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture", "resolved_hooks", "spec_of"]
+__all__ = ["CaptureReport", "capture", "check_numbers", "resolved_hooks", "spec_of"]
 
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
@@ -113,9 +113,19 @@ def capture(
     """
     storage = storage_at(out)
     request = _Request(
-        text, hooks, storage, max_tokens, context_size, dtype, batch_size, rows_per_group, selection, chat_template,
-        append, progress,
-    )  # fmt: skip
+        text=text,
+        hooks=hooks,
+        storage=storage,
+        max_tokens=max_tokens,
+        context_size=context_size,
+        dtype=dtype,
+        batch_size=batch_size,
+        rows_per_group=rows_per_group,
+        selection=selection,
+        chat_template=chat_template,
+        append=append,
+        progress=progress,
+    )
     with open_crew(engine, model, workers, gpus_per_worker) as crew:
         if not crew.leads:
             figures = crew.follow()
@@ -144,7 +154,7 @@ class _Request(NamedTuple):
 
 def _captured(crew: Crew, request: _Request) -> CaptureReport:
     text, storage, append, max_tokens = request.text, request.storage, request.append, request.max_tokens
-    _check_numbers(max_tokens, request.batch_size, request.dtype)
+    check_numbers(max_tokens, request.batch_size, request.dtype)
     manifest = existing_manifest(storage)
     entry = _appended(text, max_tokens, manifest, storage, append)
     _check_text(text, manifest, storage, entry)
@@ -158,10 +168,9 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
     rows = _choice(made, text, manifest, request.selection, request.chat_template, adopt=text is None or append)
     hooks = request.hooks if entry is None else _all_hooks(made, request.hooks, ActivationStore.open(storage))
     shapes, aliases = resolved_hooks(made, hooks)
-    if text is not None and (manifest is None or entry is not None):
-        _require_tokens(text, made)
     spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
     if text is not None and (manifest is None or entry is not None):
+        _require_tokens(text, made)
         _require_rows(text, made, spec, rows)
     load_name = made.identity.load_name
     identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity}
@@ -176,7 +185,7 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
         if passes:
             writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
         for capture_id in passes:
-            crew.run_pass(text, writer, capture_id, max_tokens, batch_size, request.progress)
+            crew.run_pass(PassSettings(text, writer, capture_id, max_tokens, batch_size, request.progress))
         writer.clear_superseded()
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
@@ -199,7 +208,8 @@ def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def _check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str | None) -> None:
+def check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str | None) -> None:
+    """Raise `InvalidInputError` if one of these is out of range; None is always good."""
     if max_tokens is not None and max_tokens < 1:
         raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
     if batch_size is not None and batch_size < 1:
@@ -220,7 +230,7 @@ def _appended(
     if manifest is None:
         raise InvalidInputError(f"{where} is no store yet, so there is nothing to append to; capture without append.")
     text.check()
-    return check_append(ActivationStore.open(out), text, _described(text), max_tokens)
+    return check_append(ActivationStore.open(out), text, text.described, max_tokens)
 
 
 def _check_text(
@@ -236,8 +246,8 @@ def _check_text(
             raise InvalidInputError(f"{where} does not have all of its text yet; give the text that it was begun with.")
         return
     text.check()
-    if (manifest is None or entry is not None) and not any(document.text.strip() for document in text.documents()):
-        raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+    if manifest is None or entry is not None:
+        text.require_text()
 
 
 def _all_hooks(model: HookedModel, hooks: Sequence[str], store: ActivationStore) -> list[str]:
@@ -360,12 +370,7 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
     if text is None:
         assert manifest is not None
         return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
-    return {"text": _described(text), "max_tokens": max_tokens}
-
-
-def _described(text: TextSource) -> dict[str, Any]:
-    """What the manifest keeps of a text."""
-    return {"fingerprint": text.fingerprint, "files": text.names, **text.settings}
+    return {"text": text.described, "max_tokens": max_tokens}
 
 
 def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:

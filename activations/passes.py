@@ -13,7 +13,8 @@ shards, whatever the length of the run.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
 
-__all__ = ["CapturePass", "Progress", "windowing_of"]
+__all__ = ["CapturePass", "PassSettings", "Progress", "windowing_of"]
 
 PLAN_AHEAD = 4
 """Row groups that the planner may be ahead of the model."""
@@ -56,56 +57,88 @@ def windowing_of(spec: CaptureSpec, model: HookedModel, text: TextSource, max_to
     )
 
 
-class CapturePass:
-    """One pass of the model over all rows that a capture lacks."""
+class PassSettings(NamedTuple):
+    """What a pass does."""
 
-    def __init__(
-        self,
-        model: HookedModel,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
-        declared = writer.ledger.declarations[capture_id]["hooks"]
-        self.model, self.text, self.writer, self.capture_id = model, text, writer, capture_id
+    text: TextSource | None
+    """Where the plan goes on; None if it is complete."""
+    writer: StoreWriter
+    capture_id: str
+    """The hooks, by the ledger's id of the pass."""
+    max_tokens: int | None
+    """Rows of the store in all, at most."""
+    batch_size: int
+    progress: Progress | None
+
+
+class CapturePass:
+    """One pass of the model over all rows that a capture lacks.
+
+    A subclass that has the model's work done elsewhere says which threads there are, what the calling one does
+    meanwhile, and how all of it winds down and is joined.
+    """
+
+    def __init__(self, model: HookedModel, settings: PassSettings) -> None:
+        writer, self.capture_id = settings.writer, settings.capture_id
+        declared = writer.ledger.declarations[self.capture_id]["hooks"]
+        self.model, self.text, self.writer = model, settings.text, writer
         self.hooks = sorted(declared)
-        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+        self.max_tokens, self.batch_size, self.progress = settings.max_tokens, settings.batch_size, settings.progress
         self.plan = ActivationStore.open(writer.storage)
         self.plan.use_ledger(writer.ledger)
         self.groups: Channel[int] = Channel(PLAN_AHEAD)
         arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})
-        self.collector = Collector(writer, capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
-        self.rows_before = 0
+        self.collector = Collector(writer, self.capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
+        done = writer.ledger.records[self.capture_id].values()
+        self.rows_before = sum(record.row_stop - record.row_start for record in done)
+        self._stopped_by: BaseException | None = None
 
     def run(self) -> None:
         """Capture what is missing; whatever stops it, threads have ended when this returns."""
-        planner = Worker("planner", self._plan, self._wind_down)
-        collector = Worker("collector", self.collector.collect, self._wind_down)
-        writers = [Worker(f"writer {i}", self.collector.write, self._stop) for i in range(WRITERS)]
+        threads = self._threads()
         own: BaseException | None = None
         interrupts = self.writer.interrupts
         with interrupts.stopping(self._wind_down):
             try:
-                for worker in (planner, collector, *writers):
-                    worker.start()
-                self._feed()
-                self.collector.results.close()
+                for thread in threads:
+                    thread.start()
+                self._drive()
             except BaseException as error:
                 own = error
                 self._wind_down()
-            collector.join_fully()
-            self.collector.jobs.close()
-            for worker in (*writers, planner):
-                worker.join_fully()
+            self._join(threads)
         if interrupts.noted and (own is None or isinstance(own, Stopped)):
             own = KeyboardInterrupt()
-        theirs = next((worker.error for worker in (*writers, collector, planner) if worker.error is not None), None)
+        own = self._stopped_by or own
+        theirs = next((thread.error for thread in threads if thread.error is not None), None)
         if own is not None or theirs is not None:
             self._raise(own, theirs)
         self._report()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """End early from another thread, but let shards that are full be written; `run` raises the error."""
+        self._stopped_by = error
+        self._wind_down()
+
+    def _threads(self) -> list[Worker]:
+        """The threads, those first whose errors explain the others'."""
+        return [
+            *(Worker(f"writer {number}", self.collector.write, self._stop) for number in range(WRITERS)),
+            Worker("collector", self.collector.collect, self._wind_down),
+            Worker("planner", self._plan, self._wind_down),
+        ]
+
+    def _drive(self) -> None:
+        """What the calling thread does: feed the model."""
+        self._feed()
+        self.collector.results.close()
+
+    def _join(self, threads: Sequence[Worker]) -> None:
+        *writers, collector, planner = threads
+        collector.join_fully()
+        self.collector.jobs.close()
+        for thread in (*writers, planner):
+            thread.join_fully()
 
     def _plan(self) -> None:
         """Body of the planner: make known the groups that are planned, then plan on."""
@@ -128,8 +161,6 @@ class CapturePass:
 
     def _feed(self) -> None:
         """Send the row groups that are not committed through the model."""
-        done = self.writer.ledger.records[self.capture_id]
-        self.rows_before = sum(record.row_stop - record.row_start for record in done.values())
         for group in self.groups:
             record, start = self.writer.ledger.records[PLAN][group], self._start(group)
             if start == record.row_stop:
@@ -168,7 +199,12 @@ class CapturePass:
         if self.progress is not None:
             state = self.writer.plan_state
             total = state.n_rows if state.complete else self.max_tokens
-            self.progress(self.rows_before + self.collector.rows_collected, total)
+            self.progress(self.rows_before + self._rows_done, total)
+
+    @property
+    def _rows_done(self) -> int:
+        """Rows of this run."""
+        return self.collector.rows_collected
 
     def _wind_down(self) -> None:
         """End early, but let shards that are full be written."""

@@ -95,6 +95,16 @@ class TextSource:
         }
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What a store's manifest keeps of the text (JSON-able)."""
+        return {"fingerprint": self.fingerprint, "files": self.names, **self.settings}
+
+    def require_text(self) -> None:
+        """Raise `InvalidInputError` if every document is empty."""
+        if not any(document.text.strip() for document in self.documents()):
+            raise InvalidInputError(f"There is no text in {', '.join(self.names)}: every document is empty.")
+
+    @property
     def is_chats(self) -> bool:
         """Whether documents are chats."""
         return self.messages_column is not None

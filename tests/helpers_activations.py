@@ -1,7 +1,9 @@
 """A `HookedModel` without torch: causal, deterministic, and as fast as numpy."""
 
 import json
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,3 +128,13 @@ def expected_rows(model: FakeModel, store: ActivationStore, hook: str) -> np.nda
     starts = np.flatnonzero(tokens.position == 0)
     windows = np.split(tokens.token_id, starts[1:])
     return np.concatenate([model.rows_at(hook, window) for window in windows])
+
+
+@contextmanager
+def pythons_own_sigint() -> Iterator[None]:
+    """Within, Ctrl-C does what it does in a terminal: a shell's background jobs begin by ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

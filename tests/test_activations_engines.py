@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_activations import FakeModel, FakePending, tree, write_text
+from helpers_activations import FakeModel, FakePending, pythons_own_sigint, tree, write_text
 
 from activations.capture import CaptureReport, capture
 from activations.engines import detected_engine, open_crew
@@ -29,7 +29,7 @@ from activations.errors import (
     UnknownNameError,
 )
 from activations.layout import PLAN
-from activations.passes import CapturePass
+from activations.passes import CapturePass, PassSettings
 from activations.pipeline import Worker
 from activations.selection import RowSelection
 from activations.store import ActivationStore
@@ -145,7 +145,8 @@ def test_ctrl_c_keeps_what_is_written(text: TextSource, expected: dict[str, byte
     def interrupt(done: int, total: int | None) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(InterruptedRunError, match=r"Interrupted\. .* rows are committed .* to resume"):
+    stopped = pytest.raises(InterruptedRunError, match=r"Interrupted\. .* rows are committed .* to resume")
+    with pythons_own_sigint(), stopped:
         with_ray(FakeModel, text, tmp_path / "s.zarr", progress=interrupt)
     assert not (tmp_path / "s.zarr" / "lock").exists()
     store = ActivationStore.open(tmp_path / "s.zarr")
@@ -235,7 +236,7 @@ def planned(text: TextSource, tmp_path: Path) -> Iterator[Callable[[FakeModel], 
     """A store with its plan, and a worker for it with all its work."""
     with StoreWriter(tmp_path / "s.zarr", _spec(), {"text": {}, "max_tokens": None}, [RESID]) as writer:
         capture_id = writer.declare_hooks({RESID: (12,)}, {})
-        plan = CapturePass(FakeModel(), text, writer, capture_id, 600, 128, None)
+        plan = CapturePass(FakeModel(), PassSettings(text, writer, capture_id, 600, 128, None))
         planner = Worker("planner", plan._plan, plan._wind_down)
         planner.start()
         works = []

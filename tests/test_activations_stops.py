@@ -1,6 +1,5 @@
 """Whatever stops a run, a full disk, Ctrl-C or an error in any thread: it says so, lets go, and can be resumed."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_activations import FakeModel, FakePending, tree, write_text
+from helpers_activations import FakeModel, FakePending, pythons_own_sigint, tree, write_text
 from helpers_nursery import Ended, Nursery
 
 from activations import arrays
@@ -180,15 +179,6 @@ def check_interrupted(ended: Ended) -> str:
     else:
         assert ended.said["error"] == "KeyboardInterrupt"
     return str(ended.said["error"])
-
-
-@contextlib.contextmanager
-def pythons_own_sigint() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:

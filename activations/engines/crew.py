@@ -5,10 +5,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from activations.arrays import ObjectRecord
-from activations.passes import CapturePass, Progress
+from activations.passes import CapturePass, PassSettings
 from activations.source import HookedModel
-from activations.text import TextSource
-from activations.writer import StoreWriter
 
 if TYPE_CHECKING:
     from activations.engines.driver import DriverPass
@@ -34,15 +32,7 @@ class Crew(Protocol):
         """The model, or what stands for it: all of it but `forward_rows` works in the driver. Starts the workers."""
         ...
 
-    def run_pass(
-        self,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
+    def run_pass(self, settings: PassSettings) -> None:
         """Run the model over all rows that a capture lacks, and commit them; see `CapturePass.run`."""
         ...
 
@@ -83,16 +73,8 @@ class LocalCrew:
         assert self._made is not None
         return self._made
 
-    def run_pass(
-        self,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
-        CapturePass(self.model, text, writer, capture_id, max_tokens, batch_size, progress).run()
+    def run_pass(self, settings: PassSettings) -> None:
+        CapturePass(self.model, settings).run()
 
     def share(self, figures: Mapping[str, Any]) -> None:
         """There is nobody to give them to."""
@@ -132,18 +114,10 @@ class RemoteCrew:
         """Let workers finish what they write and answer None for the rest. Never raises; may be called again."""
         raise NotImplementedError
 
-    def run_pass(
-        self,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
+    def run_pass(self, settings: PassSettings) -> None:
         from activations.engines.driver import DriverPass
 
-        self.under_way = DriverPass(self, text, writer, capture_id, max_tokens, batch_size, progress)
+        self.under_way = DriverPass(self, settings)
         try:
             self.under_way.run()
         finally:

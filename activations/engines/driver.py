@@ -9,6 +9,7 @@
 """
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -17,11 +18,9 @@ from activations.engines.crew import Compute, RemoteCrew
 from activations.engines.worker import GroupWork, Job
 from activations.errors import InterruptedRunError
 from activations.layout import PLAN
-from activations.passes import CapturePass, Progress
-from activations.pipeline import Channel, Stopped, Worker
+from activations.passes import CapturePass, PassSettings
+from activations.pipeline import Channel, Worker
 from activations.storage import Storage
-from activations.text import TextSource
-from activations.writer import StoreWriter
 
 __all__ = ["DriverPass"]
 
@@ -29,62 +28,37 @@ __all__ = ["DriverPass"]
 class DriverPass(CapturePass):
     """A pass that is computed by a crew's workers."""
 
-    def __init__(
-        self,
-        crew: RemoteCrew,
-        text: TextSource | None,
-        writer: StoreWriter,
-        capture_id: str,
-        max_tokens: int | None,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
-        super().__init__(crew.model, text, writer, capture_id, max_tokens, batch_size, progress)
+    def __init__(self, crew: RemoteCrew, settings: PassSettings) -> None:
+        super().__init__(crew.model, settings)
         self.crew = crew
-        self.job = Job(uuid4().hex, _place(writer.storage), writer.spec, capture_id, batch_size)
-        done = writer.ledger.records[capture_id].values()
-        self.rows_before = sum(record.row_stop - record.row_start for record in done)
-        self.rows_committed = 0
+        writer = settings.writer
+        self.job = Job(uuid4().hex, _place(writer.storage), writer.spec, settings.capture_id, settings.batch_size)
+        self._rows_committed = 0
         self._finished: Channel[int] = Channel(len(crew.lanes))
         self._lanes_left = len(crew.lanes)
         self._lanes_lock = threading.Lock()
         self._stopping = False
-        self._stopped_by: BaseException | None = None
 
-    def run(self) -> None:
-        """Capture what is missing; whatever stops it, threads have ended and no worker writes when this returns."""
-        planner = Worker("planner", self._plan, self._wind_down)
-        lanes = [
-            Worker(f"lane {number}", partial(self._lane, compute), self._wind_down)
-            for number, compute in enumerate(self.crew.lanes)
+    def _threads(self) -> list[Worker]:
+        return [
+            *(
+                Worker(f"lane {number}", partial(self._lane, compute), self._wind_down)
+                for number, compute in enumerate(self.crew.lanes)
+            ),
+            Worker("planner", self._plan, self._wind_down),
         ]
-        own: BaseException | None = None
-        interrupts = self.writer.interrupts
-        with interrupts.stopping(self._wind_down):
-            try:
-                for worker in (planner, *lanes):
-                    worker.start()
-                for n_rows in self._finished:
-                    self.rows_committed += n_rows
-                    self._report()
-            except BaseException as error:
-                own = error
-                self._wind_down()
-            for worker in (*lanes, planner):
-                worker.join_fully()
-        if interrupts.noted and (own is None or isinstance(own, Stopped)):
-            own = KeyboardInterrupt()
-        self._clear_temporaries()
-        own = self._stopped_by or own
-        theirs = next((worker.error for worker in (*lanes, planner) if worker.error is not None), None)
-        if own is not None or theirs is not None:
-            self._raise(own, theirs)
-        self._report()
 
-    def stop(self, error: BaseException) -> None:
-        """End early from another thread; `run` raises the error."""
-        self._stopped_by = error
-        self._wind_down()
+    def _drive(self) -> None:
+        """Count what the lanes have done."""
+        for n_rows in self._finished:
+            self._rows_committed += n_rows
+            self._report()
+
+    def _join(self, threads: Sequence[Worker]) -> None:
+        """When this returns no worker writes any more."""
+        for thread in threads:
+            thread.join_fully()
+        self._clear_temporaries()
 
     def _lane(self, compute: Compute) -> None:
         try:
@@ -105,11 +79,9 @@ class DriverPass(CapturePass):
                 if not self._lanes_left:
                     self._finished.close()
 
-    def _report(self) -> None:
-        if self.progress is not None:
-            state = self.writer.plan_state
-            total = state.n_rows if state.complete else self.max_tokens
-            self.progress(self.rows_before + self.rows_committed, total)
+    @property
+    def _rows_done(self) -> int:
+        return self._rows_committed
 
     def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
         try:

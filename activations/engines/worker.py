@@ -19,7 +19,7 @@ from activations.batching import Window
 from activations.engines.crew import Objects
 from activations.layout import PLAN
 from activations.ledger import GroupRecord, Ledger
-from activations.passes import GROUPS_IN_FLIGHT, CapturePass
+from activations.passes import GROUPS_IN_FLIGHT, CapturePass, PassSettings
 from activations.pipeline import Channel, Stopped, Worker
 from activations.source import ChatTokens, HookedModel, ModelIdentity
 from activations.spec import CaptureSpec
@@ -128,13 +128,9 @@ class _WorkerPass(CapturePass):
     """A pass whose row groups arrive one by one, planned by somebody else."""
 
     def __init__(self, model: HookedModel, writer: StoreWriter, job: Job, inbox: "Channel[GroupWork]") -> None:
-        super().__init__(model, None, writer, job.capture_id, None, job.batch_size, None)
+        super().__init__(model, PassSettings(None, writer, job.capture_id, None, job.batch_size, None))
         self._inbox = inbox
         self._arrived: dict[int, list[Window]] = {}
-
-    def stop(self) -> None:
-        """End early, but let shards that are full be written."""
-        self._wind_down()
 
     def _wind_down(self) -> None:
         self._inbox.stop()

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations.capture import resolved_hooks, spec_of
+from activations.capture import check_numbers, resolved_hooks, spec_of
 from activations.layout import identity_fingerprint
 from activations.memory import MemoryActivations
-from activations.plan import TOKEN_COLUMNS, Windowing
+from activations.passes import windowing_of
+from activations.plan import TOKEN_COLUMNS
 from activations.source import ActivationBatch
 from activations.spec import StorageDtype
 from activations.store import TokenRows
 from activations.text import Document, TextSource, is_held_out
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.models.row_groups import PlannedWindows, RowGroup, RowGroups, on_host, planned
-from scope.models.rows import STORAGE, HostCopy
+from scope.models.rows import HostCopy
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
@@ -74,19 +75,13 @@ class LiveActivations:
         rows_per_group: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
-        if batch_size is not None and batch_size < 1:
-            raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
-        if dtype not in STORAGE:
-            raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(STORAGE)}.")
+        check_numbers(max_tokens, batch_size, dtype)
         if text.is_chats:
             raise InvalidInputError(
                 "Chats cannot be streamed; capture them into a store, which keeps whose turn it is."
             )
         text.check()
-        if not any(document.text.strip() for document in text.documents()):
-            raise InvalidInputError(f"There is no text in {', '.join(text.names)}: every document is empty.")
+        text.require_text()
         self.model, self.text, self.max_tokens = model, text, max_tokens
         self._shapes, self._aliases = resolved_hooks(model, hooks)
         self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
@@ -110,8 +105,7 @@ class LiveActivations:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the store that a capture with these settings makes: its rows are the same."""
-        text = {"fingerprint": self.text.fingerprint, "files": self.text.names, **self.text.settings}
-        settings = {"text": text, "max_tokens": self.max_tokens, "hooks_at_creation": list(self.hooks)}
+        settings = {"text": self.text.described, "max_tokens": self.max_tokens, "hooks_at_creation": list(self.hooks)}
         return identity_fingerprint({"spec": asdict(self.spec), **settings})
 
     @property
@@ -203,14 +197,7 @@ class LiveActivations:
         return f"LiveActivations({self.model.name!r}, {', '.join(self.text.names)}, hooks {', '.join(self.hooks)})"
 
     def _planned(self) -> Iterator[PlannedWindows]:
-        windowing = Windowing(
-            context_size=self.spec.context_size,
-            bos_token_id=self.spec.bos_token_id,
-            special_token_ids=self.model.special_token_ids,
-            rows_per_group=self.spec.rows_per_group,
-            max_tokens=self.max_tokens,
-            max_document_tokens=self.text.max_document_tokens,
-        )
+        windowing = windowing_of(self.spec, self.model, self.text, self.max_tokens)
         return planned(self.text, self.model.encode_documents, windowing)
 
     def _groups(self, start: int = 0) -> Iterator[RowGroup]:
@@ -253,9 +240,8 @@ class _HeldOutText(TextSource):
 def _device(wanted: str | torch.device | None, of_model: torch.device) -> torch.device:
     """The device that is meant, with its index: "cuda" alone is the model's, where that is on a GPU."""
     device = of_model if wanted is None else torch.device(wanted)
-    if device.type != of_model.type or device.index is not None:
-        return device
-    return of_model
+    is_models = device.type == of_model.type and device.index is None
+    return of_model if is_models else device
 
 
 def _as_batch(group: RowGroup, names: Mapping[str, str], start: int) -> ActivationBatch:
