@@ -26,7 +26,7 @@ from activations.passes import PassSettings, Progress, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
 from activations.source import ROLES, HookedModel
-from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, rows_per_group_for
+from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, require_sizes, rows_per_group_for
 from activations.storage import Storage, storage_at
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -154,7 +154,8 @@ class _Request(NamedTuple):
 
 def _captured(crew: Crew, request: _Request) -> CaptureReport:
     text, storage, append, max_tokens = request.text, request.storage, request.append, request.max_tokens
-    check_numbers(max_tokens, request.batch_size, request.dtype)
+    check_numbers(max_tokens, request.batch_size)
+    require_sizes(request.context_size, request.dtype, request.rows_per_group)
     manifest = existing_manifest(storage)
     entry = _appended(text, max_tokens, manifest, storage, append)
     _check_text(text, manifest, storage, entry)
@@ -208,14 +209,12 @@ def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def check_numbers(max_tokens: int | None, batch_size: int | None, dtype: str | None) -> None:
+def check_numbers(max_tokens: int | None, batch_size: int | None) -> None:
     """Raise `InvalidInputError` if one of these is out of range; None is always good."""
     if max_tokens is not None and max_tokens < 1:
         raise InvalidInputError(f"max_tokens is {max_tokens}; expected at least 1, or None for all of the text.")
     if batch_size is not None and batch_size < 1:
         raise InvalidInputError(f"batch_size is {batch_size}; expected at least 1 token.")
-    if dtype is not None and dtype not in DTYPE_BYTES:
-        raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
 
 
 def _appended(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from activations.errors import InvalidInputError, MismatchError
 
-__all__ = ["CaptureSpec", "StorageDtype", "fingerprint_of", "rows_per_group_for"]
+__all__ = ["CaptureSpec", "StorageDtype", "fingerprint_of", "require_sizes", "rows_per_group_for"]
 
 StorageDtype = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -25,6 +25,17 @@ def rows_per_group_for(widest_row_bytes: int) -> int:
     """The largest power of two R <= 65,536 with R x `widest_row_bytes` <= 128 MiB."""
     fitting = min(MAX_ROWS_PER_GROUP, max(1, MAX_SHARD_BYTES // widest_row_bytes))
     return 1 << (fitting.bit_length() - 1)
+
+
+def require_sizes(context_size: int | None, dtype: str | None, rows_per_group: int | None) -> None:
+    """Raise `InvalidInputError` if one of these cannot be a store's; None is always good."""
+    if context_size is not None and context_size < 2:
+        raise InvalidInputError(f"context_size is {context_size}; a window needs at least 2 tokens.")
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise InvalidInputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
+    rows = 1 if rows_per_group is None else rows_per_group
+    if not 1 <= rows <= MAX_ROWS_PER_GROUP or rows & (rows - 1):
+        raise InvalidInputError(f"rows_per_group is {rows}; expected a power of two from 1 to {MAX_ROWS_PER_GROUP:,}.")
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,7 @@ class CaptureSpec:
     """R: rows in a row group, a power of two up to 65,536."""
 
     def __post_init__(self) -> None:
-        if self.context_size < 2:
-            raise InvalidInputError(f"context_size is {self.context_size}; a window needs at least 2 tokens.")
-        if self.dtype not in DTYPE_BYTES:
-            raise InvalidInputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}.")
-        rows = self.rows_per_group
-        if not 1 <= rows <= MAX_ROWS_PER_GROUP or rows & (rows - 1):
-            raise InvalidInputError(
-                f"rows_per_group is {rows}; expected a power of two from 1 to {MAX_ROWS_PER_GROUP:,}."
-            )
+        require_sizes(self.context_size, self.dtype, self.rows_per_group)
 
     @property
     def fingerprint(self) -> str:

@@ -26,7 +26,7 @@ from activations.memory import MemoryActivations
 from activations.passes import windowing_of
 from activations.plan import TOKEN_COLUMNS
 from activations.source import ActivationBatch
-from activations.spec import StorageDtype
+from activations.spec import StorageDtype, require_sizes
 from activations.store import TokenRows
 from activations.text import Document, TextSource, is_held_out
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
@@ -75,7 +75,8 @@ class LiveActivations:
         rows_per_group: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        check_numbers(max_tokens, batch_size, dtype)
+        check_numbers(max_tokens, batch_size)
+        require_sizes(context_size, dtype, rows_per_group)
         if text.is_chats:
             raise InvalidInputError(
                 "Chats cannot be streamed; capture them into a store, which keeps whose turn it is."
