@@ -1,0 +1,215 @@
+"""`scope.attribution.methods`: each method against its definition, computed another way."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import one_thread, tiny_model
+from helpers_saes import make
+
+from scope.attribution.baselines import counterfactual, mean, zero
+from scope.attribution.methods import ERROR, METHODS, attribute
+from scope.attribution.targets import (
+    feature,
+    log_probability,
+    logit,
+    logit_difference,
+    loss,
+    projection,
+    single_token,
+)
+from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
+from scope.interventions import set_features
+from scope.saes.base import SAEMetadata
+
+__all__ = ["one_thread"]
+
+PROMPT = torch.tensor([2, 300, 310, 305, 320, 307])
+OTHER = torch.tensor([2, 300, 333, 305, 321, 307])
+KINDS = ["gemma3", "llama", "gpt2"]
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return tiny_model(request.param)
+
+
+def sae_at(model, hook, seed=0, k=5):
+    return make("topk", d_in=model.d_model, d_sae=40, k=k, seed=seed, metadata=SAEMetadata(hook_name=hook))
+
+
+def prompts(model):
+    if model.name.endswith("gpt2") or model.bos_token_id == 0:
+        return torch.tensor([0, 300, 310, 305, 320, 307]), torch.tensor([0, 300, 333, 305, 321, 307])
+    return PROMPT, OTHER
+
+
+def effects_of(result, hook):
+    rows = result.table[result.table["hook"] == hook]
+    return {(row.position, row.feature): row.effect for row in rows.itertuples()}
+
+
+@pytest.mark.parametrize("target", [logit(305), logit_difference(305, 310), log_probability(305), loss()])
+def test_patching_is_what_an_edit_of_one_feature_does(model, target):
+    prompt, _ = prompts(model)
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    result = attribute(model, prompt, target, sae, "activation_patching", zero(), batch_size=7)
+    found = effects_of(result, hook)
+
+    def value(edits=None):
+        logits = model.run(prompt, edits=edits).logits.float()
+        if target == loss():
+            return float(torch.nn.functional.cross_entropy(logits[:-1], prompt[1:]))
+        last = logits[-1]
+        return {
+            "logit of 305": last[305] - last.mean(),
+            "logit of 305 minus 310": last[305] - last[310],
+            "log-probability of 305": last.log_softmax(-1)[305],
+        }[target.name].item()
+
+    clean = value()
+    assert result.value == pytest.approx(clean, rel=1e-4, abs=1e-5)
+    features = [(p, f) for p, f in found if f != ERROR]
+    assert len(features) > 10
+    for position, number in features[::6]:
+        without = value({hook: set_features(sae, [number], 0.0, positions=[position])})
+        assert found[position, number] == pytest.approx(clean - without, abs=2e-5)
+
+
+def test_one_gradient_gives_all_nodes(model):
+    prompt, other = prompts(model)
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    result = attribute(model, prompt, logit_difference(305, 310), sae, "gradient_x_activation", zero())
+    run = model.run(prompt, saes=sae, splice="with_error", grad=True)
+    (run.logits[-1, 305] - run.logits[-1, 310]).backward()
+    f = run.features[hook]
+    expected = f.grad * f.detach()
+    for (position, number), effect in effects_of(result, hook).items():
+        if number != ERROR:
+            assert effect == pytest.approx(float(expected[position, number]), abs=1e-5)
+
+
+def test_integrated_gradients_are_complete(model):
+    prompt, other = prompts(model)
+    saes = [sae_at(model, "blocks.0.hook_resid_post"), sae_at(model, "blocks.1.hook_mlp_out", 1)]
+    for baseline in (counterfactual(other), zero()):
+        result = attribute(model, prompt, log_probability(305), saes, baseline=baseline, steps=100)
+        assert set(result.completeness) == {"blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"}
+        for hook, share in result.completeness.items():
+            spread = result.value - result.baseline_values[hook]
+            assert abs(share - 1) * abs(spread) < 2e-3, (hook, share, spread)
+
+
+def test_where_the_target_is_linear_all_methods_agree_with_patching(model):
+    prompt, other = prompts(model)
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    baseline = counterfactual(other)
+    expected = effects_of(
+        attribute(model, prompt, projection(hook, direction, 2), sae, "activation_patching", baseline), hook
+    )
+    assert any(abs(effect) > 1e-3 for effect in expected.values())
+    for method in set(METHODS) - {"activation_patching"}:
+        found = effects_of(attribute(model, prompt, projection(hook, direction, 2), sae, method, baseline), hook)
+        assert found.keys() == expected.keys()
+        for node, effect in found.items():
+            assert effect == pytest.approx(expected[node], rel=1e-4, abs=1e-5), (method, node)
+
+
+def test_eap_ig_moves_the_embeddings_of_the_whole_model():
+    """With one step the gradient is that at the midpoint of the two prompts' embeddings, computed here by hand."""
+    model = tiny_model("llama")
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    result = attribute(model, PROMPT, logit_difference(305, 310), sae, "eap_ig", counterfactual(OTHER), steps=1)
+    clean, there = (model.run(p, hooks=["hook_embed", hook]).activations for p in (PROMPT, OTHER))
+    middle = (clean["hook_embed"] + there["hook_embed"]) / 2
+    run = model.run(PROMPT, hooks=[hook], edits={"hook_embed": lambda value, context: middle[None]}, grad=True)
+    (run.logits[-1, 305] - run.logits[-1, 310]).backward()
+    change = sae.encode(clean[hook]) - sae.encode(there[hook])
+    expected = change * (run.activations[hook].grad @ sae.W_dec.T)
+    for (position, number), effect in effects_of(result, hook).items():
+        if number != ERROR and position:
+            assert effect == pytest.approx(float(expected[position, number]), abs=1e-5)
+
+
+def test_a_transcoder_is_attributed_where_it_writes():
+    model = tiny_model("gemma3")
+    metadata = SAEMetadata(hook_name="blocks.1.ln2.hook_out", hook_name_out="blocks.1.hook_mlp_out")
+    transcoder = make("transcoder", d_in=32, d_out=32, activation="topk", metadata=metadata)
+    result = attribute(model, PROMPT, logit(305), transcoder, "activation_patching", zero())
+    assert set(result.table["hook"]) == {"blocks.1.hook_mlp_out"}
+    position, number = next((p, f) for p, f in effects_of(result, "blocks.1.hook_mlp_out") if f != ERROR)
+    read = model.run(PROMPT, hooks=["blocks.1.ln2.hook_out"]).activations["blocks.1.ln2.hook_out"]
+    strength = transcoder.encode(read)[position, number]
+
+    def without(value, context):
+        value[0, position] -= strength * transcoder.W_dec[number]
+
+    logits = model.run(PROMPT, edits={"blocks.1.hook_mlp_out": without}).logits[-1]
+    clean = model.run(PROMPT).logits[-1]
+    drop = float((clean[305] - clean.mean()) - (logits[305] - logits.mean()))
+    assert effects_of(result, "blocks.1.hook_mlp_out")[position, number] == pytest.approx(drop, abs=2e-5)
+
+
+def test_baselines_put_nodes_where_they_say(model):
+    prompt, other = prompts(model)
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    nothing = attribute(model, prompt, logit(305), sae, "activation_patching", counterfactual(prompt))
+    assert nothing.table.empty
+    texts = [prompt, other]
+    result = attribute(model, prompt, logit(305), sae, "gradient_x_activation", mean(model, [sae], texts))
+    rows = torch.cat([model.run(p, hooks=[hook]).activations[hook][1:] for p in texts])
+    expected = sae.encode(rows).mean(0) * sae.decoder_norms
+    shown = result.table[result.table["feature"] != ERROR]
+    assert (shown["position"] > 0).all()
+    np.testing.assert_allclose(
+        shown["baseline_strength"], expected.detach().numpy()[shown["feature"]], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_several_targets_and_prompts_are_each_as_alone():
+    model = tiny_model("gemma3")
+    sae = sae_at(model, "blocks.1.hook_resid_post")
+    targets = [logit(305), feature(sae_at(model, "blocks.2.hook_resid_post", 3), 4, position=3)]
+    both = attribute(model, ["The cat sat", "He looked at the moon"], targets, sae)
+    assert [len(found) for found in both] == [2, 2]
+    alone = attribute(model, "He looked at the moon", targets[1], sae)
+    assert both[1][1].table.equals(alone.table)
+    assert both[1][1].value == alone.value
+
+
+def test_a_feature_as_a_target_is_its_strength_where_it_fires():
+    model = tiny_model("gemma3")
+    sae = sae_at(model, "blocks.1.hook_resid_post")
+    x = model.run(PROMPT, hooks=[sae.hook_name]).activations[sae.hook_name]
+    features = sae.encode(x)
+    number = int(features[3].argmax())
+    found = attribute(model, PROMPT, feature(sae, number, 3), sae_at(model, "blocks.0.hook_resid_post", 2))
+    assert found.value == pytest.approx(float(features[3, number] * sae.decoder_norms[number]), rel=1e-4)
+
+
+def test_bad_input_is_answered_before_anything_runs():
+    model = tiny_model("gemma3")
+    sae = sae_at(model, "blocks.1.hook_resid_post")
+    with pytest.raises(UnknownNameError, match="integrated_gradients"):
+        attribute(model, PROMPT, logit(305), sae, "integrated_gradient")
+    with pytest.raises(OutOfRangeError, match="6 tokens"):
+        attribute(model, PROMPT, logit(305, position=6), sae)
+    with pytest.raises(OutOfRangeError, match="vocabulary"):
+        attribute(model, PROMPT, logit(model.d_vocab), sae)
+    with pytest.raises(InvalidInputError, match="a target is one token"):
+        single_token(model, "xylophone quartz")
+    with pytest.raises(OutOfRangeError):
+        feature(sae, 40)
+    with pytest.raises(MismatchError, match="has 3 dimensions"):
+        attribute(model, PROMPT, projection(sae.hook_name, torch.ones(3)), sae)
+    with pytest.raises(MismatchError, match="line up"):
+        attribute(model, PROMPT, logit(305), sae, baseline=counterfactual(PROMPT[:4]))
+    with pytest.raises(MismatchError, match="width"):
+        attribute(model, PROMPT, logit(305), make("topk", d_in=12, metadata=SAEMetadata(hook_name=sae.hook_name)))
+    with pytest.raises(InvalidInputError, match="No SAE"):
+        attribute(model, PROMPT, logit(305), [])
