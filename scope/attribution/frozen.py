@@ -1,0 +1,455 @@
+"""The model on one prompt with attention patterns and norm denominators held fixed: linear in the residual stream.
+
+With them fixed, everything between what a layer's MLP writes and what a later layer's MLP reads is a linear map
+(Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Ameisen et al. 2025, "Circuit Tracing",
+section 3, whose local replacement model this is the linear part of):
+
+    mid_l  = pre_l + P_l(W_O A_l W_V N1_l(pre_l))        A_l the attention pattern, N a norm divided by its actual
+    post_l = mid_l + mlp_out_l                            denominator, P the norm behind attention where there is one
+    pre_{l+1} = post_l
+
+`FrozenModel.pull_back` runs this map backwards: from a direction at what a layer reads (or at the logits) to the
+gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
+gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
+
+1. `freeze` runs the prompt once. An attention function of our own records rotated queries and keys; handlers record
+   the denominators of norms and what every layer wrote.
+2. The pattern of a layer is made from queries and keys when it is needed, in chunks of queries, and kept where it is
+   small: nothing of size tokens x tokens is kept for a long prompt.
+3. `pull_back` takes many directions at once, each from its own position, and never looks at later positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scope.errors import InvalidInputError
+from scope.models.hooks import HookPoint
+from scope.models.losses import final_norm_gain
+from scope.models.taps import tapped
+
+__all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen", "freeze"]
+
+IMPLEMENTATION = "scope_frozen"
+"""Under this name transformers knows the attention function that records."""
+PATTERN_BYTES = 2**28
+"""Attention patterns of all layers together that are kept; more are made anew each time."""
+QUERY_CHUNK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenNorm:
+    """x -> gain (x - mean x) / denominator, the mean only for a LayerNorm, the denominator as it was."""
+
+    gain: Float[Tensor, " d_model"]
+    denominator: Float[Tensor, " seq"]
+    centred: bool
+    bias: Float[Tensor, " d_model"] | None
+
+    def __call__(self, x: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
+        """The norm of the rows of some positions, without its bias."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x * self.gain / self.denominator[rows, None]
+
+    def backward(self, gradient: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
+        """The gradient at the norm's input."""
+        gradient = gradient * self.gain / self.denominator[rows, None]
+        return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
+
+
+@dataclass(eq=False)
+class FrozenAttention:
+    """One layer's attention with its pattern fixed."""
+
+    query: Float[Tensor, "n_heads seq d_head"]
+    """As they meet the keys: normed and rotated."""
+    key: Float[Tensor, "n_kv_heads seq d_head"]
+    mask: Float[Tensor, "seq seq"] | None
+    """What is added to the scores; None for causal attention without a window."""
+    scaling: float
+    softcap: float | None
+    W_V: Float[Tensor, "n_kv_heads d_head d_model"]
+    b_V: Float[Tensor, "n_kv_heads d_head"] | None
+    W_O: Float[Tensor, "n_heads d_model d_head"]
+    b_O: Float[Tensor, " d_model"] | None
+    keep: bool = False
+    """Whether the pattern is kept once made."""
+    _pattern: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return len(self.query) // len(self.key)
+
+    def scores(self, rows: slice) -> Float[Tensor, "n_heads n seq"]:
+        """Pre-softmax scores of some queries with every key up to the last of them, mask included, float32."""
+        return _scores(self.query, self.key, self.mask, self.scaling, self.softcap, rows)
+
+    def pattern(self, rows: slice) -> Float[Tensor, "n_heads n seq"]:
+        """Attention from some positions to every one up to the last of them."""
+        if self._pattern is not None:
+            return self._pattern[:, rows, : rows.stop]
+        made = self.scores(rows).softmax(-1)
+        if self.keep and rows.start == 0 and rows.stop == self.query.shape[1]:
+            self._pattern = made
+        return made
+
+    def backward(self, gradient: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n d_model"]:
+        """From the gradient at W_O's output on the first n positions to that at W_V's input there."""
+        n = gradient.shape[1]
+        batch = len(gradient)
+        into_heads = torch.einsum("bqd,hde->hbqe", gradient, self.W_O)
+        at_values = into_heads.new_zeros(len(self.key), n, batch * into_heads.shape[-1])
+        if self.keep and self._pattern is None:
+            self.pattern(slice(0, self.query.shape[1]))
+        for start in range(0, n, QUERY_CHUNK):
+            rows = slice(start, min(n, start + QUERY_CHUNK))
+            pattern = self.pattern(rows).to(gradient.dtype)  # (h, q, k)
+            heads = into_heads[:, :, rows].permute(0, 2, 1, 3).flatten(2)  # (h, q, b e)
+            grouped = (pattern.mT @ heads).unflatten(0, (len(self.key), self.group)).sum(1)
+            at_values[:, : rows.stop] += grouped
+        values = at_values.view(len(self.key), n, batch, -1)
+        return torch.einsum("hkbe,hed->bkd", values, self.W_V)
+
+
+def _scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, rows: slice
+) -> Float[Tensor, "n_heads n seq"]:
+    end = rows.stop
+    scores = (query[:, rows] @ key[:, :end].repeat_interleave(len(query) // len(key), 0).mT).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        return scores + mask[rows, :end].float()
+    places = torch.arange(rows.start, end, device=scores.device)
+    later = torch.arange(end, device=scores.device)[None] > places[:, None]
+    return scores.masked_fill(later, float("-inf"))
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenLayer:
+    """The linear part of one layer, and what its MLP wrote."""
+
+    ln1: FrozenNorm
+    attention: FrozenAttention
+    ln1_post: FrozenNorm | None
+    ln2: FrozenNorm
+    mlp_out: Float[Tensor, "seq d_model"]
+    """What the layer's MLP added to the residual stream."""
+
+
+class Pulled(NamedTuple):
+    """Gradients of some directions at one place of the residual stream."""
+
+    layer: int
+    """-1 for the embeddings."""
+    where: Literal["mlp_out", "attn_out", "embedding"]
+    """What was written there."""
+    gradient: Float[Tensor, "n rows d_model"]
+    """On the first `rows` positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenModel:
+    """A model on one prompt, linear but for its MLPs."""
+
+    model: Any
+    tokens: Int[Tensor, " seq"]
+    embedding: Float[Tensor, "seq d_model"]
+    """What the residual stream starts with, positions included."""
+    layers: tuple[FrozenLayer, ...]
+    final_norm: FrozenNorm
+    final: Float[Tensor, "seq d_model"]
+    """The residual stream into the final norm."""
+    skips: Mapping[int, Float[Tensor, "d_model d_model"]]
+    """Per layer a linear part from what its MLP reads (`ln2`'s output) to what it writes: a skip transcoder's."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def at_mlp_input(self, layer: int, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Tensor:
+        """Directions at what the MLP of a layer reads, as gradients at the residual stream before its norm."""
+        norm = self.layers[layer].ln2
+        scaled = directions * norm.gain / norm.denominator[positions, None]
+        return scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled
+
+    def at_logits(self, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Float[Tensor, "n d_model"]:
+        """Directions at what the unembedding reads, as gradients at the residual stream before the final norm."""
+        norm = self.final_norm
+        scaled = directions * norm.gain / norm.denominator[positions, None]
+        return scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled
+
+    def pull_back(
+        self,
+        layers: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        gradients: Float[Tensor, "n d_model"],
+    ) -> Iterator[Pulled]:
+        """Run directions back through the model.
+
+        Args:
+            layers: the layer of each direction; n_layers for the logits.
+            positions: the position of each.
+            gradients: at the residual stream between attention and MLP of that layer (`at_mlp_input`), or before the
+                final norm (`at_logits`).
+
+        Yields:
+            From the last layer to the first the gradients at what its MLP wrote, then at what its attention wrote, and
+            last of all at the embeddings. A tensor that was given is overwritten when the next is asked for.
+        """
+        rows = int(positions.max()) + 1
+        n = len(self.layers)
+        now = gradients.new_zeros(len(gradients), rows, gradients.shape[1])
+        runs = torch.arange(len(gradients), device=gradients.device)
+        top = int(layers.max())
+
+        def inject(layer: int) -> None:
+            here = layers == layer
+            if bool(here.any()):
+                now[runs[here], positions[here]] += gradients[here]
+
+        inject(n)
+        for layer in range(min(top, n - 1), -1, -1):
+            if layer < top:
+                yield Pulled(layer, "mlp_out", now)
+            if layer in self.skips:
+                part = slice(0, rows)
+                now += self.layers[layer].ln2.backward(now @ self.skips[layer], part)
+            inject(layer)
+            yield Pulled(layer, "attn_out", now)
+            self._through_attention(layer, now)
+        yield Pulled(-1, "embedding", now)
+
+    def _through_attention(self, layer: int, gradient: Float[Tensor, "n rows d_model"]) -> None:
+        """Add what reaches the residual stream before a layer's attention through it."""
+        part = slice(0, gradient.shape[1])
+        frozen = self.layers[layer]
+        written = gradient if frozen.ln1_post is None else frozen.ln1_post.backward(gradient, part)
+        gradient += frozen.ln1.backward(frozen.attention.backward(written), part)
+
+    def attention_constants(self) -> list[Float[Tensor, "seq d_model"]]:
+        """Per layer what the biases of its attention, and of the norm before it, add to the residual stream.
+
+        A part of every target's sum beside its edges, as no node stands for it.
+        """
+        found = []
+        rows = slice(0, self.n_tokens)
+        for frozen in self.layers:
+            attention = frozen.attention
+            values = torch.zeros(attention.W_V.shape[:2], device=frozen.mlp_out.device)
+            if attention.b_V is not None:
+                values = values + attention.b_V
+            if frozen.ln1.bias is not None:
+                values = values + attention.W_V @ frozen.ln1.bias
+            # A pattern's rows sum to 1: a constant value comes out of every query as it went in.
+            per_head = values.repeat_interleave(attention.group, 0)
+            written = torch.einsum("he,hde->d", per_head, attention.W_O).expand_as(frozen.mlp_out)
+            if attention.b_O is not None:
+                written = written + attention.b_O
+            if frozen.ln1_post is not None:
+                written = frozen.ln1_post(written, rows)
+            found.append(written)
+        return found
+
+
+def freeze(
+    model: Any, tokens: Int[Tensor, " seq"], extra_hooks: Sequence[str] = ()
+) -> tuple[FrozenModel, dict[str, Float[Tensor, "seq width"]]]:
+    """Run a prompt once and hold its attention patterns and norm denominators.
+
+    Args:
+        model: a `scope.models.LanguageModel`.
+        tokens: the prompt's tokens.
+        extra_hooks: further hooks whose activations are wanted, such as what transcoders read.
+
+    Returns:
+        The frozen model, and the activations of `extra_hooks`, float32.
+
+    Raises:
+        InvalidInputError: an architecture whose attention is not transformers' attention interface.
+    """
+    layout = model.layout
+    recorded: dict[int, dict[str, Any]] = {}
+    seen: dict[str, Tensor] = {}
+    denominators: dict[str, Tensor] = {}
+    family = layout.family
+    after_attention = "attn.hook_out" if family.ln1_post else None
+    norms = ["hook_resid_pre", *([after_attention] if after_attention else []), "hook_mlp_in"]
+    wanted = ["hook_embed", *(["hook_pos_embed"] if family.pos_embed else [])]
+    wanted += [f"blocks.{i}.hook_mlp_out" for i in range(layout.n_layers)]
+    last = f"blocks.{layout.n_layers - 1}.hook_resid_post"
+    names = [f"blocks.{i}.{name}" for i in range(layout.n_layers) for name in norms]
+    table = model.hook_table
+
+    def handler(name: str) -> Any:
+        def at(value: Tensor) -> None:
+            row = value[0].flatten(1)
+            if name in names or name == last:
+                denominators[name] = _denominator(row, family.centred_norm, _eps(model, name))
+            if name in keep:
+                seen[name] = row.float().clone()
+
+        return at
+
+    keep = {*wanted, last, *(table[name].name for name in extra_hooks)}
+    ordered = sorted({*names, *keep}, key=table.rank)
+    handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in ordered}
+    with torch.no_grad(), model.lock, _recording(model, recorded), tapped(model.hf, handlers, stop=False):
+        model.hidden_states(tokens[None])
+    if len(recorded) != layout.n_layers:
+        raise InvalidInputError(
+            f"The attention of {type(model.hf).__name__} cannot be frozen: it does not go through transformers' "
+            "attention interface."
+        )
+    size = 4 * layout.n_layers * layout.n_heads * len(tokens) ** 2
+    layers = tuple(
+        _layer(model, index, recorded[index], denominators, seen, size <= PATTERN_BYTES)
+        for index in range(layout.n_layers)
+    )
+    embedding = seen["hook_embed"] + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
+    norm = model.hf.get_submodule(layout.module(family.final_norm))
+    final = FrozenNorm(
+        final_norm_gain(model).detach().float(),
+        denominators[last],
+        family.centred_norm,
+        None if getattr(norm, "bias", None) is None else norm.bias.detach().float(),
+    )
+    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {})
+    return frozen, {name: seen[table[name].name] for name in extra_hooks}
+
+
+def _eps(model: Any, name: str) -> float:
+    norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
+def _denominator(x: Float[Tensor, "seq d_model"], centred: bool, eps: float) -> Float[Tensor, " seq"]:
+    x = x.float()
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return (x.square().mean(-1) + eps).sqrt()
+
+
+def _layer(
+    model: Any, index: int, recorded: dict[str, Any], denominators: Mapping[str, Tensor], seen: Any, keep: bool
+) -> FrozenLayer:
+    layout, family = model.layout, model.layout.family
+    block = f"blocks.{index}."
+
+    def norm(relative: str, hook: str) -> FrozenNorm:
+        module = model.hf.get_submodule(layout.layer(index, relative))
+        gain = module.weight.detach().float() + (1.0 if family.gain_offset else 0.0)
+        bias = getattr(module, "bias", None)
+        return FrozenNorm(gain, denominators[block + hook], family.centred_norm, None if bias is None else bias.float())
+
+    W_V, b_V = _projection(model, index, "v")
+    W_O, b_O = _projection(model, index, "o")
+    attention = FrozenAttention(
+        recorded["query"],
+        recorded["key"],
+        recorded["mask"],
+        recorded["scaling"],
+        recorded["softcap"],
+        W_V.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
+        None if b_V is None else b_V.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
+        W_O.unflatten(1, (layout.n_heads, layout.d_head)).permute(1, 0, 2).contiguous(),
+        b_O,
+        keep,
+    )
+    post = norm(family.ln1_post, "attn.hook_out") if family.ln1_post else None
+    mlp_out = seen[f"{block}hook_mlp_out"]
+    return FrozenLayer(norm(family.ln1, "hook_resid_pre"), attention, post, norm(family.ln2, "hook_mlp_in"), mlp_out)
+
+
+def _projection(model: Any, index: int, which: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias of v or o, float32: Linear's, or GPT-2's Conv1D's, which is transposed."""
+    layout, family = model.layout, model.layout.family
+    fused = which == "v" and len(family.qkv) == 1
+    path = family.o if which == "o" else family.qkv[0 if fused else 2]
+    module = model.hf.get_submodule(layout.layer(index, path))
+    weight = module.weight.detach().float()
+    weight = weight if isinstance(module, torch.nn.Linear) else weight.T
+    bias = None if module.bias is None else module.bias.detach().float()
+    if fused:
+        start = (layout.n_heads + layout.n_key_value_heads) * layout.d_head
+        weight, bias = weight[start:], None if bias is None else bias[start:]
+    return weight, bias
+
+
+@contextmanager
+def _recording(model: Any, into: dict[int, dict[str, Any]]) -> Iterator[None]:
+    """Within it the model's attention keeps its queries, keys and masks in `into`, by layer."""
+    masks: dict[int, Tensor] = {}
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        scaling, softcap = options.get("scaling"), options.get("softcap")
+        mask = None
+        if attention_mask is not None:
+            mask = masks.setdefault(id(attention_mask), attention_mask[0, 0, :, : key.shape[2]])
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # The mask as it came is kept too, so that no other gets its id.
+        into[module.layer_idx] = {
+            "query": query[0],
+            "key": key[0],
+            "mask": mask,
+            "scaling": scaling,
+            "softcap": softcap,
+            "given": attention_mask,
+        }
+        return _attended(lambda rows: _scores(query[0], key[0], mask, scaling, softcap, rows).softmax(-1), value), None
+
+    with _own_attention(model, attention):
+        yield
+
+
+@contextmanager
+def attention_as_frozen(frozen: FrozenModel) -> Iterator[None]:
+    """Within it the model attends as it did on the frozen prompt, whatever queries and keys it has; values are live.
+
+    For runs of the prompt itself, or of prompts of as many tokens.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        return _attended(frozen.layers[module.layer_idx].attention.pattern, value), None
+
+    with frozen.model.lock, _own_attention(frozen.model, attention):
+        yield
+
+
+def _attended(pattern: Callable[[slice], Tensor], value: Float[Tensor, "batch n_kv_heads seq d_head"]) -> Tensor:
+    """pattern @ value, as transformers wants it: (batch, seq, n_heads, d_head)."""
+    n = value.shape[2]
+    parts = []
+    for start in range(0, n, QUERY_CHUNK):
+        rows = slice(start, min(n, start + QUERY_CHUNK))
+        made = pattern(rows).to(value.dtype)
+        values = value[:, :, : rows.stop].repeat_interleave(len(made) // value.shape[1], 1)
+        parts.append(made @ values)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def _own_attention(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Within it the model's attention is a function of ours, of transformers' attention interface."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(IMPLEMENTATION, function)
+    AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.hf.set_attn_implementation(before)

@@ -1,0 +1,506 @@
+"""`build_graph`: the circuit behind a prompt's next token, as a graph of exact linear effects.
+
+In the local replacement model (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
+section 3) every MLP is a transcoder plus an error node, attention patterns and norm denominators are fixed. A node's
+value is then a sum over everything written before it:
+
+    pre-activation of feature t = Σ_s a_s (d_s . g_ts) + errors + embeddings + biases
+    edge s -> t                 = a_s d_s . g_ts
+
+with a_s the activation of feature s, d_s its decoder row, and g_ts the encoder column of t pulled back through the
+frozen model to what the layer of s writes at the position of s (`scope.attribution.frozen`). Doubling s changes t by
+the edge's weight. A logit node is a token's logit relative to the mean over the vocabulary.
+
+1. `_read` runs the prompt once: all firing features, their decoder rows, errors, embeddings, the likeliest next tokens.
+2. Logits are expanded first, that is, all their edges are computed. Then, in rounds, the features with the most
+   influence on the logits through what is known so far, until there are `max_features` of them.
+3. Edges are kept by target, the largest first, `edges_per_target` of them: there is never a dense matrix.
+
+What BOS makes of the MLP is an error node: no dictionary is trained on it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scope.attribution.baselines import hooks_of, node_values
+from scope.attribution.frozen import FrozenModel, freeze
+from scope.attribution.influence import influences
+from scope.attribution.targets import single_token
+from scope.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+__all__ = ["CircuitGraph", "GraphSettings", "build_graph"]
+
+KINDS = ("embedding", "error", "feature", "logit")
+Progress = Callable[[str, int, int | None], None]
+POSITION_CHUNK = 256
+"""Positions whose decoder rows are gathered at once."""
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """What a graph is built with."""
+
+    max_features: int = 4096
+    """Feature nodes that are expanded, at most; those with the most influence on the logits."""
+    max_logits: int = 10
+    """Next tokens to explain, at most."""
+    logit_share: float = 0.95
+    """The likeliest next tokens are explained until they have this share of the probability."""
+    edges_per_target: int = 4096
+    """Edges kept of each node's incoming ones, the largest first."""
+    batch_size: int = 64
+    """Targets expanded at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_logits", "edges_per_target", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        if self.max_features < 0 or not 0 < self.logit_share <= 1:
+            raise InvalidInputError(
+                f"max_features is {self.max_features} and logit_share {self.logit_share}; expected 0 or more, and a "
+                "share above 0 and at most 1."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitGraph:
+    """A circuit: nodes, and the effects between them."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    """The prompt's tokens as they read."""
+    token_ids: tuple[int, ...]
+    nodes: "pd.DataFrame"
+    """node, kind ("embedding", "error", "feature", "logit"), layer (-1 for embeddings, n_layers for logits), position,
+    feature (the feature's id, a logit's token id, else -1), activation (a feature's, in its transcoder's units; a
+    logit's centred value; the norm of an error or embedding), label, probability (of logits), influence (share of the
+    logits that goes through the node), total_in (Σ |edge| of all incoming edges, kept or not), bias (what biases
+    add to the node), value (what it was: pre-activation without b_enc, or centred logit)."""
+    source: "np.ndarray"
+    """int32 `(n_edges,)`: node that an edge comes from."""
+    target: "np.ndarray"
+    """int32 `(n_edges,)`: node that it goes to."""
+    weight: "np.ndarray"
+    """float32 `(n_edges,)`: what the target would lose without the source."""
+    n_layers: int
+    n_active: int
+    """Features that fire on the prompt, in all."""
+    model_name: str
+    settings: GraphSettings
+
+    def edges(self) -> "pd.DataFrame":
+        """Columns source, target, weight: by target, the largest first."""
+        import pandas as pd
+
+        return pd.DataFrame({"source": self.source, "target": self.target, "weight": self.weight})
+
+    @property
+    def logit_weights(self) -> "np.ndarray":
+        """float64 `(n_nodes,)`: each logit node's probability as a share of all of theirs; 0 for other nodes."""
+        weights = self.nodes["probability"].fillna(0.0).to_numpy(dtype="float64")
+        return weights / weights.sum()
+
+    def __repr__(self) -> str:
+        counts = self.nodes["kind"].value_counts()
+        words = ", ".join(f"{counts.get(kind, 0):,} {kind}" for kind in KINDS)
+        return f"CircuitGraph({self.prompt[:40]!r}: {words} nodes, {len(self.weight):,} edges)"
+
+
+class _Firing(NamedTuple):
+    """The features of one layer that fire."""
+
+    position: Int[Tensor, " n"]
+    feature: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """A prompt, read once: everything that edges are made of."""
+
+    frozen: FrozenModel
+    transcoders: Mapping[int, Any]
+    firing: Mapping[int, _Firing]
+    errors: Mapping[int, Float[Tensor, "seq d_model"]]
+    first_feature: Mapping[int, int]
+    """Number of a layer's first feature source; sources are embeddings, errors by layer, features by layer."""
+    attention_biases: list[Float[Tensor, "seq d_model"]]
+    mlp_biases: Mapping[int, Float[Tensor, " d_model"]]
+    """Per transcoder what it writes whatever fires."""
+    logit_ids: Int[Tensor, " n"]
+    logit_probabilities: Float[Tensor, " n"]
+    logit_values: Float[Tensor, " n"]
+    mean_unembedding: Float[Tensor, " d_model"]
+
+    @property
+    def n_sources(self) -> int:
+        return self.n_fixed + sum(len(firing.feature) for firing in self.firing.values())
+
+    @property
+    def n_fixed(self) -> int:
+        """Embeddings and errors."""
+        return self.frozen.n_tokens * (1 + len(self.frozen.layers))
+
+
+def build_graph(
+    model: Any,
+    prompt: Any,
+    transcoders: Sequence[Any],
+    settings: GraphSettings | None = None,
+    *,
+    targets: Sequence[int | str] = (),
+    progress: Progress | None = None,
+) -> CircuitGraph:
+    """Explain a prompt's next token.
+
+    Args:
+        model: a `scope.models.LanguageModel`.
+        prompt: a text, chat messages or token ids.
+        transcoders: from `ln2.hook_out` to `hook_mlp_out` of a layer, each; a layer without one has an error node only.
+        settings: see `GraphSettings`.
+        targets: next tokens to explain; by default the likeliest.
+        progress: called with (what is done, how much, of how much).
+
+    Raises:
+        InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere.
+        MismatchError: a transcoder has another width than the model.
+    """
+    settings = settings or GraphSettings()
+    tell = progress or (lambda step, done, total: None)
+    tokens = model.prompt_tokens(prompt)
+    by_layer = _by_layer(model, transcoders)
+    wanted = [single_token(model, token) for token in targets]
+    tell("reading the prompt", 0, None)
+    with torch.no_grad():
+        read = _read(model, tokens, by_layer, settings, wanted)
+        work = _Expansion(read, settings)
+        work.run(tell)
+        return work.graph(prompt if isinstance(prompt, str) else "", settings)
+
+
+def _by_layer(model: Any, transcoders: Sequence[Any]) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    for transcoder in transcoders:
+        reads, writes = hooks_of(model, transcoder)
+        layer = int(reads.split(".")[1]) if reads.startswith("blocks.") else -1
+        if (reads, writes) != (f"blocks.{layer}.ln2.hook_out", f"blocks.{layer}.hook_mlp_out"):
+            raise InvalidInputError(
+                f"A graph takes transcoders from an MLP's input to its output, such as blocks.3.ln2.hook_out to "
+                f"blocks.3.hook_mlp_out; this one reads {reads} and writes {writes}."
+            )
+        if layer in found:
+            raise InvalidInputError(f"Two transcoders are of layer {layer}; give one a layer.")
+        found[layer] = transcoder
+    if not found:
+        raise InvalidInputError("A graph needs at least one transcoder, better one for every layer.")
+    return dict(sorted(found.items()))
+
+
+def _read(
+    model: Any, tokens: Int[Tensor, " seq"], transcoders: Mapping[int, Any], settings: GraphSettings, wanted: list[int]
+) -> _Prompt:
+    frozen, seen = freeze(model, tokens, [f"blocks.{layer}.ln2.hook_out" for layer in transcoders])
+    has_bos = bool(model.bos_mask(tokens[None])[0, 0])
+    firing, errors, skips = {}, {}, {}
+    mlp_biases = {}
+    for layer, frozen_layer in enumerate(frozen.layers):
+        errors[layer] = frozen_layer.mlp_out
+        if layer not in transcoders:
+            continue
+        transcoder = transcoders[layer]
+        x = seen[f"blocks.{layer}.ln2.hook_out"]
+        features, errors[layer] = node_values(transcoder, x, frozen_layer.mlp_out, has_bos)
+        mlp_biases[layer] = transcoder.b_dec.detach().float().to(x.device)
+        skip = getattr(transcoder, "W_skip", None)
+        if skip is not None:
+            skips[layer] = skip.detach().float().to(x.device)
+            errors[layer] = errors[layer] - x @ skips[layer].T
+            norm_bias = frozen_layer.ln2.bias
+            if norm_bias is not None:
+                mlp_biases[layer] = mlp_biases[layer] + skips[layer] @ norm_bias
+        position, feature = features.nonzero(as_tuple=True)
+        firing[layer] = _Firing(position, feature, features[position, feature])
+    first, number = {}, len(tokens) * (1 + len(frozen.layers))
+    for layer, there in firing.items():
+        first[layer] = number
+        number += len(there.feature)
+    frozen = FrozenModel(**{**vars(frozen), "skips": skips})
+    ids, probabilities, values, mean = _logits(model, frozen, settings, wanted)
+    attention_biases = frozen.attention_constants()
+    return _Prompt(
+        frozen, transcoders, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
+    )
+
+
+def _logits(
+    model: Any, frozen: FrozenModel, settings: GraphSettings, wanted: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, probabilities and centred logits of the tokens to explain, and the mean row of W_U."""
+    hidden = frozen.final_norm(frozen.final[-1:], slice(frozen.n_tokens - 1, frozen.n_tokens))[0]
+    if frozen.final_norm.bias is not None:
+        hidden = hidden + frozen.final_norm.bias
+    logits = torch.nn.functional.linear(hidden, model.W_U.float())
+    head = model.hf.get_submodule(model.layout.head)
+    if getattr(head, "bias", None) is not None:
+        logits = logits + head.bias.float()
+    cap = model.layout.final_logit_softcapping
+    probabilities = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
+    if wanted:
+        ids = torch.tensor(wanted, device=logits.device)
+    else:
+        share, ids = probabilities.topk(min(settings.max_logits, len(logits)))
+        enough = int((share.cumsum(0) < settings.logit_share).sum()) + 1
+        ids = ids[:enough]
+    mean = model.W_U.mean(0, dtype=torch.float32)
+    return ids, probabilities[ids], logits[ids] - logits.mean(), mean
+
+
+class _Expansion:
+    """Edges of one prompt's nodes, a batch of targets at a time."""
+
+    def __init__(self, read: _Prompt, settings: GraphSettings) -> None:
+        self.read, self.settings = read, settings
+        self.targets: list[int] = []
+        """What has been expanded, in order: logits as n_sources + number, features as their source."""
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        """Per target (sources, weights)."""
+        self.totals: list[float] = []
+        self.biases: list[float] = []
+        self.values: list[float] = []
+        layers, places, ids, values = [], [], [], []
+        for layer, firing in read.firing.items():
+            layers.append(torch.full_like(firing.feature, layer))
+            places.append(firing.position)
+            ids.append(firing.feature)
+            values.append(firing.activation)
+        self.layer, self.position, self.feature = (torch.cat(part) for part in (layers, places, ids))
+        self.activation = torch.cat(values)
+
+    def run(self, tell: Progress) -> None:
+        read, settings = self.read, self.settings
+        n_logits, n_features = len(read.logit_ids), len(self.feature)
+        budget = min(settings.max_features, n_features)
+        last = read.frozen.n_tokens - 1
+        directions = read.frozen.model.W_U[read.logit_ids].float() - read.mean_unembedding
+        places = torch.full((n_logits,), last, device=directions.device)
+        gradients = read.frozen.at_logits(directions, places)
+        self._expand(
+            [read.n_sources + number for number in range(n_logits)],
+            torch.full((n_logits,), len(read.frozen.layers), device=places.device),
+            places,
+            gradients,
+            read.logit_values.tolist(),
+            self._logit_biases(directions),
+        )
+        done = torch.zeros(n_features, dtype=torch.bool, device=places.device)
+        while int(done.sum()) < budget:
+            tell("expanding features", int(done.sum()), budget)
+            influence = self.influence()[read.n_fixed : read.n_sources]
+            influence = influence.to(done.device).masked_fill(done, -1.0)
+            left = budget - int(done.sum())
+            n = min(left, max(settings.batch_size, budget // 8))
+            chosen = influence.topk(n).indices.sort().values
+            done[chosen] = True
+            for start in range(0, n, settings.batch_size):
+                self._expand_features(chosen[start : start + settings.batch_size])
+        tell("expanding features", budget, budget)
+
+    def _logit_biases(self, directions: Tensor) -> list[float]:
+        norm, head = self.read.frozen.final_norm, self.read.frozen.model
+        own = torch.zeros(len(directions), device=directions.device)
+        if norm.bias is not None:
+            own = own + directions @ norm.bias
+        bias = getattr(head.hf.get_submodule(head.layout.head), "bias", None)
+        if bias is not None:
+            own = own + bias[self.read.logit_ids].float() - bias.float().mean()
+        return own.tolist()
+
+    def _expand_features(self, chosen: Int[Tensor, " n"]) -> None:
+        read = self.read
+        layers, places, ids = self.layer[chosen], self.position[chosen], self.feature[chosen]
+        columns = torch.empty(len(chosen), read.frozen.embedding.shape[1], device=places.device)
+        offsets = torch.zeros(len(chosen), device=places.device)
+        for layer in layers.unique().tolist():
+            here = layers == layer
+            transcoder = read.transcoders[layer]
+            columns[here] = transcoder.W_enc.detach().T[ids[here].to(transcoder.W_enc.device)].float().to(places.device)
+            norm_bias = read.frozen.layers[layer].ln2.bias
+            if norm_bias is not None:
+                offsets[here] = columns[here] @ norm_bias
+            if transcoder.cfg.apply_b_dec_to_input:
+                offsets[here] -= columns[here] @ transcoder.b_dec.detach().float().to(places.device)
+        gradients = torch.empty_like(columns)
+        for layer in layers.unique().tolist():
+            here = layers == layer
+            gradients[here] = read.frozen.at_mlp_input(layer, columns[here], places[here])
+        values = self._pre_activations(chosen)
+        self._expand((read.n_fixed + chosen).tolist(), layers, places, gradients, values, offsets.tolist())
+
+    def _pre_activations(self, chosen: Int[Tensor, " n"]) -> list[float]:
+        """What each feature's value is without its own bias: activation minus b_enc, for what fires."""
+        values = self.activation[chosen].clone()
+        for layer in self.layer[chosen].unique().tolist():
+            here = self.layer[chosen] == layer
+            transcoder = self.read.transcoders[layer]
+            bias = transcoder.activation.bias_of(transcoder).detach().float().to(values.device)
+            values[here] -= bias[self.feature[chosen][here]]
+        return values.tolist()
+
+    def _expand(
+        self,
+        numbers: list[int],
+        layers: Tensor,
+        places: Tensor,
+        gradients: Tensor,
+        values: list[float],
+        own_biases: list[float],
+    ) -> None:
+        """Compute all incoming edges of some targets, and keep the largest."""
+        read = self.read
+        n, seq = len(numbers), read.frozen.n_tokens
+        weights = torch.zeros(n, read.n_sources, device=gradients.device)
+        bias = torch.tensor(own_biases, device=gradients.device)
+        rows = int(places.max()) + 1
+        for layer, where, gradient in read.frozen.pull_back(layers, places, gradients):
+            if where == "embedding":
+                weights[:, :rows] = (gradient * read.frozen.embedding[:rows]).sum(-1)
+            elif where == "attn_out":
+                bias += (gradient * read.attention_biases[layer][:rows]).sum((1, 2))
+            else:
+                errors = (gradient * read.errors[layer][:rows]).sum(-1)
+                weights[:, seq * (1 + layer) : seq * (1 + layer) + rows] = errors
+                if layer in read.firing:
+                    bias += (gradient.sum(1) * read.mlp_biases[layer]).sum(-1)
+                    first = read.first_feature[layer]
+                    weights[:, first : first + len(read.firing[layer].feature)] = self._from_features(layer, gradient)
+        self._keep(numbers, weights, values, bias.tolist())
+
+    def _from_features(self, layer: int, gradient: Float[Tensor, "n rows d_model"]) -> Float[Tensor, "n firing"]:
+        """a_s d_s . g for every firing feature of a layer."""
+        firing, transcoder = self.read.firing[layer], self.read.transcoders[layer]
+        rows = gradient.shape[1]
+        found = torch.zeros(len(gradient), len(firing.feature), device=gradient.device)
+        # Firing features stand in order of position: those of some positions are a slice.
+        bounds = torch.searchsorted(
+            firing.position, torch.arange(0, rows + POSITION_CHUNK, POSITION_CHUNK).to(firing.position)
+        )
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            places = firing.position[start:stop]
+            stop = start + int((places < rows).sum())
+            if stop == start:
+                continue
+            places = firing.position[start:stop]
+            decoder = transcoder.W_dec.detach()[firing.feature[start:stop].to(transcoder.W_dec.device)]
+            decoder = decoder.float().to(gradient.device) * firing.activation[start:stop, None]
+            first, counts = places.unique_consecutive(return_counts=True)
+            at = 0
+            for place, count in zip(first.tolist(), counts.tolist(), strict=True):
+                part = slice(start + at, start + at + count)
+                found[:, part] = gradient[:, place] @ decoder[at : at + count].T
+                at += count
+        return found
+
+    def _keep(self, numbers: list[int], weights: Tensor, values: list[float], biases: list[float]) -> None:
+        magnitude = weights.abs()
+        totals = magnitude.sum(-1).tolist()
+        k = min(self.settings.edges_per_target, weights.shape[1])
+        order = magnitude.topk(k, dim=-1).indices
+        for row, number in enumerate(numbers):
+            sources = order[row]
+            kept = weights[row, sources]
+            nonzero = kept != 0
+            self.targets.append(number)
+            self.rows.append((sources[nonzero].cpu(), kept[nonzero].cpu()))
+            self.totals.append(totals[row])
+            self.values.append(values[row])
+            self.biases.append(biases[row])
+
+    def coo(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(targets, sources, weights) of all edges so far, logits numbered behind the sources."""
+        counts = torch.tensor([len(sources) for sources, _ in self.rows])
+        return (
+            torch.tensor(self.targets).repeat_interleave(counts),
+            torch.cat([sources for sources, _ in self.rows]),
+            torch.cat([weights for _, weights in self.rows]),
+        )
+
+    def influence(self) -> Float[Tensor, " n"]:
+        """Of every source on the logits, through what is expanded."""
+        targets, sources, weights = self.coo()
+        n = self.read.n_sources + len(self.read.logit_ids)
+        totals = torch.ones(n)
+        totals[torch.tensor(self.targets)] = torch.tensor(self.totals).clamp_min(1e-30)
+        start = torch.zeros(n)
+        start[self.read.n_sources :] = (self.read.logit_probabilities / self.read.logit_probabilities.sum()).cpu()
+        return influences(targets, sources, weights.abs() / totals[targets], start, len(self.read.frozen.layers) + 1)
+
+    def graph(self, prompt: str, settings: GraphSettings) -> CircuitGraph:
+        """Nodes and edges with numbers of their own: embeddings, errors, expanded features, logits."""
+        import pandas as pd
+
+        read, model = self.read, self.read.frozen.model
+        seq, n_layers = read.frozen.n_tokens, len(read.frozen.layers)
+        expanded = sorted(number for number in self.targets if number < read.n_sources)
+        logits = [read.n_sources + number for number in range(len(read.logit_ids))]
+        kept = torch.tensor([*range(read.n_fixed), *expanded, *logits])
+        new = torch.full((read.n_sources + len(logits),), -1)
+        new[kept] = torch.arange(len(kept))
+        targets, sources, weights = self.coo()
+        there = new[sources] >= 0
+        influence = self.influence()[kept]
+        place = {number: row for row, number in enumerate(self.targets)}
+        texts = [token.text for token in model.token_strings(read.frozen.tokens)]
+        chosen = torch.tensor([number - read.n_fixed for number in expanded], dtype=torch.int64)
+        norms = torch.cat(
+            [read.frozen.embedding.norm(dim=-1), *(read.errors[layer].norm(dim=-1) for layer in range(n_layers))]
+        ).cpu()
+        picked = chosen.to(self.layer.device)
+        nodes = pd.DataFrame(
+            {
+                "node": range(len(kept)),
+                "kind": ["embedding"] * seq
+                + ["error"] * (seq * n_layers)
+                + ["feature"] * len(expanded)
+                + ["logit"] * len(logits),
+                "layer": [-1] * seq
+                + [layer for layer in range(n_layers) for _ in range(seq)]
+                + self.layer[picked].tolist()
+                + [n_layers] * len(logits),
+                "position": list(range(seq)) * (1 + n_layers)
+                + self.position[picked].tolist()
+                + [seq - 1] * len(logits),
+                "feature": [-1] * read.n_fixed + self.feature[picked].tolist() + read.logit_ids.tolist(),
+                "activation": norms.tolist() + self.activation[picked].tolist() + read.logit_values.tolist(),
+                "label": texts * (1 + n_layers)
+                + [texts[position] for position in self.position[picked].tolist()]
+                + model.vocabulary_strings(read.logit_ids.tolist()),
+                "probability": [None] * (read.n_fixed + len(expanded)) + read.logit_probabilities.tolist(),
+                "influence": influence.tolist(),
+                **{
+                    name: [float("nan")] * read.n_fixed + [column[place[number]] for number in [*expanded, *logits]]
+                    for name, column in (("total_in", self.totals), ("bias", self.biases), ("value", self.values))
+                },
+            }
+        )
+        return CircuitGraph(
+            prompt,
+            tuple(texts),
+            tuple(read.frozen.tokens.tolist()),
+            nodes,
+            new[sources[there]].to(torch.int32).numpy(),
+            new[targets[there]].to(torch.int32).numpy(),
+            weights[there].numpy(),
+            n_layers,
+            len(self.feature),
+            model.name,
+            settings,
+        )

@@ -1,0 +1,268 @@
+"""`verify`: whether a graph's edges are true of the model that it explains, nothing frozen.
+
+A graph is exact about a local replacement model. Of the model itself it is a hypothesis, tested here by intervention:
+
+1. Each feature node is set to 0 and to twice its value: a_s d_s is taken from, or added to, what the MLP of its layer
+   wrote at its position. Everything after it reacts: attention, norms and MLPs.
+2. Measured is the change of every node of the graph behind it: pre-activations of features, centred logits.
+3. Predicted is the total effect in the signed graph. With D[t, s] = edge s -> t / a_s, a change δ of feature s changes
+   the nodes by (I - D)⁻¹ e_s δ: its edge, and every path through other nodes.
+4. Reported are the slope of measured on predicted (through the origin), their correlation, and how often their signs
+   agree, over all pairs.
+
+Beside it stand two controls. `random`: in the place of feature s another feature of the same layer is written, one
+that the graph does not hold, as strongly; the prediction for s should then fail. `attention_frozen`: the same test as
+the real one with attention patterns held, which is nearer to how the graph was made and no evidence by itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scope.attribution.frozen import attention_as_frozen, freeze
+from scope.errors import InvalidInputError
+from scope.models.taps import tapped
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scope.attribution.graph import CircuitGraph
+
+__all__ = ["Agreement", "Verification", "total_effects", "verify"]
+
+FACTORS = (0.0, 2.0)
+"""What each feature is set to, times its value."""
+Progress = Callable[[int, int | None], None]
+
+
+class Agreement(NamedTuple):
+    """Measured against predicted, over pairs of an intervention and a node behind it."""
+
+    slope: float
+    """Of measured on predicted, through the origin: 1 where the graph is right."""
+    correlation: float
+    """Pearson's."""
+    sign_agreement: float
+    """Share of pairs whose signs agree."""
+    n: int
+    """Pairs."""
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, measured: np.ndarray) -> "Agreement":
+        """Agreement of two arrays; not a number where nothing is predicted."""
+        moved = predicted != 0
+        predicted, measured = predicted[moved].astype(np.float64), measured[moved].astype(np.float64)
+        if len(predicted) < 2 or not predicted.std() or not measured.std():
+            return cls(float("nan"), float("nan"), float("nan"), len(predicted))
+        return cls(
+            float(predicted @ measured / (predicted @ predicted)),
+            float(np.corrcoef(predicted, measured)[0, 1]),
+            float((np.sign(predicted) == np.sign(measured)).mean()),
+            len(predicted),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What interventions say about a graph."""
+
+    model: Agreement
+    """In the model, nothing frozen."""
+    random: Agreement
+    """The same predictions, other features written."""
+    attention_frozen: Agreement
+    """In the model with attention patterns held."""
+    pairs: "pd.DataFrame"
+    """source, target, factor, predicted, measured, measured_random, measured_frozen."""
+
+    def by_source(self) -> "pd.DataFrame":
+        """source, slope, correlation, sign_agreement, n: agreement in the model, feature by feature."""
+        import pandas as pd
+
+        rows = [
+            {"source": source, **Agreement.of(own["predicted"].to_numpy(), own["measured"].to_numpy())._asdict()}
+            for source, own in self.pairs.groupby("source")
+        ]
+        return pd.DataFrame(rows, columns=["source", *Agreement._fields])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the model's figures, and those of the controls under their names."""
+        return {
+            **self.model._asdict(),
+            "random": self.random._asdict(),
+            "attention_frozen": self.attention_frozen._asdict(),
+        }
+
+
+def total_effects(graph: "CircuitGraph") -> Float[np.ndarray, "n_nodes n_nodes"]:
+    """float64 (I - D)⁻¹ - I, D[t, s] = edge s -> t / value of s: what a unit of each feature changes each node by.
+
+    Columns of nodes that are no features are 0. For a pruned graph: it is dense.
+    """
+    n = len(graph.nodes)
+    activation = graph.nodes["activation"].to_numpy(dtype="float64")
+    is_feature = (graph.nodes["kind"] == "feature").to_numpy()
+    direct = np.zeros((n, n))
+    kept = is_feature[graph.source]
+    source, target = graph.source[kept], graph.target[kept]
+    direct[target, source] = graph.weight[kept] / activation[source]
+    return np.linalg.inv(np.eye(n) - direct) - np.eye(n)
+
+
+@torch.no_grad()
+def verify(
+    graph: "CircuitGraph",
+    model: Any,
+    transcoders: Sequence[Any],
+    *,
+    batch_size: int = 16,
+    max_features: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Set every feature of a graph to 0 and to twice its value, and compare what follows with what the graph says.
+
+    Args:
+        graph: a pruned graph.
+        model: the model that it explains.
+        transcoders: those that it was made with.
+        batch_size: runs at once.
+        max_features: of more than so many feature nodes, those with the most influence are tested.
+        seed: of the random control.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        InvalidInputError: the graph has no feature nodes.
+    """
+    import pandas as pd
+
+    features = graph.nodes[graph.nodes["kind"] == "feature"].nlargest(max_features, "influence").sort_values("node")
+    if features.empty:
+        raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
+    by_layer = {int(sae.hook_name.split(".")[1]): sae for sae in transcoders}
+    tokens = torch.tensor(graph.token_ids, device=model.device)
+    bench = _Bench(graph, model, by_layer, tokens)
+    effects = total_effects(graph)
+    frozen, _ = freeze(model, tokens)
+    rng = np.random.default_rng(seed)
+    runs = [(row, factor) for row in features.itertuples() for factor in FACTORS]
+    tell = progress or (lambda done, total: None)
+    found = []
+    clean, clean_frozen = bench.measure([], nullcontext()), bench.measure([], attention_as_frozen(frozen))
+    for start in range(0, len(runs), batch_size):
+        batch = runs[start : start + batch_size]
+        own = [(row.layer, row.position, (factor - 1) * row.activation * bench.row(row)) for row, factor in batch]
+        other = [
+            (row.layer, row.position, (factor - 1) * row.activation * bench.other(row, rng)) for row, factor in batch
+        ]
+        measured = bench.measure(own, nullcontext()) - clean
+        control = bench.measure(other, nullcontext()) - clean
+        held = bench.measure(own, attention_as_frozen(frozen)) - clean_frozen
+        for number, (row, factor) in enumerate(batch):
+            predicted = effects[bench.nodes, row.node] * (factor - 1) * row.activation
+            behind = bench.is_behind(row)
+            found.append(
+                pd.DataFrame(
+                    {
+                        "source": row.node,
+                        "target": bench.nodes[behind],
+                        "factor": factor,
+                        "predicted": predicted[behind],
+                        "measured": measured[number][behind],
+                        "measured_random": control[number][behind],
+                        "measured_frozen": held[number][behind],
+                    }
+                )
+            )
+        tell(start + len(batch), len(runs))
+    pairs = pd.concat(found, ignore_index=True)
+    predicted = pairs["predicted"].to_numpy()
+    return Verification(
+        *(
+            Agreement.of(predicted, pairs[name].to_numpy())
+            for name in ("measured", "measured_random", "measured_frozen")
+        ),
+        pairs,
+    )
+
+
+class _Bench:
+    """Runs of the prompt with something added to what MLPs write, and the graph's nodes read off."""
+
+    def __init__(self, graph: "CircuitGraph", model: Any, transcoders: Mapping[int, Any], tokens: Tensor) -> None:
+        self.graph, self.model, self.transcoders, self.tokens = graph, model, transcoders, tokens
+        targets = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
+        self.features = targets[targets["kind"] == "feature"]
+        self.logits = targets[targets["kind"] == "logit"]
+        self.nodes = np.concatenate([self.features["node"].to_numpy(), self.logits["node"].to_numpy()])
+        self.layers = np.concatenate([self.features["layer"].to_numpy(), self.logits["layer"].to_numpy()])
+        self.positions = np.concatenate([self.features["position"].to_numpy(), self.logits["position"].to_numpy()])
+        logit_ids = torch.tensor(self.logits["feature"].to_numpy(), device=model.device)
+        self.directions = model.W_U[logit_ids].float() - model.W_U.mean(0, dtype=torch.float32)
+        self.held = {
+            layer: set(own["feature"].tolist())
+            for layer, own in graph.nodes[graph.nodes["kind"] == "feature"].groupby("layer")
+        }
+
+    def row(self, node: Any) -> Float[Tensor, " d_model"]:
+        """The decoder row of a feature node."""
+        return self.transcoders[node.layer].W_dec.detach()[node.feature].float()
+
+    def other(self, node: Any, rng: np.random.Generator) -> Float[Tensor, " d_model"]:
+        """The decoder row of a random feature of the same layer, as long as the node's own."""
+        sae = self.transcoders[node.layer]
+        choices = np.setdiff1d(np.arange(sae.d_sae), list(self.held[node.layer]))
+        row = sae.W_dec.detach()[int(rng.choice(choices))].float()
+        return row * (self.row(node).norm() / row.norm().clamp_min(1e-12))
+
+    def is_behind(self, node: Any) -> np.ndarray:
+        """Which nodes a feature can change at all."""
+        return (self.layers > node.layer) & (self.positions >= node.position)
+
+    def measure(
+        self, writes: Sequence[tuple[int, int, Tensor]], attention: AbstractContextManager[None]
+    ) -> Float[np.ndarray, "runs nodes"]:
+        """Pre-activations and centred logits of the graph's nodes, each run with one write (layer, position, what)."""
+        model, table = self.model, self.model.hook_table
+        runs = max(1, len(writes))
+        found = torch.zeros(runs, len(self.nodes), device=model.device)
+        handlers = {}
+        for layer in sorted({*self.features["layer"].tolist(), *(layer for layer, _, _ in writes)}):
+            here = self.features["layer"].to_numpy() == layer
+            if here.any():
+                handlers[table[f"blocks.{layer}.ln2.hook_out"]] = self._reader(layer, here, found)
+            added = [(run, position, what) for run, (at, position, what) in enumerate(writes) if at == layer]
+            if added:
+                handlers[table[f"blocks.{layer}.hook_mlp_out"]] = _writer(added)
+        with model.lock, attention, tapped(model.hf, handlers, stop=False):
+            hidden = model.hidden_states(self.tokens.expand(runs, -1))
+        found[:, len(self.features) :] = hidden[:, -1].float() @ self.directions.T
+        return found.cpu().numpy()
+
+    def _reader(self, layer: int, here: np.ndarray, found: Tensor) -> Callable[[Tensor], None]:
+        sae = self.transcoders[layer]
+        ids = torch.tensor(self.features["feature"].to_numpy()[here], device=sae.W_enc.device)
+        places = torch.tensor(self.features["position"].to_numpy()[here], device=sae.W_enc.device)
+        columns = sae.W_enc.detach().T[ids].float()
+        where = torch.tensor(np.nonzero(here)[0], device=found.device)
+
+        def read(value: Tensor) -> None:
+            found[:, where] = (value[:, places].float() * columns).sum(-1).to(found.device)
+
+        return read
+
+
+def _writer(added: Sequence[tuple[int, int, Tensor]]) -> Callable[[Tensor], Tensor]:
+    def write(value: Tensor) -> Tensor:
+        new = value.clone()
+        for run, position, what in added:
+            new[run, position] += what.to(new.device, new.dtype)
+        return new
+
+    return write
