@@ -7,7 +7,8 @@ from helpers_models import one_thread, tiny_model
 from helpers_saes import make
 
 from scope.attribution.frozen import freeze
-from scope.attribution.graph import GraphSettings, build_graph
+from scope.attribution.graph import build_graph
+from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError
 from scope.saes.base import SAEMetadata
 
@@ -82,12 +83,12 @@ def frozen_run(model, prompt, added):
             normed = normed + layer.ln1.bias
         attention = layer.attention
         values = torch.einsum("hed,kd->hke", attention.W_V, normed)
-        if attention.b_V is not None:
-            values = values + attention.b_V[:, None]
+        if attention.value_bias is not None:
+            values = values + attention.value_bias[:, None]
         heads = attention.pattern(rows) @ values.repeat_interleave(attention.group, 0)
         out = torch.einsum("hqe,hde->qd", heads, attention.W_O)
-        if attention.b_O is not None:
-            out = out + attention.b_O
+        if attention.output_bias is not None:
+            out = out + attention.output_bias
         if layer.ln1_post is not None:
             out = layer.ln1_post(out, rows)
         x = x + out

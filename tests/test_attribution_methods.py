@@ -77,7 +77,7 @@ def test_patching_is_what_an_edit_of_one_feature_does(model, target):
 
 
 def test_one_gradient_gives_all_nodes(model):
-    prompt, other = prompts(model)
+    prompt, _ = prompts(model)
     hook = "blocks.1.hook_resid_post"
     sae = sae_at(model, hook)
     result = attribute(model, prompt, logit_difference(305, 310), sae, "gradient_x_activation", zero())

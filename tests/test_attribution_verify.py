@@ -50,7 +50,8 @@ def test_influence_and_scores_are_those_of_the_whole_matrix(case):
 def test_a_pruned_graph_is_a_connected_part_with_the_most_influence(case):
     _, _, graph = case
     small = prune(graph, 0.6, 0.9)
-    assert len(small.nodes) < len(graph.nodes) and 0 < len(small.weight) < len(graph.weight)
+    assert len(small.nodes) < len(graph.nodes)
+    assert 0 < len(small.weight) < len(graph.weight)
     key = ["kind", "layer", "position", "feature"]
     whole = {tuple(row[key]): row for _, row in graph.nodes.iterrows()}
     number = [whole[tuple(row[key])]["node"] for _, row in small.nodes.iterrows()]
@@ -60,7 +61,8 @@ def test_a_pruned_graph_is_a_connected_part_with_the_most_influence(case):
     for kind in ("embedding", "logit"):
         assert (small.nodes["kind"] == kind).sum() == (graph.nodes["kind"] == kind).sum()
     inner = small.nodes[small.nodes["kind"] == "feature"]["node"]
-    assert set(inner) <= set(small.source.tolist()) and set(inner) <= set(small.target.tolist())
+    assert set(inner) <= set(small.source.tolist())
+    assert set(inner) <= set(small.target.tolist())
     dropped = graph.nodes[(graph.nodes["kind"] == "feature") & ~graph.nodes["node"].isin(number)]
     assert dropped["influence"].median() < small.nodes.loc[inner, "influence"].median()
     assert prune(graph, 0.9, 0.98).nodes.shape[0] >= small.nodes.shape[0]

@@ -10,7 +10,7 @@ x' = Σ_i f'_i W_dec[i] + b_dec + error'.
 - `zero()`: no feature fires, no error. Far from anything that the model ever sees: zero ablation breaks models.
 - `mean(…)`: each feature's mean and the mean error, over the tokens of some text.
 - `counterfactual(prompt)`: what a prompt of as many tokens makes of them, at the same position. It keeps what both have
-  in common, which is why it is the default where there is a behaviour (Zhang & Nanda 2023, arXiv 2309.16042, section 2).
+  in common: the one to take where there is a behaviour (Zhang & Nanda 2023, arXiv 2309.16042, section 2).
 
 The BOS token, on which SAEs are not trained, is no feature's: its whole activation is its error, and no baseline
 changes it unless the counterfactual prompt does.

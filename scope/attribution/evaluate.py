@@ -1,8 +1,8 @@
 """Evaluating targets in batches: the ground that gradients, integrated gradients and patching stand on.
 
-A batch is some runs of one prompt length or shorter (right padding is never looked at by causal attention). Each run has
-its own target, and may have its activation at some hooks replaced or shifted. One pass gives every run's number; a
-second, backward, gives its gradient at any hook:
+A batch is some runs, the shorter ones padded on the right, where causal attention never looks. Each run has its own
+target, and may have its activation at some hooks replaced or shifted. One pass gives every run's number; a second,
+backward, gives its gradient at any hook:
 
     T_b(x), and dT_b/dx_h for each run b and hook h
 

@@ -75,9 +75,9 @@ class FrozenAttention:
     scaling: float
     softcap: float | None
     W_V: Float[Tensor, "n_kv_heads d_head d_model"]
-    b_V: Float[Tensor, "n_kv_heads d_head"] | None
+    value_bias: Float[Tensor, "n_kv_heads d_head"] | None
     W_O: Float[Tensor, "n_heads d_model d_head"]
-    b_O: Float[Tensor, " d_model"] | None
+    output_bias: Float[Tensor, " d_model"] | None
     keep: bool = False
     """Whether the pattern is kept once made."""
     _pattern: Tensor | None = None
@@ -244,15 +244,15 @@ class FrozenModel:
         for frozen in self.layers:
             attention = frozen.attention
             values = torch.zeros(attention.W_V.shape[:2], device=frozen.mlp_out.device)
-            if attention.b_V is not None:
-                values = values + attention.b_V
+            if attention.value_bias is not None:
+                values = values + attention.value_bias
             if frozen.ln1.bias is not None:
                 values = values + attention.W_V @ frozen.ln1.bias
             # A pattern's rows sum to 1: a constant value comes out of every query as it went in.
             per_head = values.repeat_interleave(attention.group, 0)
             written = torch.einsum("he,hde->d", per_head, attention.W_O).expand_as(frozen.mlp_out)
-            if attention.b_O is not None:
-                written = written + attention.b_O
+            if attention.output_bias is not None:
+                written = written + attention.output_bias
             if frozen.ln1_post is not None:
                 written = frozen.ln1_post(written, rows)
             found.append(written)
@@ -349,8 +349,8 @@ def _layer(
         bias = getattr(module, "bias", None)
         return FrozenNorm(gain, denominators[block + hook], family.centred_norm, None if bias is None else bias.float())
 
-    W_V, b_V = _projection(model, index, "v")
-    W_O, b_O = _projection(model, index, "o")
+    W_V, value_bias = _projection(model, index, "v")
+    W_O, output_bias = _projection(model, index, "o")
     attention = FrozenAttention(
         recorded["query"],
         recorded["key"],
@@ -358,9 +358,9 @@ def _layer(
         recorded["scaling"],
         recorded["softcap"],
         W_V.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
-        None if b_V is None else b_V.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
+        None if value_bias is None else value_bias.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
         W_O.unflatten(1, (layout.n_heads, layout.d_head)).permute(1, 0, 2).contiguous(),
-        b_O,
+        output_bias,
         keep,
     )
     post = norm(family.ln1_post, "attn.hook_out") if family.ln1_post else None

@@ -1,8 +1,8 @@
 """`build_graph`: the circuit behind a prompt's next token, as a graph of exact linear effects.
 
-In the local replacement model (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
-section 3) every MLP is a transcoder plus an error node, attention patterns and norm denominators are fixed. A node's
-value is then a sum over everything written before it:
+In the local replacement model (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language
+Models", section 3) every MLP is a transcoder plus an error node, attention patterns and norm denominators are fixed. A
+node's value is then a sum over everything written before it:
 
     pre-activation of feature t = Σ_s a_s (d_s . g_ts) + errors + embeddings + biases
     edge s -> t                 = a_s d_s . g_ts
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from scope.attribution.baselines import hooks_of, node_values
 from scope.attribution.frozen import FrozenModel, freeze
+from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
 from scope.attribution.targets import single_token
 from scope.errors import InvalidInputError
@@ -37,38 +38,12 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["CircuitGraph", "GraphSettings", "build_graph"]
+__all__ = ["CircuitGraph", "build_graph"]
 
 KINDS = ("embedding", "error", "feature", "logit")
 Progress = Callable[[str, int, int | None], None]
 POSITION_CHUNK = 256
 """Positions whose decoder rows are gathered at once."""
-
-
-@dataclass(frozen=True)
-class GraphSettings:
-    """What a graph is built with."""
-
-    max_features: int = 4096
-    """Feature nodes that are expanded, at most; those with the most influence on the logits."""
-    max_logits: int = 10
-    """Next tokens to explain, at most."""
-    logit_share: float = 0.95
-    """The likeliest next tokens are explained until they have this share of the probability."""
-    edges_per_target: int = 4096
-    """Edges kept of each node's incoming ones, the largest first."""
-    batch_size: int = 64
-    """Targets expanded at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_logits", "edges_per_target", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if self.max_features < 0 or not 0 < self.logit_share <= 1:
-            raise InvalidInputError(
-                f"max_features is {self.max_features} and logit_share {self.logit_share}; expected 0 or more, and a "
-                "share above 0 and at most 1."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +70,8 @@ class CircuitGraph:
     n_active: int
     """Features that fire on the prompt, in all."""
     model_name: str
-    settings: GraphSettings
+    transcoders: tuple[str, ...] = ()
+    """Where the transcoders lie, as far as whoever made the graph said so."""
 
     def edges(self) -> "pd.DataFrame":
         """Columns source, target, weight: by target, the largest first."""
@@ -184,7 +160,7 @@ def build_graph(
         read = _read(model, tokens, by_layer, settings, wanted)
         work = _Expansion(read, settings)
         work.run(tell)
-        return work.graph(prompt if isinstance(prompt, str) else "", settings)
+        return work.graph(prompt if isinstance(prompt, str) else "")
 
 
 def _by_layer(model: Any, transcoders: Sequence[Any]) -> dict[int, Any]:
@@ -443,7 +419,7 @@ class _Expansion:
         start[self.read.n_sources :] = (self.read.logit_probabilities / self.read.logit_probabilities.sum()).cpu()
         return influences(targets, sources, weights.abs() / totals[targets], start, len(self.read.frozen.layers) + 1)
 
-    def graph(self, prompt: str, settings: GraphSettings) -> CircuitGraph:
+    def graph(self, prompt: str) -> CircuitGraph:
         """Nodes and edges with numbers of their own: embeddings, errors, expanded features, logits."""
         import pandas as pd
 
@@ -502,5 +478,4 @@ class _Expansion:
             n_layers,
             len(self.feature),
             model.name,
-            settings,
         )

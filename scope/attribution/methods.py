@@ -27,6 +27,7 @@ Steps: 1. what is asked is checked; 2. the prompt and its counterfactual run onc
 3. the method finds the gradient at each hook, or patches; 4. nodes with a = a' are left out of the table.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class Attribution:
     def features(self, n: int | None = None) -> "pd.DataFrame":
         """The table without error nodes; summed over positions, the largest first."""
         rows = self.table[self.table["feature"] != ERROR]
-        summed = rows.groupby(["hook", "feature"], as_index=False)["effect"].sum()
+        summed = rows.groupby(["hook", "feature"])[["effect"]].sum().reset_index()
         return summed.sort_values("effect", key=abs, ascending=False, ignore_index=True).head(n or len(summed))
 
     def _repr_html_(self) -> str:
@@ -130,7 +131,7 @@ class Attribution:
         head = (
             f"<b>{escape(self.target)}</b> = {self.value:.4g} · {escape(self.method)}, {escape(self.baseline)} baseline"
         )
-        return head + str(self.table.head(20)._repr_html_())
+        return head + self.table.head(20).to_html(escape=True)
 
 
 def prepare(model: Any, prompt: Any, saes: Any, baseline: Baseline) -> Prepared:
@@ -199,16 +200,24 @@ def attribute(
         UnknownNameError: there is no such method or hook.
         OutOfRangeError: a position, token or feature that does not exist.
         MismatchError: an SAE or a counterfactual prompt does not fit.
-        InvalidInputError: something else that was given is wrong. All of these before anything but the nodes is computed.
+        InvalidInputError: something else that was given is wrong. All before anything but the nodes is computed.
     """
     if isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt):
         return [
             attribute(
-                model, text, target, saes, method, baseline, steps=steps, batch_size=batch_size, nodes=nodes,
+                model,
+                text,
+                target,
+                saes,
+                method,
+                baseline,
+                steps=steps,
+                batch_size=batch_size,
+                nodes=nodes,
                 progress=progress,
             )
             for text in prompt
-        ]  # fmt: skip
+        ]
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
     if steps < 1 or batch_size < 1:
@@ -252,7 +261,7 @@ class _Work:
         return evaluate(self.model, tokens, [self.target] * runs, **options)
 
     def mean_gradients(self, places: Sequence[float], hooks: Sequence[str], change: Callable[[Tensor], Any]) -> Any:
-        """The mean over α in `places` of the gradients at `hooks`; `change(α (batch,))` gives the changes of a batch."""
+        """The mean over α in `places` of the gradients at `hooks`; `change` gives a batch's changes for its α."""
         sums: dict[str, Tensor] = {}
         for start in range(0, len(places), self.batch_size):
             alphas = torch.tensor(places[start : start + self.batch_size], device=self.model.device)
@@ -294,7 +303,7 @@ def _between(nodes: SaeNodes, alphas: Tensor) -> dict[str, Callable[[Tensor], Te
 def _at_one_hook(work: _Work, places: Sequence[float], complete: bool) -> list[Effects]:
     found = []
     for nodes in work.prepared.nodes:
-        gradients = work.mean_gradients(places, [nodes.writes], lambda alphas, nodes=nodes: _between(nodes, alphas))
+        gradients = work.mean_gradients(places, [nodes.writes], functools.partial(_between, nodes))
         base = None
         if complete:
             at_baseline = torch.zeros(1, device=work.model.device)
@@ -419,7 +428,7 @@ def _result(work: _Work, method: str, effects: list[Effects], seconds: float) ->
                 nodes.actual.errors.norm(dim=-1).cpu()[moved].numpy(),
                 nodes.baseline.errors.norm(dim=-1).cpu()[moved].numpy(),
                 found.errors.cpu()[moved].numpy(),
-            )  # fmt: skip
+            )
         )
     table = pd.concat(parts, ignore_index=True).dropna(subset=["effect"])
     table.insert(2, "token", [texts[position] for position in table["position"]])

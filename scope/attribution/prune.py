@@ -24,7 +24,7 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph
 
-__all__ = ["Scores", "prune", "scores", "shares"]
+__all__ = ["Scores", "prune", "require_shares", "scores", "shares"]
 
 
 class Scores(NamedTuple):
@@ -66,6 +66,13 @@ def scores(graph: "CircuitGraph") -> Scores:
     )
 
 
+def require_shares(node_share: float, edge_share: float) -> None:
+    """Raise `InvalidInputError` for a share that is not above 0 and at most 1."""
+    for name, share in (("node_share", node_share), ("edge_share", edge_share)):
+        if not 0 < share <= 1:
+            raise InvalidInputError(f"{name} is {share}; expected a share above 0 and at most 1.")
+
+
 def prune(graph: "CircuitGraph", node_share: float = 0.8, edge_share: float = 0.98) -> "CircuitGraph":
     """The part of a graph that most of the influence on the logits goes through.
 
@@ -77,9 +84,7 @@ def prune(graph: "CircuitGraph", node_share: float = 0.8, edge_share: float = 0.
     Raises:
         InvalidInputError: a share is not above 0 and at most 1.
     """
-    for name, share in (("node_share", node_share), ("edge_share", edge_share)):
-        if not 0 < share <= 1:
-            raise InvalidInputError(f"{name} is {share}; expected a share above 0 and at most 1.")
+    require_shares(node_share, edge_share)
     kinds = graph.nodes["kind"].to_numpy()
     fixed = (kinds == "embedding") | (kinds == "logit")
     keep = fixed | _most(_influence(graph, shares(graph)), node_share)

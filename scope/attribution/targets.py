@@ -76,7 +76,8 @@ def place_of(position: int, n_tokens: int) -> int:
         return n_tokens - 1
     if not 0 <= position < n_tokens:
         raise OutOfRangeError(
-            f"Position {position} is out of range: the prompt has {n_tokens} tokens, 0 to {n_tokens - 1} (-1: the last)."
+            f"Position {position} is out of range: the prompt has {n_tokens} tokens, 0 to {n_tokens - 1} (-1 is the "
+            "last)."
         )
     return position
 

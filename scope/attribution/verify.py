@@ -27,7 +27,8 @@ from torch import Tensor
 
 from scope.attribution.frozen import attention_as_frozen, freeze
 from scope.errors import InvalidInputError
-from scope.models.taps import tapped
+from scope.models.hooks import HookPoint
+from scope.models.taps import Handler, tapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,8 +143,8 @@ def verify(
     """
     import pandas as pd
 
-    features = graph.nodes[graph.nodes["kind"] == "feature"].nlargest(max_features, "influence").sort_values("node")
-    if features.empty:
+    features = _features(graph, max_features)
+    if not features:
         raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
     by_layer = {int(sae.hook_name.split(".")[1]): sae for sae in transcoders}
     tokens = torch.tensor(graph.token_ids, device=model.device)
@@ -151,45 +152,61 @@ def verify(
     effects = total_effects(graph)
     frozen, _ = freeze(model, tokens)
     rng = np.random.default_rng(seed)
-    runs = [(row, factor) for row in features.itertuples() for factor in FACTORS]
+    runs = [(node, factor) for node in features for factor in FACTORS]
     tell = progress or (lambda done, total: None)
     found = []
     clean, clean_frozen = bench.measure([], nullcontext()), bench.measure([], attention_as_frozen(frozen))
     for start in range(0, len(runs), batch_size):
         batch = runs[start : start + batch_size]
-        own = [(row.layer, row.position, (factor - 1) * row.activation * bench.row(row)) for row, factor in batch]
+        sizes = [(factor - 1) * node.activation for node, factor in batch]
+        own = [
+            (node.layer, node.position, size * bench.row(node)) for (node, _), size in zip(batch, sizes, strict=True)
+        ]
         other = [
-            (row.layer, row.position, (factor - 1) * row.activation * bench.other(row, rng)) for row, factor in batch
+            (node.layer, node.position, size * bench.other(node, rng))
+            for (node, _), size in zip(batch, sizes, strict=True)
         ]
         measured = bench.measure(own, nullcontext()) - clean
         control = bench.measure(other, nullcontext()) - clean
-        held = bench.measure(own, attention_as_frozen(frozen)) - clean_frozen
-        for number, (row, factor) in enumerate(batch):
-            predicted = effects[bench.nodes, row.node] * (factor - 1) * row.activation
-            behind = bench.is_behind(row)
+        fixed = bench.measure(own, attention_as_frozen(frozen)) - clean_frozen
+        for number, ((node, factor), size) in enumerate(zip(batch, sizes, strict=True)):
+            predicted = effects[bench.nodes, node.node] * size
+            behind = bench.is_behind(node)
             found.append(
                 pd.DataFrame(
                     {
-                        "source": row.node,
+                        "source": node.node,
                         "target": bench.nodes[behind],
                         "factor": factor,
                         "predicted": predicted[behind],
                         "measured": measured[number][behind],
                         "measured_random": control[number][behind],
-                        "measured_frozen": held[number][behind],
+                        "measured_frozen": fixed[number][behind],
                     }
                 )
             )
         tell(start + len(batch), len(runs))
     pairs = pd.concat(found, ignore_index=True)
     predicted = pairs["predicted"].to_numpy()
-    return Verification(
-        *(
-            Agreement.of(predicted, pairs[name].to_numpy())
-            for name in ("measured", "measured_random", "measured_frozen")
-        ),
-        pairs,
+    plain, random, held = (
+        Agreement.of(predicted, pairs[name].to_numpy()) for name in ("measured", "measured_random", "measured_frozen")
     )
+    return Verification(plain, random, held, pairs)
+
+
+class _FeatureNode(NamedTuple):
+    node: int
+    layer: int
+    position: int
+    feature: int
+    activation: float
+
+
+def _features(graph: "CircuitGraph", n: int) -> list[_FeatureNode]:
+    """The feature nodes with the most influence, in the graph's order."""
+    table = graph.nodes[graph.nodes["kind"] == "feature"].nlargest(n, "influence").sort_values("node")
+    columns = [table[name].tolist() for name in _FeatureNode._fields]
+    return [_FeatureNode(*values) for values in zip(*columns, strict=True)]
 
 
 class _Bench:
@@ -210,18 +227,18 @@ class _Bench:
             for layer, own in graph.nodes[graph.nodes["kind"] == "feature"].groupby("layer")
         }
 
-    def row(self, node: Any) -> Float[Tensor, " d_model"]:
+    def row(self, node: _FeatureNode) -> Float[Tensor, " d_model"]:
         """The decoder row of a feature node."""
         return self.transcoders[node.layer].W_dec.detach()[node.feature].float()
 
-    def other(self, node: Any, rng: np.random.Generator) -> Float[Tensor, " d_model"]:
+    def other(self, node: _FeatureNode, rng: np.random.Generator) -> Float[Tensor, " d_model"]:
         """The decoder row of a random feature of the same layer, as long as the node's own."""
         sae = self.transcoders[node.layer]
         choices = np.setdiff1d(np.arange(sae.d_sae), list(self.held[node.layer]))
         row = sae.W_dec.detach()[int(rng.choice(choices))].float()
         return row * (self.row(node).norm() / row.norm().clamp_min(1e-12))
 
-    def is_behind(self, node: Any) -> np.ndarray:
+    def is_behind(self, node: _FeatureNode) -> np.ndarray:
         """Which nodes a feature can change at all."""
         return (self.layers > node.layer) & (self.positions >= node.position)
 
@@ -232,7 +249,7 @@ class _Bench:
         model, table = self.model, self.model.hook_table
         runs = max(1, len(writes))
         found = torch.zeros(runs, len(self.nodes), device=model.device)
-        handlers = {}
+        handlers: dict[HookPoint, Handler] = {}
         for layer in sorted({*self.features["layer"].tolist(), *(layer for layer, _, _ in writes)}):
             here = self.features["layer"].to_numpy() == layer
             if here.any():

@@ -8,6 +8,7 @@ import typer
 
 from scope.cli import (
     _command,
+    attribution,
     bench,
     capture,
     demo,
@@ -46,7 +47,21 @@ app = typer.Typer(
     name="scope", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-for module in (demo, capture, store, export, train, finetune, sae, index, serve, inspect, workspace, bench):
+for module in (
+    demo,
+    capture,
+    store,
+    export,
+    train,
+    finetune,
+    sae,
+    index,
+    attribution,
+    serve,
+    inspect,
+    workspace,
+    bench,
+):
     module.register(app)
 
 

@@ -1,0 +1,183 @@
+"""Graphs as files: circuit-tracer's JSON (its `frontend/graph_models.py`, schema version 1), which Neuronpedia reads.
+
+    metadata  slug, scan, transcoder_list, prompt_tokens, prompt, node_threshold, schema_version
+    qParams   pinnedIds, supernodes, linkType, clickedId, sg_pos
+    nodes     node_id, feature, layer, ctx_idx, feature_type, token_prob, is_target_logit, influence, activation, …
+    links     source, target (node ids), weight
+
+Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node, E_TOKEN_POSITION
+for an embedding; a logit has the number of layers plus one for its layer. A feature's field `feature` is the Cantor
+pairing of its layer and number, as Neuronpedia expects. What the schema has no field for (`SCOPE`) lies under a name of
+our own, which other readers leave out.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from activations.manifest import write_atomically
+from scope.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from scope.attribution.graph import CircuitGraph
+
+__all__ = ["load_graph", "save_graph"]
+
+SCOPE = "scope"
+TYPES = {
+    "feature": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "embedding": "embedding",
+    "logit": "logit",
+}
+OWN_COLUMNS = ("total_in", "bias", "value")
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)
+
+
+def _cantor(x: int, y: int) -> int:
+    return (x + y) * (x + y + 1) // 2 + y
+
+
+def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -> dict[str, Any]:
+    layer, feature, position = str(row.layer), int(row.feature), int(row.position)
+    number, js_id, clerp = feature, "", ""
+    if row.kind == "feature":
+        js_id, number = f"{layer}_{feature}-0", _cantor(row.layer, feature)
+    elif row.kind == "error":
+        js_id = f"{layer}_-1-{position}"
+    elif row.kind == "embedding":
+        layer, feature, number = "E", token_ids[position], position
+        js_id = f"E_{feature}-{position}"
+    else:
+        layer = str(n_layers + 1)
+        js_id, clerp = f"L_{feature}-{position}", f'Output "{row.label}" (p={row.probability:.3f})'
+    return {
+        "node_id": f"{layer}_{feature}_{position}",
+        "feature": number,
+        "layer": layer,
+        "ctx_idx": position,
+        "feature_type": TYPES[row.kind],
+        "token_prob": _number(row.probability) or 0.0,
+        "is_target_logit": row.kind == "logit" and row.node == likeliest,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": js_id,
+        "clerp": clerp,
+        "influence": _number(row.influence),
+        "activation": _number(row.activation),
+        SCOPE: {"label": row.label, **{name: _number(getattr(row, name)) for name in OWN_COLUMNS}},
+    }
+
+
+def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None = None) -> None:
+    """Write a graph; a file that was there is replaced as a whole.
+
+    Args:
+        graph: best a pruned one: circuit-tracer's page draws every node.
+        path: the file.
+        node_share: what it was pruned with, for the record.
+    """
+    path = Path(path)
+    logits = graph.nodes[graph.nodes["kind"] == "logit"]
+    likeliest = int(logits["node"].iloc[int(logits["probability"].argmax())])
+    nodes = [_node(row, graph.n_layers, graph.token_ids, likeliest) for row in graph.nodes.itertuples()]
+    ids = [node["node_id"] for node in nodes]
+    content = {
+        "metadata": {
+            "slug": path.stem,
+            "scan": graph.model_name,
+            "transcoder_list": list(graph.transcoders),
+            "prompt_tokens": list(graph.tokens),
+            "prompt": graph.prompt,
+            "node_threshold": node_share,
+            "schema_version": 1,
+            SCOPE: {
+                "token_ids": list(graph.token_ids),
+                "n_layers": graph.n_layers,
+                "n_active": graph.n_active,
+                "model": graph.model_name,
+            },
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": nodes,
+        "links": [
+            {"source": ids[s], "target": ids[t], "weight": float(w)}
+            for s, t, w in zip(graph.source, graph.target, graph.weight, strict=True)
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def load_graph(path: str | Path) -> "CircuitGraph":
+    """Read a graph, ours or circuit-tracer's.
+
+    Raises:
+        InvalidInputError: the file is no such graph; the message says what is missing.
+    """
+    import pandas as pd
+
+    from scope.attribution.graph import CircuitGraph
+
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        metadata, given, links = content["metadata"], content["nodes"], content["links"]
+        parsed = [_parsed(node) for node in given]
+        number = {node["node_id"]: place for place, node in enumerate(given)}
+        ends = [(number[link["source"]], number[link["target"]], float(link["weight"])) for link in links]
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"There is no graph at {path}.") from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidInputError(f"{path} is no circuit graph in circuit-tracer's JSON: {what}.") from error
+    own = metadata.get(SCOPE, {})
+    layers = [node["layer"] for node in parsed if node["kind"] in ("feature", "error")]
+    n_layers = int(own.get("n_layers", max(layers, default=-1) + 1))
+    for node in parsed:
+        if node["kind"] == "logit":
+            node["layer"] = n_layers
+    nodes = pd.DataFrame(parsed)
+    nodes.insert(0, "node", range(len(nodes)))
+    token_ids = own.get("token_ids")
+    if token_ids is None:
+        found = {node["position"]: node["token"] for node in parsed if node["kind"] == "embedding"}
+        token_ids = [found.get(position, -1) for position in range(len(metadata["prompt_tokens"]))]
+    source, target, weight = zip(*ends, strict=True) if ends else ((), (), ())
+    return CircuitGraph(
+        metadata.get("prompt", ""),
+        tuple(metadata["prompt_tokens"]),
+        tuple(int(token) for token in token_ids),
+        nodes.drop(columns="token"),
+        np.array(source, np.int32),
+        np.array(target, np.int32),
+        np.array(weight, np.float32),
+        n_layers,
+        int(own.get("n_active", sum(node["kind"] == "feature" for node in parsed))),
+        own.get("model", metadata.get("scan", "")),
+        tuple(metadata.get("transcoder_list", ())),
+    )
+
+
+def _parsed(node: dict[str, Any]) -> dict[str, Any]:
+    kinds = {name: kind for kind, name in TYPES.items()}
+    kind = kinds[node["feature_type"]]
+    layer, feature, position = node["node_id"].split("_")
+    own = node.get(SCOPE, {})
+    return {
+        "kind": kind,
+        "layer": -1 if layer == "E" else int(layer),
+        "position": int(position),
+        "feature": -1 if kind in ("embedding", "error") else int(feature),
+        "activation": float("nan") if node.get("activation") is None else float(node["activation"]),
+        "label": own.get("label", node.get("clerp", "")),
+        "probability": float(node["token_prob"]) if kind == "logit" else float("nan"),
+        "influence": float("nan") if node.get("influence") is None else float(node["influence"]),
+        **{name: float("nan") if own.get(name) is None else float(own[name]) for name in OWN_COLUMNS},
+        "token": int(feature) if kind == "embedding" else -1,
+    }

@@ -1,0 +1,207 @@
+"""`scope attribute` and `scope graph`: who caused this token, feature by feature, and through which circuit."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from scope.attribution.graph_settings import GraphSettings
+from scope.cli._command import Outcome, command, progress_bar
+from scope.cli.sae import SAE_HELP, DownloadOption
+
+__all__ = ["register"]
+
+ModelOption = Annotated[str, typer.Option(help="A Hugging Face id, a folder, a GGUF file, or gemma-3-270m.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")]
+
+
+class _MakesByDefault(TyperGroup):
+    """`scope graph --model …` makes a graph; `scope graph verify …` does something with one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+
+    @command(app, "attribute")
+    def attribute(
+        model: ModelOption,
+        sae: Annotated[list[str], typer.Option(help=f"Whose features are asked about; may be repeated. {SAE_HELP}")],
+        prompt: Annotated[str, typer.Option(help="The text.")],
+        target: Annotated[str, typer.Option(help="The next token that is asked about, with its space: ' cold'.")],
+        against: Annotated[
+            str | None, typer.Option(help="Another next token: the difference of their logits is explained.")
+        ] = None,
+        counterfactual: Annotated[
+            str | None,
+            typer.Option(help="A prompt of as many tokens that nodes are set against; without one they are set to 0."),
+        ] = None,
+        method: Annotated[
+            str,
+            typer.Option(
+                help="activation_patching (exact), gradient_x_activation, attribution_patching, integrated_gradients "
+                "or eap_ig."
+            ),
+        ] = "integrated_gradients",
+        position: Annotated[int, typer.Option(help="After which token; -1 is the last.")] = -1,
+        steps: Annotated[int, typer.Option(help="Of the methods that integrate.")] = 10,
+        top: Annotated[int, typer.Option(help="Rows to show.")] = 20,
+        device: DeviceOption = None,
+        allow_download: DownloadOption = False,
+    ) -> Outcome:
+        """Attribute a next token to the features and errors of some SAEs."""
+        from scope.attribution.baselines import counterfactual as against_prompt
+        from scope.attribution.baselines import zero
+        from scope.attribution.methods import attribute as run
+        from scope.attribution.targets import logit, logit_difference
+
+        opened, saes = _opened(model, sae, device, allow_download)
+        asked = logit(target, position) if against is None else logit_difference(target, against, position)
+        baseline = zero() if counterfactual is None else against_prompt(counterfactual)
+        with progress_bar("Attributing (runs)") as progress:
+            found = run(opened, prompt, asked, saes, method, baseline, steps=steps, progress=progress)
+        rows = found.table.head(top)
+        data = {
+            "target": found.target,
+            "value": found.value,
+            "method": found.method,
+            "baseline": found.baseline,
+            "completeness": found.completeness,
+            "seconds": round(found.seconds, 3),
+            "effects": rows.to_dict("records"),
+        }
+        text = (
+            f"{found.target} = {found.value:.4g} ({method}, {found.baseline} baseline)\n{rows.to_string(index=False)}"
+        )
+        for hook, share in found.completeness.items():
+            text += f"\nThe effects at {hook} add up to {share:.1%} of the difference to the baseline."
+        return Outcome(data, text)
+
+    graphs = typer.Typer(
+        cls=_MakesByDefault, help="Circuit graphs: make one, or verify one by intervention.", rich_markup_mode=None
+    )
+    app.add_typer(graphs, name="graph")
+
+    @command(graphs, "make", config=GraphSettings)
+    def make(
+        model: ModelOption,
+        transcoders: Annotated[
+            list[str],
+            typer.Option(help="A transcoder, or a folder with one for each layer; may be repeated."),
+        ],
+        prompt: Annotated[str, typer.Option(help="The text whose next token is explained.")],
+        out: Annotated[Path, typer.Option(help="The graph's file, in circuit-tracer's JSON.")],
+        config: GraphSettings,
+        target: Annotated[
+            list[str] | None, typer.Option(help="A next token to explain; by default the likeliest. May be repeated.")
+        ] = None,
+        node_share: Annotated[float, typer.Option(help="Share of the nodes' influence that pruning keeps.")] = 0.8,
+        edge_share: Annotated[float, typer.Option(help="Share of the edges' influence that pruning keeps.")] = 0.98,
+        device: DeviceOption = None,
+        allow_download: DownloadOption = False,
+    ) -> Outcome:
+        """Explain a prompt's next token as a graph of features, pruned to what matters."""
+        from dataclasses import replace
+
+        from scope.attribution.graph import build_graph
+        from scope.attribution.graph_json import save_graph
+        from scope.attribution.prune import prune, require_shares, scores
+
+        require_shares(node_share, edge_share)
+        paths = _transcoder_paths(transcoders)
+        opened, saes = _opened(model, paths, device, allow_download)
+        with progress_bar("Expanding features") as progress:
+            whole = build_graph(
+                opened,
+                prompt,
+                saes,
+                config,
+                targets=target or (),
+                progress=lambda step, done, total: progress(done, total) if total else None,
+            )
+        graph = replace(prune(whole, node_share, edge_share), transcoders=tuple(paths), model_name=model)
+        save_graph(graph, out, node_share)
+        before, after = scores(whole), scores(graph)
+        counts = {kind: int(n) for kind, n in graph.nodes["kind"].value_counts().items()}
+        data = {
+            "out": str(out),
+            "nodes": counts,
+            "edges": len(graph.weight),
+            "active_features": whole.n_active,
+            "replacement": before.replacement,
+            "completeness": before.completeness,
+            "replacement_pruned": after.replacement,
+            "completeness_pruned": after.completeness,
+        }
+        words = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
+        text = (
+            f"{out}: {words} nodes, {len(graph.weight):,} edges, of {whole.n_active:,} features that fire.\n"
+            f"Replacement {before.replacement:.3f} and completeness {before.completeness:.3f} before pruning, "
+            f"{after.replacement:.3f} and {after.completeness:.3f} after it.\n"
+            f"Whether it holds in the model itself: scope graph verify {out}"
+        )
+        return Outcome(data, text)
+
+    @command(graphs, "verify")
+    def verify(
+        graph: Annotated[Path, typer.Argument(help="A graph's file.")],
+        model: Annotated[str | None, typer.Option(help="The model, where the graph does not say.")] = None,
+        transcoders: Annotated[
+            list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
+        ] = None,
+        max_features: Annotated[int, typer.Option(help="Feature nodes to test, at most.")] = 256,
+        seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+        device: DeviceOption = None,
+        allow_download: DownloadOption = False,
+    ) -> Outcome:
+        """Set each feature of a graph to 0 and to twice its value in the model itself, and compare with the graph."""
+        from scope.attribution.graph_json import load_graph
+        from scope.attribution.verify import verify as run
+
+        read = load_graph(graph)
+        paths = _transcoder_paths(transcoders or list(read.transcoders))
+        opened, saes = _opened(model or read.model_name, paths, device, allow_download)
+        with progress_bar("Intervening (runs)") as progress:
+            found = run(read, opened, saes, max_features=max_features, seed=seed, progress=progress)
+        lines = [
+            f"{name:<18} slope {part.slope:6.3f}   correlation {part.correlation:6.3f}   signs agree "
+            f"{part.sign_agreement:6.1%}   of {part.n:,} pairs"
+            for name, part in (
+                ("in the model", found.model),
+                ("random features", found.random),
+                ("attention frozen", found.attention_frozen),
+            )
+        ]
+        return Outcome(found.to_dict(), "\n".join(lines))
+
+
+def _transcoder_paths(given: list[str]) -> list[str]:
+    """The transcoders themselves: a folder that is none stands for those in it."""
+    from scope.errors import InvalidInputError
+
+    found: list[str] = []
+    for path in given:
+        folder = Path(path)
+        if folder.is_dir() and not (folder / "cfg.json").is_file():
+            inside = sorted(str(cfg.parent) for cfg in folder.glob("*/cfg.json"))
+            if not inside:
+                raise InvalidInputError(f"{path} holds no transcoders; expected folders with a cfg.json each.")
+            found += inside
+        else:
+            found.append(path)
+    if not found:
+        raise InvalidInputError("No transcoders were given; say where they lie with --transcoders.")
+    return found
+
+
+def _opened(model: str, saes: list[str], device: str | None, allow_download: bool) -> tuple[Any, list[Any]]:
+    from scope.models import LanguageModel
+    from scope.saes.formats import load
+
+    loaded = [load(path, allow_download=allow_download) for path in saes]
+    return LanguageModel.load(model, device=device, allow_download=allow_download), loaded

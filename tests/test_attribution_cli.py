@@ -1,0 +1,134 @@
+"""Graphs as files, and `scope attribute`, `scope graph`, `scope graph verify` on a tiny model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers_models import one_thread, tiny_folder, tiny_model
+from helpers_saes import make
+from test_attribution_graph import ALL, prompt_of, transcoders
+from test_cli import scope
+
+from scope.attribution.graph import build_graph
+from scope.attribution.graph_json import load_graph, save_graph
+from scope.attribution.prune import prune
+from scope.errors import InvalidInputError
+from scope.saes.base import SAEMetadata
+from scope.saes.formats import save
+
+__all__ = ["one_thread"]
+
+PROMPT = "The cat sat on the mat and looked at the"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SAE, and a transcoder for each layer, of the tiny Gemma."""
+    path = tmp_path_factory.mktemp("dictionaries")
+    model = tiny_model("gemma3")
+    for layer, transcoder in enumerate(transcoders(model)):
+        save(transcoder, path / "transcoders" / f"layer_{layer}")
+    metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post")
+    save(make("topk", d_in=model.d_model, metadata=metadata), path / "sae")
+    return path
+
+
+def test_a_graph_is_read_as_it_was_written(tmp_path):
+    model = tiny_model("gemma3")
+    graph = prune(build_graph(model, prompt_of(model), transcoders(model), ALL), 0.7, 0.9)
+    save_graph(graph, tmp_path / "graph.json", 0.7)
+    read = load_graph(tmp_path / "graph.json")
+    for name in ("source", "target", "weight"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(graph, name))
+    columns = [name for name in graph.nodes.columns if name != "probability"]
+    pd.testing.assert_frame_equal(read.nodes[columns], graph.nodes[columns], check_dtype=False)
+    assert (read.tokens, read.token_ids, read.n_layers) == (graph.tokens, graph.token_ids, graph.n_layers)
+    np.testing.assert_allclose(read.logit_weights, graph.logit_weights)
+
+
+def test_the_file_is_what_circuit_tracers_page_reads(tmp_path):
+    """Field names and id forms of its frontend/graph_models.py."""
+    model = tiny_model("gemma3")
+    graph = prune(build_graph(model, prompt_of(model), transcoders(model), ALL), 0.7, 0.9)
+    save_graph(graph, tmp_path / "graph.json")
+    content = json.loads((tmp_path / "graph.json").read_text())
+    assert set(content) == {"metadata", "qParams", "nodes", "links"}
+    assert {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "schema_version"} <= set(content["metadata"])
+    assert set(content["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
+    ids = [node["node_id"] for node in content["nodes"]]
+    assert len(set(ids)) == len(ids)
+    assert len({node["jsNodeId"] for node in content["nodes"]}) >= len([i for i in ids if "_-1_" in i])
+    assert {link[end] for link in content["links"] for end in ("source", "target")} <= set(ids)
+    for node in content["nodes"]:
+        layer, number, position = node["node_id"].split("_")
+        assert int(position) == node["ctx_idx"]
+        if node["feature_type"] == "cross layer transcoder":
+            x, y = int(layer), int(number)
+            assert node["feature"] == (x + y) * (x + y + 1) // 2 + y
+    assert sum(node["is_target_logit"] for node in content["nodes"]) == 1
+
+
+def test_a_graph_of_circuit_tracers_is_read(tmp_path):
+    """As it writes them, without anything of ours."""
+    content = {
+        "metadata": {"slug": "x", "scan": "gemma-2-2b", "transcoder_list": [], "prompt_tokens": ["<bos>", "Hi"],
+                     "prompt": "Hi", "node_threshold": 0.8, "schema_version": 1},
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [
+            {"node_id": "E_17_1", "feature": 1, "layer": "E", "ctx_idx": 1, "feature_type": "embedding",
+             "jsNodeId": "E_17-1"},
+            {"node_id": "3_-1_1", "feature": -1, "layer": "3", "ctx_idx": 1,
+             "feature_type": "mlp reconstruction error", "jsNodeId": "3_-1-1", "influence": 0.5},
+            {"node_id": "2_40_1", "feature": 943, "layer": "2", "ctx_idx": 1, "feature_type": "cross layer transcoder",
+             "jsNodeId": "2_40-0", "influence": 0.4, "activation": 2.5, "clerp": "greeting"},
+            {"node_id": "5_99_1", "feature": 99, "layer": "5", "ctx_idx": 1, "feature_type": "logit",
+             "token_prob": 0.25, "jsNodeId": "L_99-1", "is_target_logit": True},
+        ],
+        "links": [
+            {"source": "E_17_1", "target": "2_40_1", "weight": 1.5},
+            {"source": "2_40_1", "target": "5_99_1", "weight": -2},
+        ],
+    }  # fmt: skip
+    (tmp_path / "graph.json").write_text(json.dumps(content))
+    graph = load_graph(tmp_path / "graph.json")
+    assert graph.nodes["kind"].tolist() == ["embedding", "error", "feature", "logit"]
+    assert graph.nodes["layer"].tolist() == [-1, 3, 2, 4]
+    assert graph.nodes["feature"].tolist() == [-1, -1, 40, 99]
+    assert graph.weight.tolist() == [1.5, -2.0]
+    assert graph.nodes["label"][2] == "greeting"
+    for text, told in (("{", "no circuit graph"), ('{"nodes": []}', "metadata")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(InvalidInputError, match=told):
+            load_graph(tmp_path / "bad.json")
+    with pytest.raises(InvalidInputError, match="no graph at"):
+        load_graph(tmp_path / "none.json")
+
+
+def test_from_the_command_line(folder, tmp_path):
+    common = ("--model", tiny_folder("gemma3"), "--prompt", PROMPT, "--json")
+    token = tiny_model("gemma3").vocabulary_strings([305])[0]
+    found = scope("attribute", "--sae", folder / "sae", "--target", token, "--top", 5, "--steps", 300, *common)
+    assert len(found["effects"]) == 5
+    assert found["completeness"]["blocks.1.hook_resid_post"] == pytest.approx(1, abs=0.3)
+    out = tmp_path / "graph.json"
+    made = scope("graph", "--transcoders", folder / "transcoders", "--out", out, "--max-features", 50, *common)
+    assert made["nodes"]["feature"] > 0
+    checked = scope("graph", "verify", out, "--json")
+    assert {"slope", "correlation", "sign_agreement", "random", "attention_frozen"} <= checked.keys()
+    assert set(checked["random"]) == {"slope", "correlation", "sign_agreement", "n"}
+
+
+def test_what_is_wrong_is_said(folder, tmp_path):
+    common = ("--model", tiny_folder("gemma3"), "--prompt", PROMPT, "--json")
+    for arguments, told in (
+        (("attribute", "--sae", folder / "sae", "--target", "xylophone quartz"), "a target is one token"),
+        (("attribute", "--sae", folder / "sae", "--target", "a", "--method", "guess"), "integrated_gradients"),
+        (("attribute", "--sae", folder / "sae", "--target", "a", "--position", 400), "out of range"),
+        (("graph", "--transcoders", folder / "sae", "--out", tmp_path / "g.json"), "ln2.hook_out"),
+        (("graph", "--transcoders", tmp_path, "--out", tmp_path / "g.json"), "holds no transcoders"),
+        (("graph", "--transcoders", folder, "--out", tmp_path / "g.json", "--node-share", 2), "node_share"),
+    ):
+        assert told in scope(*arguments, *common, code=2)["error"]["message"]
+    assert not (tmp_path / "g.json").exists()
