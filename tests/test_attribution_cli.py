@@ -13,7 +13,7 @@ from test_cli import scope
 
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_json import load_graph, save_graph
-from scope.attribution.prune import prune
+from scope.attribution.pruning import prune
 from scope.errors import InvalidInputError
 from scope.saes.base import SAEMetadata
 from scope.saes.formats import save

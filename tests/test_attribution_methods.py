@@ -7,6 +7,7 @@ from helpers_models import one_thread, tiny_model
 from helpers_saes import make
 
 from scope.attribution.baselines import counterfactual, mean, zero
+from scope.attribution.comparison import compare_methods, faithfulness
 from scope.attribution.methods import ERROR, METHODS, attribute
 from scope.attribution.targets import (
     feature,
@@ -213,3 +214,37 @@ def test_bad_input_is_answered_before_anything_runs():
         attribute(model, PROMPT, logit(305), make("topk", d_in=12, metadata=SAEMetadata(hook_name=sae.hook_name)))
     with pytest.raises(InvalidInputError, match="No SAE"):
         attribute(model, PROMPT, logit(305), [])
+
+
+def test_methods_beside_patching_and_what_top_nodes_keep():
+    model = tiny_model("llama")
+    hook = "blocks.1.hook_resid_post"
+    sae = sae_at(model, hook)
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    linear = projection(hook, direction, 3)
+    table = compare_methods(model, PROMPT, linear, sae, counterfactual(OTHER)).set_index("method")
+    assert set(table.index) == set(METHODS)
+    assert table["pearson"].min() > 0.999
+    assert table["top_overlap"].min() == 1.0
+    np.testing.assert_allclose(table["slope"], 1.0, rtol=1e-3)
+    few = compare_methods(model, PROMPT, logit(305), sae, zero(), ["gradient_x_activation"], max_nodes=10)
+    assert few["n"].tolist() == [10, 10]
+
+    attribution = attribute(model, PROMPT, linear, sae, "activation_patching", zero())
+    curve = faithfulness(model, PROMPT, linear, sae, attribution, zero(), sizes=[0, 2, 5, 1000])
+    whole = curve[(curve["nodes"] == "attributed") & (curve["errors"] == "kept")].set_index("size")
+    n = int((attribution.table["feature"] != ERROR).sum())
+    assert whole.index.tolist() == [0, 2, 5, n]
+    assert whole["faithfulness"][0] == 0.0
+    assert whole["faithfulness"][n] == pytest.approx(1.0, abs=1e-4)
+    assert whole["value"][n] == pytest.approx(attribution.value, rel=1e-4)
+    # The target is linear: what two nodes keep is the sum of their effects.
+    best = attribution.table[attribution.table["feature"] != ERROR].nlargest(2, "effect")["effect"].sum()
+    assert whole["value"][2] - whole["value"][0] == pytest.approx(best, rel=1e-3)
+    random = curve[(curve["nodes"] == "random") & (curve["errors"] == "kept")].set_index("size")
+    assert whole["value"][2] > random["value"][2]
+    bare = curve[(curve["nodes"] == "attributed") & (curve["errors"] == "ablated")].set_index("size")
+    errors = attribution.table[(attribution.table["feature"] == ERROR) & (attribution.table["position"] == 3)]["effect"]
+    assert whole["value"][5] - bare["value"][5] == pytest.approx(errors.sum(), rel=1e-3)
+    with pytest.raises(InvalidInputError, match="sizes"):
+        faithfulness(model, PROMPT, linear, sae, attribution, zero(), sizes=[-1])

@@ -8,8 +8,8 @@ from test_attribution_graph import ALL, prompt_of, transcoders
 
 from scope.attribution.frozen import attention_as_frozen, freeze
 from scope.attribution.graph import build_graph
-from scope.attribution.prune import prune, scores
-from scope.attribution.verify import Agreement, total_effects, verify
+from scope.attribution.pruning import prune, scores
+from scope.attribution.verification import Agreement, total_effects, verify
 from scope.errors import InvalidInputError
 
 __all__ = ["one_thread"]

@@ -1,16 +1,78 @@
-"""Who caused this logit, and by how much."""
+"""Who caused this logit, this feature, and by which circuit.
+
+    from scope.attribution import attribute, build_graph, counterfactual, logit_difference, prune, verify
+    attribute(model, prompt, logit_difference(" cold", " small"), sae, baseline=counterfactual(other_prompt)).table
+    graph = prune(build_graph(model, prompt, transcoders))
+    verify(graph, model, transcoders).model
+
+Names are loaded when they are first used.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scope.attribution.attention import edge_heads, qk_pairs
+    from scope.attribution.baselines import counterfactual, mean, zero
+    from scope.attribution.comparison import compare_methods, faithfulness
     from scope.attribution.direct import direct_logit_effects
+    from scope.attribution.graph import CircuitGraph, build_graph
+    from scope.attribution.graph_json import load_graph, save_graph
+    from scope.attribution.graph_settings import GraphSettings
+    from scope.attribution.methods import Attribution, attribute
+    from scope.attribution.pruning import prune, scores
+    from scope.attribution.targets import feature, log_probability, logit, logit_difference, loss, projection
+    from scope.attribution.verification import verify
 
-__all__ = ["direct_logit_effects"]
+__all__ = [
+    "Attribution",
+    "CircuitGraph",
+    "GraphSettings",
+    "attribute",
+    "build_graph",
+    "compare_methods",
+    "counterfactual",
+    "direct_logit_effects",
+    "edge_heads",
+    "faithfulness",
+    "feature",
+    "load_graph",
+    "log_probability",
+    "logit",
+    "logit_difference",
+    "loss",
+    "mean",
+    "projection",
+    "prune",
+    "qk_pairs",
+    "save_graph",
+    "scores",
+    "verify",
+    "zero",
+]
+
+_HOMES = {
+    "attention": ("edge_heads", "qk_pairs"),
+    "baselines": ("counterfactual", "mean", "zero"),
+    "direct": ("direct_logit_effects",),
+    "comparison": ("compare_methods", "faithfulness"),
+    "graph": ("CircuitGraph", "build_graph"),
+    "graph_json": ("load_graph", "save_graph"),
+    "graph_settings": ("GraphSettings",),
+    "methods": ("Attribution", "attribute"),
+    "pruning": ("prune", "scores"),
+    "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection"),
+    "verification": ("verify",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "direct_logit_effects":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    for home, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-    return import_module(f"{__name__}.direct").direct_logit_effects
+            return getattr(import_module(f"scope.attribution.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

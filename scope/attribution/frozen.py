@@ -100,6 +100,17 @@ class FrozenAttention:
             self._pattern = made
         return made
 
+    def heads(
+        self, normed: Float[Tensor, "*batch seq d_model"], rows: slice
+    ) -> Float[Tensor, "n_heads *batch n d_model"]:
+        """What each head writes at some positions (before a norm behind attention), without biases."""
+        found = []
+        for head, W_O in enumerate(self.W_O):
+            values = normed[..., : rows.stop, :] @ self.W_V[head // self.group].T
+            pattern = self.pattern(rows)[head].to(values.dtype)
+            found.append(pattern @ values @ W_O.T)
+        return torch.stack(found)
+
     def backward(self, gradient: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n d_model"]:
         """From the gradient at W_O's output on the first n positions to that at W_V's input there."""
         n = gradient.shape[1]
@@ -226,6 +237,31 @@ class FrozenModel:
             yield Pulled(layer, "attn_out", now)
             self._through_attention(layer, now)
         yield Pulled(-1, "embedding", now)
+
+    def push_forward(
+        self, layer: int, positions: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"], until: int
+    ) -> Iterator[tuple[int, Float[Tensor, "n seq d_model"]]]:
+        """What vectors that the MLP of a layer writes become on the way to a later one: the transpose of `pull_back`.
+
+        Args:
+            layer: the layer that writes; -1 for the embeddings.
+            positions: where each is written.
+            vectors: what is written.
+            until: the layer to stop before; n_layers for the logits.
+
+        Yields:
+            (layer, what the vectors have made of the residual stream in front of that layer's attention).
+        """
+        now = vectors.new_zeros(len(vectors), self.n_tokens, vectors.shape[1])
+        now[torch.arange(len(vectors), device=vectors.device), positions] = vectors
+        rows = slice(0, self.n_tokens)
+        for index in range(layer + 1, min(until + 1, len(self.layers))):
+            yield index, now
+            frozen = self.layers[index]
+            written = frozen.attention.heads(frozen.ln1(now, rows), rows).sum(0)
+            now = now + (written if frozen.ln1_post is None else frozen.ln1_post(written, rows))
+            if index in self.skips and index < until:
+                now = now + frozen.ln2(now, rows) @ self.skips[index].T
 
     def _through_attention(self, layer: int, gradient: Float[Tensor, "n rows d_model"]) -> None:
         """Add what reaches the residual stream before a layer's attention through it."""

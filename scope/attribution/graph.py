@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["CircuitGraph", "build_graph"]
+__all__ = ["CircuitGraph", "Prompt", "build_graph", "read_prompt"]
 
 KINDS = ("embedding", "error", "feature", "logit")
 Progress = Callable[[str, int, int | None], None]
@@ -91,7 +91,7 @@ class CircuitGraph:
         return f"CircuitGraph({self.prompt[:40]!r}: {words} nodes, {len(self.weight):,} edges)"
 
 
-class _Firing(NamedTuple):
+class Firing(NamedTuple):
     """The features of one layer that fire."""
 
     position: Int[Tensor, " n"]
@@ -100,12 +100,12 @@ class _Firing(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompt:
+class Prompt:
     """A prompt, read once: everything that edges are made of."""
 
     frozen: FrozenModel
     transcoders: Mapping[int, Any]
-    firing: Mapping[int, _Firing]
+    firing: Mapping[int, Firing]
     errors: Mapping[int, Float[Tensor, "seq d_model"]]
     first_feature: Mapping[int, int]
     """Number of a layer's first feature source; sources are embeddings, errors by layer, features by layer."""
@@ -163,6 +163,12 @@ def build_graph(
         return work.graph(prompt if isinstance(prompt, str) else "")
 
 
+def read_prompt(model: Any, tokens: Int[Tensor, " seq"], transcoders: Sequence[Any]) -> Prompt:
+    """A prompt read once: the frozen model, firing features, errors, biases."""
+    with torch.no_grad():
+        return _read(model, tokens, _by_layer(model, transcoders), GraphSettings(), [])
+
+
 def _by_layer(model: Any, transcoders: Sequence[Any]) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for transcoder in transcoders:
@@ -183,7 +189,7 @@ def _by_layer(model: Any, transcoders: Sequence[Any]) -> dict[int, Any]:
 
 def _read(
     model: Any, tokens: Int[Tensor, " seq"], transcoders: Mapping[int, Any], settings: GraphSettings, wanted: list[int]
-) -> _Prompt:
+) -> Prompt:
     frozen, seen = freeze(model, tokens, [f"blocks.{layer}.ln2.hook_out" for layer in transcoders])
     has_bos = bool(model.bos_mask(tokens[None])[0, 0])
     firing, errors, skips = {}, {}, {}
@@ -204,7 +210,7 @@ def _read(
             if norm_bias is not None:
                 mlp_biases[layer] = mlp_biases[layer] + skips[layer] @ norm_bias
         position, feature = features.nonzero(as_tuple=True)
-        firing[layer] = _Firing(position, feature, features[position, feature])
+        firing[layer] = Firing(position, feature, features[position, feature])
     first, number = {}, len(tokens) * (1 + len(frozen.layers))
     for layer, there in firing.items():
         first[layer] = number
@@ -212,7 +218,7 @@ def _read(
     frozen = FrozenModel(**{**vars(frozen), "skips": skips})
     ids, probabilities, values, mean = _logits(model, frozen, settings, wanted)
     attention_biases = frozen.attention_constants()
-    return _Prompt(
+    return Prompt(
         frozen, transcoders, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
     )
 
@@ -243,7 +249,7 @@ def _logits(
 class _Expansion:
     """Edges of one prompt's nodes, a batch of targets at a time."""
 
-    def __init__(self, read: _Prompt, settings: GraphSettings) -> None:
+    def __init__(self, read: Prompt, settings: GraphSettings) -> None:
         self.read, self.settings = read, settings
         self.targets: list[int] = []
         """What has been expanded, in order: logits as n_sources + number, features as their source."""

@@ -110,7 +110,7 @@ def register(app: typer.Typer) -> None:
 
         from scope.attribution.graph import build_graph
         from scope.attribution.graph_json import save_graph
-        from scope.attribution.prune import prune, require_shares, scores
+        from scope.attribution.pruning import prune, require_shares, scores
 
         require_shares(node_share, edge_share)
         paths = _transcoder_paths(transcoders)
@@ -161,7 +161,7 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Set each feature of a graph to 0 and to twice its value in the model itself, and compare with the graph."""
         from scope.attribution.graph_json import load_graph
-        from scope.attribution.verify import verify as run
+        from scope.attribution.verification import verify as run
 
         read = load_graph(graph)
         paths = _transcoder_paths(transcoders or list(read.transcoders))
