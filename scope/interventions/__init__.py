@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
     from scope.interventions.edit import Edit, combine
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
+    from scope.interventions.steering import Steering, steer, steering_edit
 
 __all__ = [
     "Edit",
+    "Steering",
     "ablate",
     "ablate_features",
     "add_direction",
@@ -26,12 +28,15 @@ __all__ = [
     "set_features",
     "splice",
     "splice_edits",
+    "steer",
+    "steering_edit",
 ]
 
 _HOMES = {
     "edit": ("Edit", "combine"),
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
+    "steering": ("Steering", "steer", "steering_edit"),
 }
 
 
