@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scope.features import decoder
-from scope.features.decoder import LogitEffects, Neighbours
 from scope.features.steps import Step
 from scope.features.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from scope.features.decoder import LogitEffects, Neighbours
 
 __all__ = ["WeightFacts", "WeightTable", "weight_facts"]
 
@@ -28,10 +28,10 @@ COLUMNS = (
 class WeightFacts(NamedTuple):
     """What the weights say of each feature."""
 
-    neighbours: Neighbours
+    neighbours: "Neighbours"
     cosine: np.ndarray
     """Of encoder and decoder, float32 `(d_sae,)`."""
-    logits: LogitEffects | None
+    logits: "LogitEffects | None"
 
     @property
     def shown_tokens(self) -> np.ndarray:
@@ -72,6 +72,8 @@ class WeightTable(NamedTuple):
 
 def weight_facts(sae: Any, model: Any, step: Step) -> WeightFacts:
     """Compare decoder rows; with a model whose residual stream the SAE writes to, compute logit effects."""
+    from scope.features import decoder
+
     unit = decoder.unit_decoder(sae)
     neighbours = decoder.nearest_decoders(unit, lambda done: step("neighbours", done, sae.d_sae))
     logits = None
