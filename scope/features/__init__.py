@@ -10,7 +10,7 @@ Names are resolved on first use, so that importing the package costs nothing and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scope.features.build import build_index
+    from scope.features.build import build_index, build_indexes
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
     from scope.features.index import FeatureIndex
@@ -23,6 +23,7 @@ __all__ = [
     "FeatureIndex",
     "PromptFeatures",
     "build_index",
+    "build_indexes",
     "features_on_prompt",
 ]
 
@@ -33,6 +34,7 @@ _HOMES = {
     "FeatureIndex": "index",
     "PromptFeatures": "prompt",
     "build_index": "build",
+    "build_indexes": "build",
     "features_on_prompt": "prompt",
 }
 
