@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations.source import ActivationBatch, ModelIdentity, RowFlag, bf16_to_float32, float32_to_bf16
+from activations.source import ActivationBatch, ModelIdentity, RowFlag, float32_to_bf16
 from activations.spec import CaptureSpec, fingerprint_of
 from scope.saes.base import SAEMetadata, SparseFeatures
 from scope.saes.topk import TopKConfig
@@ -53,7 +53,10 @@ ZIPF_FEATURES, ZIPF_TOKENS = 1.1, 1.0
 EXTRA_DRAWS, TOKEN_DRAWS, LANGUAGE_DRAWS = 18, 8, 3
 STRENGTH_SPREAD = 0.7
 SHOWN_LOGITS = 8_192
-SYLLABLES = "ba de ki lo mu na re si to vu ga pe fi ho su ta ne ri co du".split()
+SYLLABLES = (
+    *("ba", "de", "ki", "lo", "mu", "na", "re", "si", "to", "vu"),
+    *("ga", "pe", "fi", "ho", "su", "ta", "ne", "ri", "co", "du"),
+)
 SCRIPTS = (("", 0), ("\u0430", 32), ("\u0627", 24), ("\u4e00", 4_096), ("\uac00", 2_048))
 
 
@@ -79,9 +82,7 @@ class SyntheticText:
     def __init__(self, n_rows: int, seed: int = 0) -> None:
         self.n_rows = n_rows
         self.seed = seed
-        self.spec = CaptureSpec(
-            "synthetic", None, "synthetic", "synthetic", CONTEXT, BOS, "float32", "bfloat16", 2**14
-        )
+        self.spec = CaptureSpec("synthetic", None, "synthetic", "synthetic", CONTEXT, BOS, "float32", "bfloat16", 2**14)
         self._rows_of = lru_cache(maxsize=4)(self._make_rows)
 
     @property

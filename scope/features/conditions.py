@@ -107,8 +107,6 @@ class Condition:
         return tuple(int(value) for value in self.values("feature"))
 
 
-
-
 def _value(text: str, start: int) -> tuple[str, int]:
     """The value that starts there, and where the next term starts."""
     quoted = re.compile(r'\s*(?=")').match(text, start)

@@ -147,6 +147,12 @@ class FeatureIndex:
         return self._reader.table("sequences")
 
     @property
+    def vocabulary(self) -> pd.DataFrame:
+        """token_id, text, special, n_rows (indexed rows that hold it): the tokens of this text, and those that logit
+        effects name. Shared between callers."""
+        return self._reader.vocabulary.table
+
+    @property
     def languages(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.manifest["languages"])
 
@@ -450,6 +456,15 @@ class FeatureIndex:
         table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})
         return self._with_provenance(table)
 
+    def forget(self) -> None:
+        """Drop the answers that are kept for the next question. Nothing but memory and time depends on it."""
+        self._count.cache_clear()
+        self._titles.cache_clear()
+
+    def release(self) -> None:
+        """Unmap the files. The next question maps them again, and checks again what it touches."""
+        self._reader.release()
+
     def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[IndexFault]:
         """Read every byte and compare with the ledger; `progress` counts bytes."""
         return self._reader.verify(progress)
@@ -503,4 +518,3 @@ class FeatureIndex:
             source=[info.source for info in infos],
             language=[info.language for info in infos],
         )
-

@@ -90,6 +90,11 @@ class IndexReader:
                 self._arrays[name] = CheckedArray(path, dtype_of(described["dtype"]), described["shape"], entry)
             return self._arrays[name]
 
+    def release(self) -> None:
+        """Forget the mapped arrays; they are mapped again, and checked again, on their next use."""
+        with self._lock:
+            self._arrays.clear()
+
     def table(self, name: str) -> "pd.DataFrame":
         """A table, such as `features`."""
         import pyarrow

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from scope.errors import InvalidInputError, UnknownNameError
+from scope.errors import UnknownNameError
 from scope.features.conditions import Condition
 
 if TYPE_CHECKING:
