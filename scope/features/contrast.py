@@ -26,6 +26,7 @@ import pandas as pd
 from scope.errors import InvalidInputError
 from scope.features.conditions import Condition
 from scope.features.counting import count_features
+from scope.features.profile import described
 from scope.features.selection import Rows, rows_of, rows_without
 from scope.features.statistics import wilson
 
@@ -116,9 +117,7 @@ def contrast(
     named = set(a.features) | set(() if b is None else b.features)
     found = found[(found["rate_a"] > found["rate_b"]) & ~found["feature"].isin(named)]
     found = found.sort_values("z", ascending=False, kind="stable", ignore_index=True).head(n)
-    of = found["feature"].to_numpy()
-    found = found.assign(top_token=table["top_token"].to_numpy()[of], density=table["density"].to_numpy()[of])
-    return Contrast(a, b, found, on_a.n_rows, on_b.n_rows, on_a.looked_at, on_b.looked_at)
+    return Contrast(a, b, described(found, table), on_a.n_rows, on_b.n_rows, on_a.looked_at, on_b.looked_at)
 
 
 def compare(k_a: np.ndarray, n_a: int, k_b: np.ndarray, n_b: int) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What fires on many scattered rows, counted from the token lists.
 
 The rows' firings lie one row after the other; a few thousand rows at a time are gathered and counted, so that memory
-does not grow with them. Rows of one length, as a TopK dictionary makes them, are gathered as blocks.
+does not grow with them. Rows of about one length, as a TopK dictionary makes them, are gathered as blocks.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ __all__ = ["Sums", "count_features", "sum_strengths"]
 
 PIECE = 2**15
 """Firings to gather at once: what fits into a core's own cache."""
+SURPLUS = 1.25
+"""Blocks of the longest row's length may hold so many times what the rows hold."""
 
 
 class Sums(NamedTuple):
@@ -32,12 +34,12 @@ class Sums(NamedTuple):
 
 
 def count_features(reader: "IndexReader", rows: np.ndarray) -> np.ndarray:
-    """On how many of the rows each feature fires, int64 `(d_sae,)`."""
+    """On how many of the rows, ascending, each feature fires, int64 `(d_sae,)`."""
     counts = np.zeros(reader.d_sae, np.int64)
     feature = reader.array("by_token/feature")
     for starts, lengths in _pieces(reader, rows):
         feature.check_spans(starts, starts + lengths)
-        counts += np.bincount(_gather(feature.memory, starts, lengths), minlength=reader.d_sae)
+        _count(counts, feature.memory, starts, lengths)
     return counts
 
 
@@ -69,12 +71,24 @@ def _pieces(reader: "IndexReader", rows: np.ndarray) -> Iterator[tuple[np.ndarra
         yield starts[first : first + at_once], lengths[first : first + at_once]
 
 
+def _count(counts: np.ndarray, flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+    """Add how often each feature stands in some spans, of which the last starts last."""
+    longest = int(lengths.max())
+    fits = int(starts[-1]) + longest <= len(flat)
+    if longest and fits and longest * len(lengths) <= SURPLUS * int(lengths.sum()):
+        # As blocks of the longest; what shorter rows have too much of is taken off again.
+        blocks = np.lib.stride_tricks.sliding_window_view(flat, longest)[starts]
+        counts += np.bincount(blocks.reshape(-1), minlength=len(counts))
+        short = np.flatnonzero(lengths < longest)
+        surplus = _gather(flat, starts[short] + lengths[short], longest - lengths[short])
+        np.subtract.at(counts, surplus, 1)
+    else:
+        counts += np.bincount(_gather(flat, starts, lengths), minlength=len(counts))
+
+
 def _gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The entries of some spans of a flat array, one span after the other."""
-    length = int(lengths[0])
-    if length and int(lengths.min()) == int(lengths.max()) == length:
-        return np.lib.stride_tricks.sliding_window_view(flat, length)[starts].reshape(-1)
     ends = np.cumsum(lengths)
-    places = np.arange(int(ends[-1])) + np.repeat(starts - (ends - lengths), lengths)
-    gathered: np.ndarray = flat[places]
+    total = int(ends[-1]) if len(ends) else 0
+    gathered: np.ndarray = flat[np.arange(total) + np.repeat(starts - (ends - lengths), lengths)]
     return gathered

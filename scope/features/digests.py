@@ -106,7 +106,7 @@ class CheckedArray:
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """Entries at `places` along the first axis."""
-        if len(places):
+        if len(places) and not self._all_checked:
             first = places * self._row_bytes // BLOCK
             last = (places * self._row_bytes + self._row_bytes - 1) // BLOCK
             touched = np.zeros(len(self._digests), dtype=bool)
@@ -134,7 +134,6 @@ class CheckedArray:
         np.add.at(edges, first[full], 1)
         np.add.at(edges, last[full] + 1, -1)
         self._check(np.flatnonzero(np.cumsum(edges[:-1]) > 0))
-        self._all_checked = bool(self._checked.all())
 
     def _check(self, blocks: np.ndarray) -> None:
         for block in blocks[~self._checked[blocks]]:
@@ -145,3 +144,4 @@ class CheckedArray:
                     "Build the index again; `scope verify` lists all faults."
                 )
             self._checked[block] = True
+            self._all_checked = self._all_checked or bool(self._checked.all())

@@ -371,7 +371,7 @@ class FeatureIndex:
             feature, n_firings, rate (of that token's indexed rows), rate_low, rate_high, mean_value, lift (rate over
             the feature's density), z (how far the rate is above the rate elsewhere), top_token, density; by z.
             Of a token with more than 250,000 rows a sample is counted; `attrs` holds n_rows, looked_at, sampled. Means
-            are over 16,384 rows at most.
+            are over 8,192 rows at most.
         Raises:
             UnknownNameError: no token of the vocabulary reads so; those that differ in case or spaces are suggested.
             OutOfRangeError: there is no such id in this text.

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scope.errors import InvalidInputError
+from scope.features.profile import described
 from scope.features.statistics import wilson
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def by_tokens(reader: "IndexReader", table: pd.DataFrame, text: str, n: int, exa
     of, place = np.nonzero(wanted[tokens])
     features, starts = np.unique(of, return_index=True)
     if not len(features):
-        return _described(pd.DataFrame(columns=["feature", "share", "n_firings", "mean_value", "tokens"]), table)
+        return described(pd.DataFrame(columns=["feature", "share", "n_firings", "mean_value", "tokens"]), table)
     n_firings = np.add.reduceat(counts[of, place].astype(np.int64), starts)
     strength = np.add.reduceat(strengths[of, place].astype(np.float64), starts)
     size = np.add.reduceat(np.abs(strengths[of, place]).astype(np.float64), starts)
@@ -53,7 +54,7 @@ def by_tokens(reader: "IndexReader", table: pd.DataFrame, text: str, n: int, exa
             "tokens": [vocabulary.strings(own) for own in shown],
         }
     )
-    return _described(found, table)
+    return described(found, table)
 
 
 def by_label(grid: "FeatureGrid", text: str, n: int) -> pd.DataFrame:
@@ -76,7 +77,3 @@ def by_label(grid: "FeatureGrid", text: str, n: int) -> pd.DataFrame:
     columns = ["feature", "label", "label_source", "starred", "top_token", "density"]
     return grid.table.iloc[found][columns].reset_index(drop=True)
 
-
-def _described(found: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    of = found["feature"].to_numpy(np.int64)
-    return found.assign(top_token=table["top_token"].to_numpy()[of], density=table["density"].to_numpy()[of])

@@ -12,6 +12,7 @@ import pandas as pd
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.features.contrast import likelihood_z, totals
 from scope.features.counting import Sums, count_features, sum_strengths
+from scope.features.profile import described
 from scope.features.selection import rows_of_tokens
 from scope.features.statistics import wilson
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["on_document", "on_token"]
 
-MEAN_ROWS = 2**14
+MEAN_ROWS = 2**13
 """Rows that a token's mean strengths are taken over, at most."""
 
 
@@ -64,19 +65,17 @@ def _listed(reader: "IndexReader", table: pd.DataFrame, counts: np.ndarray, look
     of = fires[np.argsort(-z[fires], kind="stable")[:n]]
     rate = counts[of] / looked_at
     low, high = wilson(counts[of], looked_at)
-    density = table["density"].to_numpy()[of]
-    return pd.DataFrame(
+    found = pd.DataFrame(
         {
             "feature": of,
             "rate": rate,
             "rate_low": low,
             "rate_high": high,
-            "lift": rate / density,
+            "lift": rate / table["density"].to_numpy()[of],
             "z": z[of],
-            "top_token": table["top_token"].to_numpy()[of],
-            "density": density,
         }
     )
+    return described(found, table)
 
 
 def _mean(sums: Sums, of: np.ndarray) -> np.ndarray:

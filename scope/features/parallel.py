@@ -25,6 +25,7 @@ import pandas as pd
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.features.contrast import log_ratio
 from scope.features.counting import count_features
+from scope.features.profile import described
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -153,10 +154,9 @@ def compare_titles(counts: TitleCounts, table: pd.DataFrame, n: int) -> pd.DataF
             "log_ratio_low": low,
             "log_ratio_high": high,
             "z": z[of],
-            "top_token": table["top_token"].to_numpy()[of],
-            "density": table["density"].to_numpy()[of],
         }
     )
+    found = described(found, table)
     found.attrs.update(n_titles=counts.n_titles, n_rows_a=int(rows[0]), n_rows_b=int(rows[1]))
     return found
 

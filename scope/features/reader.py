@@ -166,9 +166,11 @@ class IndexReader:
         rows = self._list_rows.read(first + start, first + stop).astype(np.int64)
         return rows, bf16_to_float32(self._list_values.read(first + start, first + stop))
 
-    def firing_rows(self, feature: int) -> np.ndarray:
-        """Rows (int64) of all of a feature's firings, the strongest first."""
-        return self._list_rows.read(*self._bounds(feature)).astype(np.int64)
+    def firing_rows(self, feature: int, ranks: np.ndarray | None = None) -> np.ndarray:
+        """Rows (int64) of a feature's firings: all, the strongest first, or those at some ranks."""
+        first, last = self._bounds(feature)
+        rows = self._list_rows.read(first, last) if ranks is None else self._list_rows.take(first + ranks)
+        return rows.astype(np.int64)
 
     def firings_at(self, feature: int, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `firing_arrays`, at scattered ranks."""

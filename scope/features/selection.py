@@ -209,8 +209,7 @@ def _places(n: int, limit: int) -> np.ndarray:
 def _sample_list(reader: "IndexReader", feature: int, limit: int) -> Rows:
     """Rows on which a feature fires, drawn from its list: strong and weak firings in their proportions."""
     n = reader.n_firings_of(feature)
-    rows, _ = reader.firings_at(feature, _places(n, limit))
-    return Rows(np.sort(rows), n)
+    return Rows(np.sort(reader.firing_rows(feature, _places(n, limit))), n)
 
 
 def _sample(rows: np.ndarray, limit: int) -> Rows:

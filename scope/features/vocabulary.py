@@ -120,7 +120,9 @@ class Vocabulary:
         Raises:
             UnknownNameError: there is none; tokens that differ in case or spaces are suggested.
         """
-        found = np.flatnonzero(self._texts == text)
+        from pyarrow import compute
+
+        found = np.flatnonzero(compute.equal(self._arrow, text).to_numpy(zero_copy_only=False))
         if not len(found):
             bare = text.strip().casefold()
             near = [own for own in self._texts if own.strip().casefold() == bare] if bare else []
