@@ -252,8 +252,8 @@ class SyntheticSAE:
     def _of(self, what: np.ndarray, n: int, salt: int) -> np.ndarray:
         """`n` features that follow from a number."""
         mixed = (what[:, None].astype(np.uint64) * np.uint64(64) + np.arange(n, dtype=np.uint64)) * np.uint64(salt)
-        mixed = (mixed ^ (mixed >> np.uint64(7))) * np.uint64(0x9E3779B97F4A7C15)
-        return self._table[(mixed >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]
+        mixed = np.bitwise_xor(mixed, np.right_shift(mixed, np.uint64(7))) * np.uint64(0x9E3779B97F4A7C15)
+        return self._table[np.right_shift(mixed, np.uint64(64 - TABLE_BITS)).astype(np.int64)]
 
     def _of_language(self, rows: np.ndarray) -> np.ndarray:
         return self._of(self.text.languages_of(rows), LANGUAGE_DRAWS, 11)

@@ -5,6 +5,7 @@ does not grow with them. Rows of about one length, as a TopK dictionary makes th
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from activations.source import bf16_to_float32
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
 
-__all__ = ["Sums", "count_features", "sum_strengths"]
+__all__ = ["Sums", "count_features", "fires_on", "sum_strengths"]
 
 PIECE = 2**15
 """Firings to gather at once: what fits into a core's own cache."""
+MANY_ROWS = 2**15
+"""Rows from which on two threads count."""
 SURPLUS = 1.25
 """Blocks of the longest row's length may hold so many times what the rows hold."""
 
@@ -35,6 +38,15 @@ class Sums(NamedTuple):
 
 def count_features(reader: "IndexReader", rows: np.ndarray) -> np.ndarray:
     """On how many of the rows, ascending, each feature fires, int64 `(d_sae,)`."""
+    if len(rows) < MANY_ROWS:
+        return _count_features(reader, rows)
+    # Gathering and counting are numpy's, which lets two threads run.
+    with ThreadPoolExecutor(1, "count") as beside:
+        half = beside.submit(_count_features, reader, rows[len(rows) // 2 :])
+        return _count_features(reader, rows[: len(rows) // 2]) + half.result()
+
+
+def _count_features(reader: "IndexReader", rows: np.ndarray) -> np.ndarray:
     counts = np.zeros(reader.d_sae, np.int64)
     feature = reader.array("by_token/feature")
     for starts, lengths in _pieces(reader, rows):
@@ -58,6 +70,19 @@ def sum_strengths(reader: "IndexReader", rows: np.ndarray) -> Sums:
         strengths += np.bincount(features, weights=values, minlength=reader.d_sae)
         np.maximum.at(largest, features, values)
     return Sums(counts, strengths, largest)
+
+
+def fires_on(reader: "IndexReader", feature: int, rows: np.ndarray) -> np.ndarray:
+    """Whether a feature fires on each of the rows, bool `(n,)`."""
+    array = reader.array("by_token/feature")
+    parts = [np.empty(0, bool)]
+    for starts, lengths in _pieces(reader, rows):
+        array.check_spans(starts, starts + lengths)
+        found = np.flatnonzero(_gather(array.memory, starts, lengths) == feature)
+        fires = np.zeros(len(starts), bool)
+        fires[np.searchsorted(np.cumsum(lengths), found, side="right")] = True
+        parts.append(fires)
+    return np.concatenate(parts)
 
 
 def _pieces(reader: "IndexReader", rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -434,6 +434,17 @@ class FeatureIndex:
         """
         return parallel.compare_titles(self._titles(a, b), self.table, n)
 
+    def language_neutral(self, n: int = 50) -> pd.DataFrame:
+        """Features whose rates are alike in all languages (`scope.features.languages`): columns feature,
+        language_entropy (bits), top_token, density; by entropy, then by how often they fire."""
+        return lookup.language_neutral(self.table, n)
+
+    def language_specific(self, language: str, n: int = 50) -> pd.DataFrame:
+        """Features of one language (`scope.features.languages`): columns as of `contrast("language:…")`, by z."""
+        return lookup.language_specific(
+            self.table, self.contrast(Condition.parse(f"language:{language}"), n=self.d_sae), n
+        )
+
     # --- everything -------------------------------------------------------------------------------------------
 
     def umap(self) -> pd.DataFrame | None:

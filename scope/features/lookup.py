@@ -11,10 +11,11 @@ from scope.features.profile import described
 from scope.features.statistics import wilson
 
 if TYPE_CHECKING:
+    from scope.features.contrast import Contrast
     from scope.features.grid import FeatureGrid
     from scope.features.reader import IndexReader
 
-__all__ = ["by_label", "by_tokens"]
+__all__ = ["by_label", "by_tokens", "language_neutral", "language_specific"]
 
 SHOWN_TOKENS = 5
 
@@ -77,3 +78,23 @@ def by_label(grid: "FeatureGrid", text: str, n: int) -> pd.DataFrame:
     columns = ["feature", "label", "label_source", "starred", "top_token", "density"]
     return grid.table.iloc[found][columns].reset_index(drop=True)
 
+
+def language_neutral(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """See `FeatureIndex.language_neutral`."""
+    found = table[_facts(table, "language_neutral")]
+    found = found.sort_values(["language_entropy", "n_firings"], ascending=False, kind="stable").head(n)
+    return found[["feature", "language_entropy", "top_token", "density"]].reset_index(drop=True)
+
+
+def language_specific(table: pd.DataFrame, contrasted: "Contrast", n: int) -> pd.DataFrame:
+    """See `FeatureIndex.language_specific`."""
+    language = contrasted.a.values("language")[0]
+    specific = (_facts(table, "language_specific") == language).to_numpy()
+    found = contrasted.table
+    return found[specific[found["feature"].to_numpy(np.int64)]].head(n).reset_index(drop=True)
+
+
+def _facts(table: pd.DataFrame, column: str) -> pd.Series:
+    if column not in table:
+        raise InvalidInputError(f"This index was built before features had {column}. Build it again.")
+    return table[column]

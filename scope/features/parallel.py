@@ -183,7 +183,7 @@ def _resampled(counts: TitleCounts, of: np.ndarray) -> list[tuple[np.ndarray, np
     k = [weights @ counts.firings[side][:, of] for side in range(2)]
     rows = [(weights @ counts.rows[side])[:, None] for side in range(2)]
     drawn = [k[0] / rows[0], k[1] / rows[1], log_ratio(k[0], rows[0], k[1], rows[1])]
-    return [tuple(np.quantile(values, (0.025, 0.975), axis=0)) for values in drawn]  # type: ignore[misc]
+    return [tuple(np.quantile(values, (0.025, 0.975), axis=0)) for values in drawn]
 
 
 def _shared_titles(reader: "IndexReader", languages: Sequence[str]) -> dict[tuple[str, str], list[_Page]]:
@@ -194,7 +194,7 @@ def _shared_titles(reader: "IndexReader", languages: Sequence[str]) -> dict[tupl
     for key, own in documents.groupby(["source", "title"], sort=True):
         if set(languages) <= set(own["language"]):
             pages = zip(own["document"].astype(int), own["language"].astype(str), strict=True)
-            shared[key] = [_Page(*page) for page in pages]
+            shared[str(key[0]), str(key[1])] = [_Page(*page) for page in pages]
     return shared
 
 

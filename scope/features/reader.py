@@ -111,8 +111,11 @@ class IndexReader:
         return opened.read(use_threads=False).to_pandas()
 
     def has_table(self, name: str) -> bool:
-        """Whether the index holds a table that not every index has."""
-        return f"tables/{name}.parquet" in self._digests
+        """Whether the index holds a table that not every index has, and that may be added to one that is open."""
+        file = f"tables/{name}.parquet"
+        if file not in self._digests and place_of(self.path, file, self.derived).is_file():
+            self._digests = read_digests(self.path, self.derived)
+        return file in self._digests
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":

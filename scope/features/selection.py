@@ -1,30 +1,35 @@
-"""The rows that a `Condition` holds on, found without touching a firing.
+"""The rows that a `Condition` holds on, found without touching more firings than it must.
 
 1. A condition that names a feature starts from that feature's own list; one that holds on few windows of the text
    (a document, a small language) from their rows. The other terms are asked of these rows.
 2. Any other is asked of all rows, a stretch at a time, by language and source of their window and by token id.
 3. BOS and special rows, on which nothing may fire, are left out.
-4. Of more than `MAX_ROWS` rows a sample is kept: the rows in order are cut into `MAX_ROWS` equal parts and one is drawn
-   from each, the same ones whenever the same is asked.
+4. Of more than `MAX_ROWS` rows a sample of about `SAMPLE` is kept: the rows in order are cut into so many equal parts
+   and one is drawn from each, the same ones whenever the same is asked. Where it is known how many rows there are, the
+   text is cut up instead, and the rows drawn on which the condition holds are kept: then not all are asked. A rate is then known to 0.3 percentage points or
+   better (95%), one of 1% to 0.06.
 
 It takes a byte of memory per row of the index, at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from scope.errors import UnknownNameError
 from scope.features.conditions import Condition
+from scope.features.counting import fires_on
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
 
-__all__ = ["MAX_ROWS", "Rows", "rows_of", "rows_of_tokens", "rows_without"]
+__all__ = ["MAX_ROWS", "SAMPLE", "Rows", "rows_of", "rows_of_tokens", "rows_without"]
 
 MAX_ROWS: Final = 250_000
-"""Rows that are looked at for one condition, at most."""
+"""A condition that holds on more rows than this is answered from a sample of them."""
+SAMPLE: Final = 2**17
+"""Rows of a sample."""
 FEW_ROWS = 2**20
 CHUNK_ROWS = 2**20
 
@@ -42,7 +47,7 @@ class Rows(NamedTuple):
         return len(self.rows) < self.total
 
 
-def rows_of(reader: "IndexReader", condition: Condition, limit: int = MAX_ROWS) -> Rows:
+def rows_of(reader: "IndexReader", condition: Condition) -> Rows:
     """The rows that a condition holds on.
 
     Raises:
@@ -51,29 +56,52 @@ def rows_of(reader: "IndexReader", condition: Condition, limit: int = MAX_ROWS) 
         InvalidInputError: a regular expression cannot be read.
     """
     asked = _Asked(reader, condition)
-    if asked.is_one_feature and reader.n_firings_of(asked.features[0]) > limit:
-        return _sample_list(reader, asked.features[0], limit)
+    if asked.is_one_feature and reader.n_firings_of(asked.features[0]) > MAX_ROWS:
+        return _sample_list(reader, asked.features[0])
     if asked.features:
-        return _sample(np.sort(asked.of_features()), limit)
+        return _sample(np.sort(asked.of_features()))
     if asked.windows is not None and asked.n_window_rows <= FEW_ROWS:
-        return _sample(asked.passing(asked.window_rows()), limit)
-    return _sample_mask(asked.mask(), limit)
+        return _sample(asked.passing(asked.window_rows()))
+    if asked.windows is None and asked.token_ids is not None:
+        return rows_of_tokens(reader, asked.token_ids)
+    return _sample_mask(asked.mask())
 
 
-def rows_without(reader: "IndexReader", condition: Condition, limit: int = MAX_ROWS) -> Rows:
-    """The rows that a condition does not hold on."""
+def rows_without(reader: "IndexReader", condition: Condition, n_with: int) -> Rows:
+    """The rows that a condition does not hold on, given on how many it holds."""
     asked = _Asked(reader, condition)
+    n_without = int(reader.manifest["n_indexed_rows"]) - n_with
+    drawn = _draw(reader, lambda rows: ~asked.holds(rows), n_without)
+    if drawn is not None:
+        return drawn
     mask = asked.mask()
     for chunk in _chunks(reader.n_rows):
         part = mask[chunk]
         np.logical_not(part, out=part)
         part &= reader.indexed(reader.row_column("flags").slice(chunk.start, chunk.stop))
-    return _sample_mask(mask, limit)
+    return _sample_mask(mask)
 
 
-def rows_of_tokens(reader: "IndexReader", token_ids: np.ndarray, limit: int = MAX_ROWS) -> Rows:
-    """The rows of some token ids."""
-    return _sample_mask(_token_mask(reader, token_ids), limit)
+def rows_of_tokens(reader: "IndexReader", token_ids: np.ndarray) -> Rows:
+    """The rows of some token ids, ascending."""
+    if len(token_ids) > 1 and reader.manifest["has_strings"]:
+        column, vocabulary = reader.row_column("token_id"), reader.vocabulary
+        total = int(vocabulary.rows_of(vocabulary.ordinary(token_ids)).sum())
+        drawn = _draw(reader, lambda rows: _is_one(column.take(rows), token_ids), total)
+        if drawn is not None:
+            return drawn
+    return _sample_mask(_token_mask(reader, token_ids))
+
+
+def _draw(reader: "IndexReader", holds: Callable[[np.ndarray], np.ndarray], total: int) -> Rows | None:
+    """A sample of the indexed rows on which something holds, given on how many it does: so many rows of the text are
+    drawn that about `SAMPLE` pass. None where all are to be kept, or going through the text takes no longer."""
+    n_drawn = SAMPLE * reader.n_rows // max(total, 1)
+    if total <= MAX_ROWS or n_drawn > reader.n_rows // 2:
+        return None
+    rows = _places(reader.n_rows, n_drawn)
+    rows = rows[reader.indexed(reader.row_column("flags").take(rows))]
+    return Rows(rows[holds(rows)], total)
 
 
 class _Asked:
@@ -115,14 +143,25 @@ class _Asked:
 
     def passing(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows that are indexed, lie in the windows and are of the tokens."""
+        rows = rows[self.reader.indexed(self.reader.row_column("flags").take(rows))]
+        return rows[self._text_holds(rows)]
+
+    def holds(self, rows: np.ndarray) -> np.ndarray:
+        """Whether all of it holds on each of some indexed rows, ascending; bool."""
+        holds = self._text_holds(rows)
+        for feature in self.features:
+            holds[holds] = fires_on(self.reader, feature, rows[holds])
+        return holds
+
+    def _text_holds(self, rows: np.ndarray) -> np.ndarray:
         reader = self.reader
-        passes = reader.indexed(reader.row_column("flags").take(rows))
+        holds = np.ones(len(rows), bool)
         if self.windows is not None:
             windows = reader.windows
-            passes &= self.windows[windows.place[reader.row_column("sequence").take(rows)]]
+            holds &= self.windows[windows.place[reader.row_column("sequence").take(rows)]]
         if self.token_ids is not None:
-            passes &= _is_one(reader.row_column("token_id").take(rows), self.token_ids)
-        return rows[passes]
+            holds &= _is_one(reader.row_column("token_id").take(rows), self.token_ids)
+        return holds
 
     def mask(self) -> np.ndarray:
         """Where all of it holds, bool `(n_rows,)`."""
@@ -198,30 +237,30 @@ def _chunks(n: int) -> Sequence[slice]:
     return [slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS)]
 
 
-def _places(n: int, limit: int) -> np.ndarray:
-    """`limit` places of n, one at random from each of as many parts of one size, ascending."""
-    bounds = np.arange(limit + 1) * n // limit
-    draws = np.random.default_rng([n, limit]).random(limit)
+def _places(n: int, n_parts: int) -> np.ndarray:
+    """`n_parts` places of n, one at random from each of as many parts of one size, ascending."""
+    bounds = np.arange(n_parts + 1) * n // n_parts
+    draws = np.random.default_rng([n, n_parts]).random(n_parts)
     places: np.ndarray = bounds[:-1] + (draws * np.diff(bounds)).astype(np.int64)
     return places
 
 
-def _sample_list(reader: "IndexReader", feature: int, limit: int) -> Rows:
+def _sample_list(reader: "IndexReader", feature: int) -> Rows:
     """Rows on which a feature fires, drawn from its list: strong and weak firings in their proportions."""
     n = reader.n_firings_of(feature)
-    return Rows(np.sort(reader.firing_rows(feature, _places(n, limit))), n)
+    return Rows(np.sort(reader.firing_rows(feature, _places(n, SAMPLE))), n)
 
 
-def _sample(rows: np.ndarray, limit: int) -> Rows:
+def _sample(rows: np.ndarray) -> Rows:
     total = len(rows)
-    return Rows(rows if total <= limit else rows[_places(total, limit)], total)
+    return Rows(rows if total <= MAX_ROWS else rows[_places(total, SAMPLE)], total)
 
 
-def _sample_mask(mask: np.ndarray, limit: int) -> Rows:
+def _sample_mask(mask: np.ndarray) -> Rows:
     chunks = _chunks(len(mask))
     ends = np.cumsum([int(np.count_nonzero(mask[chunk])) for chunk in chunks])
     total = int(ends[-1]) if len(ends) else 0
-    places = None if total <= limit else _places(total, limit)
+    places = None if total <= MAX_ROWS else _places(total, SAMPLE)
     parts = []
     for chunk, end in zip(chunks, ends.tolist(), strict=True):
         found = np.flatnonzero(mask[chunk])

@@ -131,6 +131,11 @@ class Vocabulary:
         ids: np.ndarray = self.token_ids[found]
         return ids
 
+    def ordinary(self, token_ids: np.ndarray) -> np.ndarray:
+        """Those of the tokens that are not special."""
+        ordinary: np.ndarray = token_ids[~self._special[self._places(token_ids)]]
+        return ordinary
+
     def rows_of(self, token_ids: np.ndarray) -> np.ndarray:
         """How many indexed rows hold each token."""
         return self.n_rows[self._places(token_ids)]
