@@ -6,8 +6,8 @@
 3. BOS and special rows, on which nothing may fire, are left out.
 4. Of more than `MAX_ROWS` rows a sample of about `SAMPLE` is kept: the rows in order are cut into so many equal parts
    and one is drawn from each, the same ones whenever the same is asked. Where it is known how many rows there are, the
-   text is cut up instead, and the rows drawn on which the condition holds are kept: then not all are asked. A rate is then known to 0.3 percentage points or
-   better (95%), one of 1% to 0.06.
+   text is cut up instead, and the rows drawn on which the condition holds are kept: then not all are asked. A rate is
+   known to 0.3 percentage points or better (95%), one of 1% to 0.06.
 
 It takes a byte of memory per row of the index, at most.
 """
