@@ -120,6 +120,10 @@ def clear_leftovers(out: Path) -> None:
     """Remove what only the build needed, and what an index that has grown held before; the manifest is there."""
     shutil.rmtree(out / "build", ignore_errors=True)
     derived = str(read_manifest(out, FORMAT).get("derived", ""))
+    for folder in (out, out / derived):
+        for name in ("manifest.json", "digests.json"):
+            for part in folder.glob(f"{name}.tmp-*"):  # of a writer that was killed while it replaced the file
+                part.unlink(missing_ok=True)
     for folder in out.glob("grown-*"):
         if folder.name != derived:
             shutil.rmtree(folder, ignore_errors=True)
