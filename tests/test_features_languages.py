@@ -7,7 +7,6 @@ from helpers_features import FakeModel, FakeStore, dense_strengths, small_sae
 
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.features import build_index
-from scope.features.parallel import SHINGLE
 
 EN = "Every package of the system has a name and a version, and its files lie in an archive of a plain kind."
 EN_2 = "This second paragraph of the page was never translated into German, so that it stands there as it was."
@@ -16,15 +15,18 @@ DE_2 = "Noch ein Absatz der Seite, den es auch auf Deutsch gibt, damit etwas zu 
 FR = "Chaque paquet du système porte un nom et une version, et ses fichiers se trouvent dans une archive."
 CODE = "apt install scope"
 PAGES = [
-    ("page-1", "book", "en", f"{EN}\n\n{EN_2}\n\n{CODE}"),
-    ("page-1", "book", "de", f"{DE}\n\n{EN_2}\n\n{CODE}"),
-    ("page-1", "book", "fr", f"{FR}\n\n{EN_2}"),
-    ("page-2", "book", "en", f"{EN_2}\n\n{EN}"),
-    ("page-2", "book", "de", f"{DE_2}"),
-    ("page-3", "book", "de", f"{DE}"),
-    ("page-3", "book", "fr", f"{FR}\n\n{DE}"),
-    ("page-4", "book", "en", f"{EN}"),
-    ("page-4", "other", "de", f"{DE}"),
+    (title, source, language, "\n\n".join([*paragraphs, ""]))
+    for title, source, language, paragraphs in (
+        ("page-1", "book", "en", [EN, EN_2, CODE]),
+        ("page-1", "book", "de", [DE, EN_2, CODE]),
+        ("page-1", "book", "fr", [FR, EN_2]),
+        ("page-2", "book", "en", [EN_2, EN]),
+        ("page-2", "book", "de", [DE_2]),
+        ("page-3", "book", "de", [DE]),
+        ("page-3", "book", "fr", [FR, DE]),
+        ("page-4", "book", "en", [EN]),
+        ("page-4", "other", "de", [DE]),
+    )
 ]
 KEPT = {
     ("page-1", "en"): [EN],
@@ -40,7 +42,6 @@ def pages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(helpers_features, "TEXTS", PAGES)
         store = FakeStore(model, repeats=1)
-    # FakeStore repeats some texts; here each stands as it is.
     sae = small_sae()
     index = build_index(store, sae, tmp_path_factory.mktemp("pages") / "pages.index", model=model)
     return index, model, dense_strengths(store, sae) != 0
@@ -55,16 +56,11 @@ def test_titles_that_languages_share(pages):
     found = index.parallel_titles(["en", "de"])
     assert set(zip(found["title"], found["language"], strict=True)) == set(KEPT)
     for page in found.itertuples():
+        lengths = {part: len(model.encode(part)) for part in paragraphs(index.document_text(page.document))}
         text = index.document_text(page.document)
-        assert page.n_rows == len(model.encode(text))
-        # Words only: what breaks paragraphs belongs to none.
-        kept = sum(
-            len(model.encode(part)) - part.count("\n")
-            for part in paragraphs(text)
-            if part in KEPT[page.title, page.language]
-        )
-        assert page.n_kept == pytest.approx(kept, abs=2 * SHINGLE)
-        assert page.n_kept < page.n_rows or page.language == "de"
+        assert page.n_rows == sum(lengths[part] for part in paragraphs(text))
+        kept = KEPT[page.title, page.language]
+        assert page.n_kept == sum(lengths[part] for part in paragraphs(text) if part in kept)
     assert set(index.parallel_titles(["de", "fr"])["title"]) == {"page-1", "page-3"}
     assert set(index.parallel_titles(["en", "de", "fr"])["title"]) == {"page-1"}
     assert index.parallel_titles(["en", "fr"]).query("title == 'page-3'").empty

@@ -9,7 +9,7 @@ from helpers_features import dense_strengths, tiny_index
 from typer.testing import CliRunner
 
 from activations.source import RowFlag
-from scope.cli.__main__ import app
+from scope.cli import app
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features import FeatureIndex
 from scope.features.labels import FeatureLabels, ImportedLabel
@@ -45,7 +45,7 @@ def test_features_by_token_text(built, text):
 
 
 def test_a_token_searched_for_exactly(built):
-    index, store, dense = built
+    index, _store, _dense = built
     assert all(tokens == [" Every"] for tokens in index.search_tokens(" Every", exact=True)["tokens"])
     assert index.search_tokens("nowhere to be found").empty
     with pytest.raises(UnknownNameError, match="Every"):
@@ -72,7 +72,9 @@ def test_features_by_label(labelled):
 
 def test_the_grid_has_labels(labelled):
     before = labelled.query()
-    assert before.total == 40 and not before.rows["starred"].any() and (before.rows["label"] == "").all()
+    assert before.total == 40
+    assert not before.rows["starred"].any()
+    assert (before.rows["label"] == "").all()
     labels = labelled.labels
     labels.set(3, text="Zebra", starred=True)
     labels.set(8, text="apple", notes="look at this again")
@@ -134,7 +136,8 @@ def test_bench_index(tmp_path):
     arguments += ["--cold-queries", "1", "--folder", str(tmp_path)]
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
-    assert "bytes per firing" in told.stdout and "cold p95" in told.stdout
+    assert "bytes per firing" in told.stdout
+    assert "cold p95" in told.stdout
     again = CliRunner().invoke(app, [*arguments, "--json"])
     assert "Using" in again.stderr
     figures = json.loads(again.stdout.splitlines()[-1])
@@ -142,7 +145,8 @@ def test_bench_index(tmp_path):
     assert list(figures) == [f"{name}_p95_ms" for name in names.split()]
     assert all(value > 0 for value in figures.values())
     index = FeatureIndex.open(tmp_path / "synthetic-12000-64-4.index")
-    assert index.n_rows == 12_000 and index.verify() == []
+    assert index.n_rows == 12_000
+    assert index.verify() == []
     assert 3.9 < index.n_firings / index.n_indexed_rows <= 4
     assert index.query().rows["n_firings"].max() > 50 * index.query().rows["n_firings"].median()
 

@@ -237,9 +237,10 @@ class SyntheticSAE:
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseFeatures:
         digits = x[:, :4].to(torch.int64).numpy()
         rows = (digits << (8 * np.arange(4))).sum(axis=1)
+        rows = np.maximum(rows, rows[0])  # a build fills its last block up with zeros
         rng = np.random.Generator(np.random.SFC64([self.text.seed, 4, int(rows[0])]))
         drawn = self._table[rng.integers(0, 2**TABLE_BITS, (len(rows), self._draws), dtype=np.uint32)]
-        tokens = np.asarray(self.text.rows(int(rows[0]), int(rows[-1]) + 1).token_id)[rows - rows[0]]
+        tokens = np.asarray(self.text.rows(int(rows[0]), int(rows.max()) + 1).token_id)[rows - rows[0]]
         candidates = np.concatenate([drawn, self._of(tokens, TOKEN_DRAWS, 5), self._of_language(rows)], axis=1)
         ids, fires = _first_unique(candidates, self.l0, self.d_sae, rng)
         strength = np.exp(STRENGTH_SPREAD * rng.standard_normal(ids.shape, dtype=np.float32)) * self._scale[ids]

@@ -417,8 +417,8 @@ class FeatureIndex:
     # --- languages --------------------------------------------------------------------------------------------
 
     def parallel_titles(self, languages: Sequence[str]) -> pd.DataFrame:
-        """The texts that all of some languages have: columns source, title, language, document, n_rows (indexed),
-        n_kept (of those, in paragraphs that were translated)."""
+        """The texts that all of some languages have: columns source, title, language, document, n_rows (indexed,
+        line breaks aside), n_kept (of those, in paragraphs that were translated)."""
         return parallel.parallel_pages(self._reader, languages).drop(columns="rows")
 
     def compare_languages(self, a: str, b: str, n: int = 50) -> pd.DataFrame:

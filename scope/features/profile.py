@@ -88,7 +88,7 @@ def cofiring(reader: IndexReader, table: pd.DataFrame, feature: int, n: int, n_i
 def described(found: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """With top_token and density of each feature that is found."""
     own = table[["top_token", "density"]].iloc[found["feature"].to_numpy(np.int64)]
-    return found.assign(**{name: own[name].to_numpy() for name in own})
+    return found.assign(top_token=own["top_token"].to_numpy(), density=own["density"].to_numpy())
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
