@@ -17,14 +17,15 @@ for languages `scope.features.parallel` draws whole titles.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scope.errors import InvalidInputError
+from scope.features.beside import both
 from scope.features.conditions import Condition
 from scope.features.counting import count_features
 from scope.features.profile import described
@@ -113,11 +114,7 @@ def contrast(
         on_a = count(a)
         on_b = _count_rest(reader, a, on_a)
     else:
-        # Counting is numpy's, which lets two threads run: two cores answer sooner than one.
-        with ThreadPoolExecutor(1, "contrast") as beside:
-            counting = beside.submit(count, b)
-            on_a = count(a)
-            on_b = counting.result()
+        on_a, on_b = both(partial(count, a), partial(count, b))
     for name, counted in ((str(a), on_a), ("not " + str(a) if b is None else str(b), on_b)):
         if not counted.n_rows:
             raise InvalidInputError(f"No row of this index is {name}, so there is nothing to compare.")

@@ -5,12 +5,12 @@ does not grow with them. Rows of about one length, as a TopK dictionary makes th
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from activations.source import bf16_to_float32
+from scope.features.beside import both
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -40,10 +40,9 @@ def count_features(reader: "IndexReader", rows: np.ndarray) -> np.ndarray:
     """On how many of the rows, ascending, each feature fires, int64 `(d_sae,)`."""
     if len(rows) < MANY_ROWS:
         return _count_features(reader, rows)
-    # Gathering and counting are numpy's, which lets two threads run.
-    with ThreadPoolExecutor(1, "count") as beside:
-        half = beside.submit(_count_features, reader, rows[len(rows) // 2 :])
-        return _count_features(reader, rows[: len(rows) // 2]) + half.result()
+    half = len(rows) // 2
+    parts = both(lambda: _count_features(reader, rows[:half]), lambda: _count_features(reader, rows[half:]))
+    return parts[0] + parts[1]
 
 
 def _count_features(reader: "IndexReader", rows: np.ndarray) -> np.ndarray:
@@ -78,9 +77,14 @@ def fires_on(reader: "IndexReader", feature: int, rows: np.ndarray) -> np.ndarra
     parts = [np.empty(0, bool)]
     for starts, lengths in _pieces(reader, rows):
         array.check_spans(starts, starts + lengths)
-        found = np.flatnonzero(_gather(array.memory, starts, lengths) == feature)
+        blocks = _blocks(array.memory, starts, lengths)
         fires = np.zeros(len(starts), bool)
-        fires[np.searchsorted(np.cumsum(lengths), found, side="right")] = True
+        if blocks is None:
+            found = np.flatnonzero(_gather(array.memory, starts, lengths) == feature)
+            fires[np.searchsorted(np.cumsum(lengths), found, side="right")] = True
+        else:
+            of, place = np.nonzero(blocks == feature)
+            fires[of[place < lengths[of]]] = True
         parts.append(fires)
     return np.concatenate(parts)
 
@@ -97,18 +101,26 @@ def _pieces(reader: "IndexReader", rows: np.ndarray) -> Iterator[tuple[np.ndarra
 
 
 def _count(counts: np.ndarray, flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
-    """Add how often each feature stands in some spans, of which the last starts last."""
-    longest = int(lengths.max())
-    fits = int(starts[-1]) + longest <= len(flat)
-    if longest and fits and longest * len(lengths) <= SURPLUS * int(lengths.sum()):
-        # As blocks of the longest; what shorter rows have too much of is taken off again.
-        blocks = np.lib.stride_tricks.sliding_window_view(flat, longest)[starts]
-        counts += np.bincount(blocks.reshape(-1), minlength=len(counts))
-        short = np.flatnonzero(lengths < longest)
-        surplus = _gather(flat, starts[short] + lengths[short], longest - lengths[short])
-        np.subtract.at(counts, surplus, 1)
-    else:
+    """Add how often each feature stands in some spans."""
+    blocks = _blocks(flat, starts, lengths)
+    if blocks is None:
         counts += np.bincount(_gather(flat, starts, lengths), minlength=len(counts))
+        return
+    counts += np.bincount(blocks.reshape(-1), minlength=len(counts))
+    # What shorter rows have too much of is taken off again.
+    longest = blocks.shape[1]
+    short = np.flatnonzero(lengths < longest)
+    np.subtract.at(counts, _gather(flat, starts[short] + lengths[short], longest - lengths[short]), 1)
+
+
+def _blocks(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+    """The entries of some spans, `(n, longest)`, with what follows a shorter one; None where that would be much."""
+    longest = int(lengths.max())
+    fits = int(starts[-1]) + longest <= len(flat)  # the last one starts last
+    if not longest or not fits or longest * len(lengths) > SURPLUS * int(lengths.sum()):
+        return None
+    blocks: np.ndarray = np.lib.stride_tricks.sliding_window_view(flat, longest)[starts]
+    return blocks
 
 
 def _gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -4,20 +4,21 @@ What takes long is kept: each feature's searchable text, each column's sort key,
 changes. Safe across threads.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from scope.features.search import is_listed, matches, search_texts, sort_key, sort_order
+from scope.features.search import folded_texts, is_listed, matches, search_texts, sort_key, sort_order
 
 if TYPE_CHECKING:
     from scope.features.labels import FeatureLabels
 
 __all__ = ["LABEL_COLUMNS", "FeatureGrid", "QueryResult"]
+
+Kept = TypeVar("Kept")
 
 LABEL_COLUMNS = ("label", "label_source", "notes", "starred", "lists")
 
@@ -55,9 +56,9 @@ class FeatureGrid:
         self._plain = table
         self._labels = labels
         self._more = more
-        self._lock = threading.Lock()
+        # Two threads may both make a part; either makes the same.
         self._labelled: _Labelled | None = None
-        self._keys: dict[tuple[str, int], np.ndarray] = {}
+        self._kept: dict[tuple[Any, Any], tuple[int, Any]] = {}
 
     @property
     def table(self) -> pd.DataFrame:
@@ -79,10 +80,10 @@ class FeatureGrid:
     ) -> QueryResult:
         """See `FeatureIndex.query`."""
         current = self._current()
-        passes = matches(current.table, filters or {})
+        passes = matches(current.table, filters or {}, lambda column: self._keep(current, column, folded_texts))
         if text and text.strip():
             passes &= self._matches_text(current, text.strip().casefold())
-        order = sort_order(current.table, sort, lambda name: self._key(current, name))
+        order = sort_order(current.table, sort, lambda name: self._keep(current, current.table[name], sort_key))
         order = order[passes[order]]
         return QueryResult(current.table.iloc[order[start:stop]], len(order))
 
@@ -97,16 +98,15 @@ class FeatureGrid:
     def _texts(self) -> list[str]:
         return search_texts(self._plain)
 
-    def _key(self, current: _Labelled, name: str) -> np.ndarray:
-        kept = name, current.version if name in LABEL_COLUMNS else -1
-        key = self._keys.get(kept)
-        if key is None:
-            key = sort_key(current.table[name])
-            with self._lock:
-                for old in [old for old in self._keys if old[0] == name]:
-                    del self._keys[old]
-                self._keys[kept] = key
-        return key
+    def _keep(self, current: _Labelled, column: pd.Series, make: Callable[[pd.Series], Kept]) -> Kept:
+        """What is made of a column, made once; of a label column once for each version of the labels."""
+        version = current.version if column.name in LABEL_COLUMNS else -1
+        kept = self._kept.get((make, column.name))
+        if kept is None or kept[0] != version:
+            kept = version, make(column)
+            self._kept[make, column.name] = kept
+        made: Kept = kept[1]
+        return made
 
     def _current(self) -> _Labelled:
         version = self._labels.version

@@ -20,7 +20,7 @@ from scope.errors import InvalidInputError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SEARCHED", "is_listed", "matches", "search_texts", "sort_key", "sort_order"]
+__all__ = ["SEARCHED", "folded_texts", "is_listed", "matches", "search_texts", "sort_key", "sort_order"]
 
 SEARCHED = ("top_tokens", "top_logits", "bottom_logits")
 """List columns that a text search looks in."""
@@ -64,9 +64,15 @@ def is_listed(values: np.ndarray) -> bool:
     return bool(values.dtype == object and len(values) and isinstance(values[0], (list, tuple, np.ndarray)))
 
 
-def matches(table: "pd.DataFrame", filters: Mapping[str, Any]) -> np.ndarray:
+def matches(
+    table: "pd.DataFrame", filters: Mapping[str, Any], folded: "Callable[[pd.Series], list[str]] | None" = None
+) -> np.ndarray:
     """Which rows of the table pass all filters, bool `(n,)`.
 
+    Args:
+        table: the feature table.
+        filters: per column, as the module says.
+        folded: gives a column's `folded_texts`, where they are kept.
     Raises:
         UnknownNameError: a column that does not exist.
         InvalidInputError: a filter that cannot be read.
@@ -75,7 +81,7 @@ def matches(table: "pd.DataFrame", filters: Mapping[str, Any]) -> np.ndarray:
     for name, wanted in filters.items():
         column = _column(table, name)
         try:
-            passes &= _matches(column, wanted)
+            passes &= _matches(column, wanted, folded or folded_texts)
         except (TypeError, ValueError, KeyError) as error:
             if isinstance(error, InvalidInputError):
                 raise
@@ -95,9 +101,14 @@ def _column(table: "pd.DataFrame", name: str) -> "pd.Series":
     return table[name]
 
 
-def _matches(column: "pd.Series", wanted: Any) -> np.ndarray:
+def folded_texts(column: "pd.Series") -> list[str]:
+    """What a text filter looks in, case folded: each value, or the lines of a list."""
+    return [(text if isinstance(text, str) else "\n".join(map(str, text))).casefold() for text in column]
+
+
+def _matches(column: "pd.Series", wanted: Any, folded: "Callable[[pd.Series], list[str]]") -> np.ndarray:
     if isinstance(wanted, Mapping):
-        return _matches_model(column, wanted)
+        return _matches_model(column, wanted, folded)
     if isinstance(wanted, tuple):
         low, high = wanted
         values = column.to_numpy(float)
@@ -111,11 +122,13 @@ def _matches(column: "pd.Series", wanted: Any) -> np.ndarray:
     return (column == wanted).to_numpy()
 
 
-def _matches_model(column: "pd.Series", model: Mapping[str, Any]) -> np.ndarray:
+def _matches_model(
+    column: "pd.Series", model: Mapping[str, Any], folded: "Callable[[pd.Series], list[str]]"
+) -> np.ndarray:
     """An AG Grid filter model."""
     if "operator" in model:
         conditions = model.get("conditions") or [model["condition1"], model["condition2"]]
-        parts = [_matches_model(column, {"filterType": model.get("filterType"), **part}) for part in conditions]
+        parts = [_matches_model(column, {"filterType": model.get("filterType"), **part}, folded) for part in conditions]
         return np.logical_and.reduce(parts) if model["operator"] == "AND" else np.logical_or.reduce(parts)
     kind = model.get("filterType") or _kind(column)
     if kind == "set":
@@ -134,9 +147,8 @@ def _matches_model(column: "pd.Series", model: Mapping[str, Any]) -> np.ndarray:
     if kind == "number":
         low, high = float(model["filter"]), float(model.get("filterTo") or 0)
         return operations[type_](column.to_numpy(float), low, high)
-    texts = [(text if isinstance(text, str) else "\n".join(map(str, text))).casefold() for text in column]
     wanted = str(model["filter"]).casefold()
-    return np.array([operations[type_](text, wanted) for text in texts], bool)
+    return np.array([operations[type_](text, wanted) for text in folded(column)], bool)
 
 
 def _holds_one(column: "pd.Series", wanted: Iterable[Any]) -> np.ndarray:

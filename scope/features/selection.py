@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from scope.errors import UnknownNameError
+from scope.features.beside import both
 from scope.features.conditions import Condition
 from scope.features.counting import fires_on
 
@@ -215,10 +216,15 @@ def _token_mask(reader: "IndexReader", token_ids: np.ndarray, plain: bool = True
     """Where a row is of one of the tokens, bool `(n_rows,)`; with `plain` only rows that are indexed."""
     mask = np.empty(reader.n_rows, bool)
     column, flags = reader.row_column("token_id"), reader.row_column("flags")
-    for chunk in _chunks(reader.n_rows):
-        mask[chunk] = _is_one(column.slice(chunk.start, chunk.stop), token_ids)
-        if plain:
-            mask[chunk] &= reader.indexed(flags.slice(chunk.start, chunk.stop))
+
+    def fill(chunks: Sequence[slice]) -> None:
+        for chunk in chunks:
+            mask[chunk] = _is_one(column.slice(chunk.start, chunk.stop), token_ids)
+            if plain:
+                mask[chunk] &= reader.indexed(flags.slice(chunk.start, chunk.stop))
+
+    chunks = _chunks(reader.n_rows)
+    both(lambda: fill(chunks[::2]), lambda: fill(chunks[1::2]))
     return mask
 
 
@@ -228,9 +234,10 @@ def _is_one(values: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         return np.zeros(len(values), bool)
     if len(token_ids) == 1:
         return np.asarray(values == token_ids[0])
-    known = np.zeros(max(int(token_ids[-1]), int(values.max(initial=0))) + 1, bool)
+    # One more than the last: what is beyond it is clipped to it.
+    known = np.zeros(int(token_ids[-1]) + 2, bool)
     known[token_ids] = True
-    return known[values]
+    return known.take(values, mode="clip")
 
 
 def _chunks(n: int) -> Sequence[slice]:

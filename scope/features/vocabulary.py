@@ -5,12 +5,13 @@ stored as its bytes, `<0xE3>`; in a text it shows the whole character and the sh
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scope.errors import InvalidInputError, UnknownNameError
+from scope.features.beside import both
 from scope.models.token_text import BYTE_TOKEN, texts_of
 
 if TYPE_CHECKING:
@@ -104,14 +105,17 @@ class Vocabulary:
         """
         from pyarrow import ArrowInvalid, compute
 
+        half = len(self._arrow) // 2
+        parts = self._arrow.slice(0, half), self._arrow.slice(half)
         try:
-            found = compute.match_substring_regex(self._arrow, expression)
+            found = both(*(partial(compute.match_substring_regex, part, expression) for part in parts))
         except ArrowInvalid as error:
             raise InvalidInputError(
                 f"The regular expression {expression!r} cannot be read ({error}). It follows RE2's syntax: there is no "
                 "look-around and no back reference."
             ) from error
-        ids: np.ndarray = self.token_ids[found.to_numpy(zero_copy_only=False)]
+        fits = np.concatenate([part.to_numpy(zero_copy_only=False) for part in found])
+        ids: np.ndarray = self.token_ids[fits]
         return ids
 
     def ids_of(self, text: str) -> np.ndarray:
