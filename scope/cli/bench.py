@@ -4,8 +4,8 @@ from typing import Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, IndexBuildBench, TrainBench
-from scope.cli._command import Outcome, command, say
+from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, TrainBench
+from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
 
@@ -38,6 +38,15 @@ def register(app: typer.Typer) -> None:
 
         figures = bench_index_build(config, say)
         return Outcome(figures, _table(figures))
+
+    @command(bench, "index", config=IndexBench)
+    def index(config: IndexBench) -> Outcome:
+        """How long each kind of question to a feature index takes, on a synthetic index."""
+        from scope.bench.index import bench_index
+
+        with progress_bar("Building the index") as progress:
+            figures = bench_index(config, say, progress)
+        return Outcome(figures.data(), figures.text())
 
 
 def _table(figures: dict[str, Any]) -> str:

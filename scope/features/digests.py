@@ -101,6 +101,7 @@ class CheckedArray:
         self._digests: list[str] = entry["blocks"]
         # Two threads may both check a block; either writes the same truth.
         self._checked = np.zeros(len(self._digests), dtype=bool)
+        self._all_checked = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -113,7 +114,7 @@ class CheckedArray:
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """Entries at `places` along the first axis."""
-        if len(places):
+        if len(places) and not self._all_checked:
             first = places * self._row_bytes // BLOCK
             last = (places * self._row_bytes + self._row_bytes - 1) // BLOCK
             touched = np.zeros(len(self._digests), dtype=bool)
@@ -125,6 +126,23 @@ class CheckedArray:
         """The whole array, without a copy."""
         return self.slice(0, len(self))
 
+    @property
+    def memory(self) -> np.ndarray:
+        """The whole array, unchecked: for what `check_spans` has checked."""
+        return self._array
+
+    def check_spans(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Check the blocks that hold entries `starts` to `stops`, int64 `(n,)` each, many spans at once."""
+        if self._all_checked or not len(starts):
+            return
+        first = starts * self._row_bytes // BLOCK
+        last = np.maximum(stops * self._row_bytes - 1, 0) // BLOCK
+        full = stops > starts
+        edges = np.zeros(len(self._digests) + 1, np.int64)
+        np.add.at(edges, first[full], 1)
+        np.add.at(edges, last[full] + 1, -1)
+        self._check(np.flatnonzero(np.cumsum(edges[:-1]) > 0))
+
     def _check(self, blocks: np.ndarray) -> None:
         for block in blocks[~self._checked[blocks]]:
             content = self._bytes[block * BLOCK : (block + 1) * BLOCK]
@@ -134,3 +152,4 @@ class CheckedArray:
                     "Build the index again; `scope verify` lists all faults."
                 )
             self._checked[block] = True
+            self._all_checked = self._all_checked or bool(self._checked.all())

@@ -144,11 +144,17 @@ class ListReader:
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """Entries at `places`, in their order; a chunk is read once."""
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+        taken = np.empty(len(places), self._dtype)
+        start = 0
+        while start < len(places):
+            chunk = int(ascending[start]) // CHUNK
+            stop = int(np.searchsorted(ascending, (chunk + 1) * CHUNK))
+            taken[start:stop] = self._chunk(chunk)[ascending[start:stop] - chunk * CHUNK]
+            start = stop
         out = np.empty(len(places), self._dtype)
-        chunks = places // CHUNK
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            out[here] = self._chunk(int(chunk))[places[here] - chunk * CHUNK]
+        out[order] = taken
         return out
 
     def _chunk(self, chunk: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import pandas as pd
 from scope.features.reader import IndexReader
 from scope.features.statistics import wilson
 
-__all__ = ["by_group", "cofiring", "neighbours", "top_tokens"]
+__all__ = ["by_group", "cofiring", "described", "neighbours", "top_tokens"]
 
 
 def by_group(reader: IndexReader, group: str, feature: int) -> pd.DataFrame:
@@ -60,7 +60,7 @@ def neighbours(reader: IndexReader, table: pd.DataFrame, feature: int, n: int) -
     row = table.iloc[feature]
     others = np.asarray(row["neighbours"], np.int64)[:n]
     cosines = np.asarray(row["neighbour_cosines"], np.float32)[:n]
-    return _described(pd.DataFrame({"feature": others, "cosine": cosines}), table)
+    return described(pd.DataFrame({"feature": others, "cosine": cosines}), table)
 
 
 def cofiring(reader: IndexReader, table: pd.DataFrame, feature: int, n: int, n_indexed: int) -> pd.DataFrame:
@@ -71,8 +71,7 @@ def cofiring(reader: IndexReader, table: pd.DataFrame, feature: int, n: int, n_i
     )
     kept = others >= 0
     others, both = others[kept].astype(np.int64), both[kept].astype(np.float64)
-    n_firings = table["n_firings"].to_numpy(np.int64)
-    own, theirs = int(n_firings[feature]), n_firings[others]
+    own, theirs = int(table["n_firings"].iloc[feature]), table["n_firings"].to_numpy()[others]
     found = pd.DataFrame(
         {
             "feature": others,
@@ -83,12 +82,13 @@ def cofiring(reader: IndexReader, table: pd.DataFrame, feature: int, n: int, n_i
             "p_this_given_other": np.minimum(both / np.maximum(theirs, 1), 1),
         }
     )
-    return _described(found, table)
+    return described(found, table)
 
 
-def _described(found: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    of = found["feature"].to_numpy()
-    return found.assign(top_token=table["top_token"].to_numpy()[of], density=table["density"].to_numpy()[of])
+def described(found: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """With top_token and density of each feature that is found."""
+    own = table[["top_token", "density"]].iloc[found["feature"].to_numpy(np.int64)]
+    return found.assign(top_token=own["top_token"].to_numpy(), density=own["density"].to_numpy())
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
