@@ -4,7 +4,7 @@
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders
       indexes/NAME.index/   feature indexes
-      workspace.db          what was taken in from elsewhere (SQLite, WAL)
+      workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
 path ever comes from a request. Artefacts that lie elsewhere are taken in with `Workspace.add`.
@@ -24,6 +24,7 @@ from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
+    from scope.features.labels import FeatureLabels
     from scope.saes.base import SAE
 
 __all__ = ["Entry", "Kind", "Workspace"]
@@ -63,6 +64,11 @@ class Workspace:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InvalidInputError(f"{self.path} is a file; a workspace is a folder.")
+
+    @property
+    def database(self) -> Path:
+        """Where labels lie, and what was taken in from elsewhere (SQLite). Made when something is first written."""
+        return self.path / "workspace.db"
 
     def path_for(self, kind: Kind, name: str) -> Path:
         """Where an artefact of this kind and name belongs. The folder above it is created."""
@@ -116,10 +122,26 @@ class Workspace:
         return load(id if is_address(id) or Path(id).is_absolute() else self.find(id, "sae").path)
 
     def index(self, id: str) -> "FeatureIndex":
-        """The feature index with this id."""
+        """The feature index with this id, with the labels that the workspace has of its SAE's features."""
         from scope.features.index import FeatureIndex
+        from scope.features.labels import FeatureLabels
 
-        return FeatureIndex.open(self.find(id, "feature-index").path)
+        entry = self.find(id, "feature-index")
+        sae, d_sae = entry.manifest["sae"]["fingerprint"], entry.manifest["d_sae"]
+        return FeatureIndex.open(entry.path, FeatureLabels(sae, self.database, d_sae=int(d_sae)))
+
+    def labels(self, id: str) -> "FeatureLabels":
+        """The labels of an SAE's features, by the id of the SAE or of one of its indexes, or at a path or address
+        that `scope.saes.formats.load` takes."""
+        from scope.features.labels import FeatureLabels
+
+        for entry in self.indexes():
+            described = entry.manifest.get("sae", {})
+            fingerprint = described.get("fingerprint", "")
+            if id in (entry.id, entry.name, fingerprint, fingerprint[:ID_LENGTH]):
+                return FeatureLabels(fingerprint, self.database, d_sae=int(entry.manifest["d_sae"]))
+        sae = self.sae(id)
+        return FeatureLabels(sae.fingerprint, self.database, d_sae=sae.d_sae)
 
     def parents(self, entry: Entry) -> list[Entry]:
         """What an artefact was made from, as far as it lies in this workspace."""
@@ -140,13 +162,13 @@ class Workspace:
         return entry
 
     def _database(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path / "workspace.db", timeout=10)
+        database = sqlite3.connect(self.database, timeout=10)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(SCHEMA)
         return database
 
     def _added(self) -> list[Path]:
-        if not (self.path / "workspace.db").is_file():
+        if not self.database.is_file():
             return []
         with closing(self._database()) as database:
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]

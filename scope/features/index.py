@@ -13,6 +13,7 @@ from scope.errors import OutOfRangeError, UnknownNameError
 from scope.features import profile
 from scope.features.examples import Examples, choose, ranked_firings, sample_band, show
 from scope.features.feature import Feature
+from scope.features.labels import FeatureLabels
 from scope.features.layout import ROW_COLUMNS
 from scope.features.reader import IndexFault, IndexReader
 from scope.features.search import matches, search_texts, sort_order
@@ -36,21 +37,26 @@ class FeatureIndex:
     other special tokens are rows of the index but have no firings.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, labels: FeatureLabels | None = None) -> None:
         self.path = path
         self._reader = IndexReader(path)
         self.manifest: dict[str, Any] = self._reader.manifest
+        self.labels = labels or FeatureLabels(self.sae_info["fingerprint"], d_sae=self.d_sae)
+        """What people call its features. In memory where the index was opened without a workspace."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "FeatureIndex":
+    def open(cls, path: str | Path, labels: FeatureLabels | None = None) -> "FeatureIndex":
         """Open an index.
 
+        Args:
+            path: the index's folder.
+            labels: of its SAE. `Workspace.index` passes the workspace's own; without, they are kept in memory only.
         Raises:
             UnknownNameError: there is no index at `path`.
             InvalidInputError: it is something else, newer than this release, or not built to the end.
             IntegrityError: a file is missing or is not what the ledger says.
         """
-        return cls(Path(path))
+        return cls(Path(path), labels)
 
     # --- what it is -------------------------------------------------------------------------------------------
 
