@@ -22,7 +22,7 @@ from dashboards.components import shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, feature, features, prompt, workspace
+from dashboards.pages import Page, compare, feature, features, prompt, training, workspace
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -42,7 +42,13 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "features": features.render,
     "feature": feature.render,
     "prompt": prompt.render,
+    "training": training.render,
+    "compare": compare.render,
 }
+"""What draws each page. One that is not here has no entry in the rail."""
+REGISTERED = (features, feature, prompt, training, compare)
+"""Pages with callbacks of their own."""
+ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/training", "/training/ID", "/compare"]
 INDEX = """<!DOCTYPE html>
 <html lang="en">
   <head>
@@ -82,9 +88,9 @@ def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: Model
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
         on_error=_log_and_keep,
     )
-    app.layout = lambda: shell.shell(theme_of_request())
+    app.layout = lambda: shell.shell(theme_of_request(), PAGES)
     _register_router(app, context)
-    for page in (features, feature, prompt):
+    for page in REGISTERED:
         page.register(app, context)
     api.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
@@ -119,7 +125,7 @@ def draw(context: Context, view: View) -> Page:
     """Draw a view; an error becomes the page."""
     try:
         if view.page not in PAGES:
-            raise UnknownNameError("page", view.path, ["/", "/features", "/feature/ID", "/prompt"])
+            raise UnknownNameError("page", view.path, ADDRESSES)
         return PAGES[view.page](context, view)
     except NoIndexError:
         return Page(states.no_index(), "No index yet", view.page)
@@ -152,18 +158,24 @@ def _register_router(app: Dash, context: Context) -> None:
     @app.callback(
         Output("content", "children"),
         Output("header", "children"),
-        Output("rail", "children"),
         Output("about", "data"),
         Input("view", "data"),
         prevent_initial_call=True,
     )
-    def show(data: dict[str, Any] | None) -> tuple[Any, Any, Any, Any]:
+    def show(data: dict[str, Any] | None) -> tuple[Any, Any, Any]:
         if not data:
             raise PreventUpdate
         view = parse(data["path"], data["search"])
         page = draw(context, view)
-        about = {"title": f"{page.title} · {NAME}", "page": view.page, "rail": page.rail, "address": page.address}
-        return page.content, _header(context, view), shell.rail(_current_index(context, view)), about
+        about = {
+            "title": f"{page.title} · {NAME}",
+            "page": view.page,
+            "rail": page.rail,
+            "address": page.address,
+            "index": _current_index(context, view),
+            "visit": data.get("visit"),
+        }
+        return page.content, _header(context, view), about
 
 
 def _current_index(context: Context, view: View) -> str:

@@ -24,6 +24,8 @@ class Context:
     def __init__(self, workspace: "Workspace", worker: ModelWorker | None = None) -> None:
         self.workspace = workspace
         self.worker = worker or ModelWorker()
+        self.shared: dict[str, object] = {}
+        """What pages share with each other, by name."""
         self._indexes: dict[str, FeatureIndex] = {}
         self._lock = threading.Lock()
 

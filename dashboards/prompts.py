@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.features.prompt import PromptFeatures
 
-__all__ = ["MAX_TOKENS", "N_PREDICTIONS", "Analysis", "Prediction", "PromptJobs", "Push", "TypedToken"]
+__all__ = ["MAX_TOKENS", "N_PREDICTIONS", "Analysis", "Prediction", "PromptJobs", "Push", "TypedToken", "prompt_jobs"]
 
 MAX_TOKENS = 512
 """Longest prompt that the page takes. All its logits are held at once: 0.5 GB with Gemma's vocabulary."""
@@ -153,6 +153,10 @@ class PromptJobs:
             raise InvalidInputError(f"“{typed}” is {len(pieces[0])} tokens ({parts}). Type the first of them.")
         return TypedToken(choices)
 
+    def loaded(self, job: Job, index: str) -> tuple[Any, Any]:
+        """The model and the SAE of an index, for other jobs of the same worker; called in its thread only."""
+        return self._loaded(job, index)
+
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
         opened = self.context.index(index)
@@ -168,6 +172,13 @@ class PromptJobs:
         if opened.hook_name != self._saes[fingerprint].hook_name:
             raise MismatchError(f"The SAE reads {self._saes[fingerprint].hook_name}, the index {opened.hook_name}.")
         return model, self._saes[fingerprint]
+
+
+def prompt_jobs(context: Context) -> PromptJobs:
+    """The one `PromptJobs` of a dashboard, so that no page loads a model that another has loaded."""
+    jobs = context.shared.setdefault("prompt-jobs", PromptJobs(context))
+    assert isinstance(jobs, PromptJobs)
+    return jobs
 
 
 def _analysis_key(index: str, text: str) -> tuple[str, ...]:

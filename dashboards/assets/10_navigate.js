@@ -87,6 +87,11 @@
       for (const link of document.querySelectorAll(".rail a[data-page]")) {
         if (about && link.dataset.page === about.rail) link.setAttribute("aria-current", "page");
         else link.removeAttribute("aria-current");
+        if (link.dataset.withIndex && about && about.index) {
+          const url = new URL(link.href);
+          url.searchParams.set("index", about.index);
+          link.setAttribute("href", url.pathname + url.search);
+        }
       }
       requestAnimationFrame(() => {
         window.scrollTo(0, scrollTo);

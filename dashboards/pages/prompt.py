@@ -19,7 +19,7 @@ from dashboards.context import Context
 from dashboards.format import duration, plural
 from dashboards.links import View, prompt_link
 from dashboards.pages import Page
-from dashboards.prompts import PromptJobs
+from dashboards.prompts import PromptJobs, prompt_jobs
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -103,7 +103,7 @@ def _invitation() -> html.Div:
 
 def register(app: Dash, context: Context) -> None:
     """Running, watching, drawing, and typing a next token."""
-    jobs = PromptJobs(context)
+    jobs = prompt_jobs(context)
     _register_running(app, jobs)
     _register_watching(app, context)
     _register_drawing(app, context, jobs)
