@@ -2,9 +2,11 @@
 
 1. The browser's address is the state. `#view` holds the address to draw (assets/10_navigate.js writes it on the first
    visit, on links, on back and forward); one callback draws it.
-2. A page is a module with `render(context, view)` and `register(app, context)`; what happens within a page is in its
+2. An answer says which visit it belongs to: one that a later visit has overtaken changes nothing but what it drew, and
+   the browser asks again where it came last. The rail is never drawn anew, the header only for another index.
+3. A page is a module with `render(context, view)` and `register(app, context)`; what happens within a page is in its
    own callbacks, which keep the address in step.
-3. Whatever goes wrong becomes a panel that says what happened to this request.
+4. Whatever goes wrong becomes a panel that says what happened to this request.
 """
 
 import logging
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash import ClientsideFunction, Dash, Input, Output, no_update, set_props
+from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_props
 from dash.exceptions import PreventUpdate
 from flask import Response
 
@@ -48,6 +50,8 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
 """What draws each page. One that is not here has no entry in the rail."""
 REGISTERED = (features, feature, prompt, training, compare)
 """Pages with callbacks of their own."""
+ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens")
+"""Pages that show the first index where their address names none."""
 ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/training", "/training/ID", "/compare"]
 INDEX = """<!DOCTYPE html>
 <html lang="en">
@@ -160,36 +164,42 @@ def _register_router(app: Dash, context: Context) -> None:
         Output("header", "children"),
         Output("about", "data"),
         Input("view", "data"),
+        State("about", "data"),
         prevent_initial_call=True,
     )
-    def show(data: dict[str, Any] | None) -> tuple[Any, Any, Any]:
+    def show(data: dict[str, Any] | None, before: dict[str, Any] | None) -> tuple[Any, Any, Any]:
         if not data:
             raise PreventUpdate
         view = parse(data["path"], data["search"])
         page = draw(context, view)
+        index = _current_index(context, view)
         about = {
             "title": f"{page.title} · {NAME}",
             "page": view.page,
             "rail": page.rail,
             "address": page.address,
-            "index": _current_index(context, view),
+            "index": index,
             "visit": data.get("visit"),
         }
-        return page.content, _header(context, view), about
+        same = before is not None and before.get("index") == index
+        return page.content, no_update if same else _header(context, index), about
 
 
 def _current_index(context: Context, view: View) -> str:
+    """The index that a view is about; "" for one that is about none."""
+    if view.page not in ABOUT_AN_INDEX and not view.index:
+        return ""
     try:
         return context.entry(view).id
     except (ScopeError, OSError):
         return ""
 
 
-def _header(context: Context, view: View) -> Any:
-    if view.page == "workspace" and not view.index:
+def _header(context: Context, index: str) -> Any:
+    if not index:
         return shell.header([], None)
     try:
-        return shell.header(context.indexes(), context.index(context.entry(view).id))
+        return shell.header(context.indexes(), context.index(index))
     except (ScopeError, OSError):
         return shell.header([], None)
 
