@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import helpers_dashboards as fakes
 import pytest
 
 pytestmark = pytest.mark.browser
