@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_props
-from dash.exceptions import PreventUpdate
+from dash.exceptions import DependencyException, PreventUpdate
 from flask import Response
 
 from dashboards import api, security
@@ -112,6 +112,7 @@ def create_app(
         page.register(app, context)
     api.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
+    app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))
     security.protect(app, security.hosts_of(host, allow_hosts), access)
     return app
 

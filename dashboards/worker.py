@@ -74,12 +74,13 @@ class Job:
 
     def apply_time_limit(self) -> None:
         """End a job that has run for longer than it may."""
-        if self.state is JobState.RUNNING and self.started_at is not None:
-            if time.monotonic() - self.started_at > self.time_limit:
-                self.error = TimeoutError(
-                    f"It was stopped after {self.time_limit:g} seconds while {self.step}. Ask for less at once."
-                )
-                self.state = JobState.FAILED
+        if self.state is not JobState.RUNNING or self.started_at is None:
+            return
+        if time.monotonic() - self.started_at > self.time_limit:
+            self.error = TimeoutError(
+                f"It was stopped after {self.time_limit:g} seconds while {self.step}. Ask for less at once."
+            )
+            self.state = JobState.FAILED
 
     def report(self, step: str, done: int = 0, total: int | None = None) -> None:
         """Say what the job is doing.
