@@ -40,7 +40,13 @@
         found.push({ at: power, text: power >= -3 && power < 0 ? String(10 ** power) : text.replace(/\.0+$/, "") });
       }
       if (found.length > 1) return found;
-      return ticks(low, high, false, room).map((one) => ({ at: one.at, text: number(10 ** one.at) }));
+      const between = [];
+      for (let power = Math.floor(low); power <= high; power++) {
+        for (const one of [1, 1.5, 2, 3, 5, 7]) between.push(Number((one * 10 ** power).toPrecision(2)));
+      }
+      const inside = between.filter((one) => Math.log10(one) >= low && Math.log10(one) <= high);
+      const every = Math.ceil(inside.length / Math.max(2, room));
+      return inside.filter((_, n) => n % every === 0).map((one) => ({ at: Math.log10(one), text: number(one).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "") }));
     }
     const rough = (high - low) / Math.max(2, room);
     const power = 10 ** Math.floor(Math.log10(rough));

@@ -24,8 +24,8 @@ SHOWS = (("all", "All"), ("alive", "Alive"), ("dead", "Dead"), ("over-dense", "O
 KINDS = (("neutral", "Neutral to language"), ("specific", "Specific to a language"))
 DENSITY_FLOOR = -6.0
 """log10 of the density at the left end of the slider, which stands for "any"."""
-WIDTHS = {"text": (104, 88, 150), "density": (150, 128, 190)}
-NUMBER_WIDTH = (104, 84, 150)
+WIDTHS = {"text": (88, 76, 150), "density": (122, 112, 170)}
+NUMBER_WIDTH = (84, 72, 130)
 
 
 def toolbar(index: "FeatureIndex", query: FeatureQuery) -> html.Div:
@@ -57,14 +57,16 @@ def toolbar(index: "FeatureIndex", query: FeatureQuery) -> html.Div:
     )
 
 
-def filters(index: "FeatureIndex", query: FeatureQuery, lists: Sequence[str]) -> html.Details:
-    """Everything else that narrows the list; open where some of it is in use."""
-    used = bool(query.kind or query.starred or query.list or query.contrasts or query.low > 0 or query.high < 1)
+def filters(index: "FeatureIndex", query: FeatureQuery, lists: Sequence[str], columns: str) -> html.Details:
+    """Everything else that narrows the list, and which columns it has; open where some of it is in use."""
+    used = bool(
+        columns or query.kind or query.starred or query.list or query.contrasts or query.low > 0 or query.high < 1
+    )
     return html.Details(
         open=used,
         className="filters",
         children=[
-            html.Summary("More filters", className="small"),
+            html.Summary("More filters, columns", className="small"),
             html.Div(
                 className="filter-grid",
                 children=[
@@ -88,7 +90,29 @@ def filters(index: "FeatureIndex", query: FeatureQuery, lists: Sequence[str]) ->
                             dmc.Checkbox(id="features-starred", label="Starred", checked=query.starred, size="sm"),
                         ],
                     ),
+                    _columns(index, columns),
                 ],
+            ),
+        ],
+    )
+
+
+def _columns(index: "FeatureIndex", columns: str) -> html.Div:
+    known = [one for one in available(index) if one.name not in ("feature", *UMAP)]
+    return html.Div(
+        className="filter-row",
+        children=[
+            html.Span("Columns", className="small muted"),
+            dmc.MultiSelect(
+                id="features-columns",
+                data=[{"value": one.name, "label": one.title} for one in known],
+                value=chosen_columns(columns, index),
+                placeholder="Add a column",
+                size="sm",
+                searchable=True,
+                className="columns-choice",
+                comboboxProps={"shadow": "md"},
+                **{"aria-label": "Columns of the list"},
             ),
         ],
     )
@@ -216,17 +240,17 @@ def column_definitions(
     rate = "Firings per 1,000 tokens, with the 95% interval"
     hidden = {"hide": not contrasts}
     return [
-        column("starred", "★", (44, 44, 44), "Star", headerTooltip="Starred", cellClass="star-cell", resizable=False),
-        column("feature", "Feature", (84, 74, 110), "FeatureLink"),
-        column("label", "Fires on, or label", (230, 150, None), "Tokens", flex=3, editable=True),
+        column("starred", "★", (38, 38, 38), "Star", headerTooltip="Starred", cellClass="star-cell", resizable=False),
+        column("feature", "Feature", (86, 80, 90), "FeatureLink"),
+        column("label", "Fires on, or label", (240, 180, None), "Tokens", flex=3, editable=True),
         column("rate_a", "On A", (120, 110, 150), "Rate", headerTooltip=rate, **hidden),
         column("rate_b", "On B", (120, 110, 150), "Rate", headerTooltip=rate, **hidden),
         column("log_ratio", "log ratio", (96, 84, 120), "Number", type="rightAligned", **hidden),
         column("z", "z", (76, 70, 100), "Number", type="rightAligned", **hidden),
         statistic(COLUMNS["density"]),
-        column("spark", "Strength", (112, 110, 130), "Spark", headerTooltip=strength, sortable=False),
+        column("spark", "Strength", (112, 112, 112), "Spark", headerTooltip=strength, sortable=False),
         *(statistic(one) for one in columns if one.name not in ("feature", "density", *UMAP)),
-        column("logits", "Promotes", (200, 130, None), "Logits", flex=2, sortable=False),
+        column("logits", "Promotes", (150, 100, None), "Logits", flex=1, sortable=False),
     ]
 
 
@@ -261,21 +285,6 @@ def plot(index: "FeatureIndex", view: View) -> html.Section:
                         value=kind,
                         size="xs",
                         **{"aria-label": "What is plotted"},
-                    ),
-                    dmc.MultiSelect(
-                        id="features-columns",
-                        data=[
-                            {"value": one.name, "label": one.title}
-                            for one in available(index)
-                            if one.name not in ("feature", *UMAP)
-                        ],
-                        value=chosen_columns(view.get("cols"), index),
-                        placeholder="Columns",
-                        size="xs",
-                        searchable=True,
-                        className="columns-choice",
-                        comboboxProps={"shadow": "md"},
-                        **{"aria-label": "Columns of the list"},
                     ),
                 ],
             ),

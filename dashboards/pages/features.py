@@ -67,7 +67,7 @@ def render(context: Context, view: View) -> Page:
                 ],
             ),
             features_view.toolbar(index, query),
-            features_view.filters(index, query, sorted(marks_of(index).lists)),
+            features_view.filters(index, query, sorted(marks_of(index).lists), view.get("cols")),
             html.Div(id="features-problem"),
             html.Div(
                 className="features-columns",
