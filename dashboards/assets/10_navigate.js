@@ -4,6 +4,7 @@
   "use strict";
   const { setProps, copy } = window.scope;
   let visits = 0;
+  let answered = 0;
   let scrollTo = 0;
   let focusMain = false;
   let sampleText = null;
@@ -80,6 +81,12 @@
 
     /** After a view has been drawn: where to scroll, what the window is called. */
     drawn(children, about) {
+      if (about && about.visit < visits) {
+        // A later visit has overtaken this one. Where it has been answered before, its page has just been replaced.
+        if (answered === visits) draw();
+        return window.dash_clientside.no_update;
+      }
+      answered = visits;
       document.body.classList.remove("navigating");
       document.title = (about && about.title) || "Scope";
       document.body.dataset.page = (about && about.page) || "";
