@@ -44,28 +44,47 @@ class DocumentPart:
 
 
 def document_part(
-    index: "FeatureIndex", feature: int, document: int, start: int | None = None, around: int | None = None
+    index: "FeatureIndex",
+    feature: int,
+    document: int,
+    *,
+    start: int | None = None,
+    before: int | None = None,
+    around: int | None = None,
 ) -> DocumentPart:
-    """`DOCUMENT_PART` tokens of a document, from its token `start` on, or with the row `around` in their middle.
+    """`DOCUMENT_PART` tokens of a document: from its token `start` on, those `before` one, or with the row `around` in
+    their middle; its beginning where none of them is given.
 
     Raises:
         OutOfRangeError: there is no such document, or it does not have this token or row.
     """
     rows = index.document_rows(document)
+    first, stop = _span(rows, document, start, before, around)
+    part = rows[first:stop]
+    breaks = np.flatnonzero(np.diff(part) != 1) + 1
+    runs = [_run(index, feature, document, int(own[0]), int(own[-1]) + 1) for own in np.split(part, breaks)]
+    about = index.documents[index.documents["document"] == document].iloc[0]
+    origin = " · ".join(str(about[name]) for name in ("title", "source", "language") if about[name])
+    return DocumentPart(document, origin, len(rows), first, stop, runs)
+
+
+def _span(
+    rows: np.ndarray, document: int, start: int | None, before: int | None, around: int | None
+) -> tuple[int, int]:
     if around is not None:
         place = int(np.searchsorted(rows, around))
         if place == len(rows) or rows[place] != around:
             raise OutOfRangeError(f"Row {around} is not in document {document}.")
         start = max(0, place - DOCUMENT_PART // 2)
-    if not 0 <= (start or 0) < len(rows):
-        raise OutOfRangeError(f"Document {document} has tokens 0 to {len(rows) - 1:,}; there is no token {start}.")
-    stop = min((start or 0) + DOCUMENT_PART, len(rows))
-    part = rows[start or 0 : stop]
-    breaks = np.flatnonzero(np.diff(part) != 1) + 1
-    runs = [_run(index, feature, document, int(own[0]), int(own[-1]) + 1) for own in np.split(part, breaks)]
-    about = index.documents[index.documents["document"] == document].iloc[0]
-    origin = " · ".join(str(about[name]) for name in ("title", "source", "language") if about[name])
-    return DocumentPart(document, origin, len(rows), start or 0, stop, runs)
+    if before is not None:
+        first, stop = max(0, before - DOCUMENT_PART), before
+    else:
+        first = start or 0
+        stop = min(first + DOCUMENT_PART, len(rows))
+    if not 0 <= first < stop <= len(rows):
+        last = len(rows) - 1
+        raise OutOfRangeError(f"Document {document} has tokens 0 to {last:,}; there are none from {first} to {stop}.")
+    return first, stop
 
 
 def _run(index: "FeatureIndex", feature: int, document: int, start: int, stop: int) -> DocumentRun:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dashboards.areas import Area
-from dashboards.columns import COLUMNS, CONTRAST_COLUMNS, Column, sortable
+from dashboards.columns import COLUMNS, CONTRAST_COLUMNS, UMAP, Column, sortable
 from dashboards.marks import Marks, marks_of
 from scope.errors import InvalidInputError, UnknownNameError
 
@@ -84,6 +84,8 @@ class FeatureQuery:
         known = {name: str(query.get(name, ""))[:MAX_TEXT].strip() for name in ("q", "list", "a", "b")}
         show, kind = query.get("show", "all"), query.get("kind", "")
         axes = {name: query[name] for name in ("x", "y") if query.get(name) in COLUMNS}
+        if query.get("plot") == "umap":
+            axes = dict(zip(("x", "y"), UMAP, strict=True))
         return cls(
             show=show if show in SHOWS else "all",
             language=query.get("language", ""),
@@ -296,7 +298,7 @@ def _grid_row(index: "FeatureIndex", feature: int, marks: Marks, contrast: "pd.D
         "spark": [] if dead else spark(index.histogram(feature)[1]),
     }
     for name, column in COLUMNS.items():
-        if name not in cells and column.on(index):
+        if name not in cells and name not in UMAP and column.on(index):
             cells[name] = column.cell(index, feature)
     if contrast is not None:
         cells |= {name: _finite(contrast.at[feature, name]) for name in CONTRAST_COLUMNS}

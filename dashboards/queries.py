@@ -179,6 +179,8 @@ class ExampleRequest:
     low: float = 0.0
     high: float = 1.0
     """Quantiles that bound a "band"."""
+    context: str = "snippet"
+    """ "snippet", or "document": the whole text."""
 
 
 @dataclass(frozen=True)

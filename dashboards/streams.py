@@ -55,12 +55,13 @@ def register(server: Flask, context: Context) -> None:
 
     @server.get("/api/document")
     def document() -> tuple[Response, int]:
-        """A part of a document: `index`, `feature`, `document`, and `start` or `around` (a row)."""
+        """A part of a document: `index`, `feature`, `document`, and `start`, `before` or `around` (a row)."""
 
         def answer() -> dict[str, Any]:
             index = _index(context)
             feature = feature_id(index, request.args.get("feature", ""))
-            part = document_part(index, feature, _whole("document") or 0, _whole("start"), _whole("around"))
+            asked = {name: _whole(name) for name in ("start", "before", "around")}
+            part = document_part(index, feature, _whole("document") or 0, **asked)
             runs = [{"r": run.start_row, "p": run.position, "t": run.tokens, "v": run.values} for run in part.runs]
             return {
                 "origin": part.origin,

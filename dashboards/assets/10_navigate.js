@@ -116,18 +116,6 @@
       return window.dash_clientside.no_update;
     },
 
-    /** Which examples of a feature are shown, in the address. */
-    examplesAddress(request) {
-      if (!request) return window.dash_clientside.no_update;
-      const changed = { show: request.show === "top" ? null : request.show, language: request.language, source: request.source };
-      changed.n = request.n === 20 ? null : request.n;
-      changed.seed = request.seed || null;
-      changed.low = request.show === "band" ? request.low : null;
-      changed.high = request.show === "band" ? request.high : null;
-      refine(changed, true);
-      return window.dash_clientside.no_update;
-    },
-
     /** Run a prompt: the text goes into the address, the token that was selected in the old one is let go. */
     runPrompt(clicks, request) {
       if (!clicks || !request) return [window.dash_clientside.no_update, window.dash_clientside.no_update];

@@ -23,7 +23,7 @@ def example_card(example: Example, index: str, scale: float, whole: bool = False
     assets/45_document.js reads a part at a time once it comes into view."""
     origin = " · ".join(part for part in (example.title, example.source, example.language) if part)
     text = _document(example, index, scale) if whole else _snippet(example, index, scale, origin)
-    where = f"{origin} · position {example.document_position:,}"
+    place = f"position {example.document_position:,}"
     return html.Article(
         className="example whole" if whole else "example",
         children=[
@@ -34,12 +34,18 @@ def example_card(example: Example, index: str, scale: float, whole: bool = False
                     html.Div(
                         number(example.value), className="value number", title=f"firing strength {exact(example.value)}"
                     ),
-                    html.Div(_actions(example, index, scale, where, whole), className="example-actions"),
+                    html.Div(_actions(example, index, scale, f"{origin} · {place}", whole), className="example-actions"),
                 ],
             ),
-            html.Div(where, className="from", dir="auto"),
+            html.Div([*_isolated(example), place], className="from"),
         ],
     )
+
+
+def _isolated(example: Example) -> list[Any]:
+    """Where an example is from; a title that runs right to left keeps its direction to itself."""
+    parts = [part for part in (example.title, example.source, example.language) if part]
+    return [piece for part in parts for piece in (html.Bdi(part), " · ")]
 
 
 def _snippet(example: Example, index: str, scale: float, origin: str) -> html.Div:

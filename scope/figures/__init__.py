@@ -8,6 +8,7 @@ from scope.figures.features import (
     feature_scatter,
     histogram_frame,
     logit_bars,
+    logit_histogram,
     rate_bars,
     token_feature_heatmap,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "effect_colour",
     "feature_scatter",
     "histogram_frame",
+    "logit_histogram",
     "logit_bars",
     "rate_bars",
     "short_number",
