@@ -22,7 +22,7 @@ from flask import Response
 
 from dashboards import api, exports, security
 from dashboards.access import Access
-from dashboards.components import shell, states
+from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
@@ -110,6 +110,7 @@ def create_app(
     _register_router(app, context)
     for page in REGISTERED:
         page.register(app, context)
+    labels.register(app, context)
     api.register(app.server, context)
     exports.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
