@@ -19,6 +19,7 @@ from dashboards.components.feature_view import (
     no_firings,
 )
 from dashboards.components.progress import Asked, progress_box, register_progress
+from dashboards.components.labels import label_panel_of
 from dashboards.components.strip import legend
 from dashboards.context import Context
 from dashboards.feature_jobs import FeatureJobs
@@ -50,7 +51,8 @@ def render(context: Context, view: View) -> Page:
     feature = summary(index, feature_id(index, view.target))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
-    side = feature_side(context.workspace.path, index, feature, None, _logits_part(context, entry.id, feature, view))
+    label = label_panel_of(index, feature.id)
+    side = feature_side(context.workspace.path, index, feature, label, _logits_part(context, entry.id, feature, view))
     content = html.Div(
         className="feature-page",
         children=[
