@@ -5,7 +5,7 @@ feature that never fires)."""
 import re
 import threading
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,12 +316,18 @@ class FakeIndex:
             effect=np.linspace(-0.02, -0.003, n)
         )
 
+    @cache
+    def _groups(self, column: str) -> tuple[np.ndarray, dict[str, int]]:
+        of_row = self.documents[column].to_numpy()[self._row_document]
+        names, counts = np.unique(of_row.astype(str), return_counts=True)
+        return of_row, dict(zip(names.tolist(), counts.tolist(), strict=True))
+
     def _by(self, feature: int, column: str) -> pd.DataFrame:
         fired = self.firings(feature)
-        about = self.documents[column].iloc[self._row_document[fired["row"]]].to_numpy()
+        of_row, n_rows_of = self._groups(column)
+        about = of_row[fired["row"]]
         rows = []
-        for name in sorted(self.documents[column].unique()):
-            n_rows = int((self.documents[column].iloc[self._row_document] == name).sum())
+        for name, n_rows in n_rows_of.items():
             hits = int((about == name).sum())
             rate = hits / n_rows
             rows.append(
@@ -387,10 +393,13 @@ class FakeIndex:
         rate_a, rate_b = fired[on_a].mean(axis=0), fired[on_b].mean(axis=0)
         table = pd.DataFrame({"feature": np.arange(self.d_sae), "rate_a": rate_a, "rate_b": rate_b})
         for side in ("a", "b"):
-            table[f"rate_{side}_low"], table[f"rate_{side}_high"] = table[f"rate_{side}"] * 0.8, table[f"rate_{side}"] * 1.2
+            table[f"rate_{side}_low"], table[f"rate_{side}_high"] = (
+                table[f"rate_{side}"] * 0.8,
+                table[f"rate_{side}"] * 1.2,
+            )
         table["log_ratio"] = np.log2((rate_a + 1e-6) / (rate_b + 1e-6))
         table["z"] = (rate_a - rate_b) * 100
-        table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False).head(n)
+        table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False, kind="stable").head(n)
         return SimpleNamespace(table=table, n_rows_a=int(on_a.sum()), n_rows_b=int(on_b.sum()), sampled=False)
 
     def _rows_of(self, condition: str) -> np.ndarray:

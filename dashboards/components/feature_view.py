@@ -121,9 +121,7 @@ def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
     )
 
 
-def feature_side(
-    workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any
-) -> list[Any]:
+def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any) -> list[Any]:
     """The column on the right, from what people call the feature to how to load it.
 
     Args:
@@ -171,10 +169,7 @@ def _downloads(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
         ("Parquet", f"{base}/activations.parquet", "the same, typed"),
     ]
     return html.Div(
-        [
-            html.A(name, href=href, download="", className="button", title=words)
-            for name, href, words in links
-        ],
+        [html.A(name, href=href, download="", className="button", title=words) for name, href, words in links],
         className="chips",
     )
 

@@ -1,4 +1,4 @@
-"""One feature: its statistics, its examples, what it does to a text that one types, what it promotes, what is like it."""
+"""One feature: its statistics and examples, what it does on a text that one types, what it promotes, what is like it."""
 
 from typing import Any
 
