@@ -20,9 +20,9 @@ from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_
 from dash.exceptions import DependencyException, PreventUpdate
 from flask import Response
 
-from dashboards import api, security
+from dashboards import api, exports, security
 from dashboards.access import Access
-from dashboards.components import shell, states
+from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
@@ -110,7 +110,9 @@ def create_app(
     _register_router(app, context)
     for page in REGISTERED:
         page.register(app, context)
+    labels.register(app, context)
     api.register(app.server, context)
+    exports.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
     app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))
     security.protect(app, security.hosts_of(host, allow_hosts), access)

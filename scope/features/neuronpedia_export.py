@@ -21,6 +21,7 @@ alignment with and correlation to neurons, the decoder row (`vector`). `topkCosS
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,10 +38,17 @@ if TYPE_CHECKING:
     from scope.features.examples import Example
     from scope.features.index import FeatureIndex
 
-__all__ = ["ExportReport", "NeuronpediaNames", "export_neuronpedia", "feature_json", "saedashboard_batch"]
+__all__ = [
+    "ExportReport",
+    "NeuronpediaNames",
+    "export_neuronpedia",
+    "feature_json",
+    "neuronpedia_files",
+    "saedashboard_batch",
+]
 
-BATCH = 256
-"""Features in a batch file."""
+BATCH = 64
+"""Features in a batch file: few enough to be made in a second or two."""
 TOP, BANDS, IN_BAND = 20, 5, 5
 """Examples of a feature: the strongest, then some from each of so many bands of equal numbers of firings."""
 WINDOW = (64, 63)
@@ -161,37 +169,56 @@ def export_neuronpedia(
     if folder.exists() and any(folder.iterdir()):
         raise OccupiedError(f"{folder} holds something already. Give another --out, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    counts = [0, 0]
+    counts: Counter[str] = Counter()
+    for name, content in neuronpedia_files(index, wanted, known, layout=layout, counts=counts, progress=progress):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_file(folder / name, content)
+        counts["files"] += 1
+        counts["bytes"] += len(content)
+    return ExportReport(
+        folder, len(wanted), counts["activations"], counts["explanations"], counts["files"], counts["bytes"]
+    )
+
+
+def neuronpedia_files(
+    index: "FeatureIndex",
+    features: Sequence[int] | None = None,
+    names: NeuronpediaNames | None = None,
+    *,
+    layout: str = "neuronpedia",
+    counts: "Counter[str] | None" = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Iterator[tuple[str, bytes]]:
+    """What `export_neuronpedia` writes into MODEL/SOURCE, one after the other: name within it, content.
+
+    Args:
+        counts: counts up "activations" and "explanations".
+    """
+    known = (names or NeuronpediaNames()).of(index)
+    wanted = range(index.d_sae) if features is None else features
+    counted = Counter() if counts is None else counts
     if layout == "neuronpedia":
         for name, row in _descriptions(index, known).items():
-            write_file(folder / f"{name}.jsonl", _lines([row]))
+            yield f"{name}.jsonl", _lines([row])
     for batch, start in enumerate(range(0, len(wanted), BATCH)):
         part = wanted[start : start + BATCH]
         if layout == "saedashboard":
             content = saedashboard_batch(index, part, known)
-            write_file(folder / f"batch-{batch}.json", json.dumps(content, ensure_ascii=False).encode())
-            counts[0] += sum(len(one["activations"]) for one in content["features"])
+            counted["activations"] += sum(len(one["activations"]) for one in content["features"])
+            yield f"batch-{batch}.json", json.dumps(content, ensure_ascii=False).encode()
         else:
-            counts = _write_batch(folder, f"batch-{batch}", [_rows(index, f, known) for f in part], counts)
+            tables: dict[str, list[dict[str, Any]]] = {"features": [], "activations": [], "explanations": []}
+            for feature in part:
+                neuron, activations, explanations = _rows(index, feature, known)
+                tables["features"].append(neuron)
+                tables["activations"] += activations
+                tables["explanations"] += explanations
+            for table, rows in tables.items():
+                counted[table] += len(rows)
+                if rows:
+                    yield f"{table}/batch-{batch}.jsonl.gz", gzip.compress(_lines(rows), compresslevel=5, mtime=0)
         if progress is not None:
             progress(start + len(part), len(wanted))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return ExportReport(
-        folder, len(wanted), counts[0], counts[1], len(files), sum(path.stat().st_size for path in files)
-    )
-
-
-def _write_batch(folder: Path, name: str, rows: list[tuple[Any, Any, Any]], counts: list[int]) -> list[int]:
-    tables = {
-        "features": [neuron for neuron, _, _ in rows],
-        "activations": [one for _, activations, _ in rows for one in activations],
-        "explanations": [one for _, _, explanations in rows for one in explanations],
-    }
-    for table, content in tables.items():
-        if content:
-            (folder / table).mkdir(exist_ok=True)
-            write_file(folder / table / f"{name}.jsonl.gz", gzip.compress(_lines(content), compresslevel=5, mtime=0))
-    return [counts[0] + len(tables["activations"]), counts[1] + len(tables["explanations"])]
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
