@@ -81,7 +81,8 @@ class FeatureQuery:
     @classmethod
     def of(cls, query: Mapping[str, str]) -> "FeatureQuery":
         """The query of an address; what cannot be read counts as not given."""
-        known = {name: str(query.get(name, ""))[:MAX_TEXT].strip() for name in ("q", "list", "a", "b")}
+        known = {name: str(query.get(name, ""))[:MAX_TEXT] for name in ("q", "list", "a", "b")}
+        known["q"] = known["q"].strip()
         show, kind = query.get("show", "all"), query.get("kind", "")
         axes = {name: query[name] for name in ("x", "y") if query.get(name) in COLUMNS}
         if query.get("plot") == "umap":
@@ -103,7 +104,7 @@ class FeatureQuery:
     @property
     def contrasts(self) -> bool:
         """Whether it asks what fires on A and not on B."""
-        return bool(self.a)
+        return bool(self.a.strip())
 
 
 def _share(text: str, default: float) -> float:
@@ -228,13 +229,10 @@ def _in_area(index: "FeatureIndex", query: FeatureQuery) -> np.ndarray:
 
 
 def _contrast(index: "FeatureIndex", query: FeatureQuery) -> "tuple[pd.DataFrame, str]":
-    if not hasattr(index, "contrast"):
-        raise InvalidInputError("This index cannot say what fires on one condition and not on another.")
-    found = index.contrast(query.a, query.b or None, n=index.d_sae)
-    beside = f"B: {found.n_rows_b:,} tokens"
-    sampled = ", a sample" if found.sampled else ""
-    note = f"A: {found.n_rows_a:,} tokens, {beside}{sampled}"
-    return found.table.set_index("feature"), note
+    found = index.contrast(query.a, query.b if query.b.strip() else None, n=index.d_sae)
+    sides = (("A", found.n_rows_a, found.looked_at_a), ("B", found.n_rows_b, found.looked_at_b))
+    words = [f"{name}: {f'a sample of {looked:,} of ' if looked < n else ''}{n:,} tokens" for name, n, looked in sides]
+    return found.table.set_index("feature"), ", ".join(words)
 
 
 def _values(index: "FeatureIndex", name: str, marks: Marks, contrast: "pd.DataFrame | None") -> np.ndarray:

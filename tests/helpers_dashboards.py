@@ -5,7 +5,7 @@ feature that never fires)."""
 import re
 import threading
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +138,7 @@ class FakeIndex:
         self.n_firings = int((self._values > 0).sum())
         self.labels = FeatureLabels(self.sae_info["fingerprint"], d_sae=FEATURES)
         self.labels.set(LONG_LABEL, text=("a very long label " * 12)[:200])
+        self._known_groups: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
         self._vocabulary = {word: id for id, word in enumerate(dict.fromkeys(["<bos>", *words]))}
 
     def _check(self, feature: int) -> int:
@@ -316,11 +317,13 @@ class FakeIndex:
             effect=np.linspace(-0.02, -0.003, n)
         )
 
-    @cache
     def _groups(self, column: str) -> tuple[np.ndarray, dict[str, int]]:
+        if column in self._known_groups:
+            return self._known_groups[column]
         of_row = self.documents[column].to_numpy()[self._row_document]
         names, counts = np.unique(of_row.astype(str), return_counts=True)
-        return of_row, dict(zip(names.tolist(), counts.tolist(), strict=True))
+        self._known_groups[column] = of_row, dict(zip(names.tolist(), counts.tolist(), strict=True))
+        return self._known_groups[column]
 
     def _by(self, feature: int, column: str) -> pd.DataFrame:
         fired = self.firings(feature)
@@ -400,7 +403,8 @@ class FakeIndex:
         table["log_ratio"] = np.log2((rate_a + 1e-6) / (rate_b + 1e-6))
         table["z"] = (rate_a - rate_b) * 100
         table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False, kind="stable").head(n)
-        return SimpleNamespace(table=table, n_rows_a=int(on_a.sum()), n_rows_b=int(on_b.sum()), sampled=False)
+        n_a, n_b = int(on_a.sum()), int(on_b.sum())
+        return SimpleNamespace(table=table, n_rows_a=n_a, n_rows_b=n_b, looked_at_a=n_a, looked_at_b=n_b)
 
     def _rows_of(self, condition: str) -> np.ndarray:
         language = condition.removeprefix("language:")
