@@ -31,6 +31,7 @@ class Area:
             InvalidInputError: it is none.
         """
         kind, _, rest = text.partition(":")
+        corners: tuple[tuple[float, float], ...]
         try:
             if kind == "box":
                 x0, x1, y0, y1 = (float(part) for part in rest.split(","))

@@ -81,7 +81,8 @@ class FeatureQuery:
     @classmethod
     def of(cls, query: Mapping[str, str]) -> "FeatureQuery":
         """The query of an address; what cannot be read counts as not given."""
-        known = {name: str(query.get(name, ""))[:MAX_TEXT].strip() for name in ("q", "list", "a", "b")}
+        known = {name: str(query.get(name, ""))[:MAX_TEXT] for name in ("q", "list", "a", "b")}
+        known["q"] = known["q"].strip()
         show, kind = query.get("show", "all"), query.get("kind", "")
         axes = {name: query[name] for name in ("x", "y") if query.get(name) in COLUMNS}
         if query.get("plot") == "umap":
@@ -103,7 +104,7 @@ class FeatureQuery:
     @property
     def contrasts(self) -> bool:
         """Whether it asks what fires on A and not on B."""
-        return bool(self.a)
+        return bool(self.a.strip())
 
 
 def _share(text: str, default: float) -> float:
@@ -228,13 +229,10 @@ def _in_area(index: "FeatureIndex", query: FeatureQuery) -> np.ndarray:
 
 
 def _contrast(index: "FeatureIndex", query: FeatureQuery) -> "tuple[pd.DataFrame, str]":
-    if not hasattr(index, "contrast"):
-        raise InvalidInputError("This index cannot say what fires on one condition and not on another.")
-    found = index.contrast(query.a, query.b or None, n=index.d_sae)
-    beside = f"B: {found.n_rows_b:,} tokens"
-    sampled = ", a sample" if found.sampled else ""
-    note = f"A: {found.n_rows_a:,} tokens, {beside}{sampled}"
-    return found.table.set_index("feature"), note
+    found = index.contrast(query.a, query.b if query.b.strip() else None, n=index.d_sae)
+    sides = (("A", found.n_rows_a, found.looked_at_a), ("B", found.n_rows_b, found.looked_at_b))
+    words = [f"{name}: {f'a sample of {looked:,} of ' if looked < n else ''}{n:,} tokens" for name, n, looked in sides]
+    return found.table.set_index("feature"), ", ".join(words)
 
 
 def _values(index: "FeatureIndex", name: str, marks: Marks, contrast: "pd.DataFrame | None") -> np.ndarray:
@@ -318,28 +316,16 @@ def spark(counts: np.ndarray) -> list[float]:
 
 
 def grid_table(index: "FeatureIndex", query: "FeatureQuery | Mapping[str, str]") -> "pd.DataFrame":
-    """Everything that the grid shows for a query, all rows, in its order: what is downloaded.
+    """Everything that is known of the features that a query lists, all of them, in its order: what is downloaded.
 
-    Columns: feature, label, label_source, starred, the scalar columns of `FeatureIndex.table`, top_tokens, top_logits
-    and bottom_logits as one text each (a blank between tokens, as JSON lists), and the rates where A and B are given.
+    Columns: those of `scope.features.grids.feature_grid` (the feature table and what people wrote), and the rates on A
+    and on B with their intervals where the query asks for them.
     """
-    import json
+    from scope.features.grids import with_labels
 
-    asked = query if isinstance(query, FeatureQuery) else FeatureQuery.of(query)
-    found, marks = listing(index, asked), marks_of(index)
-    table = index.table.iloc[found.ids].reset_index(drop=True)
-    for name in ("label", "starred", "label_source"):
-        table = table.drop(columns=name, errors="ignore")
-    features = found.ids.tolist()
-    table.insert(1, "label", [marks.labels.get(feature, "") for feature in features])
-    table.insert(2, "label_source", [marks.sources.get(feature, "") for feature in features])
-    table.insert(3, "starred", [feature in marks.starred for feature in features])
-    for name in table.columns:
-        if table[name].dtype == object and len(table) and isinstance(table[name].iloc[0], list | tuple | np.ndarray):
-            table[name] = [json.dumps(np.asarray(cell).tolist(), ensure_ascii=False) for cell in table[name]]
-    if found.contrast is not None:
-        rates = found.contrast.reindex(found.ids).reset_index(drop=True)
-        for name in rates.columns:
-            if name not in table:
-                table[name] = rates[name]
-    return table
+    found = listing(index, query if isinstance(query, FeatureQuery) else FeatureQuery.of(query))
+    table = with_labels(index, index.table.iloc[found.ids])
+    if found.contrast is None:
+        return table
+    rates = found.contrast.reindex(found.ids).reset_index(drop=True)
+    return table.assign(**{str(name): rates[name] for name in rates.columns if name not in table})

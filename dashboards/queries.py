@@ -284,8 +284,8 @@ def token_detail(
         }
         for id, value in zip(shown["feature"], shown["value"], strict=True)
     ]
-    own = [one["value"] for one in rows if one["feature"] == feature]
-    push = _push(index, row, feature, own[0], effects) if feature is not None and own else None
+    own = found.loc[found["feature"] == feature, "value"].tolist()
+    push = _push(index, row, feature, float(own[0]), effects) if feature is not None and own else None
     return TokenDetail(row, len(found), rows, push)
 
 

@@ -138,6 +138,7 @@ class FakeIndex:
         self.n_firings = int((self._values > 0).sum())
         self.labels = FeatureLabels(self.sae_info["fingerprint"], d_sae=FEATURES)
         self.labels.set(LONG_LABEL, text=("a very long label " * 12)[:200])
+        self._known_groups: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
         self._vocabulary = {word: id for id, word in enumerate(dict.fromkeys(["<bos>", *words]))}
 
     def _check(self, feature: int) -> int:
@@ -316,12 +317,20 @@ class FakeIndex:
             effect=np.linspace(-0.02, -0.003, n)
         )
 
+    def _groups(self, column: str) -> tuple[np.ndarray, dict[str, int]]:
+        if column in self._known_groups:
+            return self._known_groups[column]
+        of_row = self.documents[column].to_numpy()[self._row_document]
+        names, counts = np.unique(of_row.astype(str), return_counts=True)
+        self._known_groups[column] = of_row, dict(zip(names.tolist(), counts.tolist(), strict=True))
+        return self._known_groups[column]
+
     def _by(self, feature: int, column: str) -> pd.DataFrame:
         fired = self.firings(feature)
-        about = self.documents[column].iloc[self._row_document[fired["row"]]].to_numpy()
+        of_row, n_rows_of = self._groups(column)
+        about = of_row[fired["row"]]
         rows = []
-        for name in sorted(self.documents[column].unique()):
-            n_rows = int((self.documents[column].iloc[self._row_document] == name).sum())
+        for name, n_rows in n_rows_of.items():
             hits = int((about == name).sum())
             rate = hits / n_rows
             rows.append(
@@ -387,11 +396,15 @@ class FakeIndex:
         rate_a, rate_b = fired[on_a].mean(axis=0), fired[on_b].mean(axis=0)
         table = pd.DataFrame({"feature": np.arange(self.d_sae), "rate_a": rate_a, "rate_b": rate_b})
         for side in ("a", "b"):
-            table[f"rate_{side}_low"], table[f"rate_{side}_high"] = table[f"rate_{side}"] * 0.8, table[f"rate_{side}"] * 1.2
+            table[f"rate_{side}_low"], table[f"rate_{side}_high"] = (
+                table[f"rate_{side}"] * 0.8,
+                table[f"rate_{side}"] * 1.2,
+            )
         table["log_ratio"] = np.log2((rate_a + 1e-6) / (rate_b + 1e-6))
         table["z"] = (rate_a - rate_b) * 100
-        table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False).head(n)
-        return SimpleNamespace(table=table, n_rows_a=int(on_a.sum()), n_rows_b=int(on_b.sum()), sampled=False)
+        table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False, kind="stable").head(n)
+        n_a, n_b = int(on_a.sum()), int(on_b.sum())
+        return SimpleNamespace(table=table, n_rows_a=n_a, n_rows_b=n_b, looked_at_a=n_a, looked_at_b=n_b)
 
     def _rows_of(self, condition: str) -> np.ndarray:
         language = condition.removeprefix("language:")

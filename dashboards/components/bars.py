@@ -94,13 +94,15 @@ def cofiring_table(frame: "pd.DataFrame", index: str, names: Mapping[int, str]) 
         head("p_this_given_other", "P(this | it)", "share of its tokens on which this feature fires too"),
     ]
     table = html.Table([html.Thead(html.Tr([html.Th("Feature"), *heads])), html.Tbody(body)], className="cofiring")
-    return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Features that fire with it"})
+    return html.Div(
+        table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Features that fire with it"}
+    )
 
 
 def feature_list(
     frame: "pd.DataFrame", index: str, column: str, title: str, names: Mapping[int, str] | None = None
 ) -> html.Ul:
-    """Other features, linked; columns feature, top_token and the measure `column` from 0 to 1. `names`: their labels."""
+    """Other features, linked; columns feature, top_token and the measure `column` from 0 to 1. `names`: labels."""
     names = names or {}
     return html.Ul(
         className="bars neutral",

@@ -44,7 +44,9 @@ def chart(figure: Any, *, id: str, height: int, words: str) -> html.Div:
         **_label(words),
     )
     saves = [
-        button(kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-figure": kind})
+        button(
+            kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-figure": kind}
+        )
         for kind in ("png", "svg")
     ]
     return html.Div([graph, html.Div(saves, className="saves")], className="figure", **{"data-name": id})

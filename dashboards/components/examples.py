@@ -34,7 +34,9 @@ def example_card(example: Example, index: str, scale: float, whole: bool = False
                     html.Div(
                         number(example.value), className="value number", title=f"firing strength {exact(example.value)}"
                     ),
-                    html.Div(_actions(example, index, scale, f"{origin} · {place}", whole), className="example-actions"),
+                    html.Div(
+                        _actions(example, index, scale, f"{origin} · {place}", whole), className="example-actions"
+                    ),
                 ],
             ),
             html.Div([*_isolated(example), place], className="from"),

@@ -14,7 +14,7 @@ from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
 from dashboards.links import feature_link, prompt_link
 from dashboards.marks import marks_of
-from dashboards.queries import FeatureSummary, effect_words, feature_name
+from dashboards.queries import FeatureSummary, effect_words, feature_name, tokens_label
 from scope.figures import logit_histogram
 
 if TYPE_CHECKING:
@@ -37,7 +37,15 @@ def feature_head(index: str, feature: FeatureSummary) -> html.Header:
             html.Div(
                 [
                     html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
-                    html.P(title, className="feature-title", dir="auto"),
+                    html.P(
+                        title,
+                        className="feature-title",
+                        dir="auto",
+                        **{
+                            "data-label-of": f"{index}:{feature.id}",
+                            "data-label-else": tokens_label(feature.row, 5),
+                        },
+                    ),
                     html.P(effect_words(feature), className="feature-words", dir="auto"),
                 ],
             ),
@@ -121,9 +129,7 @@ def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
     )
 
 
-def feature_side(
-    workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any
-) -> list[Any]:
+def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any) -> list[Any]:
     """The column on the right, from what people call the feature to how to load it.
 
     Args:
@@ -171,10 +177,7 @@ def _downloads(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
         ("Parquet", f"{base}/activations.parquet", "the same, typed"),
     ]
     return html.Div(
-        [
-            html.A(name, href=href, download="", className="button", title=words)
-            for name, href, words in links
-        ],
+        [html.A(name, href=href, download="", className="button", title=words) for name, href, words in links],
         className="chips",
     )
 

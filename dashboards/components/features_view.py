@@ -189,7 +189,8 @@ def notes() -> html.P:
         [
             "Density is the share of tokens that a feature fires on ",
             define("density"),
-            "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale. F2 edits a label.",
+            "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale. ",
+            "F2 edits a label.",
         ],
         className="small muted grid-note",
     )
@@ -211,7 +212,9 @@ def column_definitions(
     """AG Grid's columns. All statistics are there, and those that are not `shown` hidden: showing one needs no new
     page."""
 
-    def column(field: str, title: str, widths: tuple[int, int, int | None], renderer: str, **more: Any) -> dict[str, Any]:
+    def column(
+        field: str, title: str, widths: tuple[int, int, int | None], renderer: str, **more: Any
+    ) -> dict[str, Any]:
         width, least, most = widths
         return {
             "field": field,
@@ -232,9 +235,7 @@ def column_definitions(
         renderer = {"text": "Plain", "density": "Density", "share": "Share"}.get(one.kind, "Number")
         aligned = {} if one.kind in ("text", "density") else {"type": "rightAligned"}
         widths = WIDTHS.get(one.kind, NUMBER_WIDTH)
-        return column(
-            one.name, one.title, widths, renderer, hide=one.name not in shown, headerTooltip=hint, **aligned
-        )
+        return column(one.name, one.title, widths, renderer, hide=one.name not in shown, headerTooltip=hint, **aligned)
 
     strength = "How strongly it fires: weak to strong, logarithmic"
     rate = "Firings per 1,000 tokens, with the 95% interval"

@@ -1,5 +1,5 @@
-"""The live test box of a feature page: a text is typed, the model worker runs it, and the feature's strength colours its
-tokens. The text is part of the address (`try`)."""
+"""The live test box of a feature page: a text is typed, the model worker runs it, and the feature's strength colours
+its tokens. The text is part of the address (`try`)."""
 
 from typing import Any
 

@@ -10,7 +10,6 @@ from dashboards.components import states
 from dashboards.components.controls import button
 from dashboards.format import duration, plural
 from dashboards.worker import Job, JobState, ModelWorker
-
 from scope.errors import ScopeError
 
 __all__ = ["Asked", "progress_box", "progress_step", "register_progress"]

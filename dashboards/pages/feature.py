@@ -1,4 +1,4 @@
-"""One feature: its statistics, its examples, what it does to a text that one types, what it promotes, what is like it."""
+"""One feature: statistics and examples, what it does on a text that one types, what it promotes, what is like it."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from dashboards.components.feature_view import (
     feature_statistics,
     no_firings,
 )
-from dashboards.components.progress import Asked, progress_box, register_progress
 from dashboards.components.labels import label_panel_of
+from dashboards.components.progress import Asked, progress_box, register_progress
 from dashboards.components.strip import legend
 from dashboards.context import Context
 from dashboards.feature_jobs import FeatureJobs
@@ -51,8 +51,8 @@ def render(context: Context, view: View) -> Page:
     feature = summary(index, feature_id(index, view.target))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
-    label = label_panel_of(index, feature.id)
-    side = feature_side(context.workspace.path, index, feature, label, _logits_part(context, entry.id, feature, view))
+    label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
+    side = feature_side(context.workspace.path, index, feature, label, logits)
     content = html.Div(
         className="feature-page",
         children=[

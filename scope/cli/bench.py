@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, TrainBench
-from scope.cli._command import Outcome, command, say
+from scope.bench.settings import CaptureBench, IndexBench, TrainBench
+from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
 
@@ -46,6 +46,15 @@ def register(app: typer.Typer) -> None:
 
         figures = bench_dashboard(workspace, index, clients, seconds, say)
         return Outcome(figures, _table(figures), exit_code=1 if figures["errors"] else 0)
+
+    @command(bench, "index", config=IndexBench)
+    def index(config: IndexBench) -> Outcome:
+        """How long each kind of question to a feature index takes, on a synthetic index."""
+        from scope.bench.index import bench_index
+
+        with progress_bar("Building the index") as progress:
+            figures = bench_index(config, say, progress)
+        return Outcome(figures.data(), figures.text())
 
 
 def _table(figures: dict[str, Any]) -> str:

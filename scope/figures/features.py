@@ -208,8 +208,8 @@ def logit_histogram(
     title: str = "Effects on all tokens' logits",
     unit: str = "logit per unit of firing strength",
 ) -> "go.Figure":
-    """One bar per bin of `edges` `(n + 1,)`, `counts` `(n,)` tokens each, on a logarithmic axis: negative effects in the
-    negative colour, positive ones in the positive."""
+    """One bar per bin of `edges` `(n + 1,)`, `counts` `(n,)` tokens each, on a logarithmic axis: negative effects in
+    the negative colour, positive ones in the positive."""
     palette = PALETTES[theme]
     middles, numbers = (edges[:-1] + edges[1:]) / 2, counts.astype(float)
     figure = _figure(theme, title)
