@@ -100,7 +100,7 @@ def test_no_umap_says_how_to_make_one(visit: Callable) -> None:
     opened = visit()
     page = opened.open("/features?plot=umap", ROWS)
     page.wait_for_selector(".no-umap .code")
-    assert "scope index umap" in page.text_content(".no-umap .code")
+    assert page.text_content(".no-umap .code").startswith("scope index STORE SAE --out /nowhere/fake.index --umap")
     page.click(".plot-part .mantine-SegmentedControl-label:has-text('No plot')")
     opened.until("new URL(location).searchParams.get('plot') === 'none'")
     assert not page.is_visible(".scatter")
