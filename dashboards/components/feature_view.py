@@ -16,7 +16,7 @@ from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
 from dashboards.links import feature_link, prompt_link
 from dashboards.marks import marks_of
-from dashboards.queries import FeatureSummary, effect_words, feature_name, tokens_label
+from dashboards.queries import LISTED, FeatureSummary, effect_words, feature_name, tokens_label
 from scope.figures import logit_histogram
 
 if TYPE_CHECKING:
@@ -165,8 +165,9 @@ def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary
     parts: list[Any] = [label] if label is not None else []
     if feature.fires:
         parts.append(html.Div(_histogram(feature), className="panel"))
+        fires_on = bars.token_list(feature.top_tokens)
         parts.append(
-            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
+            panel("Fires on", fires_on, _by_mean(feature.row), unit="share of all strength", term="token_share")
         )
     parts.append(_logits(feature, logits))
     if feature.fires:
@@ -188,6 +189,16 @@ def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary
     parts.append(panel("In Python", code(python_snippet(workspace, index, feature.id))))
     parts.append(panel("Download", _downloads(index, feature)))
     return parts
+
+
+def _by_mean(row: Mapping[str, Any]) -> Any:
+    """The tokens that it fires on most strongly, whatever their number, where the index lists them."""
+    tokens, values = (list(row.get(name, ())) for name in ("mean_top_tokens", "mean_top_values"))
+    if not tokens:
+        return None
+    return html.Details(
+        [html.Summary("By mean strength", className="small muted"), bars.value_list(tokens[:LISTED], values[:LISTED])]
+    )
 
 
 def _downloads(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
