@@ -183,14 +183,34 @@ def downloads(index: str) -> html.Div:
     )
 
 
-def notes() -> html.P:
-    """What the columns mean that have no place for a "?" of their own."""
-    return html.P(
+def notes(index: "FeatureIndex") -> html.Details:
+    """What each column means, formulas included."""
+    terms = dict.fromkeys(one.term for one in available(index) if one.term)
+    spark = (
+        html.Dt("strength"),
+        html.Dd("The small histogram shows how strongly the feature fires, weak to strong, on a logarithmic scale."),
+    )
+    listed = [
+        part
+        for term in terms
+        for part in (
+            html.Dt(GLOSSARY[term].name),
+            html.Dd([GLOSSARY[term].definition, " ", html.Code(GLOSSARY[term].formula)]),
+        )
+    ]
+    return html.Details(
         [
-            "Density is the share of tokens that a feature fires on ",
-            define("density"),
-            "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale. ",
-            "F2 edits a label.",
+            html.Summary("What the columns mean, and keys"),
+            html.P(
+                [
+                    "Arrow keys move through the list; ",
+                    html.Kbd("Enter"),
+                    " opens a feature, on its name it edits the label, as ",
+                    html.Kbd("F2"),
+                    " does.",
+                ]
+            ),
+            html.Dl([*spark, *listed], className="definitions"),
         ],
         className="small muted grid-note",
     )

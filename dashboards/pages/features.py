@@ -74,7 +74,7 @@ def render(context: Context, view: View) -> Page:
             html.Div(
                 className="features-columns",
                 children=[
-                    html.Div([_grid(entry.id, index, view, query), features_view.notes()], className="grid-part"),
+                    html.Div([_grid(entry.id, index, view, query), features_view.notes(index)], className="grid-part"),
                     features_view.plot(index, view, _umap_command(context, entry, index)),
                 ],
             ),
