@@ -34,7 +34,7 @@ from scope.figures import PALETTES, css_variables
 if TYPE_CHECKING:
     from scope.workspace import Workspace
 
-__all__ = ["create_app", "serve"]
+__all__ = ["bind", "create_app", "serve"]
 
 LOG = logging.getLogger("dashboards")
 NAME = "Scope"
@@ -143,6 +143,20 @@ def serve(
         InvalidInputError: nothing can be served at this address, most often because its port is taken; or an allowed
             host is not a host's name.
     """
+    server, addresses = bind(workspace, host, port, allow_hosts=allow_hosts, n_links=n_links)
+    (announce or _tell)(addresses)
+    server.run()
+
+
+def bind(
+    workspace: "Workspace | str | Path",
+    host: str,
+    port: int,
+    *,
+    allow_hosts: Iterable[str] = (),
+    n_links: int = 1,
+) -> tuple[Any, list[str]]:
+    """The waitress server of a dashboard, bound and not yet run, and the addresses at which to look; see `serve`."""
     import waitress
 
     from scope.workspace import Workspace
@@ -160,9 +174,7 @@ def serve(
             f"The dashboard cannot be served at {host}:{port} ({problem}). Is it served already? Give another --port."
         ) from problem
     at = getattr(server, "effective_port", port)
-    told = access.links(hosts[0].strip("[]"), at) if access else [f"http://{hosts[0]}:{at}"]
-    (announce or _tell)(told)
-    server.run()
+    return server, access.links(hosts[0].strip("[]"), at) if access else [f"http://{hosts[0]}:{at}"]
 
 
 def _tell(addresses: list[str]) -> None:
