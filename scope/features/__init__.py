@@ -10,7 +10,7 @@ Names are resolved on first use, so that importing the package costs nothing and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scope.features.build import build_index
+    from scope.features.build import build_index, build_indexes
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
     from scope.features.index import FeatureIndex
@@ -26,6 +26,7 @@ __all__ = [
     "Label",
     "PromptFeatures",
     "build_index",
+    "build_indexes",
     "features_on_prompt",
 ]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "Label": "labels",
     "PromptFeatures": "prompt",
     "build_index": "build",
+    "build_indexes": "build",
     "features_on_prompt": "prompt",
 }
 
