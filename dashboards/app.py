@@ -22,7 +22,7 @@ from dashboards.components import shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, compare, feature, features, prompt, training, workspace
+from dashboards.pages import Page, compare, feature, features, lens, prompt, training, workspace
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -42,11 +42,12 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "features": features.render,
     "feature": feature.render,
     "prompt": prompt.render,
+    "lens": lens.render,
     "training": training.render,
     "compare": compare.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
-REGISTERED = (features, feature, prompt, training, compare)
+REGISTERED = (features, feature, prompt, lens, training, compare)
 """Pages with callbacks of their own."""
 ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/training", "/training/ID", "/compare"]
 INDEX = """<!DOCTYPE html>

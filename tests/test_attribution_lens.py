@@ -154,7 +154,7 @@ def test_tables_and_parts() -> None:
 
 def test_a_text_of_one_token_is_followed() -> None:
     model = tiny_model("gemma3")
-    words = model.vocabulary_strings(list(range(300, 340)))
+    words = model.vocabulary_strings(list(range(260, model.d_vocab)))
     word = next(word for word in words if len(word) > 1 and len(model.encode_documents([word])[0]) == 1)
     (ids,) = model.encode_documents([word])
     found = logit_lens(model, PROMPT, follow=[word])

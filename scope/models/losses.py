@@ -41,9 +41,7 @@ def unembed(model: "LanguageModel", hidden: Float[Tensor, "... d_model"]) -> Flo
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def residual_logits(
-    model: "LanguageModel", residual: Float[Tensor, "*rows d_model"]
-) -> Float[Tensor, "*rows d_vocab"]:
+def residual_logits(model: "LanguageModel", residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Logits that the final norm and the unembedding make of the residual stream. Of the stream after the last layer
     these are the model's own."""
     norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
