@@ -14,7 +14,7 @@ from dashboards.components.prompt_state import whole_number, whole_numbers
 from dashboards.components.prompt_view import next_token_field
 from dashboards.components.states import skeleton
 from dashboards.components.strip import legend, token
-from dashboards.components.token_grid import column_turner, column_window, token_grid
+from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.format import number, percent
 from dashboards.prompts import LensMode, Prediction
 from scope.figures import Theme
@@ -146,10 +146,10 @@ def _cells(view: LensView) -> tuple[np.ndarray, list[list[str]] | None, np.ndarr
     lens, show = view.lens, view.selection.show
     if show in ("probability", "rank"):
         if view.tracked is None:
-            empty = np.zeros(lens.entropy.shape)
-            return empty, [["…"] * empty.shape[1] for _ in empty], empty, 1.0, False
+            empty = np.zeros_like(lens.entropy)
+            return empty, [["…"] * len(row) for row in empty], empty, 1.0, False
         if show == "probability":
-            values = view.tracked.probability[..., 0]
+            values = np.asarray(view.tracked.probability)[..., 0]
             return values, [[percent(float(one)) for one in row] for row in values], values, 1.0, True
         values = view.tracked.rank[..., 0].astype(float)
         words = [[f"{int(one):,}" for one in row] for row in values]
@@ -210,7 +210,8 @@ def _grid_part(view: LensView) -> html.Section:
         html.Span("click a cell for its likeliest tokens", className="unit"),
         html.Span([_legend(view, scale, about), define(term)], className="legend-with-help push"),
     ]
-    return html.Section([html.Header(head), grid, column_turner(shown, n, COLUMNS)], className="panel heatmap-part")
+    foot = html.Div([column_turner(shown, n, COLUMNS), grid_saves()], className="grid-foot")
+    return html.Section([html.Header(head), grid, foot], className="panel heatmap-part")
 
 
 def _legend(view: LensView, scale: float, about: str) -> html.Div:
@@ -273,7 +274,8 @@ def _chart_part(view: LensView) -> html.Section:
 def _cell_part(view: LensView) -> html.Section:
     top = view.lens.top(view.layer, view.position)
     row = view.lens.layers.index(view.layer)
-    predictions = [Prediction(int(one.token_id), str(one.token), float(one.probability)) for one in top.itertuples()]
+    columns = (top["token_id"].tolist(), top["token"].tolist(), top["probability"].tolist())
+    predictions = [Prediction(*one) for one in zip(*columns, strict=True)]
     followed = list(view.selection.followed(view.lens))
     marked = " (SAE)" if view.layer == view.lens.sae_layer else ""
     return html.Section(

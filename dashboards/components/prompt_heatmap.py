@@ -9,7 +9,7 @@ from dashboards.components.controls import define
 from dashboards.components.firings import choice
 from dashboards.components.prompt_state import PromptView, scale_of
 from dashboards.components.strip import legend
-from dashboards.components.token_grid import column_turner, column_window, token_grid
+from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.format import count, plural
 from dashboards.links import feature_link
 
@@ -93,7 +93,7 @@ def heatmap_part(view: PromptView) -> html.Section:
             html.Div(_switches(view, only_pinned), className="chips") if view.pinned_tokens else None,
             grid,
             None if only_pinned else column_turner(shown, n),
-            _more(view, features, n_features),
+            html.Div([_more(view, features, n_features), grid_saves()], className="grid-foot"),
         ],
     )  # fmt: skip
 

@@ -178,9 +178,9 @@ def _next_part(view: PairView) -> html.Section:
     rows = [
         html.Li(
             className="next-row",
-            children=[token(str(row.token)), _share(float(row.a), largest), _share(float(row.b), largest)],
+            children=[token(text), _share(a, largest), _share(b, largest)],
         )
-        for row in table.itertuples()
+        for text, a, b in zip(table["token"].tolist(), table["a"].tolist(), table["b"].tolist(), strict=True)
     ]
     return html.Section(
         className="panel",

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from dash import html
 
+from dashboards.components.controls import button
 from dashboards.components.firings import choice
 from dashboards.format import count
 
-__all__ = ["COLUMNS", "Cells", "column_turner", "column_window", "token_grid"]
+__all__ = ["COLUMNS", "Cells", "column_turner", "column_window", "grid_saves", "token_grid"]
 
 Cells = Literal["activation", "effect"]
 COLUMNS = 96
@@ -39,6 +40,16 @@ def column_turner(shown: range, n_tokens: int, size: int = COLUMNS) -> html.Div 
             choice("later →", {"from": after}, False, disabled=shown.stop >= n_tokens),
         ],
     )
+
+
+def grid_saves() -> html.Div:
+    """Buttons that save the grid of the same panel (assets/23_save_grid.js)."""
+    kinds = ("png", "svg")
+    saves = [
+        button(kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-grid": kind})
+        for kind in kinds
+    ]
+    return html.Div(saves, className="saves grid-saves")
 
 
 def token_grid(

@@ -89,7 +89,7 @@ def compare_prompts(a: "PromptFeatures", b: "PromptFeatures") -> PromptCompariso
     found["only"] = np.where(found["n_b"] == 0, "a", np.where(found["n_a"] == 0, "b", ""))
     found = found.fillna({"change": 0.0, "position_a": -1, "position_b": -1}).rename_axis("feature").reset_index()
     found = found.astype(dict.fromkeys(("feature", "n_a", "n_b", "position_a", "position_b"), np.int64))
-    order = np.argsort(-np.maximum(found["max_a"], found["max_b"]).to_numpy(), kind="stable")
+    order = np.argsort(-found[["max_a", "max_b"]].max(axis=1).to_numpy(), kind="stable")
     columns = ["feature", "max_a", "max_b", "n_a", "n_b", "only", "change", "position_a", "position_b"]
     return PromptComparison(pairs, found.iloc[order][columns].reset_index(drop=True))
 
@@ -99,10 +99,12 @@ def _changes(a: pd.DataFrame, b: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFr
     same = pairs[pairs["same"]]
     of_b = dict(zip(same["position_b"], same["position_a"], strict=True))
     there = b[b["position"].isin(list(of_b))]
-    left = a[a["position"].isin(same["position_a"])].set_index(["feature", "position"])["value"]
-    right = there.assign(position=there["position"].map(of_b)).set_index(["feature", "position"])["value"]
-    change = right.astype(float).subtract(left.astype(float), fill_value=0.0).rename("change").reset_index()
-    change = change.iloc[np.argsort(-change["change"].abs().to_numpy(), kind="stable")].drop_duplicates("feature")
+    left = a[a["position"].isin(same["position_a"])][["feature", "position", "value"]]
+    right = there.assign(position=there["position"].map(of_b))[["feature", "position", "value"]]
+    both = left.merge(right, on=["feature", "position"], how="outer", suffixes=("_a", "_b")).fillna(0.0)
+    both["change"] = both["value_b"].astype(float) - both["value_a"].astype(float)
+    change = both.sort_values("change", key=abs, ascending=False, kind="stable").drop_duplicates("feature")
+    change = change[["feature", "position", "change"]]
     to_b = dict(zip(same["position_a"], same["position_b"], strict=True))
     change["position_b"] = change["position"].map(to_b)
     return change.rename(columns={"position": "position_a"}).set_index("feature")

@@ -111,5 +111,8 @@ def lens_lines(
     else:
         figure.update_yaxes(range=[-0.02, 1.02], title_text="probability")
     return figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "y": -0.28, "x": 0, "yanchor": "top"}, hovermode="closest"
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+        margin={"l": 56, "r": 16, "t": 40, "b": 70},
+        hovermode="closest",
     )
