@@ -231,7 +231,7 @@ def _followed(model: Any, token: int | str) -> int:
     if isinstance(token, str):
         (ids,) = model.encode_documents([token])
         if len(ids) != 1:
-            pieces = ", ".join(repr(piece) for piece in model.vocabulary_strings(ids))
+            pieces = ", ".join(repr(piece) for piece in model.vocabulary_strings(ids.tolist()))
             raise InvalidInputError(f"{token!r} is {len(ids)} tokens ({pieces}); give one token to follow.")
         return int(ids[0])
     if not 0 <= int(token) < model.d_vocab:
