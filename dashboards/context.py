@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["Context", "NoIndexError"]
 
 
+CHECK_LIMIT = 3600.0
+"""Seconds that a verification may take."""
+
+
 class NoIndexError(UnknownNameError):
     """The workspace holds no index at all."""
 
@@ -24,6 +28,11 @@ class Context:
     def __init__(self, workspace: "Workspace", worker: ModelWorker | None = None) -> None:
         self.workspace = workspace
         self.worker = worker or ModelWorker()
+        """Whatever needs a model or torch."""
+        self.checks = ModelWorker(CHECK_LIMIT, "checks")
+        """Reading artefacts from end to end: minutes of the disk, for which no prompt shall wait."""
+        self.shared: dict[str, object] = {}
+        """What pages share with each other, by name."""
         self._indexes: dict[str, FeatureIndex] = {}
         self._lock = threading.Lock()
 

@@ -35,6 +35,75 @@ GLOSSARY: dict[str, Definition] = {
         "feature detects one token.",
         "Σ strength on the token / Σ strength",
     ),
+    "std_value": Definition(
+        "spread of strength",
+        "The standard deviation of the strength over the tokens that the feature fires on.",
+        "√(mean of strength² − mean²)",
+    ),
+    "quantiles": Definition(
+        "quantiles of strength",
+        "The strength that half, 90% or 99% of the feature's firings do not exceed.",
+    ),
+    "top_token": Definition(
+        "top token", "The token that most of the feature's strength lies on, added up over the whole text."
+    ),
+    "token_bits": Definition(
+        "token dependence",
+        "How far the tokens that the feature fires on depart from the tokens of the text. 0 bits: it does not care "
+        "which token it is on.",
+        "KL(tokens of its firings ‖ tokens of the text), log₂",
+    ),
+    "position_bits": Definition(
+        "position dependence",
+        "How far the places in the window that the feature fires at depart from those of all tokens. 0 bits: it fires "
+        "anywhere alike.",
+        "KL(positions of its firings ‖ positions of the text), log₂",
+    ),
+    "mean_position": Definition(
+        "mean position", "The mean place of its firings in the window that the model saw, BOS being place 0."
+    ),
+    "special_share": Definition(
+        "share of special tokens",
+        "How much of the feature's strength would lie on BOS and other special tokens, which are otherwise left out "
+        "of the index. Near 100% the feature is about the start of a text, or an attention sink.",
+        "Σ strength on special tokens / Σ strength on all",
+    ),
+    "top_language": Definition(
+        "main language",
+        "The language that the feature fires most often in, by the lower end of the rate's 95% interval, so that a "
+        "language with little text does not win by a lucky firing.",
+    ),
+    "top_source": Definition(
+        "main source", "The source that the feature fires most often in, by the lower end of the rate's 95% interval."
+    ),
+    "language_entropy": Definition(
+        "language entropy",
+        "How evenly the feature fires over languages: 0 bits in one alone, log₂ of their number where all rates are "
+        "equal. Rates are compared, never counts.",
+        "−Σ p log₂ p over languages, p = rate / Σ rates",
+    ),
+    "language_specific": Definition(
+        "specific to a language",
+        "The one language that the feature fires in far more often than in every other one; empty where there is none.",
+    ),
+    "source_entropy": Definition(
+        "source entropy",
+        "How evenly the feature fires over the sources of the text, as rates.",
+        "−Σ p log₂ p over sources, p = rate / Σ rates",
+    ),
+    "umap": Definition(
+        "UMAP",
+        "A map of the decoder: features that write in alike directions lie near each other. Distances within a "
+        "cluster mean something, those between clusters and the axes do not.",
+        "umap-learn on the decoder's rows, cosine metric",
+    ),
+    "contrast": Definition(
+        "fires on A and not on B",
+        "Features that fire more often where A holds than where B does; without B, than everywhere else. A condition "
+        "is language:de, source:handbook, token:cat, regex:^\\d+$ (each token's text), feature:12 (where that one "
+        "fires) or document:3; & joins several.",
+        "log ratio = log₂(rate on A / rate on B)",
+    ),
     "token_entropy": Definition(
         "token entropy",
         "How many different tokens the feature fires on: 0 bits for a single one, one bit more for each doubling.",
@@ -60,8 +129,9 @@ GLOSSARY: dict[str, Definition] = {
     ),
     "cofiring": Definition(
         "co-firing",
-        "Features that fire on the same tokens, by Jaccard similarity.",
-        "tokens with both / tokens with either",
+        "Features that fire on the same tokens: by Jaccard similarity, by pointwise mutual information (how much "
+        "oftener together than by chance), and how often one fires where the other does.",
+        "Jaccard = both / either; PMI = log₂(both · N / (this · it)); P(it | this) = both / this",
     ),
     "rate": Definition(
         "rate",

@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -43,6 +42,7 @@ __all__ = [
     "PromptJobs",
     "Push",
     "TypedToken",
+    "prompt_jobs",
 ]
 
 MAX_TOKENS = 4096
@@ -162,15 +162,11 @@ class PromptJobs:
         self._saes: dict[str, Any] = {}
         self._comparison: tuple[Analysis, Analysis, PromptComparison] | None = None
 
-    @classmethod
-    def of(cls, context: Context) -> "PromptJobs":
-        """The jobs of a context, the same for all its pages: a model is loaded once."""
-        return _JOBS.setdefault(context, cls(context))
-
     # --- called by pages ------------------------------------------------------------------------------------------
 
-    def submit_analysis(self, index: str, asked: Asked) -> Job:
+    def submit_analysis(self, index: str, prompt: Asked | str) -> Job:
         """Queue the analysis of a prompt; the job's result is an `Analysis`."""
+        asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
         return self.context.worker.submit(_analysis_key(index, asked), lambda job: self._analyse(job, index, asked))
 
     def submit_push(self, index: str, asked: Asked, token_id: int) -> Job:
@@ -196,8 +192,9 @@ class PromptJobs:
         """Queue the look-up of a typed token; the job's result is a `TypedToken`."""
         return self.context.worker.submit(("typed", index, typed), lambda job: self._typed(job, index, typed))
 
-    def analysis(self, index: str, asked: Asked) -> Analysis | None:
+    def analysis(self, index: str, prompt: Asked | str) -> Analysis | None:
         """The analysis of a prompt, where it is done."""
+        asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
         return self.context.worker.result(_analysis_key(index, asked))
 
     def push(self, index: str, asked: Asked, token_id: int | None) -> Push | None:
@@ -310,6 +307,10 @@ class PromptJobs:
             raise InvalidInputError(f"“{typed}” is {len(pieces[0])} tokens ({parts}). Type the first of them.")
         return TypedToken(choices)
 
+    def loaded(self, job: Job, index: str) -> tuple[Any, Any]:
+        """The model and the SAE of an index, for other jobs of the same worker; called in its thread only."""
+        return self._loaded(job, index)
+
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
         opened = self.context.index(index)
@@ -327,7 +328,11 @@ class PromptJobs:
         return model, self._saes[fingerprint]
 
 
-_JOBS: "WeakKeyDictionary[Context, PromptJobs]" = WeakKeyDictionary()
+def prompt_jobs(context: Context) -> PromptJobs:
+    """The one `PromptJobs` of a dashboard, so that no page loads a model that another has loaded."""
+    jobs = context.shared.setdefault("prompt-jobs", PromptJobs(context))
+    assert isinstance(jobs, PromptJobs)
+    return jobs
 
 
 def _analysis_key(index: str, asked: Asked) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders
       indexes/NAME.index/   feature indexes
-      workspace.db          what was taken in from elsewhere (SQLite, WAL)
+      workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
 path ever comes from a request. Artefacts that lie elsewhere are taken in with `Workspace.add`.
@@ -24,9 +24,11 @@ from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
+    from scope.features.labels import FeatureLabels
+    from scope.features.neuronpedia import SAEAddress
     from scope.saes.base import SAE
 
-__all__ = ["Entry", "Kind", "Workspace"]
+__all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
 Kind = Literal["activation-store", "sae", "feature-index"]
 FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
@@ -63,6 +65,11 @@ class Workspace:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InvalidInputError(f"{self.path} is a file; a workspace is a folder.")
+
+    @property
+    def database(self) -> Path:
+        """Where labels lie, and what was taken in from elsewhere (SQLite). Made when something is first written."""
+        return self.path / "workspace.db"
 
     def path_for(self, kind: Kind, name: str) -> Path:
         """Where an artefact of this kind and name belongs. The folder above it is created."""
@@ -116,10 +123,33 @@ class Workspace:
         return load(id if is_address(id) or Path(id).is_absolute() else self.find(id, "sae").path)
 
     def index(self, id: str) -> "FeatureIndex":
-        """The feature index with this id."""
-        from scope.features.index import FeatureIndex
+        """The feature index with this id, with the labels that the workspace has of its SAE's features."""
+        return _open_labelled(self.find(id, "feature-index").path, self.database)
 
-        return FeatureIndex.open(self.find(id, "feature-index").path)
+    def labels(self, id: str) -> "FeatureLabels":
+        """The labels of an SAE's features. `id` is that of the SAE or of an index of it, or a path or address that
+        `scope.saes.formats.load` takes.
+
+        Raises:
+            UnknownNameError: there is no such SAE.
+        """
+        return self.labelled(id)[0]
+
+    def labelled(self, id: str) -> "tuple[FeatureLabels, SAEAddress]":
+        """As `labels`, and what the SAE is of, which an import of labels compares with."""
+        from scope.features.labels import FeatureLabels
+        from scope.features.neuronpedia import SAEAddress
+
+        for entry in self.indexes():
+            about = entry.manifest.get("sae", {})
+            fingerprint = str(about.get("fingerprint", ""))
+            if entry.problem is None and id in (entry.id, entry.name, fingerprint, fingerprint[:ID_LENGTH]):
+                address = SAEAddress.of(entry.manifest["model"]["name"], about["hook_name"], about.get("metadata"))
+                return FeatureLabels(fingerprint, self.database, d_sae=int(entry.manifest["d_sae"])), address
+        sae = self.sae(id)
+        metadata = sae.cfg.metadata
+        address = SAEAddress.of(metadata.model_name, metadata.hook_name, metadata.extra)
+        return FeatureLabels(sae.fingerprint, self.database, d_sae=sae.d_sae), address
 
     def parents(self, entry: Entry) -> list[Entry]:
         """What an artefact was made from, as far as it lies in this workspace."""
@@ -140,15 +170,18 @@ class Workspace:
         return entry
 
     def _database(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path / "workspace.db", timeout=10)
+        database = sqlite3.connect(self.database, timeout=10)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(SCHEMA)
         return database
 
     def _added(self) -> list[Path]:
-        if not (self.path / "workspace.db").is_file():
+        if not self.database.is_file():
             return []
-        with closing(self._database()) as database:
+        # A look must neither make a table nor switch modes while somebody writes the first label.
+        with closing(sqlite3.connect(self.database, timeout=10)) as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'added'").fetchone():
+                return []
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]
 
     def _scan(self) -> Iterator[Entry]:
@@ -179,6 +212,33 @@ class Workspace:
             f"<b>Workspace</b> <code>{escape(str(self.path))}</code>"
             f"<table><tr><th>kind</th><th>id</th><th>name</th><th>where</th></tr>{rows}</table>"
         )
+
+
+def open_index(what: str | Path, workspace: str | Path | None = None) -> "FeatureIndex":
+    """An index with its labels, by its folder or by id or name.
+
+    Args:
+        what: a folder, or an id or name in the workspace.
+        workspace: where it and its labels lie; by default the one that the folder is in, else "workspace".
+    Raises:
+        UnknownNameError: there is no such index.
+    """
+    folder = Path(what)
+    if not (folder / "manifest.json").is_file():
+        return Workspace(workspace or "workspace").index(str(what))
+    within = folder.resolve().parent
+    if workspace is None and within.name == FOLDERS["feature-index"]:
+        workspace = within.parent
+    return _open_labelled(folder, None if workspace is None else Workspace(workspace).database)
+
+
+def _open_labelled(folder: Path, database: Path | None) -> "FeatureIndex":
+    from scope.features.index import FeatureIndex
+    from scope.features.labels import FeatureLabels
+
+    manifest = read_manifest(folder, "feature-index")
+    labels = FeatureLabels(manifest["sae"]["fingerprint"], database, d_sae=int(manifest["d_sae"]))
+    return FeatureIndex.open(folder, labels)
 
 
 def _entry(path: Path, manifest: dict[str, Any]) -> Entry:

@@ -36,6 +36,7 @@ def draw(client: Any, path: str, search: str = "", origin: str | None = None) ->
         "output": ".." + "...".join(outputs) + "..",
         "outputs": [{"id": id, "property": name} for id, name in parts],
         "inputs": [{"id": "view", "property": "data", "value": {"path": path, "search": search, "visit": 1}}],
+        "state": [{"id": "about", "property": "data", "value": None}],
         "changedPropIds": ["view.data"],
     }
     headers = {"Host": "127.0.0.1:8050", **({"Origin": origin} if origin else {})}

@@ -4,6 +4,7 @@
   "use strict";
   const { setProps, copy } = window.scope;
   let visits = 0;
+  let answered = 0;
   let scrollTo = 0;
   let focusMain = false;
 
@@ -79,6 +80,12 @@
 
     /** After a view has been drawn: where to scroll, what the window is called. */
     drawn(children, about) {
+      if (about && about.visit < visits) {
+        // A later visit has overtaken this one. Where it has been answered before, its page has just been replaced.
+        if (answered === visits) draw();
+        return window.dash_clientside.no_update;
+      }
+      answered = visits;
       document.body.classList.remove("navigating");
       document.title = (about && about.title) || "Scope";
       document.body.dataset.page = (about && about.page) || "";
@@ -105,18 +112,6 @@
     /** Something failed that has no place of its own on the page. */
     showTrouble(trouble) {
       if (trouble) window.scope.toast(trouble.text);
-      return window.dash_clientside.no_update;
-    },
-
-    /** Which examples of a feature are shown, in the address. */
-    examplesAddress(request) {
-      if (!request) return window.dash_clientside.no_update;
-      const changed = { show: request.show === "top" ? null : request.show, language: request.language, source: request.source };
-      changed.n = request.n === 20 ? null : request.n;
-      changed.seed = request.seed || null;
-      changed.low = request.show === "band" ? request.low : null;
-      changed.high = request.show === "band" ? request.high : null;
-      refine(changed, true);
       return window.dash_clientside.no_update;
     },
 

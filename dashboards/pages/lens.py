@@ -20,7 +20,7 @@ from dashboards.components.waiting import progress_bar, step_of, trouble_of
 from dashboards.context import Context
 from dashboards.links import View, lens_link
 from dashboards.pages import Page
-from dashboards.prompts import MAX_LENS_TOKENS, Asked, PromptJobs
+from dashboards.prompts import MAX_LENS_TOKENS, Asked, PromptJobs, prompt_jobs
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -72,7 +72,7 @@ def _invitation() -> html.Div:
 
 def register(app: Dash, context: Context) -> None:
     """Running, watching, drawing, and typing a token to follow."""
-    jobs = PromptJobs.of(context)
+    jobs = prompt_jobs(context)
     _register_running(app, jobs)
     _register_watching(app, context, jobs)
     _register_drawing(app, context, jobs)

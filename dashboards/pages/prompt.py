@@ -21,7 +21,7 @@ from dashboards.components.waiting import progress_bar, step_of, trouble_of
 from dashboards.context import Context
 from dashboards.links import View, prompt_link
 from dashboards.pages import Page
-from dashboards.prompts import Asked, PromptJobs
+from dashboards.prompts import Asked, PromptJobs, prompt_jobs
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -79,7 +79,7 @@ def _invitation() -> html.Div:
 
 def register(app: Dash, context: Context) -> None:
     """Running, watching, drawing, and typing a next token."""
-    jobs = PromptJobs.of(context)
+    jobs = prompt_jobs(context)
     _register_running(app, jobs)
     _register_watching(app, context, jobs)
     _register_drawing(app, context, jobs)

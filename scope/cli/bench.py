@@ -1,11 +1,12 @@
 """`scope bench`: benchmarks against peers and floors, on this machine, in one run."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, TrainBench
-from scope.cli._command import Outcome, command, say
+from scope.bench.settings import CaptureBench, IndexBench, TrainBench
+from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
 
@@ -30,6 +31,30 @@ def register(app: typer.Typer) -> None:
 
         figures = bench_train(config, say)
         return Outcome(figures, _table(figures))
+
+    @command(bench, "dashboard")
+    def dashboard(
+        workspace: Annotated[Path, typer.Argument(help="The workspace whose dashboard is clicked through.")] = Path(
+            "workspace"
+        ),
+        index: Annotated[str | None, typer.Option(help="The index, by id or name; by default the first one.")] = None,
+        clients: Annotated[int, typer.Option(help="People who click at once.", min=1)] = 10,
+        seconds: Annotated[float, typer.Option(help="How long they click.", min=0.1)] = 20.0,
+    ) -> Outcome:
+        """How fast pages of an index are answered while many people click and a model works in the background."""
+        from scope.bench.dashboard import bench_dashboard
+
+        figures = bench_dashboard(workspace, index, clients, seconds, say)
+        return Outcome(figures, _table(figures), exit_code=1 if figures["errors"] else 0)
+
+    @command(bench, "index", config=IndexBench)
+    def index(config: IndexBench) -> Outcome:
+        """How long each kind of question to a feature index takes, on a synthetic index."""
+        from scope.bench.index import bench_index
+
+        with progress_bar("Building the index") as progress:
+            figures = bench_index(config, say, progress)
+        return Outcome(figures.data(), figures.text())
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
     from scope.features.index import FeatureIndex
+    from scope.features.labels import FeatureLabels, Label
     from scope.features.prompt import PromptFeatures, features_on_prompt
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Examples",
     "Feature",
     "FeatureIndex",
+    "FeatureLabels",
+    "Label",
     "PromptFeatures",
     "build_index",
     "features_on_prompt",
@@ -31,6 +34,8 @@ _HOMES = {
     "Examples": "examples",
     "Feature": "feature",
     "FeatureIndex": "index",
+    "FeatureLabels": "labels",
+    "Label": "labels",
     "PromptFeatures": "prompt",
     "build_index": "build",
     "features_on_prompt": "prompt",

@@ -93,6 +93,7 @@ class CheckedArray:
         self._digests: list[str] = entry["blocks"]
         # Two threads may both check a block; either writes the same truth.
         self._checked = np.zeros(len(self._digests), dtype=bool)
+        self._all_checked = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -116,6 +117,24 @@ class CheckedArray:
     def all(self) -> np.ndarray:
         """The whole array, without a copy."""
         return self.slice(0, len(self))
+
+    @property
+    def memory(self) -> np.ndarray:
+        """The whole array, unchecked: for what `check_spans` has checked."""
+        return self._array
+
+    def check_spans(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Check the blocks that hold entries `starts` to `stops`, int64 `(n,)` each, many spans at once."""
+        if self._all_checked or not len(starts):
+            return
+        first = starts * self._row_bytes // BLOCK
+        last = np.maximum(stops * self._row_bytes - 1, 0) // BLOCK
+        full = stops > starts
+        edges = np.zeros(len(self._digests) + 1, np.int64)
+        np.add.at(edges, first[full], 1)
+        np.add.at(edges, last[full] + 1, -1)
+        self._check(np.flatnonzero(np.cumsum(edges[:-1]) > 0))
+        self._all_checked = bool(self._checked.all())
 
     def _check(self, blocks: np.ndarray) -> None:
         for block in blocks[~self._checked[blocks]]:

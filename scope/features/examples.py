@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from activations.source import RowFlag
 from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
 
-__all__ = ["Example", "Examples", "Ranked", "choose", "ranked_firings", "sample_band", "show"]
+__all__ = ["Example", "Examples", "Firings", "Ranked", "choose", "ranked_firings", "sample_band", "show"]
 
 DISTINCT_TOKENS = 8
 MAX_CONSIDERED = 2**16
@@ -91,8 +92,17 @@ class Ranked(NamedTuple):
     value: float
 
 
-def ranked_firings(reader: "IndexReader", feature: int, kept: np.ndarray | None = None) -> Iterator[Ranked]:
-    """A feature's firings, the strongest first, read in growing pieces.
+class Firings(NamedTuple):
+    """Some of a feature's firings, the strongest first, `(n,)` each."""
+
+    ranks: np.ndarray
+    """Places among all firings of the feature."""
+    rows: np.ndarray
+    values: np.ndarray
+
+
+def ranked_firings(reader: "IndexReader", feature: int, kept: np.ndarray | None = None) -> Iterator[Firings]:
+    """A feature's firings, the strongest first, in growing pieces.
 
     Args:
         kept: bool by sequence, which windows of the text to take firings from.
@@ -104,31 +114,47 @@ def ranked_firings(reader: "IndexReader", feature: int, kept: np.ndarray | None 
         if kept is not None:
             here = kept[reader.row_column("sequence").take(rows)]
             ranks, rows, values = ranks[here], rows[here], values[here]
-        for rank, row, value in zip(ranks.tolist(), rows.tolist(), values.tolist(), strict=True):
-            yield Ranked(rank, row, value)
+        if len(rows):
+            yield Firings(ranks, rows, values)
         start, size = start + size, min(4 * size, 2**16)
 
 
-def choose(reader: "IndexReader", firings: Iterable[Ranked], n: int, distinct: bool, per_sequence: int) -> list[Ranked]:
+def choose(reader: "IndexReader", pieces: Iterable[Firings], n: int, distinct: bool, per_sequence: int) -> list[Ranked]:
     """The first `n` firings worth showing."""
     chosen: list[Ranked] = []
-    contexts: set[bytes] = set()
+    contexts: set[int] = set()
     taken: Counter[int] = Counter()
-    for considered, firing in enumerate(firings):
-        if len(chosen) >= n or considered >= MAX_CONSIDERED:
-            break
-        window = reader.row_window(firing.row)
-        if taken[window.sequence] >= per_sequence:
-            continue
-        if distinct:
-            first = max(window.start, firing.row - DISTINCT_TOKENS + 1)
-            context = reader.row_column("token_id").slice(first, firing.row + 1).tobytes()
-            if context in contexts:
+    considered = 0
+    for piece in pieces:
+        sequences = reader.row_column("sequence").take(piece.rows)
+        own = _contexts(reader, piece.rows, sequences).tolist() if distinct else [0] * len(piece.rows)
+        for place, (sequence, context) in enumerate(zip(sequences.tolist(), own, strict=True)):
+            if len(chosen) >= n or considered >= MAX_CONSIDERED:
+                return chosen
+            considered += 1
+            if taken[sequence] >= per_sequence or (distinct and context in contexts):
                 continue
             contexts.add(context)
-        taken[window.sequence] += 1
-        chosen.append(firing)
+            taken[sequence] += 1
+            chosen.append(Ranked(int(piece.ranks[place]), int(piece.rows[place]), float(piece.values[place])))
     return chosen
+
+
+def _contexts(reader: "IndexReader", rows: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    """A hash of each row's last `DISTINCT_TOKENS` tokens, its own the last, within its window; uint64 `(n,)`."""
+    windows = reader.windows
+    first = windows.start_row[windows.place[sequences]]
+    first = first + (reader.row_column("flags").take(first) & int(RowFlag.BOS) > 0)
+    places = rows[:, None] - np.arange(DISTINCT_TOKENS)
+    inside = places >= first[:, None]
+    column = reader.row_column("token_id")
+    tokens = column.take(np.where(inside, places, rows[:, None]).reshape(-1)).reshape(places.shape)
+    hashes: np.ndarray = (np.where(inside, tokens + 1, 0).astype(np.uint64) * _FACTORS).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+_FACTORS = np.random.default_rng(0).integers(1, 2**63, DISTINCT_TOKENS, dtype=np.uint64) * 2 + 1
+"""Odd 64-bit numbers, one for each place of a context."""
 
 
 def sample_band(reader: "IndexReader", feature: int, low: float, high: float, n: int, seed: int) -> list[Ranked]:

@@ -1,32 +1,31 @@
 """`FeatureIndex`: reads what `scope.features.build` wrote. Needs neither the store, the model nor torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from activations.manifest import ID_LENGTH
 from scope.errors import OutOfRangeError, UnknownNameError
-from scope.features import profile
+from scope.features import lookup, occurrences, parallel, profile
+from scope.features.conditions import Condition
+from scope.features.contrast import Contrast, contrast, count_condition
 from scope.features.examples import Examples, choose, ranked_firings, sample_band, show
 from scope.features.feature import Feature
+from scope.features.grid import FeatureGrid, QueryResult
+from scope.features.labels import FeatureLabels
 from scope.features.layout import ROW_COLUMNS
 from scope.features.reader import IndexFault, IndexReader
-from scope.features.search import matches, search_texts, sort_order
 
 __all__ = ["FeatureIndex", "IndexFault", "QueryResult"]
 
 
-class QueryResult(NamedTuple):
-    """A slice of the feature table."""
-
-    rows: pd.DataFrame
-    """The rows from `start` to `stop` of what was asked for, in its order."""
-    total: int
-    """Rows that match, in all."""
+KEPT_COUNTS = 32
+"""Conditions whose counts are kept for the next question, one number per feature each."""
+KEPT_COMPARISONS = 2
 
 
 class FeatureIndex:
@@ -36,21 +35,28 @@ class FeatureIndex:
     other special tokens are rows of the index but have no firings.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, labels: FeatureLabels | None = None) -> None:
         self.path = path
         self._reader = IndexReader(path)
         self.manifest: dict[str, Any] = self._reader.manifest
+        self.labels = labels or FeatureLabels(self.sae_info["fingerprint"], d_sae=self.d_sae)
+        """What people call its features. In memory where the index was opened without a workspace."""
+        self._count = lru_cache(KEPT_COUNTS)(partial(count_condition, self._reader))
+        self._titles = lru_cache(KEPT_COMPARISONS)(partial(parallel.count_titles, self._reader))
 
     @classmethod
-    def open(cls, path: str | Path) -> "FeatureIndex":
+    def open(cls, path: str | Path, labels: FeatureLabels | None = None) -> "FeatureIndex":
         """Open an index.
 
+        Args:
+            path: the index's folder.
+            labels: of its SAE. `Workspace.index` passes the workspace's own; without, they are kept in memory only.
         Raises:
             UnknownNameError: there is no index at `path`.
             InvalidInputError: it is something else, newer than this release, or not built to the end.
             IntegrityError: a file is missing or is not what the ledger says.
         """
-        return cls(Path(path))
+        return cls(Path(path), labels)
 
     # --- what it is -------------------------------------------------------------------------------------------
 
@@ -139,6 +145,12 @@ class FeatureIndex:
     def sequences(self) -> pd.DataFrame:
         """sequence, document, start_row, n_rows, document_offset."""
         return self._reader.table("sequences")
+
+    @property
+    def vocabulary(self) -> pd.DataFrame:
+        """token_id, text, special, n_rows (indexed rows that hold it): the tokens of this text, and those that logit
+        effects name. Shared between callers."""
+        return self._reader.vocabulary.table
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -235,15 +247,20 @@ class FeatureIndex:
         *,
         language: str | None = None,
         source: str | None = None,
+        document: int | None = None,
         window: tuple[int, int] = (24, 12),
         distinct: bool = True,
         per_sequence: int = 2,
     ) -> Examples:
-        """The strongest firings within one language, one source, or both."""
+        """The strongest firings within one language, one source, one document, or all of those given."""
         for kind, name, known in (("language", language, self.languages), ("source", source, self.sources)):
             if name is not None and name not in known:
                 raise UnknownNameError(kind, name, known)
-        kept = self._reader.sequences_in(language, source)
+        windows = self._reader.windows_of(language, source)
+        if document is not None:
+            self._reader.document_info(document)
+            windows &= self._reader.windows.document == document
+        kept = self._reader.sequences_of(windows)
         return self._strongest(feature, n, window, kept, distinct, per_sequence)
 
     def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:
@@ -309,6 +326,11 @@ class FeatureIndex:
         """As `tokens`, for the rows of one document."""
         return self._tokens(self.document_rows(document))
 
+    def document_values(self, feature: int, document: int) -> pd.DataFrame:
+        """As `document_tokens`, with a column value: the feature's strength on each token, 0 where it does not fire."""
+        rows = self.document_rows(document)
+        return self._tokens(rows).assign(value=self._reader.values_at(self._reader.check_feature(feature), rows))
+
     def document_text(self, document: int) -> str:
         rows = self.document_rows(document)
         return self._reader.vocabulary.text(self._reader.row_column("token_id").take(rows))
@@ -332,33 +354,118 @@ class FeatureIndex:
                 value, a list of values, or a `(low, high)` tuple with None for an open end.
             text: keep features with this in a top token, a top or bottom logit token or the label, or whose id it
                 is; case is ignored.
+        Returns:
+            Rows with the columns of `table` and label, label_source, notes, starred, lists.
         Raises:
             UnknownNameError: a column that does not exist.
             InvalidInputError: a filter that cannot be read.
         """
-        table = self.table
-        passes = matches(table, filters or {})
-        if text and text.strip():
-            wanted = text.strip().casefold()
-            passes &= np.array([wanted in own for own in self._search_texts], bool) | (table["feature"] == _id(wanted))
-        order = sort_order(table, sort)
-        order = order[passes[order]]
-        return QueryResult(table.iloc[order[start:stop]], len(order))
+        return self._grid.query(sort, filters, text, start, stop)
+
+    def features_on_token(self, token: int | str, n: int = 50) -> pd.DataFrame:
+        """What fires on a token, wherever it stands in the text.
+
+        Args:
+            token: its id, or its text, in which spaces count (" cat" is the word inside a sentence).
+        Returns:
+            feature, n_firings, rate (of that token's indexed rows), rate_low, rate_high, mean_value, lift (rate over
+            the feature's density), z (how far the rate is above the rate elsewhere), top_token, density; by z.
+            Of a token with more than 250,000 rows a sample is counted; `attrs` holds n_rows, looked_at, sampled. Means
+            are over 16,384 rows at most.
+        Raises:
+            UnknownNameError: no token of the vocabulary reads so; those that differ in case or spaces are suggested.
+            OutOfRangeError: there is no such id in this text.
+        """
+        return occurrences.on_token(self._reader, self.table, token, n)
+
+    def features_on_document(self, document: int, n: int = 50) -> pd.DataFrame:
+        """What fires on a document: feature, n_firings, rate (of the document's indexed rows), rate_low, rate_high,
+        max_value, mean_value, lift (rate over density), z, top_token, density; by z, so that what is special about the
+        document comes first."""
+        return occurrences.on_document(self._reader, self.table, document, n)
+
+    def contrast(self, a: Condition | str, b: Condition | str | None = None, n: int = 50) -> Contrast:
+        """Features that fire on A and not on B.
+
+        Args:
+            a, b: conditions such as "language:de" or "source:python-docs & regex:^\\d"; see
+                `scope.features.conditions`. b None: everything that is not A.
+            n: how many features, at most.
+        Returns:
+            Rates with intervals and their ratio; how they are computed is said in `scope.features.contrast`.
+        Raises:
+            InvalidInputError: a condition cannot be read, or no row meets it.
+            UnknownNameError, OutOfRangeError: it names what this index does not have.
+        """
+        of_b = None if b is None else Condition.parse(b)
+        return contrast(self._reader, self.table, Condition.parse(a), of_b, n, self._count)
+
+    def search_tokens(self, text: str, n: int = 50, *, exact: bool = False) -> pd.DataFrame:
+        """Features that fire on tokens with this text in them, case ignored; `exact`: on the token that reads so.
+
+        Columns feature, share (of the feature's summed strength that lies on these tokens, among its 64 strongest
+        tokens), n_firings (on them), mean_value, tokens (the strongest of them), top_token, density: by the lower end
+        of the share's interval, so that one lucky firing does not come first.
+        """
+        return lookup.by_tokens(self._reader, self.table, text, n, exact)
+
+    def search_labels(self, text: str, n: int = 50) -> pd.DataFrame:
+        """Columns feature, label, label_source, starred, top_token, density: features whose label holds every word
+        of the text, case ignored; a label that is the text comes first, then one that begins with it."""
+        return lookup.by_label(self._grid, text, n)
+
+    # --- languages --------------------------------------------------------------------------------------------
+
+    def parallel_titles(self, languages: Sequence[str]) -> pd.DataFrame:
+        """The texts that all of some languages have: columns source, title, language, document, n_rows (indexed),
+        n_kept (of those, in paragraphs that were translated)."""
+        return parallel.parallel_pages(self._reader, languages).drop(columns="rows")
+
+    def compare_languages(self, a: str, b: str, n: int = 50) -> pd.DataFrame:
+        """Features whose rates differ most between two languages, on what is translated of the titles that both have.
+
+        Columns feature, rate_a, rate_a_low, rate_a_high, rate_b, rate_b_low, rate_b_high, log_ratio (log2),
+        log_ratio_low, log_ratio_high, z, top_token, density: by the size of z, above 0 where a's rate is the higher.
+        Intervals (95%) resample titles. `attrs` holds n_titles, n_rows_a, n_rows_b. `scope.features.parallel` says how.
+
+        Raises:
+            UnknownNameError: there is no such language.
+            InvalidInputError: they have fewer than two translated titles in common.
+        """
+        return parallel.compare_titles(self._titles(a, b), self.table, n)
+
+    # --- everything -------------------------------------------------------------------------------------------
+
+    def umap(self) -> pd.DataFrame | None:
+        """Columns feature, umap_x, umap_y: the decoder rows in the plane; None where none was made
+        (`scope index umap INDEX` makes it)."""
+        return self._reader.table("umap") if self._reader.has_table("umap") else None
 
     def to_pandas(self) -> pd.DataFrame:
         """A copy of `table`."""
         return self.table.copy()
 
-    def activations(self, features: Sequence[int], limit_per_feature: int | None = None) -> pd.DataFrame:
+    def activations(
+        self, features: Sequence[int], limit_per_feature: int | None = None, start: int = 0
+    ) -> pd.DataFrame:
         """Columns feature, row, value, token, position, document, title, source, language: firings of some
-        features, the strongest first within each."""
+        features, the strongest first within each, from rank `start`."""
         parts = []
         for feature in map(self._reader.check_feature, features):
-            part = self.firings(feature, stop=limit_per_feature)
+            part = self.firings(feature, start, None if limit_per_feature is None else start + limit_per_feature)
             part.insert(0, "feature", feature)
             parts.append(part)
         table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})
         return self._with_provenance(table)
+
+    def forget(self) -> None:
+        """Drop the answers that are kept for the next question. Nothing but memory and time depends on it."""
+        self._count.cache_clear()
+        self._titles.cache_clear()
+
+    def release(self) -> None:
+        """Unmap the files. The next question maps them again, and checks again what it touches."""
+        self._reader.release()
 
     def verify(self, progress: Callable[[int, int | None], None] | None = None) -> list[IndexFault]:
         """Read every byte and compare with the ledger; `progress` counts bytes."""
@@ -376,8 +483,8 @@ class FeatureIndex:
         return self._reader.table("features")
 
     @cached_property
-    def _search_texts(self) -> list[str]:
-        return search_texts(self.table)
+    def _grid(self) -> FeatureGrid:
+        return FeatureGrid(self.table, self.labels, self.umap)
 
     def _strongest(
         self,
@@ -413,7 +520,3 @@ class FeatureIndex:
             source=[info.source for info in infos],
             language=[info.language for info in infos],
         )
-
-
-def _id(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() else -1

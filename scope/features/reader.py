@@ -90,6 +90,11 @@ class IndexReader:
                 self._arrays[name] = CheckedArray(path, dtype_of(described["dtype"]), described["shape"], entry)
             return self._arrays[name]
 
+    def release(self) -> None:
+        """Forget the mapped arrays; they are mapped again, and checked again, on their next use."""
+        with self._lock:
+            self._arrays.clear()
+
     def table(self, name: str) -> "pd.DataFrame":
         """A table, such as `features`."""
         import pyarrow
@@ -103,6 +108,10 @@ class IndexReader:
         # In this thread alone: Arrow's own may give Python's bytes back when Python is already gone, and abort.
         opened = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False)
         return opened.read(use_threads=False).to_pandas()
+
+    def has_table(self, name: str) -> bool:
+        """Whether the index holds a table that not every index has."""
+        return f"tables/{name}.parquet" in self._digests
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -157,6 +166,10 @@ class IndexReader:
         rows = self._list_rows.read(first + start, first + stop).astype(np.int64)
         return rows, bf16_to_float32(self._list_values.read(first + start, first + stop))
 
+    def firing_rows(self, feature: int) -> np.ndarray:
+        """Rows (int64) of all of a feature's firings, the strongest first."""
+        return self._list_rows.read(*self._bounds(feature)).astype(np.int64)
+
     def firings_at(self, feature: int, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `firing_arrays`, at scattered ranks."""
         first, _ = self._bounds(feature)
@@ -187,6 +200,15 @@ class IndexReader:
         features = self.array("by_token/feature").slice(first, last)
         return rows, features, bf16_to_float32(self.array("by_token/value").slice(first, last))
 
+    def firing_spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the firings of each row start and stop in `by_token/`, int64 `(n,)` each."""
+        indptr = self.array("by_token/indptr")
+        return indptr.take(rows), indptr.take(rows + 1)
+
+    def indexed(self, flags: np.ndarray) -> np.ndarray:
+        """Whether features may fire on rows with these flags, bool."""
+        return flags & int(self.manifest["excluded_flags"]) == 0
+
     def values_on(self, feature: int, start: int, stop: int) -> np.ndarray:
         """float32 `(stop - start,)`: one feature's strength on each row, 0 where it does not fire."""
         rows, features, values = self.fired_on(start, stop)
@@ -194,6 +216,11 @@ class IndexReader:
         here = features == feature
         out[rows[here] - start] = values[here]
         return out
+
+    def values_at(self, feature: int, rows: np.ndarray) -> np.ndarray:
+        """As `values_on`, on ascending rows with gaps, float32 `(n,)`."""
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        return np.concatenate([self.values_on(feature, int(run[0]), int(run[-1]) + 1) for run in runs if len(run)])
 
     def row_window(self, row: int) -> Window:
         """The window that a row belongs to."""
@@ -249,18 +276,24 @@ class IndexReader:
         rows = np.concatenate([np.arange(start, start + n) for start, n in spans])
         return rows[self.row_column("flags").take(rows) & int(RowFlag.BOS) == 0]
 
-    def sequences_in(self, language: str | None, source: str | None) -> np.ndarray:
-        """bool by sequence: whether its document is of this language and this source."""
-        fitting = np.array(
-            [
-                document
-                for document, info in self._document_infos.items()
-                if language in (None, info.language) and source in (None, info.source)
-            ],
-            np.int64,
-        )
+    @cached_property
+    def _window_groups(self) -> "dict[str, pd.Series]":
+        """Language and source by window."""
+        table = self.table("documents").set_index("document")
+        return {name: table[name].fillna("").astype(str).loc[self.windows.document] for name in ("language", "source")}
+
+    def windows_of(self, language: str | None = None, source: str | None = None) -> np.ndarray:
+        """Which entries of `windows` are of a language and a source, bool."""
+        kept = np.ones(len(self.windows.sequence), bool)
+        for name, wanted in (("language", language), ("source", source)):
+            if wanted is not None:
+                kept &= (self._window_groups[name] == wanted).to_numpy()
+        return kept
+
+    def sequences_of(self, windows: np.ndarray) -> np.ndarray:
+        """bool by sequence number, given which entries of `windows` are meant."""
         kept = np.zeros(len(self.windows.place), bool)
-        kept[self.windows.sequence[np.isin(self.windows.document, fitting)]] = True
+        kept[self.windows.sequence[windows]] = True
         return kept
 
 

@@ -4,12 +4,13 @@ A filter is what AG Grid sends for a column (`filterModel`), or something shorte
 
     {"density": (1e-4, 1e-2)}                a range; None leaves an end open
     {"top_language": ["ja", "ko"]}           one of some values
+    {"lists": "to look at"}                  of a column of lists: one that holds it
     {"dead": False}                          a value
     {"max_value": {"filterType": "number", "type": "greaterThan", "filter": 100}}
     {"top_token": {"filterType": "text", "operator": "OR", "conditions": [{"type": "contains", "filter": "the"}, …]}}
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,26 +20,48 @@ from scope.errors import InvalidInputError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SEARCHED", "matches", "search_texts", "sort_order"]
+__all__ = ["SEARCHED", "is_listed", "matches", "search_texts", "sort_key", "sort_order"]
 
 SEARCHED = ("top_tokens", "top_logits", "bottom_logits")
 """List columns that a text search looks in."""
 
 
-def sort_order(table: "pd.DataFrame", sort: Sequence[tuple[str, bool]]) -> np.ndarray:
+def sort_order(
+    table: "pd.DataFrame", sort: Sequence[tuple[str, bool]], key: Callable[[str], np.ndarray] | None = None
+) -> np.ndarray:
     """Row numbers of the table in the order asked for; ties stay in feature order, missing values come last.
 
+    Args:
+        table: the feature table.
+        sort: (column, ascending) pairs, the most important first.
+        key: gives a column's `sort_key`, where it is kept.
     Raises:
         UnknownNameError: a column that does not exist.
         InvalidInputError: a column of lists.
     """
     order = np.arange(len(table))
     for column, ascending in reversed(sort):
-        values = _column(table, column).iloc[order]
-        if values.dtype == object and len(values) and not isinstance(values.iloc[0], str):
+        own = _column(table, column)
+        if is_listed(own.to_numpy()):
             raise InvalidInputError(f"The table can't be sorted by {column!r}, a column of lists.")
-        order = order[values.reset_index(drop=True).sort_values(ascending=ascending, kind="stable").index.to_numpy()]
+        values = sort_key(own) if key is None else key(column)
+        order = order[np.argsort(values[order] if ascending else -values[order], kind="stable")]
     return order
+
+
+def sort_key(column: "pd.Series") -> np.ndarray:
+    """Numbers that sort as the column does, NaN where a value is missing; float64."""
+    import pandas as pd
+
+    if column.dtype.kind in "biuf":
+        return column.to_numpy(float)
+    codes, _ = pd.factorize(column, sort=True)
+    return np.where(codes < 0, np.nan, codes)
+
+
+def is_listed(values: np.ndarray) -> bool:
+    """Whether a column holds lists."""
+    return bool(values.dtype == object and len(values) and isinstance(values[0], (list, tuple, np.ndarray)))
 
 
 def matches(table: "pd.DataFrame", filters: Mapping[str, Any]) -> np.ndarray:
@@ -63,10 +86,7 @@ def matches(table: "pd.DataFrame", filters: Mapping[str, Any]) -> np.ndarray:
 def search_texts(table: "pd.DataFrame") -> list[str]:
     """Per feature everything that a text search looks in, case folded."""
     columns = [table[name] for name in SEARCHED]
-    texts = ["\n".join(token for tokens in row for token in tokens) for row in zip(*columns, strict=True)]
-    if "label" in table:
-        texts = [f"{label or ''}\n{text}" for label, text in zip(table["label"], texts, strict=True)]
-    return [text.casefold() for text in texts]
+    return ["\n".join(token for tokens in row for token in tokens).casefold() for row in zip(*columns, strict=True)]
 
 
 def _column(table: "pd.DataFrame", name: str) -> "pd.Series":
@@ -82,6 +102,8 @@ def _matches(column: "pd.Series", wanted: Any) -> np.ndarray:
         low, high = wanted
         values = column.to_numpy(float)
         return (values >= (-np.inf if low is None else low)) & (values <= (np.inf if high is None else high))
+    if is_listed(column.to_numpy()):
+        return _holds_one(column, wanted if isinstance(wanted, (list, set, frozenset)) else [wanted])
     if isinstance(wanted, (list, set, frozenset)):
         return column.isin(list(wanted)).to_numpy()
     if wanted is None:
@@ -97,10 +119,12 @@ def _matches_model(column: "pd.Series", model: Mapping[str, Any]) -> np.ndarray:
         return np.logical_and.reduce(parts) if model["operator"] == "AND" else np.logical_or.reduce(parts)
     kind = model.get("filterType") or _kind(column)
     if kind == "set":
-        return column.isin(list(model["values"])).to_numpy()
+        values = list(model["values"])
+        return _holds_one(column, values) if is_listed(column.to_numpy()) else column.isin(values).to_numpy()
     type_ = str(model["type"])
     if type_ in ("blank", "notBlank"):
-        blank = column.isna().to_numpy() | (column == "").to_numpy()
+        listed = is_listed(column.to_numpy())
+        blank = (column.map(len) == 0 if listed else column.isna() | (column == "")).to_numpy()
         return blank if type_ == "blank" else ~blank
     if kind == "boolean" or type_ in ("true", "false"):
         return column.to_numpy(bool) == (type_ == "true")
@@ -113,6 +137,12 @@ def _matches_model(column: "pd.Series", model: Mapping[str, Any]) -> np.ndarray:
     texts = [(text if isinstance(text, str) else "\n".join(map(str, text))).casefold() for text in column]
     wanted = str(model["filter"]).casefold()
     return np.array([operations[type_](text, wanted) for text in texts], bool)
+
+
+def _holds_one(column: "pd.Series", wanted: Iterable[Any]) -> np.ndarray:
+    """Of a column of lists: which hold one of the values."""
+    values = set(wanted)
+    return np.array([not values.isdisjoint(own) for own in column], bool)
 
 
 def _kind(column: "pd.Series") -> str:

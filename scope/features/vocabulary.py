@@ -5,14 +5,17 @@ stored as its bytes, `<0xE3>`; in a text it shows the whole character and the sh
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scope.errors import InvalidInputError, UnknownNameError
 from scope.models.token_text import BYTE_TOKEN, texts_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow
 
 __all__ = ["Vocabulary", "vocabulary_table"]
 
@@ -70,10 +73,61 @@ class Vocabulary:
         places = self._places(token_ids)
         return "".join(text.new_text for text in self._read(places[~self._special[places]]))
 
+    @cached_property
+    def _arrow(self) -> "pyarrow.Array":
+        import pyarrow
+
+        return pyarrow.array(self._texts, pyarrow.large_string())
+
+    @cached_property
+    def _folded(self) -> "pyarrow.Array":
+        import pyarrow
+
+        return pyarrow.array([text.casefold() for text in self._texts], pyarrow.large_string())
+
     def matching(self, text: str) -> np.ndarray:
-        """Ids of the tokens that contain a text, case ignored."""
-        wanted = text.casefold()
-        return self.token_ids[[wanted in own.casefold() for own in self._texts]]
+        """Ids of the tokens that contain a text, case ignored, ascending."""
+        from pyarrow import compute
+
+        found = compute.match_substring(self._folded, text.casefold())
+        ids: np.ndarray = self.token_ids[found.to_numpy(zero_copy_only=False)]
+        return ids
+
+    def fitting(self, expression: str) -> np.ndarray:
+        """Ids of the tokens in whose text a regular expression has a match, ascending.
+
+        Expressions are RE2's, whose time grows with the text alone, so that nobody can ask for one that never ends:
+        neither look-around nor back references, \\d and \\w are ASCII, \\p{L} is any letter, (?i) ignores case.
+
+        Raises:
+            InvalidInputError: the expression cannot be read.
+        """
+        from pyarrow import ArrowInvalid, compute
+
+        try:
+            found = compute.match_substring_regex(self._arrow, expression)
+        except ArrowInvalid as error:
+            raise InvalidInputError(
+                f"The regular expression {expression!r} cannot be read ({error}). It follows RE2's syntax: there is no "
+                "look-around and no back reference."
+            ) from error
+        ids: np.ndarray = self.token_ids[found.to_numpy(zero_copy_only=False)]
+        return ids
+
+    def ids_of(self, text: str) -> np.ndarray:
+        """Ids of the tokens that read exactly so, ascending; mostly one.
+
+        Raises:
+            UnknownNameError: there is none; tokens that differ in case or spaces are suggested.
+        """
+        found = np.flatnonzero(self._texts == text)
+        if not len(found):
+            bare = text.strip().casefold()
+            near = [own for own in self._texts if own.strip().casefold() == bare] if bare else []
+            hint = "Spaces count: a word inside a sentence begins with one." if not near else ""
+            raise UnknownNameError("token", text, map(repr, near), hint=hint)
+        ids: np.ndarray = self.token_ids[found]
+        return ids
 
     def rows_of(self, token_ids: np.ndarray) -> np.ndarray:
         """How many indexed rows hold each token."""

@@ -8,6 +8,7 @@ from scope.figures.features import (
     feature_scatter,
     histogram_frame,
     logit_bars,
+    logit_histogram,
     rate_bars,
     token_feature_heatmap,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "feature_scatter",
     "histogram_frame",
     "logit_bars",
+    "logit_histogram",
     "rate_bars",
     "short_number",
     "template",
