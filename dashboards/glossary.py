@@ -92,6 +92,23 @@ GLOSSARY: dict[str, Definition] = {
         "(CE_mean − CE_sae) / (CE_mean − CE)",
     ),
     "dead": Definition("dead features", "Features that never fire in the text of this index."),
+    "dead_in_training": Definition(
+        "dead features",
+        "Features without a firing in the last rows that were trained on (a million by default).",
+        "dead features / d_sae",
+    ),
+    "grad_norm": Definition(
+        "gradient norm",
+        "The length of a step's gradient before it is clipped, with the loss divided by the variance of the data. A "
+        "run that is about to diverge shows here first.",
+        "‖∇ loss / variance‖",
+    ),
+    "pareto": Definition(
+        "L0–FVU front",
+        "An SAE is on the front where no other one of the same hook, measured on the same kind of rows, explains more "
+        "with as few features. SAEs below and to the left are better.",
+        "no other with l0 ≤ and fvu <",
+    ),
     "over_dense": Definition("over-dense features", "Features that fire on more than one token in ten."),
     "effect": Definition(
         "direct effect",

@@ -101,9 +101,7 @@ def test_a_link_on_another_site_lets_in_too(index: fakes.FakeIndex) -> None:
 
 def test_no_redirect_leaves_the_dashboard(index: fakes.FakeIndex) -> None:
     client, (token,) = guarded(index)
-    answer = client.get(
-        f"/?token={token}", headers={"Host": HOST}, environ_overrides={"PATH_INFO": "//evil.example/x"}
-    )
+    answer = client.get(f"/?token={token}", headers={"Host": HOST}, environ_overrides={"PATH_INFO": "//evil.example/x"})
     assert answer.headers["Location"] == "/evil.example/x"
 
 

@@ -22,11 +22,11 @@
   }
 
   /** Go to an address of this dashboard. */
-  function go(address) {
+  function go(address, stay) {
     history.replaceState({ scroll: window.scrollY }, "");
-    history.pushState({ scroll: 0 }, "", address);
-    scrollTo = 0;
-    focusMain = true;
+    scrollTo = stay ? window.scrollY : 0;
+    history.pushState({ scroll: scrollTo }, "", address);
+    focusMain = !stay;
     draw();
   }
 
@@ -62,7 +62,7 @@
     for (const name of (link.dataset.carry || "").split(" ")) {
       if (name && now.has(name) && now.get(name) !== "band") url.searchParams.set(name, now.get(name));
     }
-    go(url.href);
+    go(url.href, link.hasAttribute("data-stay"));
   });
 
   document.addEventListener("click", (event) => {

@@ -23,11 +23,12 @@ from scope.figures.template import (
     template,
 )
 from scope.figures.text import as_label, short_number
-from scope.figures.training import training_curves
+from scope.figures.training import METRICS, metric_curve, pareto_front, pareto_scatter, training_curves
 
 __all__ = [
     "CONFIG",
     "FONT",
+    "METRICS",
     "PALETTES",
     "Palette",
     "Theme",
@@ -39,6 +40,9 @@ __all__ = [
     "feature_scatter",
     "histogram_frame",
     "logit_bars",
+    "metric_curve",
+    "pareto_front",
+    "pareto_scatter",
     "rate_bars",
     "short_number",
     "template",
