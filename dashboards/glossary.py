@@ -109,6 +109,34 @@ GLOSSARY: dict[str, Definition] = {
         "with as few features. SAEs below and to the left are better.",
         "no other with l0 ≤ and fvu <",
     ),
+    "best_cosine": Definition(
+        "nearest cosine",
+        "For each feature the cosine between its decoder row and the nearest one of the other dictionary. The dotted "
+        "line is the threshold from which two features count as the same.",
+        "max over j of cos(W_dec row i, other W_dec row j)",
+    ),
+    "matched": Definition(
+        "matched features",
+        "Pairs whose decoder rows are each other's nearest, at the threshold or above.",
+        "i = nearest(j), j = nearest(i), cos(i, j) ≥ threshold",
+    ),
+    "unique": Definition(
+        "unique features",
+        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the later "
+        "one are births.",
+        "max cos < threshold",
+    ),
+    "split": Definition(
+        "splits and merges",
+        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the other "
+        "way round.",
+    ),
+    "firing_correlation": Definition(
+        "firing correlation",
+        "Pearson's correlation of the strengths of two matched features over all indexed tokens, tokens on which they "
+        "do not fire included. Shown where both SAEs have an index over the same text.",
+        "cov(x, y) / √(var x · var y)",
+    ),
     "over_dense": Definition("over-dense features", "Features that fire on more than one token in ten."),
     "effect": Definition(
         "direct effect",

@@ -145,11 +145,25 @@
       return window.dash_clientside.no_update;
     },
 
+    /** Two dictionaries to compare: the same page, about these. */
+    compareSides(a, b) {
+      const current = new URL(location.href);
+      if (current.pathname !== "/compare") return window.dash_clientside.no_update;
+      const asked = { a: a || null, b: b || null };
+      if (["a", "b"].every((name) => current.searchParams.get(name) === asked[name])) return window.dash_clientside.no_update;
+      for (const [name, value] of Object.entries(asked)) {
+        if (value) current.searchParams.set(name, value);
+        else current.searchParams.delete(name);
+      }
+      go(current.href);
+      return window.dash_clientside.no_update;
+    },
+
     /** Another index: the same page, about that one. */
     switchIndex(index) {
       const current = new URL(location.href);
       if (!index || current.searchParams.get("index") === index) return window.dash_clientside.no_update;
-      const page = current.pathname.startsWith("/prompt") ? current : new URL("/features", location.href);
+      const page = /^\/(prompt|lens)/.test(current.pathname) ? current : new URL("/features", location.href);
       page.searchParams.set("index", index);
       for (const name of ["feature", "target"]) page.searchParams.delete(name);
       go(page.href);

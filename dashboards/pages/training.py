@@ -18,6 +18,7 @@ from dashboards.context import Context
 from dashboards.format import count, duration, exact, number, percent, plural
 from dashboards.links import View, compare_link, features_link, training_link
 from dashboards.pages import Page
+from dashboards.queries import records
 from dashboards.trainings import MAX_SHOWN, Trainings, qualities, settings_in_words
 from scope.errors import UnknownNameError
 from scope.figures import METRICS, metric_curve, pareto_scatter
@@ -334,7 +335,7 @@ def _curves(trainings: Trainings, shown: list[Run], x: str, theme: Any) -> html.
         if metric in TERMS:
             title.append(define(TERMS[metric]))
         figure = metric_curve(frames, metric, x=x, theme=theme)
-        graph = chart(figure, id={"type": "training-curve", "metric": metric}, height=HEIGHT, words=words)  # type: ignore[arg-type]
+        graph = chart(figure, id={"type": "training-curve", "metric": metric}, height=HEIGHT, words=words)
         drawn.append(html.Section([html.Header(title), graph], className="panel"))
     return html.Div(drawn, className="curves")
 
@@ -358,7 +359,7 @@ def _front(context: Context, theme: Any) -> Any:
                , className="small muted"),
         graph,
         html.Div(
-            html.Table([_front_head(), html.Tbody([_front_row(row, by_id) for row in frame.to_dict("records")])],
+            html.Table([_front_head(), html.Tbody([_front_row(row, by_id) for row in records(frame)])],
                        className="table"),
             className="scroll", tabIndex=0, role="region", **{"aria-label": "All SAEs"},
         ),

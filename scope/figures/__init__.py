@@ -3,6 +3,7 @@
 Plotly is imported when the first figure is drawn, not before.
 """
 
+from scope.figures.comparison import cosine_histogram
 from scope.figures.features import (
     activation_histogram,
     feature_scatter,
@@ -35,6 +36,7 @@ __all__ = [
     "activation_colour",
     "activation_histogram",
     "as_label",
+    "cosine_histogram",
     "css_variables",
     "effect_colour",
     "feature_scatter",

@@ -119,7 +119,7 @@ def metric_curve(
         showlegend=False,
         margin={"t": 8},
         uirevision=f"{metric} {x}",
-        xaxis={"title": {"text": _X_OF[x]}, "rangemode": "tozero"},
+        xaxis={"title": {"text": _X_OF[x]}, "rangemode": "tozero", "tickformat": "~s", "nticks": 6},
         yaxis={"type": "log" if metric in _LOG else "linear", "nticks": 5},
     )
     if metric not in _LOG:
