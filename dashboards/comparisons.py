@@ -108,7 +108,7 @@ class Comparisons:
         found = match(
             first,
             second,
-            indexes=both,  # type: ignore[arg-type]
+            indexes=both,
             progress=lambda done, total: job.report(words, done, total),
         )
         of_a, of_b = pair if pair else (self._first_index(a), self._first_index(b))

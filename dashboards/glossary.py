@@ -122,14 +122,14 @@ GLOSSARY: dict[str, Definition] = {
     ),
     "unique": Definition(
         "unique features",
-        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the later "
-        "one are births.",
+        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the "
+        "later one are births.",
         "max cos < threshold",
     ),
     "split": Definition(
         "splits and merges",
-        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the other "
-        "way round.",
+        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the "
+        "other way round.",
     ),
     "firing_correlation": Definition(
         "firing correlation",

@@ -28,7 +28,7 @@ def strength_histogram(edges: np.ndarray, counts: np.ndarray, theme: Theme) -> A
     return figure.update_layout(height=HISTOGRAM_HEIGHT)
 
 
-def chart(figure: Any, *, id: str, height: int, words: str) -> dcc.Graph:
+def chart(figure: Any, *, id: str | dict[str, str], height: int, words: str) -> dcc.Graph:
     """A figure of fixed height, so that nothing jumps when it arrives; `words` is what a screen reader says."""
     figure.update_layout(height=height)
     return dcc.Graph(

@@ -51,7 +51,7 @@ def render(context: Context, view: View) -> Page:
                 "There are not two SAEs to compare yet",
                 "Two SAEs of one hook show which features both have found; a training under way can be compared by its "
                 "last checkpoint.",
-                command=f"scope train STORE --hook NAME --d-sae 4096 --k 16,32 --out {context.workspace.path}/saes/sweep",
+                command=f"scope train STORE --hook NAME --d-sae 4096 --k 32 --out {context.workspace.path}/saes/NAME",
             )
         )
         return Page(html.Div(parts, className="compare-page"), "Compare", "compare")
@@ -224,14 +224,19 @@ def _warning(found: Compared) -> list[Any]:
 
 
 def _figures(figures: dict[str, Any]) -> list[html.Div]:
+    n_a, n_b = figures["n_a"], figures["n_b"]
     shown = [
-        stat("matched", count(figures["matched"]), term="matched", note=f"{percent(figures['matched'] / figures['n_a'])} of A"),
-        stat("only in A", count(figures["unique_a"]), term="unique", note=f"of {count(figures['n_a'])}"),
-        stat("only in B", count(figures["unique_b"]), term="unique", note=f"of {count(figures['n_b'])}"),
+        stat("matched", count(figures["matched"]), term="matched", note=f"{percent(figures['matched'] / n_a)} of A"),
+        stat("only in A", count(figures["unique_a"]), term="unique", note=f"of {count(n_a)}"),
+        stat("only in B", count(figures["unique_b"]), term="unique", note=f"of {count(n_b)}"),
         stat("splits", count(figures["splits"]), term="split"),
         stat("merges", count(figures["merges"]), term="split"),
-        stat("mean nearest cosine", number(figures["mean_best_cosine_a"]), note=f"from B {number(figures['mean_best_cosine_b'])}"),
-    ]  # fmt: skip
+        stat(
+            "mean nearest cosine",
+            number(figures["mean_best_cosine_a"]),
+            note=f"from B {number(figures['mean_best_cosine_b'])}",
+        ),
+    ]
     if figures["mean_correlation"] is not None:
         shown.append(stat("mean firing correlation", number(figures["mean_correlation"]), term="firing_correlation"))
     return shown

@@ -21,7 +21,7 @@ from dashboards.pages import Page
 from dashboards.queries import records
 from dashboards.trainings import MAX_SHOWN, Trainings, qualities, settings_in_words
 from scope.errors import UnknownNameError
-from scope.figures import METRICS, metric_curve, pareto_scatter
+from scope.figures import METRICS, Theme, metric_curve, pareto_scatter
 from scope.training.runs import Run, RunState
 
 __all__ = ["register", "render"]
@@ -105,9 +105,9 @@ def register(app: Dash, context: Context) -> None:
             return states.error(gone, "This training is no longer there"), [{}] * len(ids), version
         shown = [one] if one else trainings.chosen(runs, about["runs"])
         frames = {run.name: trainings.frame(run) for run in shown}
-        colour = "dark" if theme == "dark" else "light"
+        colour: Theme = "dark" if theme == "dark" else "light"
         figures = [
-            metric_curve(frames, wanted["metric"], x=about["x"], theme=colour).update_layout(height=HEIGHT)  # type: ignore[arg-type]
+            metric_curve(frames, wanted["metric"], x=about["x"], theme=colour).update_layout(height=HEIGHT)
             for wanted in ids
         ]
         return _top(trainings, runs, shown, one, view), figures, version
