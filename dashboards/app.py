@@ -51,7 +51,7 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "compare": compare.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
-REGISTERED = (features, feature, prompt, lens, training, compare)
+REGISTERED = (workspace, features, feature, prompt, lens, training, compare)
 """Pages with callbacks of their own."""
 ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens")
 """Pages that show the first index where their address names none."""

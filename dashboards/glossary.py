@@ -162,6 +162,51 @@ GLOSSARY: dict[str, Definition] = {
         "(CE_mean − CE_sae) / (CE_mean − CE)",
     ),
     "dead": Definition("dead features", "Features that never fire in the text of this index."),
+    "dead_in_training": Definition(
+        "dead features",
+        "Features without a firing in the last rows that were trained on (a million by default).",
+        "dead features / d_sae",
+    ),
+    "grad_norm": Definition(
+        "gradient norm",
+        "The length of a step's gradient before it is clipped, with the loss divided by the variance of the data. A "
+        "run that is about to diverge shows here first.",
+        "‖∇ loss / variance‖",
+    ),
+    "pareto": Definition(
+        "L0–FVU front",
+        "An SAE is on the front where no other one of the same hook, measured on the same kind of rows, explains more "
+        "with as few features. SAEs below and to the left are better.",
+        "no other with l0 ≤ and fvu <",
+    ),
+    "best_cosine": Definition(
+        "nearest cosine",
+        "For each feature the cosine between its decoder row and the nearest one of the other dictionary. The dotted "
+        "line is the threshold from which two features count as the same.",
+        "max over j of cos(W_dec row i, other W_dec row j)",
+    ),
+    "matched": Definition(
+        "matched features",
+        "Pairs whose decoder rows are each other's nearest, at the threshold or above.",
+        "i = nearest(j), j = nearest(i), cos(i, j) ≥ threshold",
+    ),
+    "unique": Definition(
+        "unique features",
+        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the "
+        "later one are births.",
+        "max cos < threshold",
+    ),
+    "split": Definition(
+        "splits and merges",
+        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the "
+        "other way round.",
+    ),
+    "firing_correlation": Definition(
+        "firing correlation",
+        "Pearson's correlation of the strengths of two matched features over all indexed tokens, tokens on which they "
+        "do not fire included. Shown where both SAEs have an index over the same text.",
+        "cov(x, y) / √(var x · var y)",
+    ),
     "over_dense": Definition("over-dense features", "Features that fire on more than one token in ten."),
     "effect": Definition(
         "direct effect",

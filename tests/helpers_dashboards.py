@@ -463,6 +463,15 @@ class FakeWorkspace:
     def indexes(self) -> list[SimpleNamespace]:
         return self.entries("feature-index")
 
+    def trainings(self) -> list[Any]:
+        return []
+
+    def training(self, id: str) -> Any:
+        raise UnknownNameError("training", id)
+
+    def graphs(self) -> list[Any]:
+        return []
+
     def find(self, id: str, kind: str | None = None) -> SimpleNamespace:
         for entry in self.entries(kind):
             if id in (entry.id, entry.name):

@@ -21,11 +21,11 @@
   }
 
   /** Go to an address of this dashboard. */
-  function go(address) {
+  function go(address, stay) {
     history.replaceState({ scroll: window.scrollY }, "");
-    history.pushState({ scroll: 0 }, "", address);
-    scrollTo = 0;
-    focusMain = true;
+    scrollTo = stay ? window.scrollY : 0;
+    history.pushState({ scroll: scrollTo }, "", address);
+    focusMain = !stay;
     draw();
   }
 
@@ -61,7 +61,7 @@
     for (const name of (link.dataset.carry || "").split(" ")) {
       if (name && now.has(name) && now.get(name) !== "band") url.searchParams.set(name, now.get(name));
     }
-    go(url.href);
+    go(url.href, link.hasAttribute("data-stay"));
   });
 
   document.addEventListener("click", (event) => {
@@ -112,6 +112,20 @@
     /** Something failed that has no place of its own on the page. */
     showTrouble(trouble) {
       if (trouble) window.scope.toast(trouble.text);
+      return window.dash_clientside.no_update;
+    },
+
+    /** Two dictionaries to compare: the same page, about these. */
+    compareSides(a, b) {
+      const current = new URL(location.href);
+      if (current.pathname !== "/compare") return window.dash_clientside.no_update;
+      const asked = { a: a || null, b: b || null };
+      if (["a", "b"].every((name) => current.searchParams.get(name) === asked[name])) return window.dash_clientside.no_update;
+      for (const [name, value] of Object.entries(asked)) {
+        if (value) current.searchParams.set(name, value);
+        else current.searchParams.delete(name);
+      }
+      go(current.href);
       return window.dash_clientside.no_update;
     },
 
