@@ -1,6 +1,8 @@
 """The statistics that the feature browser can show, sort by and plot: what each is called, on which scale it is drawn,
 which definition explains it."""
 
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -65,14 +67,11 @@ class Column:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(values > 0, np.log10(values), np.nan)
 
-    def cell(self, index: "FeatureIndex", feature: int) -> Any:
-        """One feature's value, JSON-able."""
-        if self.name in UMAP:
-            value: Any = self.values(index)[feature]
-        else:
-            value = index.table[self.source or self.name].iloc[feature]
-            if self.source:
-                value = value[0] if len(value) else None
+    def cell(self, row: Mapping[str, Any]) -> Any:
+        """The value in one row of the table, JSON-able."""
+        value = row[self.source or self.name]
+        if self.source:
+            value = value[0] if len(value) else None
         if self.kind == "text":
             return str(value or "")
         return float(value) if value is not None and np.isfinite(value) else None
@@ -128,6 +127,13 @@ def sortable(name: str, known: Mapping[str, Column] | None = None) -> bool:
     return name in (_names() if known is None else known)
 
 
+_maps: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
 def umap_of(index: "FeatureIndex") -> Any:
-    """The UMAP of an index's decoder, None where none was made."""
-    return index.umap() if hasattr(index, "umap") else None
+    """The UMAP of an index's decoder, None where none was made; read once."""
+    with _lock:
+        if index not in _maps:
+            _maps[index] = index.umap() if hasattr(index, "umap") else None
+        return _maps[index]

@@ -162,11 +162,106 @@ GLOSSARY: dict[str, Definition] = {
         "(CE_mean − CE_sae) / (CE_mean − CE)",
     ),
     "dead": Definition("dead features", "Features that never fire in the text of this index."),
+    "dead_in_training": Definition(
+        "dead features",
+        "Features without a firing in the last rows that were trained on (a million by default).",
+        "dead features / d_sae",
+    ),
+    "grad_norm": Definition(
+        "gradient norm",
+        "The length of a step's gradient before it is clipped, with the loss divided by the variance of the data. A "
+        "run that is about to diverge shows here first.",
+        "‖∇ loss / variance‖",
+    ),
+    "pareto": Definition(
+        "L0–FVU front",
+        "An SAE is on the front where no other one of the same hook, measured on the same kind of rows, explains more "
+        "with as few features. SAEs below and to the left are better.",
+        "no other with l0 ≤ and fvu <",
+    ),
+    "best_cosine": Definition(
+        "nearest cosine",
+        "For each feature the cosine between its decoder row and the nearest one of the other dictionary. The dotted "
+        "line is the threshold from which two features count as the same.",
+        "max over j of cos(W_dec row i, other W_dec row j)",
+    ),
+    "matched": Definition(
+        "matched features",
+        "Pairs whose decoder rows are each other's nearest, at the threshold or above.",
+        "i = nearest(j), j = nearest(i), cos(i, j) ≥ threshold",
+    ),
+    "unique": Definition(
+        "unique features",
+        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the "
+        "later one are births.",
+        "max cos < threshold",
+    ),
+    "split": Definition(
+        "splits and merges",
+        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the "
+        "other way round.",
+    ),
+    "firing_correlation": Definition(
+        "firing correlation",
+        "Pearson's correlation of the strengths of two matched features over all indexed tokens, tokens on which they "
+        "do not fire included. Shown where both SAEs have an index over the same text.",
+        "cov(x, y) / √(var x · var y)",
+    ),
     "over_dense": Definition("over-dense features", "Features that fire on more than one token in ten."),
     "effect": Definition(
         "direct effect",
         "How far the feature's firing on this token moves the logit of the chosen next token, along the residual "
         "stream alone, later layers left out. The final norm's scale is held as it is in this run.",
         "strength × (unit decoder row × gain / rms) · (W_U[target] − mean)",
+    ),
+    "corrected": Definition(
+        "density-corrected strength",
+        "How much a firing says, in bits: how strong it is for this feature, times how rarely the feature fires at "
+        "all. Features that fire everywhere, or are always strong, fall back behind those that say something about "
+        "this token. Mean and density are of this index; a feature that never fires there counts as firing once.",
+        "strength / mean strength of the feature × log₂(1 / density)",
+    ),
+    "change": Definition(
+        "change between two prompts",
+        "The strongest firing in B minus the strongest in A. For “changed on equal tokens” the difference is taken "
+        "token by token, over those that both prompts share in the same place (aligned by longest matching runs), "
+        "and the largest is shown: the same token, read in another context.",
+        "max over B − max over A; on equal tokens: value in B − value in A",
+    ),
+    "divergence": Definition(
+        "Jensen–Shannon divergence",
+        "How far apart the two next-token distributions are, over the whole vocabulary.",
+        "½ KL(p_A ‖ m) + ½ KL(p_B ‖ m), m = ½ (p_A + p_B), in bits",
+    ),
+    "lens": Definition(
+        "logit lens",
+        "What the model would say next if it stopped after this layer: the residual stream, read by the model's own "
+        "final norm and unembedding (nostalgebraist 2020). After the last layer it is what the model says.",
+        "p_l = softmax(unembed(final_norm(x_l)))",
+    ),
+    "lens_entropy": Definition(
+        "entropy",
+        "How undecided the layer is about the next token: 0 nats where one token has all the probability, 12.5 where "
+        "262,144 are equally likely.",
+        "−Σ p ln p",
+    ),
+    "lens_kl": Definition(
+        "divergence from the end",
+        "How far the layer's distribution is from what the plain model says in the end, in nats. With an SAE spliced "
+        "in, the last layer's value is what the SAE costs.",
+        "KL(p_final ‖ p_l) = Σ p_final ln(p_final / p_l)",
+    ),
+    "lens_rank": Definition(
+        "rank",
+        "The place of the followed token among all next tokens of this layer: 1 is the likeliest.",
+        "1 + number of tokens that are likelier",
+    ),
+    "lens_sae": Definition(
+        "SAE in the residual's place",
+        "Read in place: the model runs as it is, and at the SAE's own layer its reconstruction is read instead of the "
+        "residual stream; all other layers are the plain model's. Spliced in: the reconstruction takes the "
+        "activation's place while the model runs; layers before the SAE are the plain model's, those from it on are "
+        "of the changed run. BOS is left as it is in both.",
+        "x_l → decode(encode(x_l))",
     ),
 }

@@ -20,6 +20,7 @@ import numpy as np
 from dashboards.areas import Area
 from dashboards.columns import COLUMNS, CONTRAST_COLUMNS, UMAP, Column, sortable
 from dashboards.marks import Marks, marks_of
+from dashboards.queries import records
 from scope.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -277,30 +278,30 @@ def grid_rows(index: "FeatureIndex", query: FeatureQuery, start: int, stop: int)
     """Rows `start` to `stop` of the browser's grid, JSON-able, and how many match in all."""
     found = listing(index, query)
     marks = marks_of(index)
-    ids = found.ids[max(start, 0) : max(stop, 0)].tolist()
-    return [_grid_row(index, feature, marks, found.contrast) for feature in ids], len(found.ids)
+    ids = found.ids[max(start, 0) : max(stop, 0)]
+    columns = [column for column in COLUMNS.values() if column.name not in UMAP and column.on(index)]
+    rates = [{}] * len(ids) if found.contrast is None else records(found.contrast.loc[ids, list(CONTRAST_COLUMNS)])
+    rows = [
+        {**_grid_row(index, row, marks, columns), **{name: _finite(rate[name]) for name in rate}}
+        for row, rate in zip(records(index.table.iloc[ids]), rates, strict=True)
+    ]
+    return rows, len(found.ids)
 
 
-def _grid_row(index: "FeatureIndex", feature: int, marks: Marks, contrast: "pd.DataFrame | None") -> dict[str, Any]:
-    row = index.table.iloc[feature]
-    dead = bool(row["dead"])
-    cells: dict[str, Any] = {
+def _grid_row(index: "FeatureIndex", row: Mapping[str, Any], marks: Marks, columns: Sequence[Column]) -> dict[str, Any]:
+    feature, dead = int(row["feature"]), bool(row["dead"])
+    return {
+        **{column.name: column.cell(row) for column in columns},
         "feature": feature,
         "label": marks.labels.get(feature, ""),
         "own": feature in marks.own,
         "starred": feature in marks.starred,
-        "tokens": [str(token) for token in row["top_tokens"]][:6],
-        "logits": [str(token) for token in row["top_logits"]][:4],
+        "tokens": [str(token) for token in row["top_tokens"][:6]],
+        "logits": [str(token) for token in row["top_logits"][:4]],
         "dead": dead,
         "over_dense": bool(row["over_dense"]),
         "spark": [] if dead else spark(index.histogram(feature)[1]),
     }
-    for name, column in COLUMNS.items():
-        if name not in cells and name not in UMAP and column.on(index):
-            cells[name] = column.cell(index, feature)
-    if contrast is not None:
-        cells |= {name: _finite(contrast.at[feature, name]) for name in CONTRAST_COLUMNS}
-    return cells
 
 
 def _finite(value: Any) -> float | None:

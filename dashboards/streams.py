@@ -39,8 +39,12 @@ def register(server: Flask, context: Context) -> None:
 
     @server.get("/api/kept")
     def kept() -> tuple[Response, int]:
-        """Which features pass the grid's filters: `index` and the query of its address."""
-        return _answer(lambda: kept_bits(_index(context), FeatureQuery.of(request.args)))
+        """Which features pass the grid's filters: `index` and the query of its address. A filter that cannot be read
+        keeps none; the grid says why."""
+        try:
+            return jsonify(kept_bits(_index(context), FeatureQuery.of(request.args))), 200
+        except ScopeError as problem:
+            return jsonify({"bits": "", "n": 0, "problem": str(problem)}), 200
 
     @server.get("/api/name")
     def name() -> tuple[Response, int]:

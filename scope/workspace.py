@@ -3,7 +3,9 @@
     WORKSPACE/
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders
+      saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
+      graphs/NAME           circuit graphs
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
     from scope.features.labels import FeatureLabels
     from scope.features.neuronpedia import SAEAddress
     from scope.saes.base import SAE
+    from scope.training.runs import Run
 
 __all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
-Kind = Literal["activation-store", "sae", "feature-index"]
+Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
 FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
 SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
+GRAPHS = "graphs"
 SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
 
 
@@ -95,6 +99,35 @@ class Workspace:
     def indexes(self) -> list[Entry]:
         """The feature indexes."""
         return self.entries("feature-index")
+
+    def trainings(self) -> "list[Run]":
+        """The training runs, those under way first: of SAEs that lie, or will lie, in this workspace."""
+        from scope.training.runs import LOG_NAME, discover, finished_run
+
+        runs = discover([self.path / FOLDERS["sae"]])
+        known = {run.out.resolve() for run in runs}
+        for entry in self.saes():
+            if entry.path.resolve() not in known and (entry.path / LOG_NAME).is_file():
+                runs.append(finished_run(entry.path, entry.name))
+        return runs
+
+    def training(self, id: str) -> "Run":
+        """The training run with this id or name.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        runs = self.trainings()
+        for run in runs:
+            if id in (run.id, run.name):
+                return run
+        known = [name for run in runs for name in (run.id, run.name)]
+        raise UnknownNameError("training", id, known, hint=f"The workspace is {self.path}.")
+
+    def graphs(self) -> list[Entry]:
+        """The circuit graphs."""
+        paths = sorted(path for path in (self.path / GRAPHS).glob("*") if not path.name.startswith("."))
+        return [Entry("circuit-graph", "", path.stem, path, {}) for path in paths]
 
     def find(self, id: str, kind: Kind | None = None) -> Entry:
         """The artefact with this id, fingerprint or name.

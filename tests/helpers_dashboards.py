@@ -4,6 +4,7 @@ feature that never fires)."""
 
 import re
 import threading
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -462,6 +463,15 @@ class FakeWorkspace:
     def indexes(self) -> list[SimpleNamespace]:
         return self.entries("feature-index")
 
+    def trainings(self) -> list[Any]:
+        return []
+
+    def training(self, id: str) -> Any:
+        raise UnknownNameError("training", id)
+
+    def graphs(self) -> list[Any]:
+        return []
+
     def find(self, id: str, kind: str | None = None) -> SimpleNamespace:
         for entry in self.entries(kind):
             if id in (entry.id, entry.name):
@@ -494,7 +504,7 @@ class FakePromptFeatures:
     token_ids: np.ndarray
     flags: np.ndarray
     table: pd.DataFrame
-    next_logits: np.ndarray
+    next_logits: None
     final_residual: np.ndarray
 
     def at(self, position: int) -> pd.DataFrame:
@@ -512,11 +522,23 @@ class FakeModel:
 
     name = "Gemma 3 270M, Q4_K_M dequantised"
     max_context_size = 2048
+    n_layers = 6
+    bos_token_id = 0
+    chat_template = None
+    d_model = 4
 
     def __init__(self, index: "FakeIndex") -> None:
         self.index = index
         self.vocabulary = list(dict.fromkeys(["<bos>", " cold", "cold", " hot", " warm", *index._words]))
         self.d_vocab = len(self.vocabulary)
+        self.lock = threading.RLock()
+
+    def residual_logits(self, residual: Any) -> Any:
+        """Stands in for `scope.models.losses.residual_logits`."""
+        import torch
+
+        weights = np.random.default_rng(1).normal(0, 1, (self.d_model, self.d_vocab)).astype(np.float32)
+        return residual @ torch.from_numpy(weights)
 
     def tokenize(self, text: str) -> list[int]:
         return list(range(1 + len(split(text))))
@@ -529,8 +551,6 @@ class FakeModel:
     def vocabulary_strings(self, ids: Any) -> list[str]:
         return [self.vocabulary[int(id)] for id in ids]
 
-    d_model = 4
-
     def logit_effects(self, directions: Any) -> Any:
         import torch
 
@@ -538,7 +558,9 @@ class FakeModel:
         return directions @ torch.randn(self.d_model, self.d_vocab, generator=generator)
 
 
-def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: Any = None) -> FakePromptFeatures:
+def fake_features_on_prompt(
+    model: FakeModel, sae: Any, prompt: str, *, index: Any = None, logits: bool = True
+) -> FakePromptFeatures:
     """Stands in for `scope.features.prompt.features_on_prompt`."""
     if "wait" in prompt:
         GATE.wait(60)
@@ -558,11 +580,56 @@ def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: A
         "blocks.8.hook_resid_post",
         FEATURES,
         tokens,
-        np.arange(len(tokens)),
+        np.array([zlib.crc32(token.encode()) % 10_000 for token in tokens]),
         flags,
         pd.DataFrame(rows, columns=["position", "token", "feature", "value", "rank"]),
-        rng.normal(0, 2, (len(tokens), model.d_vocab)).astype(np.float32),
-        np.zeros((len(tokens), 4), dtype=np.float32),
+        None,
+        rng.normal(0, 1, (len(tokens), model.d_model)).astype(np.float32),
+    )
+
+
+def fake_logit_lens(
+    model: FakeModel,
+    prompt: str,
+    *,
+    positions: Any = None,
+    k: int = 10,
+    follow: Any = (),
+    sae: Any = None,
+    sae_mode: str = "read",
+    progress: Any = None,
+) -> Any:
+    """Stands in for `scope.attribution.lens.logit_lens`: each layer is a random distribution."""
+    from scope.attribution.lens import LogitLens
+
+    if "wait" in prompt:
+        progress(1, 2)
+        GATE.wait(60)
+        progress(2, 2)
+    tokens = ("<bos>", *split(prompt))
+    places = np.arange(len(tokens)) if positions is None else np.array(positions)
+    rng = np.random.default_rng(len(prompt) + (0 if sae is None else 1))
+    logits = rng.normal(0, 2, (model.n_layers, len(tokens), model.d_vocab))[:, places]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    top = np.argsort(-p, -1)[..., :k]
+    followed = [int(one) for one in follow]
+    return LogitLens(
+        layers=tuple(range(model.n_layers)),
+        hook_names=tuple(f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)),
+        tokens=tokens,
+        token_ids=np.arange(len(tokens)),
+        positions=places,
+        top_ids=top,
+        top_tokens=np.array(model.vocabulary, dtype=object)[top],
+        top_probabilities=np.take_along_axis(p, top, -1),
+        entropy=-(p * np.log(p)).sum(-1),
+        kl=(p[-1] * np.log(p[-1] / p)).sum(-1),
+        followed_ids=tuple(followed),
+        followed_tokens=tuple(model.vocabulary_strings(followed)),
+        probability=p[..., followed],
+        rank=1 + (p[..., None, :] > p[..., followed, None]).sum(-1),
+        sae_layer=None if sae is None else 3,
+        sae_mode=None if sae is None else sae_mode,
     )
 
 

@@ -141,6 +141,30 @@ class FakeStore:
             yield ActivationBatch(rows, {HOOK: float32_to_bf16(x)}, self.columns["flags"][rows].astype(np.uint8), norms)
 
 
+class GrowingStore(FakeStore):
+    """A store that holds its first `rows_so_far` rows as yet; what it will hold is there from the start."""
+
+    def __init__(self, model: FakeModel, rows_so_far: int, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.whole = len(self.columns["token_id"])
+        self.rows_so_far = rows_so_far
+
+    @property
+    def n_rows(self) -> int:
+        return getattr(self, "rows_so_far", len(self.columns["token_id"]))
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(["growing", self.spec.fingerprint, float(self.x.sum())])
+
+    def sequences(self) -> pd.DataFrame:
+        table = self._sequences[self._sequences["start_row"] < self.n_rows].reset_index(drop=True)
+        return table.assign(n_rows=table["n_rows"].clip(upper=self.n_rows - table["start_row"]))
+
+    def documents(self) -> pd.DataFrame:
+        return self._documents[self._documents["document"] <= self.sequences()["document"].max()].reset_index(drop=True)
+
+
 def small_sae(d_sae: int = 40, k: int = 4, seed: int = 0, **metadata: Any) -> TopKSAE:
     """A TopK SAE with decoder rows of unlike norms, of the fake store's model; feature 5 never fires."""
     known = {"hook_name": HOOK, "model_name": "fake model", "weight_hash": "weights", "tokenizer_hash": "tokenizer"}

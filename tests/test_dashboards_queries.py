@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashboards import artefacts, links, queries
-from dashboards.components.prompt_view import Selection
+from dashboards.components.lens_view import LensSelection
+from dashboards.components.prompt_state import Selection
 from dashboards.components.strip import token, token_strip
 from dashboards.format import duration, percent, plural
 from dashboards.glossary import GLOSSARY
+from dashboards.prompts import Asked
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 
 
@@ -57,9 +59,27 @@ def test_paths(path: str | None, page: str, target: str) -> None:
 
 def test_selection_ignores_what_cannot_be_read() -> None:
     assert Selection.of({"token": "3", "feature": "-1", "target": "x", "sort": "effect"}) == Selection(
-        3, None, None, "effect", ""
+        token=3, sort="effect"
+    )
+    assert Selection.of({"sort": "best", "rows": "9999", "pins": "7,x,3,7,,-1", "at": "5,2"}) == Selection(
+        rows=200, pins=(7, 3), at=(2, 5)
     )
     assert Selection.of(None) == Selection()
+    assert LensSelection.of_query({"sae": "x", "show": "y", "layer": "2", "follow": "5,5,9"}) == LensSelection(
+        layer=2, follow=(5, 9)
+    )
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant", "critic"]), st.text()), min_size=1))
+def test_a_chat_is_read_from_an_address_as_it_was_written(turns: list[tuple[str, str]]) -> None:
+    asked = Asked.of({"chat2": json.dumps(turns), "text2": "not this"}, "2")
+    assert asked.turns == turns
+    assert asked.empty == (not any(content for _, content in turns))
+
+
+@pytest.mark.parametrize("chat", ["{", "3", '{"a": 1}', '[["user"]]', '[["user", 3]]', "[1]"])
+def test_a_chat_that_cannot_be_read_is_empty(chat: str) -> None:
+    assert Asked.of({"chat": chat}).empty
 
 
 def test_numbers_in_words() -> None:

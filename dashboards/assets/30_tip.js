@@ -170,5 +170,14 @@
   document.addEventListener("DOMContentLoaded", () => document.body.append(box));
   if (document.body) document.body.append(box);
 
-  window.scope.tip = { showToken, hide, leave() { if (!pinned) hide(); } };
+  /** Anything else that has something to say about an element. */
+  function showNodes(anchor, nodes) {
+    if (pinned) return;
+    clearTimeout(timer);
+    shown = anchor;
+    box.replaceChildren(nodes);
+    place(anchor);
+  }
+
+  window.scope.tip = { showToken, showNodes, hide, leave() { if (!pinned) hide(); } };
 })();

@@ -111,7 +111,7 @@
     if (link) window.scope.go(link.href);
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.defaultPrevented || event.target.matches("input, button")) return;
+    if (event.key !== "Enter" || event.defaultPrevented || event.target.matches("input, button, [col-id=label]")) return;
     const row = event.target.closest && event.target.closest(".features-grid .ag-row");
     const link = row && row.querySelector("a[href]");
     if (link) window.scope.go(link.href);

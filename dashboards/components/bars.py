@@ -1,6 +1,6 @@
 """Lists whose rows carry a bar: logits, tokens, neighbours, rates with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dash import html
@@ -13,7 +13,7 @@ from dashboards.queries import records
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["cofiring_table", "feature_list", "logit_list", "rate_list", "token_list"]
+__all__ = ["cofiring_table", "feature_list", "logit_list", "rate_list", "token_list", "value_list"]
 
 
 def _row(share: float, *children: Any, title: str | None = None) -> html.Li:
@@ -51,6 +51,18 @@ def token_list(frame: "pd.DataFrame") -> html.Ul:
                 title=f"{plural(int(row['count']), 'firing')}, mean strength {number(row['mean_value'])}",
             )
             for row in records(frame)
+        ],
+    )
+
+
+def value_list(tokens: Sequence[str], values: Sequence[float]) -> html.Ul:
+    """Tokens with a strength each, the largest first."""
+    largest = max((float(value) for value in values), default=0.0) or 1.0
+    return html.Ul(
+        className="bars",
+        children=[
+            _row(float(value) / largest, html.Span(token(text), className="name"), _value(number(value), float(value)))
+            for text, value in zip(tokens, values, strict=True)
         ],
     )
 

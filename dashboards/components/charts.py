@@ -30,7 +30,7 @@ def strength_histogram(edges: np.ndarray, counts: np.ndarray, theme: Theme) -> A
     return figure.update_layout(height=HISTOGRAM_HEIGHT)
 
 
-def chart(figure: Any, *, id: str, height: int, words: str) -> html.Div:
+def chart(figure: Any, *, id: str | dict[str, str], height: int, words: str) -> html.Div:
     """A figure of fixed height, so that nothing jumps when it arrives, with buttons that save it; `words` is what a
     screen reader says."""
     figure.update_layout(height=height)
@@ -43,13 +43,14 @@ def chart(figure: Any, *, id: str, height: int, words: str) -> html.Div:
         responsive=True,
         **_label(words),
     )
+    name = id if isinstance(id, str) else "-".join(id.values())
     saves = [
         button(
             kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-figure": kind}
         )
         for kind in ("png", "svg")
     ]
-    return html.Div([graph, html.Div(saves, className="saves")], className="figure", **{"data-name": id})
+    return html.Div([graph, html.Div(saves, className="saves")], className="figure", **{"data-name": name})
 
 
 def _label(words: str) -> dict[str, str]:

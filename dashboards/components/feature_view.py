@@ -1,5 +1,7 @@
 """What the feature page shows beside the examples: its head, its statistics, and the column on the right."""
 
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,7 +16,7 @@ from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
 from dashboards.links import feature_link, prompt_link
 from dashboards.marks import marks_of
-from dashboards.queries import FeatureSummary, effect_words, feature_name, tokens_label
+from dashboards.queries import LISTED, FeatureSummary, effect_words, feature_name, tokens_label
 from scope.figures import logit_histogram
 
 if TYPE_CHECKING:
@@ -97,19 +99,39 @@ def feature_statistics(feature: FeatureSummary) -> html.Dl:
             stat("maximum", number(row["max_value"]), term="max", title=exact(row["max_value"])),
             stat("mean", number(row["mean_value"]), term="mean", title=exact(row["mean_value"])),
         ]
-        for name, title, form in (
-            ("top_token_share", "top token", percent),
-            ("token_entropy", "token entropy", lambda value: f"{number(value)} bits"),
-        ):
-            if row.get(name) is not None:
-                term = {"top_token_share": "token_share"}.get(name, name)
-                shown.append(stat(title, form(row[name]), term=term, title=exact(row[name])))
-    if row.get("encoder_decoder_cosine") is not None:
-        cosine = row["encoder_decoder_cosine"]
-        shown.append(stat("enc–dec cosine", number(cosine), term="encoder_decoder_cosine", title=exact(cosine)))
+        shown += [_one(row, *which) for which in STATISTICS if _known(row, which[0])]
+    elif _known(row, "encoder_decoder_cosine"):
+        shown.append(_one(row, *STATISTICS[0]))
     if row.get("over_dense"):
         shown.append(stat("flag", "over-dense", term="over_dense"))
     return stats(shown)
+
+
+def _bits(value: float) -> str:
+    return f"{number(value)} bits"
+
+
+STATISTICS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("encoder_decoder_cosine", "enc–dec cosine", "encoder_decoder_cosine", number),
+    ("q50", "median", "quantiles", number),
+    ("top_token_share", "top token", "token_share", percent),
+    ("token_entropy", "token entropy", "token_entropy", _bits),
+    ("token_bits", "token dependence", "token_bits", _bits),
+    ("position_bits", "position dependence", "position_bits", _bits),
+    ("language_entropy", "language entropy", "language_entropy", _bits),
+    ("special_share", "on special tokens", "special_share", percent),
+)
+"""Column of the table, name, key of the definition, how it is written."""
+
+
+def _known(row: Mapping[str, Any], name: str) -> bool:
+    value = row.get(name)
+    return value is not None and math.isfinite(float(value))
+
+
+def _one(row: Mapping[str, Any], name: str, title: str, term: str, form: Callable[[float], str]) -> html.Div:
+    value = float(row[name])
+    return stat(title, form(value), term=term, title=exact(value))
 
 
 def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
@@ -143,8 +165,9 @@ def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary
     parts: list[Any] = [label] if label is not None else []
     if feature.fires:
         parts.append(html.Div(_histogram(feature), className="panel"))
+        fires_on = bars.token_list(feature.top_tokens)
         parts.append(
-            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
+            panel("Fires on", fires_on, _by_mean(feature.row), unit="share of all strength", term="token_share")
         )
     parts.append(_logits(feature, logits))
     if feature.fires:
@@ -166,6 +189,16 @@ def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary
     parts.append(panel("In Python", code(python_snippet(workspace, index, feature.id))))
     parts.append(panel("Download", _downloads(index, feature)))
     return parts
+
+
+def _by_mean(row: Mapping[str, Any]) -> Any:
+    """The tokens that it fires on most strongly, whatever their number, where the index lists them."""
+    tokens, values = (list(row.get(name, ())) for name in ("mean_top_tokens", "mean_top_values"))
+    if not tokens:
+        return None
+    return html.Details(
+        [html.Summary("By mean strength", className="small muted"), bars.value_list(tokens[:LISTED], values[:LISTED])]
+    )
 
 
 def _downloads(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
@@ -231,8 +264,8 @@ def python_snippet(workspace: Path, index: "FeatureIndex", feature: int) -> str:
         "from scope.workspace import Workspace\n\n"
         f"workspace = Workspace({str(workspace.resolve())!r})\n"
         f"index = workspace.index({index.id!r})\n"
-        f"feature = index.feature({feature})  # in a notebook: the panels of this page\n"
-        f"firings = index.activations([{feature}])  # every firing, one row each\n"
+        f"feature = index.feature({feature})  # shows itself in a notebook\n"
+        f"firings = index.activations([{feature}])  # every firing\n"
         f"examples = index.top_examples({feature}, n=20)\n\n"
         f"sae = workspace.sae({sae!r})\n"
         f"direction = sae.W_dec[{feature}]\n"

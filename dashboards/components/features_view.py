@@ -183,14 +183,34 @@ def downloads(index: str) -> html.Div:
     )
 
 
-def notes() -> html.P:
-    """What the columns mean that have no place for a "?" of their own."""
-    return html.P(
+def notes(index: "FeatureIndex") -> html.Details:
+    """What each column means, formulas included."""
+    terms = dict.fromkeys(one.term for one in available(index) if one.term)
+    spark = (
+        html.Dt("strength"),
+        html.Dd("The small histogram shows how strongly the feature fires, weak to strong, on a logarithmic scale."),
+    )
+    listed = [
+        part
+        for term in terms
+        for part in (
+            html.Dt(GLOSSARY[term].name),
+            html.Dd([GLOSSARY[term].definition, " ", html.Code(GLOSSARY[term].formula)]),
+        )
+    ]
+    return html.Details(
         [
-            "Density is the share of tokens that a feature fires on ",
-            define("density"),
-            "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale. ",
-            "F2 edits a label.",
+            html.Summary("What the columns mean, and keys"),
+            html.P(
+                [
+                    "Arrow keys move through the list; ",
+                    html.Kbd("Enter"),
+                    " opens a feature, on its name it edits the label, as ",
+                    html.Kbd("F2"),
+                    " does.",
+                ]
+            ),
+            html.Dl([*spark, *listed], className="definitions"),
         ],
         className="small muted grid-note",
     )
@@ -258,8 +278,9 @@ def column_definitions(
 # --- the scatter plot -----------------------------------------------------------------------------------------------
 
 
-def plot(index: "FeatureIndex", view: View) -> html.Section:
-    """The frame of the scatter plot; assets/46_scatter.js draws it into its canvas from the address."""
+def plot(index: "FeatureIndex", view: View, umap_command: str) -> html.Section:
+    """The frame of the scatter plot; assets/46_scatter.js draws it into its canvas from the address. `umap_command` is
+    what makes a UMAP where there is none."""
     kind = view.get("plot", "statistics")
     kind = kind if kind in ("statistics", "umap", "none") else "statistics"
     numbers = [one for one in available(index, numbers=True) if one.name != "feature"]
@@ -300,7 +321,7 @@ def plot(index: "FeatureIndex", view: View) -> html.Section:
             html.Div(
                 className="scatter",
                 **{"data-scatter": json.dumps({"index": index.id, "umap": has_umap})},
-                children=[] if has_umap else [_no_umap(index)],
+                children=[] if has_umap else [_no_umap(umap_command)],
             ),
             html.Div(
                 className="toolbar scatter-tools",
@@ -333,10 +354,10 @@ def _axis(id: str, title: str, data: Any, value: str | None, *, clearable: bool 
     return html.Div([html.Span(title, className="small muted"), select], className="axis", **{"data-only": only})
 
 
-def _no_umap(index: "FeatureIndex") -> html.Div:
+def _no_umap(command: str) -> html.Div:
     state = empty(
         "No UMAP yet",
-        "A map of the decoder puts features that write alike next to each other. It takes a minute to make:",
-        command=f"scope index umap {index.path}",
+        "A map of the decoder puts features that write alike next to each other. This adds it to the index:",
+        command=command,
     )
     return html.Div(state, className="no-umap")

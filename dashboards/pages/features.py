@@ -6,6 +6,7 @@ address itself. An area that is drawn in the plot is one more filter; a row of t
 the plot.
 """
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import dash_ag_grid as dag
@@ -24,6 +25,7 @@ from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
+    from scope.workspace import Entry
 
 __all__ = ["register", "render"]
 
@@ -72,8 +74,8 @@ def render(context: Context, view: View) -> Page:
             html.Div(
                 className="features-columns",
                 children=[
-                    html.Div([_grid(entry.id, index, view, query), features_view.notes()], className="grid-part"),
-                    features_view.plot(index, view),
+                    html.Div([_grid(entry.id, index, view, query), features_view.notes(index)], className="grid-part"),
+                    features_view.plot(index, view, _umap_command(context, entry, index)),
                 ],
             ),
             dcc.Store(id="features-query", data=view.query),
@@ -81,6 +83,13 @@ def render(context: Context, view: View) -> Page:
         ],
     )
     return Page(content, "Features", "features", "" if view.index else features_link(entry.id, **view.query))
+
+
+def _umap_command(context: Context, entry: "Entry", index: "FeatureIndex") -> str:
+    """What makes the map of the decoder: indexing again what is indexed already adds nothing else."""
+    parents = {parent.kind: str(parent.path) for parent in context.workspace.parents(entry)}
+    words = [parents.get("activation-store", "STORE"), parents.get("sae", "SAE"), "--out", str(index.path), "--umap"]
+    return " ".join(["scope", "index", *map(shlex.quote, words)])
 
 
 def _grid(id: str, index: "FeatureIndex", view: View, query: FeatureQuery) -> dag.AgGrid:

@@ -10,7 +10,7 @@ Names are resolved on first use, so that importing the package costs nothing and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scope.features.build import build_index
+    from scope.features.build import build_index, build_indexes
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
     from scope.features.grids import feature_grid, write_grid
@@ -30,6 +30,7 @@ __all__ = [
     "NeuronpediaNames",
     "PromptFeatures",
     "build_index",
+    "build_indexes",
     "export_neuronpedia",
     "feature_grid",
     "feature_json",
@@ -48,6 +49,7 @@ _HOMES = {
     "NeuronpediaNames": "neuronpedia_export",
     "PromptFeatures": "prompt",
     "build_index": "build",
+    "build_indexes": "build",
     "export_neuronpedia": "neuronpedia_export",
     "feature_grid": "grids",
     "feature_json": "neuronpedia_export",

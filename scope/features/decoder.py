@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope.features.layout import N_LOGITS, N_NEIGHBOURS
+from scope.kernels.topk import topk
 
 __all__ = ["LogitEffects", "Neighbours", "encoder_decoder_cosine", "extreme_logits", "nearest_decoders", "unit_decoder"]
 
@@ -66,9 +67,12 @@ def nearest_decoders(unit: Float[Tensor, "d_sae d_in"], progress: Callable[[int]
         rows = unit[start : start + chunk]
         similar = rows @ unit.T
         similar[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = -torch.inf
-        found = similar.topk(n, dim=1)
-        features[start : start + len(rows)] = found.indices.cpu().numpy()
-        cosines[start : start + len(rows)] = found.values.cpu().numpy()
+        found = topk(similar, n)
+        order = torch.sort(found.ids, dim=1).indices  # of equal cosines the lower id first
+        ids, values = found.ids.gather(1, order), found.values.gather(1, order)
+        order = torch.sort(values, dim=1, descending=True, stable=True).indices
+        features[start : start + len(rows)] = ids.gather(1, order).cpu().numpy()
+        cosines[start : start + len(rows)] = values.gather(1, order).cpu().numpy()
         if progress is not None:
             progress(start + len(rows))
     return Neighbours(features, cosines)

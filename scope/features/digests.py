@@ -14,6 +14,7 @@ import xxhash
 
 from activations.manifest import write_atomically
 from scope.errors import IntegrityError
+from scope.features.layout import is_appended, place_of
 
 __all__ = ["BLOCK", "CheckedArray", "digest_file", "read_digests", "write_digests"]
 
@@ -23,12 +24,14 @@ Digests = dict[str, dict[str, Any]]
 """Per path inside the index: `bytes` and `blocks`, the digests (hex) of its blocks."""
 
 
-def digest_file(path: Path, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Size and block digests of a file; `progress` is told the bytes of each block."""
+def digest_file(
+    path: Path, progress: Callable[[int], None] | None = None, n_bytes: int | None = None
+) -> dict[str, Any]:
+    """Size and block digests of a file, or of its first `n_bytes`; `progress` is told the bytes of each block."""
     blocks = []
     size = 0
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(BLOCK if n_bytes is None else min(BLOCK, n_bytes - size)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))
             size += len(block)
             if progress is not None:
@@ -36,20 +39,22 @@ def digest_file(path: Path, progress: Callable[[int], None] | None = None) -> di
     return {"bytes": size, "blocks": blocks}
 
 
-def write_digests(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record the digests of an index, with a digest of the record itself."""
+def write_digests(folder: Path, digests: Mapping[str, Mapping[str, Any]], derived: str = "") -> None:
+    """Record the digests of an index, with a digest of the record itself; `derived` as in the manifest."""
     body = json.dumps(digests, sort_keys=True, separators=(",", ":"))
     record = {"digest": xxhash.xxh3_128_hexdigest(body.encode()), "files": digests}
-    write_atomically(folder / "digests.json", json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+    write_atomically(
+        folder / derived / "digests.json", json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    )
 
 
-def read_digests(folder: Path) -> Digests:
+def read_digests(folder: Path, derived: str = "") -> Digests:
     """What `write_digests` recorded.
 
     Raises:
         IntegrityError: the record is missing or damaged, or a file is missing or has another size.
     """
-    path = folder / "digests.json"
+    path = folder / derived / "digests.json"
     try:
         record = json.loads(path.read_text())
         files: Digests = record["files"]
@@ -60,12 +65,13 @@ def read_digests(folder: Path) -> Digests:
     if not sound:
         raise IntegrityError(f"{path} is damaged: its own digest does not fit. Build the index again.")
     for name, entry in files.items():
-        file = folder / name
+        file = place_of(folder, name, derived)
         if not file.is_file():
             raise IntegrityError(f"{file} is missing. Build the index again.")
-        if file.stat().st_size != entry["bytes"]:
+        size = file.stat().st_size
+        if size < entry["bytes"] or (size > entry["bytes"] and not is_appended(name)):
             raise IntegrityError(
-                f"{file} has {file.stat().st_size:,} bytes; the ledger says {entry['bytes']:,}. Build the index again."
+                f"{file} has {size:,} bytes; the ledger says {entry['bytes']:,}. Build the index again."
             )
     return files
 
@@ -88,7 +94,9 @@ class CheckedArray:
         if len(self) * self._row_bytes != entry["bytes"]:
             raise IntegrityError(f"{path} has {entry['bytes']:,} bytes; an array of shape {self.shape} has not.")
         empty = entry["bytes"] == 0
-        self._bytes = np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
+        # No more of the file than is recorded: it may be growing.
+        mapped = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r", shape=(entry["bytes"],))
+        self._bytes = np.asarray(mapped)
         self._array = self._bytes.view(dtype).reshape(self.shape)
         self._digests: list[str] = entry["blocks"]
         # Two threads may both check a block; either writes the same truth.

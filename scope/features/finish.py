@@ -1,18 +1,21 @@
 """The second phase of a build, from committed segments to a complete index.
 
-1. Compare what the segments appended with their records.
-2. Merge their runs into the feature lists; statistics are gathered as the merged pieces go by.
+1. Compare what the segments appended with their records; where an index grows, all that it held with its digests.
+2. Merge their runs, and the lists that it held, into the feature lists; statistics are gathered as the merged pieces
+   go by.
 3. Count co-firing features; compare decoder rows; compute logit effects.
 4. Write tables, digests, manifest.
 
-It starts over when it is interrupted: its result depends on nothing but the segments, the SAE and the model.
+It starts over when it is interrupted: its result depends on nothing but the segments, the SAE and the model, and on
+what the index held. Where an index grows, the new lists and tables are made beside the old ones, and the manifest is
+what decides which of them count (`layout`).
 """
 
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,18 +23,32 @@ from activations.disk import sync_folder
 from activations.manifest import write_manifest
 from activations.spec import fingerprint_of
 from scope._version import __version__
-from scope.features import decoder
 from scope.features.cofiring import Cofiring, cofiring_features
 from scope.features.digests import digest_file, write_digests
-from scope.features.layout import FIRINGS, FORMAT, ROW_COLUMNS, dtype_of, file_of, row_dtype
+from scope.features.layout import (
+    APPENDED_PARTS,
+    DERIVED_PARTS,
+    FIRINGS,
+    FORMAT,
+    ROW_COLUMNS,
+    dtype_of,
+    file_of,
+    grown_folder,
+    place_of,
+    row_dtype,
+)
 from scope.features.lists import ListReader, ListWriter
-from scope.features.merge import merge_runs, open_runs
+from scope.features.merge import Run, merge_runs, open_runs
 from scope.features.segments import SegmentLog
-from scope.features.statistics import ListStatistics, RowLookup, TokenStatistics, extremes
-from scope.features.steps import BuildProgress
+from scope.features.statistics import ListStatistics, RowLookup, SpreadStatistics, TokenStatistics, extremes
+from scope.features.steps import Step
 from scope.features.table import Gathered, feature_table
 from scope.features.texts import RowCounts, Texts, count_rows, read_texts
 from scope.features.vocabulary import Vocabulary, vocabulary_table
+from scope.features.weights import weight_facts
+
+if TYPE_CHECKING:
+    from scope.features.growth import GrowingIndex
 
 __all__ = ["finish_index"]
 
@@ -44,6 +61,7 @@ class _MergedLists(NamedTuple):
     high: np.ndarray
     lists: ListStatistics
     tokens: TokenStatistics
+    spread: SpreadStatistics
 
 
 def finish_index(
@@ -55,7 +73,8 @@ def finish_index(
     identity: Mapping[str, Any],
     extra: Mapping[str, Any],
     budget: int,
-    step: BuildProgress,
+    step: Step,
+    growing: "GrowingIndex | None" = None,
 ) -> None:
     """Complete the index whose rows are all committed.
 
@@ -66,20 +85,24 @@ def finish_index(
         extra: further entries of the manifest.
         budget: firings to hold in memory at once.
         step: told what is done.
+        growing: what it held before, where it grows.
     """
-    folder = log.folder
-    for part in ("by_feature", "statistics", "tables"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / part).mkdir()
+    folder, derived = log.folder, "" if growing is None else grown_folder(log.n_rows)
+    for part in DERIVED_PARTS:
+        shutil.rmtree(place_of(folder, part, derived), ignore_errors=True)
+        place_of(folder, part, derived).mkdir(parents=True)
+    if growing is not None:
+        growing.check()
     for number, segment in enumerate(log.segments, start=1):
         log.check(segment)
         step("check", number, len(log.segments))
-    arrays = _Arrays(folder, log)
+    arrays = _Arrays(folder, log, derived)
     texts = read_texts(source, log.n_rows)
     rows = count_rows({name: arrays[f"rows/{name}"] for name in ROW_COLUMNS}, texts, int(extra["excluded_flags"]))
-    lists = _merge(log, arrays, texts, budget, step)
+    runs = open_runs(log.segments, [log.run_path(segment.number) for segment in log.segments], log.d_sae)
+    lists = _merge([*([] if growing is None else [growing.run]), *runs], log, arrays, texts, rows, budget, step)
     cofiring = _cofiring(arrays, lists.indptr, step)
-    gathered = _gather(lists, texts, rows, sae, model, step)
+    gathered = _gather(lists, log, texts, rows, sae, model, step, growing)
     _write_statistics(arrays, gathered, cofiring)
     tables = {
         "features": feature_table(gathered),
@@ -88,9 +111,11 @@ def finish_index(
         "vocabulary": gathered.vocabulary.table,
     }
     for name, table in tables.items():
-        table.to_parquet(folder / "tables" / f"{name}.parquet", index=False, compression="zstd")
+        table.to_parquet(place_of(folder, f"tables/{name}.parquet", derived), index=False, compression="zstd")
+    if growing is not None:
+        growing.take_over_tables(derived)
     step("write", 0.5)
-    _write_digests(folder)
+    _write_digests(folder, derived)
     write_manifest(
         folder,
         FORMAT,
@@ -105,15 +130,16 @@ def finish_index(
         languages=[[name, int(n)] for name, n in zip(texts.languages, rows.by_language, strict=True)],
         sources=[[name, int(n)] for name, n in zip(texts.sources, rows.by_source, strict=True)],
         arrays=arrays.description(),
+        **({"derived": derived} if derived else {}),
     )
     step("write", 1)
 
 
 class _Arrays:
-    """The flat arrays of an index under construction."""
+    """The flat arrays of an index under construction; `derived` as in the manifest."""
 
-    def __init__(self, folder: Path, log: SegmentLog) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, log: SegmentLog, derived: str) -> None:
+        self.folder, self.derived = folder, derived
         self._arrays: dict[str, tuple[str, np.ndarray]] = {}
         for name, dtype in log.arrays.items():
             path = file_of(folder, name, dtype)
@@ -128,7 +154,7 @@ class _Arrays:
     def write(self, name: str, dtype: str, array: np.ndarray) -> None:
         """Add an array."""
         stored = np.ascontiguousarray(array, dtype_of(dtype))
-        file_of(self.folder, name, dtype).write_bytes(stored.tobytes())
+        file_of(self.folder, name, dtype, self.derived).write_bytes(stored.tobytes())
         self._arrays[name] = (dtype, stored)
 
     def description(self) -> dict[str, dict[str, Any]]:
@@ -136,39 +162,43 @@ class _Arrays:
         return {name: {"dtype": dtype, "shape": list(array.shape)} for name, (dtype, array) in self._arrays.items()}
 
 
-def _merge(log: SegmentLog, arrays: _Arrays, texts: Texts, budget: int, step: BuildProgress) -> _MergedLists:
+def _merge(
+    runs: list[Run], log: SegmentLog, arrays: _Arrays, texts: Texts, rows_of: RowCounts, budget: int, step: Step
+) -> _MergedLists:
     lookup = RowLookup(
         arrays["rows/token_id"],
         arrays["rows/position"],
         arrays["rows/sequence"],
         texts.language_of,
         texts.source_of,
+        texts.document_of,
         len(texts.languages),
         len(texts.sources),
     )
-    runs = open_runs(log.segments, [log.run_path(segment.number) for segment in log.segments], log.d_sae)
     indptr = sum((run.indptr for run in runs), np.zeros(log.d_sae + 1, np.int64))
     low, high = extremes(runs, log.d_sae)
     lists = ListStatistics(indptr, low, high, lookup)
-    tokens = TokenStatistics(log.d_sae, lookup.token_id)
-    folder = log.folder / FIRINGS
+    tokens = TokenStatistics(log.d_sae, lookup.token_id, rows_of.by_token_indexed)
+    spread = SpreadStatistics(log.d_sae, lookup)
+    folder = place_of(log.folder, FIRINGS, arrays.derived)
     folder.mkdir()
     (folder / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     rows, values = ListWriter(folder / "row", row_dtype(log.n_rows)), ListWriter(folder / "value", "uint16")
     for piece in merge_runs(runs, log.d_sae, log.n_rows, budget):
         rows.append(piece.rows)
         values.append(piece.values)
-        lists.add(piece)
-        tokens.add(piece)
+        for statistics in (lists, tokens, spread):
+            statistics.add(piece)
         step("merge", piece.start + len(piece.rows), log.n_firings)
     rows.close()
     values.close()
     arrays.write("by_feature/indptr", "int64", indptr)
-    return _MergedLists(indptr, low, high, lists, tokens)
+    return _MergedLists(indptr, low, high, lists, tokens, spread)
 
 
-def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: BuildProgress) -> Cofiring:
-    rows = ListReader(arrays.folder / FIRINGS / "row", row_dtype(len(arrays["rows/flags"])))
+def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: Step) -> Cofiring:
+    folder = place_of(arrays.folder, FIRINGS, arrays.derived)
+    rows = ListReader(folder / "row", row_dtype(len(arrays["rows/flags"])))
     d_sae = len(indptr) - 1
     return cofiring_features(
         indptr,
@@ -179,15 +209,20 @@ def _cofiring(arrays: _Arrays, indptr: np.ndarray, step: BuildProgress) -> Cofir
     )
 
 
-def _gather(lists: _MergedLists, texts: Texts, rows: RowCounts, sae: Any, model: Any, step: BuildProgress) -> Gathered:
-    unit = decoder.unit_decoder(sae)
-    neighbours = decoder.nearest_decoders(unit, lambda done: step("neighbours", done, sae.d_sae))
-    logits = None
-    if model is not None and unit.shape[1] == model.d_model:
-        logits = decoder.extreme_logits(unit, model, lambda done: step("logits", done, sae.d_sae))
-    shown = [logits.top_tokens, logits.bottom_tokens] if logits is not None else []
-    token_ids = np.unique(np.concatenate([np.flatnonzero(rows.by_token), *map(np.ravel, shown)]))
+def _gather(
+    lists: _MergedLists,
+    log: SegmentLog,
+    texts: Texts,
+    rows: RowCounts,
+    sae: Any,
+    model: Any,
+    step: Step,
+    growing: "GrowingIndex | None",
+) -> Gathered:
+    facts = weight_facts(sae, model, step) if growing is None else growing.weight_facts
+    token_ids = np.union1d(np.flatnonzero(rows.by_token), facts.shown_tokens)
     n_rows = np.append(rows.by_token, np.zeros(max(0, int(token_ids[-1]) + 1 - len(rows.by_token)), np.int64))
+    vocabulary = Vocabulary(vocabulary_table(token_ids, n_rows[token_ids], model))
     return Gathered(
         n_firings=np.diff(lists.indptr),
         n_indexed=int(rows.by_language.sum()),
@@ -195,24 +230,26 @@ def _gather(lists: _MergedLists, texts: Texts, rows: RowCounts, sae: Any, model:
         high=lists.high,
         lists=lists.lists,
         tokens=lists.tokens,
-        languages=texts.languages,
-        rows_by_language=rows.by_language,
-        sources=texts.sources,
-        rows_by_source=rows.by_source,
-        neighbours=neighbours,
-        cosine=decoder.encoder_decoder_cosine(sae),
-        logits=logits,
-        vocabulary=Vocabulary(vocabulary_table(token_ids, n_rows[token_ids], model)),
+        spread=lists.spread,
+        special=log.special,
+        texts=texts,
+        rows=rows,
+        weights=facts.columns(vocabulary),
+        vocabulary=vocabulary,
     )
 
 
 def _write_statistics(arrays: _Arrays, gathered: Gathered, cofiring: Cofiring) -> None:
-    lists, tokens = gathered.lists, gathered.tokens
+    lists, tokens, spread = gathered.lists, gathered.tokens, gathered.spread
     count = row_dtype(len(arrays["rows/flags"]))  # no feature fires more often than there are rows
     for name, dtype, array in (
         ("histogram", count, lists.histogram),
         ("language_firings", count, lists.by_language),
         ("language_strength", "float32", lists.strength_by_language),
+        ("language_windows", count, spread.windows),
+        ("language_documents", count, spread.documents),
+        ("position_firings", count, lists.by_position),
+        ("special_strength", "float64", gathered.special),
         ("source_firings", count, lists.by_source),
         ("source_strength", "float32", lists.strength_by_source),
         ("token_id", "int32", tokens.tokens),
@@ -224,19 +261,19 @@ def _write_statistics(arrays: _Arrays, gathered: Gathered, cofiring: Cofiring) -
         arrays.write(f"statistics/{name}", dtype, array)
 
 
-def _write_digests(folder: Path) -> None:
+def _write_digests(folder: Path, derived: str) -> None:
     """Record what the index consists of, once all of it is safe from a power cut."""
-    own = {"manifest.json", "digests.json"}
     digests = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if name.parts[0] != "build" and name.as_posix() not in own:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            digests[name.as_posix()] = digest_file(path)
-    for part in {path.parent for path in folder.rglob("*") if path.is_file()}:
+    parts = [*(folder / part for part in APPENDED_PARTS), *(place_of(folder, part, derived) for part in DERIVED_PARTS)]
+    files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
+    for path in files:
+        name = path.relative_to(folder / derived if path.is_relative_to(folder / derived) else folder)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        digests[name.as_posix()] = digest_file(path)
+    for part in {path.parent for path in files} | {folder, folder / derived}:
         sync_folder(part)
-    write_digests(folder, digests)
+    write_digests(folder, digests, derived)
 
 
 def _description(source: Any, hook: str, sae: Any, sae_fingerprint: str, model: Any) -> dict[str, Any]:

@@ -10,6 +10,11 @@
     tables/                      features, documents, sequences, vocabulary (parquet)
     build/                       only while it is being built: identity.json, one record and one sorted run per segment
 
+An index that has grown has by_feature/, statistics/, tables/ and digests.json in a folder of their own, `grown-N/`
+with N the number of rows, which the manifest names as `derived`; rows/ and by_token/ are appended to, so what lies in
+them beyond the recorded length belongs to an index that is still growing. Names inside an index (`by_feature/indptr`)
+leave that folder out; `place_of` knows it.
+
 A flat array is the memory of a C-ordered array and nothing else, memory-mapped when read; the suffix of its file is
 its dtype. bfloat16, which numpy lacks, is `.bfloat16` on disk and uint16 bits in memory.
 """
@@ -20,6 +25,8 @@ from typing import Final
 import numpy as np
 
 __all__ = [
+    "APPENDED_PARTS",
+    "DERIVED_PARTS",
     "FIRINGS",
     "FORMAT",
     "N_BINS",
@@ -30,7 +37,7 @@ __all__ = [
     "ROW_COLUMNS",
     "dtype_of",
 ]
-__all__ += ["feature_dtype", "file_of", "row_dtype"]
+__all__ += ["feature_dtype", "file_of", "grown_folder", "is_appended", "place_of", "row_dtype"]
 
 FORMAT: Final = "feature-index"
 
@@ -47,6 +54,11 @@ N_LOGITS: Final = 20
 
 FIRINGS: Final = "by_feature/firings.zarr"
 
+APPENDED_PARTS: Final = ("rows", "by_token")
+"""Folders that an index which grows appends to."""
+DERIVED_PARTS: Final = ("by_feature", "statistics", "tables")
+"""Folders that are made anew when an index grows."""
+
 ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
 
 
@@ -55,9 +67,24 @@ def dtype_of(suffix: str) -> np.dtype:
     return np.dtype("uint16" if suffix == "bfloat16" else suffix).newbyteorder("<")
 
 
-def file_of(folder: Path, name: str, dtype: str) -> Path:
+def is_appended(name: str) -> bool:
+    """Whether the file of this name is one that grows in its place."""
+    return name.split("/", 1)[0] in APPENDED_PARTS
+
+
+def grown_folder(n_rows: int) -> str:
+    """The folder of what is derived anew when an index has grown to so many rows."""
+    return f"grown-{n_rows}"
+
+
+def place_of(folder: Path, name: str, derived: str = "") -> Path:
+    """Where the file of an index that has this name ("tables/features.parquet") lies; `derived` as in the manifest."""
+    return folder / name if is_appended(name) or not derived else folder / derived / name
+
+
+def file_of(folder: Path, name: str, dtype: str, derived: str = "") -> Path:
     """Where the flat array `name` ("by_token/value") lies."""
-    return folder / f"{name}.{dtype}"
+    return place_of(folder, f"{name}.{dtype}", derived)
 
 
 def feature_dtype(d_sae: int) -> str:

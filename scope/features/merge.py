@@ -6,30 +6,98 @@
 3. A single feature with more firings than that is cut by strength: bfloat16 has 65,536 values, their counts say where
    to cut, and equal values need no sorting, since runs are in row order.
 
+An index that grows gives its old lists as one more run (`ListRun`): they are sorted the same way.
+
 Memory is 24 bytes per firing of the budget, whatever the size of the index.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from scope.features.firings import KEY_BITS, bits_for, unpack
+from activations.source import bf16_to_float32
+from scope.features.firings import KEY_BITS, bits_for, order_key, unpack
+from scope.features.lists import ListReader
 from scope.features.segments import Segment
 
-__all__ = ["Piece", "Run", "merge_runs", "open_runs"]
+__all__ = ["ListRun", "Piece", "Run", "SegmentRun", "merge_runs", "open_runs"]
 
 
-class Run(NamedTuple):
+class Run(Protocol):
+    """Firings by feature, within a feature the strongest first, equal ones by row."""
+
+    @property
+    def indptr(self) -> np.ndarray:
+        """int64 `(d_sae + 1,)`: where each feature starts."""
+        ...
+
+    def packed(self, low: int, high: int, first_feature: int, row_bits: int) -> np.ndarray:
+        """The firings from `low` to `high`, packed with features counted from `first_feature` and row ids of the whole
+        index."""
+        ...
+
+    def keys(self, low: int, high: int) -> np.ndarray:
+        """The same firings' order keys, uint16."""
+        ...
+
+    def extremes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the largest strength of each feature that fires, float32."""
+        ...
+
+
+class SegmentRun(NamedTuple):
     """The packed, sorted firings of one segment."""
 
-    packed: np.ndarray
+    content: np.ndarray
     """uint64, usually memory-mapped."""
     row_bits: int
     first_row: int
     indptr: np.ndarray
-    """int64 `(d_sae + 1,)`: where each feature starts."""
+
+    def packed(self, low: int, high: int, first_feature: int, row_bits: int) -> np.ndarray:
+        content = self.content[low:high]
+        rows = (content & np.uint64((1 << self.row_bits) - 1)) + np.uint64(self.first_row)
+        rest = (content >> np.uint64(self.row_bits)) - np.uint64(first_feature << KEY_BITS)
+        return (rest << np.uint64(row_bits)) | rows
+
+    def keys(self, low: int, high: int) -> np.ndarray:
+        return (self.content[low:high] >> np.uint64(self.row_bits)).astype(np.uint16)
+
+    def extremes(self) -> tuple[np.ndarray, np.ndarray]:
+        fires = self.indptr[1:] > self.indptr[:-1]
+        first = unpack(self.content[self.indptr[:-1][fires]], self.row_bits).values
+        last = unpack(self.content[self.indptr[1:][fires] - 1], self.row_bits).values
+        return bf16_to_float32(last), bf16_to_float32(first)
+
+
+class ListRun(NamedTuple):
+    """The feature lists of an index."""
+
+    rows: ListReader
+    values: ListReader
+    indptr: np.ndarray
+    low: np.ndarray
+    """float32 `(d_sae,)`: the smallest strength of each feature."""
+    high: np.ndarray
+
+    def packed(self, low: int, high: int, first_feature: int, row_bits: int) -> np.ndarray:
+        features = np.arange(first_feature, len(self.indptr) - 1)
+        features = features[: int(np.searchsorted(self.indptr, high)) - first_feature]
+        lengths = np.diff(np.clip(self.indptr[first_feature : first_feature + len(features) + 1], low, high))
+        packed = np.repeat((features - first_feature).astype(np.uint64) << np.uint64(KEY_BITS), lengths)
+        packed |= order_key(self.values.read(low, high))
+        packed <<= np.uint64(row_bits)
+        packed |= self.rows.read(low, high).astype(np.uint64)
+        return packed
+
+    def keys(self, low: int, high: int) -> np.ndarray:
+        return order_key(self.values.read(low, high))
+
+    def extremes(self) -> tuple[np.ndarray, np.ndarray]:
+        fires = self.indptr[1:] > self.indptr[:-1]
+        return self.low[fires], self.high[fires]
 
 
 class Piece(NamedTuple):
@@ -50,7 +118,7 @@ class Piece(NamedTuple):
 
 def open_runs(segments: Sequence[Segment], paths: Sequence[Path], d_sae: int) -> list[Run]:
     """The runs of segments, memory-mapped."""
-    runs = []
+    runs: list[Run] = []
     for segment, path in zip(segments, paths, strict=True):
         if segment.firing_stop == segment.firing_start:
             continue
@@ -58,7 +126,7 @@ def open_runs(segments: Sequence[Segment], paths: Sequence[Path], d_sae: int) ->
         shift = np.uint64(segment.row_bits + KEY_BITS)
         starts = np.searchsorted(packed, np.arange(d_sae, dtype=np.uint64) << shift)
         indptr = np.append(starts, len(packed)).astype(np.int64)
-        runs.append(Run(packed, segment.row_bits, segment.start, indptr))
+        runs.append(SegmentRun(packed, segment.row_bits, segment.start, indptr))
     return runs
 
 
@@ -80,7 +148,7 @@ def merge_runs(runs: Sequence[Run], d_sae: int, n_rows: int, budget: int) -> Ite
 
 def _gather(runs: Sequence[Run], first: int, stop: int, start: int, row_bits: int) -> Piece:
     """Features `first` to `stop`, whole."""
-    parts = [_repack(run, int(run.indptr[first]), int(run.indptr[stop]), first, row_bits) for run in runs]
+    parts = [run.packed(int(run.indptr[first]), int(run.indptr[stop]), first, row_bits) for run in runs]
     return _sorted_piece(parts, start, first, row_bits, complete=True)
 
 
@@ -90,8 +158,7 @@ def _cut_feature(runs: Sequence[Run], feature: int, start: int, row_bits: int, b
     counts = np.zeros((len(runs), 2**KEY_BITS), np.int64)
     for number, (run, (low, high)) in enumerate(zip(runs, bounds, strict=True)):
         for place in range(low, high, budget):
-            part = run.packed[place : min(high, place + budget)]
-            keys = (part >> np.uint64(run.row_bits)).astype(np.uint16)
+            keys = run.keys(place, min(high, place + budget))
             counts[number] += np.bincount(keys, minlength=2**KEY_BITS)
     ends = np.concatenate([np.zeros((len(runs), 1), np.int64), counts.cumsum(axis=1)], axis=1)
     total_ends = ends.sum(axis=0)
@@ -104,24 +171,16 @@ def _cut_feature(runs: Sequence[Run], feature: int, start: int, row_bits: int, b
         slices = [(low + int(e[key]), low + int(e[stop])) for (low, _), e in zip(bounds, ends, strict=True)]
         if total_ends[stop] - done <= budget:
             if total_ends[stop] > done:
-                parts = [_repack(run, a, b, feature, row_bits) for run, (a, b) in zip(runs, slices, strict=True)]
+                parts = [run.packed(a, b, feature, row_bits) for run, (a, b) in zip(runs, slices, strict=True)]
                 yield _sorted_piece(parts, start + done, feature, row_bits, complete=total_ends[stop] == n)
         else:
             for run, (low, high) in zip(runs, slices, strict=True):
                 for place in range(low, high, budget):
-                    part = _repack(run, place, min(high, place + budget), feature, row_bits)
+                    part = run.packed(place, min(high, place + budget), feature, row_bits)
                     done += len(part)
                     last = done == n
                     yield _sorted_piece([part], start + done - len(part), feature, row_bits, complete=last)
         key = stop
-
-
-def _repack(run: Run, low: int, high: int, first_feature: int, row_bits: int) -> np.ndarray:
-    """Part of a run with features counted from `first_feature` and rows of the whole index."""
-    packed = run.packed[low:high]
-    rows = (packed & np.uint64((1 << run.row_bits) - 1)) + np.uint64(run.first_row)
-    rest = (packed >> np.uint64(run.row_bits)) - np.uint64(first_feature << KEY_BITS)
-    return (rest << np.uint64(row_bits)) | rows
 
 
 def _sorted_piece(parts: list[np.ndarray], start: int, first_feature: int, row_bits: int, complete: bool) -> Piece:

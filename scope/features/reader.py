@@ -16,7 +16,7 @@ from activations.manifest import read_manifest
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
 from scope.features.digests import BLOCK, CheckedArray, digest_file, read_digests
-from scope.features.layout import FIRINGS, FORMAT, dtype_of, file_of, row_dtype
+from scope.features.layout import FIRINGS, FORMAT, dtype_of, file_of, is_appended, place_of, row_dtype
 from scope.features.lists import ListReader
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ class IndexReader:
             raise InvalidInputError(f"{path} is half built. Run the same `scope index` again to complete it.")
         self.path = path
         self.manifest = read_manifest(path, FORMAT)
-        self._digests = read_digests(path)
+        self.derived = str(self.manifest.get("derived", ""))
+        self._digests = read_digests(path, self.derived)
         self._lock = threading.Lock()
         self._arrays: dict[str, CheckedArray] = {}
         self.d_sae = int(self.manifest["d_sae"])
         self.n_rows = int(self.manifest["n_rows"])
-        firings = path / FIRINGS
+        firings = place_of(path, FIRINGS, self.derived)
         self._list_rows = ListReader(firings / "row", row_dtype(self.n_rows))
         self._list_values = ListReader(firings / "value", "uint16")
 
@@ -83,8 +84,8 @@ class IndexReader:
         with self._lock:
             if name not in self._arrays:
                 described = self.manifest["arrays"][name]
-                path = file_of(self.path, name, described["dtype"])
-                entry = self._digests.get(path.relative_to(self.path).as_posix())
+                path = file_of(self.path, name, described["dtype"], self.derived)
+                entry = self._digests.get(f"{name}.{described['dtype']}")
                 if entry is None:
                     raise IntegrityError(f"The ledger of {self.path} does not know {path.name}. Build it again.")
                 self._arrays[name] = CheckedArray(path, dtype_of(described["dtype"]), described["shape"], entry)
@@ -100,7 +101,7 @@ class IndexReader:
         import pyarrow
         from pyarrow import parquet
 
-        file = self.path / "tables" / f"{name}.parquet"
+        file = place_of(self.path, f"tables/{name}.parquet", self.derived)
         content = file.read_bytes()
         blocks = [xxhash.xxh3_128_hexdigest(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
         if blocks != self._digests[f"tables/{name}.parquet"]["blocks"]:
@@ -136,9 +137,10 @@ class IndexReader:
                 progress(done, self.n_bytes)
 
         for name, entry in self._digests.items():
-            problem = _verify_file(self.path / name, entry, told)
+            path = place_of(self.path, name, self.derived)
+            problem = _verify_file(path, entry, told, is_appended(name))
             if problem is not None:
-                faults.append(IndexFault(name, problem))
+                faults.append(IndexFault(path.relative_to(self.path).as_posix(), problem))
         return faults
 
     # --- features ---------------------------------------------------------------------------------------------
@@ -297,11 +299,11 @@ class IndexReader:
         return kept
 
 
-def _verify_file(path: Path, entry: dict[str, Any], told: Callable[[int], None]) -> str | None:
-    """What is wrong with a file, if anything."""
+def _verify_file(path: Path, entry: dict[str, Any], told: Callable[[int], None], may_grow: bool) -> str | None:
+    """What is wrong with a file, if anything; one that may grow is looked at as far as it is recorded."""
     if not path.is_file():
         return "the file is missing"
-    found = digest_file(path, told)
+    found = digest_file(path, told, entry["bytes"] if may_grow else None)
     if found["bytes"] != entry["bytes"]:
         return f"it has {found['bytes']:,} bytes; the ledger says {entry['bytes']:,}"
     damaged = [n for n, (own, known) in enumerate(zip(found["blocks"], entry["blocks"], strict=True)) if own != known]

@@ -3,8 +3,11 @@
 1. Batches gather until a segment has enough firings.
 2. Its firings are appended to the flat arrays of `by_token/`, its tokens to `rows/`, and its firings, packed and
    sorted by feature (see `firings`), become a *run* in `build/`.
-3. All is fsynced, then `build/NNNNNN.json` is written: rows, firings, and the xxh3-128 digests of the parts. **A
+3. The strengths that features have on rows left out (BOS and the like) are added up; the sums so far are a file too.
+4. All is fsynced, then `build/NNNNNN.json` is written: rows, firings, and the xxh3-128 digests of the parts. **A
    segment exists when its record does.** What a dead writer appended beyond the last record is cut off on resume.
+
+An index that grows is appended to in the same way, from the rows that it has (`Grown`).
 """
 
 import json
@@ -12,17 +15,36 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from activations.manifest import write_atomically
+from activations.source import bf16_to_float32
 from scope.errors import IntegrityError
 from scope.features.firings import RowFirings, bits_for, pack
 from scope.features.layout import ROW_COLUMNS, dtype_of, feature_dtype, file_of
 
-__all__ = ["Segment", "SegmentLog"]
+__all__ = ["Grown", "LeftOut", "Segment", "SegmentLog"]
+
+
+class LeftOut(NamedTuple):
+    """What would fire on rows that are left out, row after row, `(n,)` each."""
+
+    features: np.ndarray
+    """uint32."""
+    values: np.ndarray
+    """bfloat16 bits, uint16."""
+
+
+class Grown(NamedTuple):
+    """What an index that grows holds already."""
+
+    n_rows: int
+    n_firings: int
+    special: np.ndarray
+    """float64 `(d_sae,)`, as `SegmentLog.special`."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +76,13 @@ class SegmentLog:
     Args:
         folder: the index.
         d_sae: number of features.
+        grown: what it held before, where it grows.
     """
 
-    def __init__(self, folder: Path, d_sae: int) -> None:
+    def __init__(self, folder: Path, d_sae: int, grown: Grown | None = None) -> None:
         self.folder = folder
         self.d_sae = d_sae
+        self.grown = grown or Grown(0, 0, np.zeros(d_sae))
         self.build = folder / "build"
         self.arrays = {
             "by_token/indptr": "int64",
@@ -70,29 +94,35 @@ class SegmentLog:
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.segments = self._committed()
         self._cut_back()
+        self.special = self._special_sums()
+        """float64 `(d_sae,)`: the sum of |strength| over the rows left out. Added up one row after the other, so that
+        it does not depend on where segments end."""
 
     @property
     def n_rows(self) -> int:
-        return self.segments[-1].stop if self.segments else 0
+        return self.segments[-1].stop if self.segments else self.grown.n_rows
 
     @property
     def n_firings(self) -> int:
-        return self.segments[-1].firing_stop if self.segments else 0
+        return self.segments[-1].firing_stop if self.segments else self.grown.n_firings
 
-    def commit(self, firings: RowFirings, columns: dict[str, np.ndarray], n_indexed: int) -> Segment:
+    def commit(
+        self, firings: RowFirings, columns: dict[str, np.ndarray], n_indexed: int, left_out: LeftOut | None = None
+    ) -> Segment:
         """Append the rows that follow the last committed one.
 
         Args:
             firings: what fires on them.
             columns: the columns of `rows/`, `(n,)` each.
             n_indexed: rows among them on which features may fire.
+            left_out: what would fire on the others.
         """
         n = len(firings.counts)
         start, firing_start = self.n_rows, self.n_firings
         number = len(self.segments)
         ends = firing_start + np.cumsum(firings.counts)
         parts = {
-            "by_token/indptr": ends if number else np.concatenate([[0], ends]),
+            "by_token/indptr": ends if start else np.concatenate([[0], ends]),
             "by_token/feature": firings.features,
             "by_token/value": firings.values,
             **{f"rows/{name}": columns[name] for name in ROW_COLUMNS},
@@ -105,15 +135,25 @@ class SegmentLog:
         run_path = self.run_path(number)
         run_path.unlink(missing_ok=True)
         digests["run"] = _append(run_path, run)
+        special = self.special.copy()
+        if left_out is not None:
+            np.add.at(special, left_out.features, np.abs(bf16_to_float32(left_out.values)).astype(np.float64))
+        self._special_path(number).unlink(missing_ok=True)
+        digests["special"] = _append(self._special_path(number), special)
         stop, firing_stop = start + n, firing_start + len(firings.features)
         segment = Segment(number, start, stop, firing_start, firing_stop, int(n_indexed), digests)
         write_atomically(self.build / f"{number:06d}.json", json.dumps(asdict(segment)).encode())
         self.segments.append(segment)
+        self.special = special
+        self._special_path(number - 1).unlink(missing_ok=True)
         return segment
 
     def run_path(self, number: int) -> Path:
         """The file of a segment's packed and sorted firings."""
         return self.build / f"{number:06d}.run.uint64"
+
+    def _special_path(self, number: int) -> Path:
+        return self.build / f"{number:06d}.special.float64"
 
     def check(self, segment: Segment) -> None:
         """Compare a segment's bytes with its record; raises IntegrityError."""
@@ -128,12 +168,16 @@ class SegmentLog:
                 raise IntegrityError(self._rotten(self.run_path(segment.number)))
 
     def _rotten(self, path: Path) -> str:
+        if self.grown.n_rows:
+            return f"{path} changed after it was written. Delete {self.build} and let the index grow again."
         return f"{path} changed after it was written. Delete {self.folder} and build the index again."
 
     def _extent(self, name: str, segment: Segment) -> tuple[int, int]:
         """Bytes of an array's file that a segment wrote."""
-        if name == "by_token/indptr":
-            first, last = segment.start + (segment.number > 0), segment.stop + 1
+        if name == "by_token/indptr" and segment.stop == 0:
+            first, last = 0, 0
+        elif name == "by_token/indptr":
+            first, last = segment.start + (segment.start > 0), segment.stop + 1
         elif name.startswith("by_token/"):
             first, last = segment.firing_start, segment.firing_stop
         else:
@@ -152,10 +196,24 @@ class SegmentLog:
             segments.append(segment)
         return segments
 
+    def _before(self) -> Segment:
+        """What was there before the first segment, as one."""
+        return Segment(-1, 0, self.grown.n_rows, 0, self.grown.n_firings, 0, {})
+
+    def _special_sums(self) -> np.ndarray:
+        if not self.segments:
+            return self.grown.special.astype(np.float64)
+        last = self.segments[-1]
+        path = self._special_path(last.number)
+        content = path.read_bytes() if path.is_file() else b""
+        if xxhash.xxh3_128_hexdigest(content) != last.digests["special"]:
+            raise IntegrityError(self._rotten(path))
+        return np.frombuffer(content, "<f8").astype(np.float64)
+
     def _cut_back(self) -> None:
         for name, dtype in self.arrays.items():
             path = file_of(self.folder, name, dtype)
-            length = self._extent(name, self.segments[-1])[1] if self.segments else 0
+            length = self._extent(name, self.segments[-1] if self.segments else self._before())[1]
             if not path.exists():
                 path.touch()
             if path.stat().st_size < length:

@@ -1,11 +1,20 @@
 """`features.parquet`: one row per feature, put together from what the build gathered."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scope.features.decoder import LogitEffects, Neighbours
-from scope.features.statistics import QUANTILES, ListStatistics, TokenStatistics, entropy_bits, wilson
+from scope.features.languages import language_facts
+from scope.features.statistics import (
+    QUANTILES,
+    ListStatistics,
+    SpreadStatistics,
+    TokenStatistics,
+    divergence_bits,
+    entropy_bits,
+    wilson,
+)
+from scope.features.texts import RowCounts, Texts
 from scope.features.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -29,20 +38,33 @@ class Gathered(NamedTuple):
     high: np.ndarray
     lists: ListStatistics
     tokens: TokenStatistics
-    languages: tuple[str, ...]
-    rows_by_language: np.ndarray
-    """Indexed rows of each language."""
-    sources: tuple[str, ...]
-    rows_by_source: np.ndarray
-    neighbours: Neighbours
-    cosine: np.ndarray
-    """Of encoder and decoder, float32 `(d_sae,)`."""
-    logits: LogitEffects | None
+    spread: SpreadStatistics
+    special: np.ndarray
+    """float64 `(d_sae,)`: the sum of |strength| over the rows that are left out."""
+    texts: Texts
+    rows: RowCounts
+    weights: dict[str, list[Any]]
+    """The columns that the SAE's weights alone make: `weight_columns`."""
     vocabulary: Vocabulary
 
 
 def feature_table(gathered: Gathered) -> "pd.DataFrame":
-    """The feature table; its columns are described at `FeatureIndex.table`."""
+    """The feature table. Its columns are described at `FeatureIndex.table`; those that need a definition:
+
+    density_low, density_high: the 95% score interval of firings per indexed row (Wilson 1927).
+    special_share: the sum of |strength| over the rows that are left out (BOS and other special tokens), as a share of
+        the sum over all rows. Near 1, the feature models sinks, and its firings elsewhere are a side effect.
+    top_token_share: the share of the summed |strength| on ordinary rows that one token has.
+    token_bits, position_bits: how far the tokens (the places in the window, binned 0, 1, 2, 3, 4-7, 8-15, …) that it
+        fires on depart from those of all indexed rows: Kullback-Leibler divergence in bits, without what chance adds
+        (`statistics.divergence_bits`). 0: the token, or the place, says nothing about whether it fires.
+    token_entropy: bits, of its firings over tokens.
+    mean_top_tokens, mean_top_values: the tokens with the largest mean strength, among those that it fires on five
+        times or more.
+    language_entropy, source_entropy: bits, of rates (not counts) over groups.
+    language_neutral, language_specific: see `scope.features.languages`.
+    dead: no firing in this index. over_dense: density above `OVER_DENSE`.
+    """
     import pandas as pd
 
     n = gathered.n_firings
@@ -65,13 +87,13 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
         "std_value": std.astype(np.float32),
         **{f"q{round(100 * q)}": lists.quantiles[:, i].astype(np.float32) for i, q in enumerate(QUANTILES)},
         "mean_position": position.astype(np.float32),
+        "position_bits": divergence_bits(lists.by_position, gathered.rows.by_position).astype(np.float32),
+        "special_share": _special_share(gathered.special, lists.size_sum),
         **_token_columns(gathered),
-        **_logit_columns(gathered),
-        "neighbours": list(gathered.neighbours.features),
-        "neighbour_cosines": list(gathered.neighbours.cosines),
-        "encoder_decoder_cosine": gathered.cosine,
-        **_group_columns("language", gathered.languages, lists.by_language, gathered.rows_by_language),
-        **_group_columns("source", gathered.sources, lists.by_source, gathered.rows_by_source),
+        **gathered.weights,
+        **_group_columns("language", gathered.texts.languages, lists.by_language, gathered.rows.by_language),
+        **_group_columns("source", gathered.texts.sources, lists.by_source, gathered.rows.by_source),
+        **_language_columns(gathered),
         "dead": n == 0,
         "over_dense": density > OVER_DENSE,
     }
@@ -81,36 +103,34 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
 def _token_columns(gathered: Gathered) -> dict[str, object]:
     tokens = gathered.tokens
     kept = [min(int(k), TABLE_TOKENS) for k in (tokens.tokens >= 0).sum(axis=1)]
+    by_mean = [min(int(k), TABLE_TOKENS) for k in (tokens.mean_tokens >= 0).sum(axis=1)]
     strings = [gathered.vocabulary.strings(row[:k]) for row, k in zip(tokens.tokens, kept, strict=True)]
     means = tokens.strengths / np.maximum(tokens.counts, 1)
     return {
         "top_token": [row[0] if row else "" for row in strings],
         "top_token_share": tokens.top_share.astype(np.float32),
         "token_entropy": tokens.entropy.astype(np.float32),
+        "token_bits": tokens.divergence.astype(np.float32),
         "top_tokens": strings,
         "top_token_means": [row[:k].astype(np.float32) for row, k in zip(means, kept, strict=True)],
         "top_token_counts": [row[:k] for row, k in zip(tokens.counts, kept, strict=True)],
+        "mean_top_tokens": [
+            gathered.vocabulary.strings(row[:k]) for row, k in zip(tokens.mean_tokens, by_mean, strict=True)
+        ],
+        "mean_top_values": [row[:k].astype(np.float32) for row, k in zip(tokens.means, by_mean, strict=True)],
     }
 
 
-def _logit_columns(gathered: Gathered) -> dict[str, object]:
-    d_sae = len(gathered.n_firings)
-    if gathered.logits is None:
-        empty: list[list[str]] = [[] for _ in range(d_sae)]
-        none = [np.empty(0, np.float32)] * d_sae
-        return {
-            "top_logits": empty,
-            "top_logit_effects": none,
-            "bottom_logits": empty,
-            "bottom_logit_effects": none,
-        }
-    logits = gathered.logits
-    return {
-        "top_logits": [gathered.vocabulary.strings(row) for row in logits.top_tokens],
-        "top_logit_effects": list(logits.top_effects),
-        "bottom_logits": [gathered.vocabulary.strings(row) for row in logits.bottom_tokens],
-        "bottom_logit_effects": list(logits.bottom_effects),
-    }
+def _special_share(special: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
+    total = special + ordinary
+    return np.divide(special, total, out=np.full(len(total), np.nan), where=total > 0).astype(np.float32)
+
+
+def _language_columns(gathered: Gathered) -> dict[str, object]:
+    spread, rows = gathered.spread, gathered.rows.by_language
+    facts = language_facts(gathered.lists.by_language, spread.windows, spread.documents, rows)
+    names = np.array([*gathered.texts.languages, ""], dtype=object)
+    return {"language_neutral": facts.neutral, "language_specific": names[facts.specific]}
 
 
 def _group_columns(group: str, names: tuple[str, ...], counts: np.ndarray, rows: np.ndarray) -> dict[str, object]:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scope.features.statistics import N_POSITION_BINS, position_bins
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -24,14 +26,20 @@ class Texts(NamedTuple):
     language_of: np.ndarray
     """Language number by sequence."""
     source_of: np.ndarray
+    document_of: np.ndarray
+    """Document by sequence."""
 
 
 class RowCounts(NamedTuple):
-    """Rows by language and by source, those on which no feature may fire left out, and by token id, with them."""
+    """How many rows are of what; those on which no feature may fire are left out but where it is said."""
 
     by_language: np.ndarray
     by_source: np.ndarray
     by_token: np.ndarray
+    """Of all rows."""
+    by_token_indexed: np.ndarray
+    by_position: np.ndarray
+    """By `position_bins`."""
 
 
 def read_texts(source: Any, n_rows: int) -> Texts:
@@ -43,7 +51,9 @@ def read_texts(source: Any, n_rows: int) -> Texts:
     documents = documents[documents["document"].isin(sequences["document"])].reset_index(drop=True)
     languages, language_of = _numbered(documents, sequences, "language")
     sources, source_of = _numbered(documents, sequences, "source")
-    return Texts(documents, sequences, languages, sources, language_of, source_of)
+    document_of = np.zeros(len(language_of), np.int64)
+    document_of[sequences["sequence"]] = sequences["document"]
+    return Texts(documents, sequences, languages, sources, language_of, source_of, document_of)
 
 
 def _numbered(documents: "pd.DataFrame", sequences: "pd.DataFrame", column: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -64,10 +74,15 @@ def count_rows(columns: Mapping[str, np.ndarray], texts: Texts, excluded: int) -
     by_language = np.zeros(len(texts.languages), np.int64)
     by_source = np.zeros(len(texts.sources), np.int64)
     by_token = np.zeros(1 + int(columns["token_id"].max()), np.int64)
+    by_token_indexed, by_position = np.zeros_like(by_token), np.zeros(N_POSITION_BINS, np.int64)
     for start in range(0, len(columns["flags"]), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
-        sequence = columns["sequence"][chunk][columns["flags"][chunk] & excluded == 0]
+        indexed = columns["flags"][chunk] & excluded == 0
+        sequence = columns["sequence"][chunk][indexed]
         by_language += np.bincount(texts.language_of[sequence], minlength=len(by_language))
         by_source += np.bincount(texts.source_of[sequence], minlength=len(by_source))
         by_token += np.bincount(columns["token_id"][chunk], minlength=len(by_token))
-    return RowCounts(by_language, by_source, by_token)
+        by_token_indexed += np.bincount(columns["token_id"][chunk][indexed], minlength=len(by_token))
+        bins = position_bins(columns["position"][chunk][indexed])
+        by_position += np.bincount(bins, minlength=N_POSITION_BINS)
+    return RowCounts(by_language, by_source, by_token, by_token_indexed, by_position)

@@ -24,7 +24,7 @@ from activations.capture import check_numbers, resolved_hooks, spec_of
 from activations.layout import identity_fingerprint
 from activations.memory import MemoryActivations
 from activations.passes import windowing_of
-from activations.plan import TOKEN_COLUMNS
+from activations.plan import TOKEN_COLUMNS, PlannedGroup
 from activations.source import ActivationBatch
 from activations.spec import StorageDtype, require_sizes
 from activations.store import TokenRows
@@ -106,7 +106,12 @@ class LiveActivations:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the store that a capture with these settings makes: its rows are the same."""
-        settings = {"text": self.text.described, "max_tokens": self.max_tokens, "hooks_at_creation": list(self.hooks)}
+        return self.store_fingerprint(self.hooks)
+
+    def store_fingerprint(self, hooks: Sequence[str]) -> str:
+        """The fingerprint of such a store of only some of the hooks."""
+        names = sorted(map(self.resolve_hook, hooks))
+        settings = {"text": self.text.described, "max_tokens": self.max_tokens, "hooks_at_creation": names}
         return identity_fingerprint({"spec": asdict(self.spec), **settings})
 
     @property
@@ -149,6 +154,10 @@ class LiveActivations:
                     pieces, n_rows = [], 0
         if pieces:
             yield _joined(pieces)
+
+    def plans(self) -> Iterator[PlannedGroup]:
+        """The row groups of the text with their token columns, windows and documents; the model does not run."""
+        return (item.plan for item in self._planned())
 
     def has_held_out(self) -> bool:
         """Whether any document of the text is held out (about one title in ten is)."""
