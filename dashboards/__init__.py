@@ -3,25 +3,51 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from dashboards.notebook import Dashboard
     from scope.workspace import Workspace
 
 __all__ = ["serve"]
 
 
-def serve(workspace: "Workspace | str | Path", host: str = "127.0.0.1", port: int = 8050) -> None:
-    """Serve the dashboard of a workspace until interrupted.
+def serve(
+    workspace: "Workspace | str | Path",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    *,
+    allow_hosts: "Iterable[str]" = (),
+    n_links: int = 1,
+    announce: "Callable[[list[str]], None] | None" = None,
+    block: bool | None = None,
+) -> "Dashboard | None":
+    """Serve the dashboard of a workspace: until interrupted or, in a notebook, beside the cells that follow.
 
     Args:
         workspace: a `scope.workspace.Workspace` or the path of its folder.
-        host: the address to bind to. Only requests that name it (or this machine itself) are served, and there is no
-            login: leave it at 127.0.0.1 unless everyone on the network may look.
-        port: the TCP port.
+        host: the address to bind to. Only requests that name it (or this machine itself) are served. Anything but this
+            machine's loopback, such as 0.0.0.0, asks everyone for a one-time link.
+        port: the TCP port; 0 takes a free one. By default 8050, in a notebook a free one where that is taken.
+        allow_hosts: names that requests may call this machine by, beside its own.
+        n_links: one-time links to make, where they are needed: so many browsers are let in.
+        announce: is told the addresses at which to look, once they are served; by default they go to standard error
+            or, with a handle, nowhere: it shows them.
+        block: whether to serve until interrupted; by default everywhere but in a notebook.
+
+    Returns:
+        A handle with `url` and `stop()` where it does not block.
 
     Raises:
-        InvalidInputError: nothing can be served at this address, most often because its port is taken.
+        InvalidInputError: nothing can be served at this address, most often because its port is taken; or an allowed
+            host is not a host's name.
     """
-    from dashboards.app import serve as serve_app
+    from dashboards.notebook import PORT, in_notebook, start
 
-    serve_app(workspace, host, port)
+    if block or (block is None and not in_notebook()):
+        from dashboards.app import serve as serve_app
+
+        at = PORT if port is None else port
+        serve_app(workspace, host, at, allow_hosts=allow_hosts, n_links=n_links, announce=announce)
+        return None
+    return start(workspace, host, port, allow_hosts=allow_hosts, n_links=n_links, announce=announce)

@@ -5,6 +5,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 
 from dashboards.context import Context
+from dashboards.feature_jobs import known_effects
 from dashboards.queries import feature_id, token_detail
 from scope.errors import InvalidInputError, ScopeError
 
@@ -20,12 +21,13 @@ def register(server: Flask, context: Context) -> None:
         try:
             index = context.index(request.args.get("index", ""))
             feature = request.args.get("feature")
-            detail = token_detail(
-                index, _row(request.args.get("row", "")), feature=feature_id(index, feature) if feature else None
-            )
+            own = feature_id(index, feature) if feature else None
+            row = _row(request.args.get("row", ""))
+            detail = token_detail(index, row, feature=own, effects=known_effects(context, index.id, own))
         except ScopeError as problem:
             return jsonify({"error": str(problem)}), 400
         answer: dict[str, Any] = {"row": detail.row, "n_features": detail.n_features, "features": detail.features}
+        answer["push"] = detail.push
         return jsonify(answer), 200
 
 

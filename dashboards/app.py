@@ -2,27 +2,31 @@
 
 1. The browser's address is the state. `#view` holds the address to draw (assets/10_navigate.js writes it on the first
    visit, on links, on back and forward); one callback draws it.
-2. A page is a module with `render(context, view)` and `register(app, context)`; what happens within a page is in its
+2. An answer says which visit it belongs to: one that a later visit has overtaken changes nothing but what it drew, and
+   the browser asks again where it came last. The rail is never drawn anew, the header only for another index.
+3. A page is a module with `render(context, view)` and `register(app, context)`; what happens within a page is in its
    own callbacks, which keep the address in step.
-3. Whatever goes wrong becomes a panel that says what happened to this request.
+4. Whatever goes wrong becomes a panel that says what happened to this request.
 """
 
 import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash import ClientsideFunction, Dash, Input, Output, no_update, set_props
-from dash.exceptions import PreventUpdate
+from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_props
+from dash.exceptions import DependencyException, PreventUpdate
 from flask import Response
 
-from dashboards import api, security
-from dashboards.components import shell, states
+from dashboards import api, exports, security
+from dashboards.access import Access
+from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, feature, features, prompt, workspace
+from dashboards.pages import Page, compare, feature, features, lens, prompt, training, workspace
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -30,7 +34,7 @@ from scope.figures import PALETTES, css_variables
 if TYPE_CHECKING:
     from scope.workspace import Workspace
 
-__all__ = ["create_app", "serve"]
+__all__ = ["bind", "create_app", "serve"]
 
 LOG = logging.getLogger("dashboards")
 NAME = "Scope"
@@ -42,7 +46,16 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "features": features.render,
     "feature": feature.render,
     "prompt": prompt.render,
+    "lens": lens.render,
+    "training": training.render,
+    "compare": compare.render,
 }
+"""What draws each page. One that is not here has no entry in the rail."""
+REGISTERED = (workspace, features, feature, prompt, lens, training, compare)
+"""Pages with callbacks of their own."""
+ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens")
+"""Pages that show the first index where their address names none."""
+ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/training", "/training/ID", "/compare"]
 INDEX = """<!DOCTYPE html>
 <html lang="en">
   <head>
@@ -61,13 +74,25 @@ INDEX = """<!DOCTYPE html>
 """
 
 
-def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: ModelWorker | None = None) -> Dash:
+def create_app(
+    workspace: "Workspace",
+    *,
+    host: str = "127.0.0.1",
+    worker: ModelWorker | None = None,
+    allow_hosts: Iterable[str] = (),
+    access: Access | None = None,
+) -> Dash:
     """The dashboard of a workspace as a Dash application (`.server` is its Flask application).
 
     Args:
         workspace: what to show. It may be empty.
         host: the address that it will be served at; requests for other hosts are refused.
         worker: runs the model; by default a new one, which loads the model when it is first needed.
+        allow_hosts: further names that requests may call it by.
+        access: who is let in; None lets in everyone who can reach it.
+
+    Raises:
+        InvalidInputError: a name in `allow_hosts` is not a host's name.
     """
     context = Context(workspace, worker)
     app = Dash(
@@ -82,44 +107,87 @@ def create_app(workspace: "Workspace", *, host: str = "127.0.0.1", worker: Model
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
         on_error=_log_and_keep,
     )
-    app.layout = lambda: shell.shell(theme_of_request())
+    app.layout = lambda: shell.shell(theme_of_request(), PAGES)
     _register_router(app, context)
-    for page in (features, feature, prompt):
+    for page in REGISTERED:
         page.register(app, context)
+    labels.register(app, context)
     api.register(app.server, context)
+    exports.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
-    security.protect(app, host)
+    app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))
+    security.protect(app, security.hosts_of(host, allow_hosts), access)
     return app
 
 
-def serve(workspace: "Workspace | str | Path", host: str = "127.0.0.1", port: int = 8050) -> None:
+def serve(
+    workspace: "Workspace | str | Path",
+    host: str = "127.0.0.1",
+    port: int = 8050,
+    *,
+    allow_hosts: Iterable[str] = (),
+    n_links: int = 1,
+    announce: Callable[[list[str]], None] | None = None,
+) -> None:
     """Serve the dashboard of a workspace until interrupted: one process, threads for requests, one for the model.
 
+    Args:
+        workspace: a workspace or its folder.
+        host: the address to bind to. Anything but this machine's loopback is served to those alone who come by a
+            one-time link.
+        port: the TCP port; 0 takes a free one.
+        allow_hosts: names that requests may call this machine by, beside its own.
+        n_links: one-time links to make, where they are needed.
+        announce: is told the addresses at which to look, once they are served; by default they go to standard error.
+
     Raises:
-        InvalidInputError: nothing can be served at this address, most often because its port is taken.
+        InvalidInputError: nothing can be served at this address, most often because its port is taken; or an allowed
+            host is not a host's name.
     """
+    server, addresses = bind(workspace, host, port, allow_hosts=allow_hosts, n_links=n_links)
+    (announce or _tell)(addresses)
+    server.run()
+
+
+def bind(
+    workspace: "Workspace | str | Path",
+    host: str,
+    port: int,
+    *,
+    allow_hosts: Iterable[str] = (),
+    n_links: int = 1,
+) -> tuple[Any, list[str]]:
+    """The waitress server of a dashboard, bound and not yet run, and the addresses at which to look; see `serve`."""
     import waitress
 
     from scope.workspace import Workspace
 
     opened = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
-    app = create_app(opened, host=host)
+    hosts = security.hosts_of(host, allow_hosts)
+    access = None if security.is_loopback(host) else Access(n_links)
+    app = create_app(opened, host=host, allow_hosts=allow_hosts, access=access)
     try:
         server = waitress.create_server(
             app.server, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_REQUEST
         )
-    except (OSError, OverflowError) as problem:
+    except (OSError, OverflowError, ValueError) as problem:
         raise InvalidInputError(
             f"The dashboard cannot be served at {host}:{port} ({problem}). Is it served already? Give another --port."
         ) from problem
-    server.run()
+    at = getattr(server, "effective_port", port)
+    return server, access.links(hosts[0].strip("[]"), at) if access else [f"http://{hosts[0]}:{at}"]
+
+
+def _tell(addresses: list[str]) -> None:
+    """On standard error and not in a log: these may let somebody in."""
+    sys.stderr.write("".join(f"The dashboard is at {address}\n" for address in addresses))
 
 
 def draw(context: Context, view: View) -> Page:
     """Draw a view; an error becomes the page."""
     try:
         if view.page not in PAGES:
-            raise UnknownNameError("page", view.path, ["/", "/features", "/feature/ID", "/prompt"])
+            raise UnknownNameError("page", view.path, ADDRESSES)
         return PAGES[view.page](context, view)
     except NoIndexError:
         return Page(states.no_index(), "No index yet", view.page)
@@ -152,32 +220,44 @@ def _register_router(app: Dash, context: Context) -> None:
     @app.callback(
         Output("content", "children"),
         Output("header", "children"),
-        Output("rail", "children"),
         Output("about", "data"),
         Input("view", "data"),
+        State("about", "data"),
         prevent_initial_call=True,
     )
-    def show(data: dict[str, Any] | None) -> tuple[Any, Any, Any, Any]:
+    def show(data: dict[str, Any] | None, before: dict[str, Any] | None) -> tuple[Any, Any, Any]:
         if not data:
             raise PreventUpdate
         view = parse(data["path"], data["search"])
         page = draw(context, view)
-        about = {"title": f"{page.title} · {NAME}", "page": view.page, "rail": page.rail, "address": page.address}
-        return page.content, _header(context, view), shell.rail(_current_index(context, view)), about
+        index = _current_index(context, view)
+        about = {
+            "title": f"{page.title} · {NAME}",
+            "page": view.page,
+            "rail": page.rail,
+            "address": page.address,
+            "index": index,
+            "visit": data.get("visit"),
+        }
+        same = before is not None and before.get("index") == index
+        return page.content, no_update if same else _header(context, index), about
 
 
 def _current_index(context: Context, view: View) -> str:
+    """The index that a view is about; "" for one that is about none."""
+    if view.page not in ABOUT_AN_INDEX and not view.index:
+        return ""
     try:
         return context.entry(view).id
     except (ScopeError, OSError):
         return ""
 
 
-def _header(context: Context, view: View) -> Any:
-    if view.page == "workspace" and not view.index:
+def _header(context: Context, index: str) -> Any:
+    if not index:
         return shell.header([], None)
     try:
-        return shell.header(context.indexes(), context.index(context.entry(view).id))
+        return shell.header(context.indexes(), context.index(index))
     except (ScopeError, OSError):
         return shell.header([], None)
 

@@ -1,6 +1,6 @@
 """What a workspace holds, as the workspace page shows it: facts, parents, health. No Dash."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.workspace import Entry, Workspace
 
-__all__ = ["Artefact", "describe", "sae_name"]
+__all__ = ["Artefact", "Model", "describe", "models", "sae_name"]
 
 ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "standard": "ReLU", "gated": "Gated"}
 
@@ -24,6 +24,29 @@ class Artefact:
     """What its `info()` or manifest says."""
     parents: "tuple[Entry, ...]"
     problem: str | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model as stores and indexes record it."""
+
+    name: str
+    revision: str
+    weight_hash: str
+    """SHA-256 of its weights, hex; "" where nothing recorded it."""
+    used_by: tuple[str, ...]
+    """Names of the stores and indexes."""
+
+
+def models(artefacts: Iterable[Artefact]) -> list[Model]:
+    """The models that stores and indexes were made with, one for each name and weights."""
+    users: dict[tuple[str, str, str], list[str]] = {}
+    for artefact in artefacts:
+        facts = artefact.facts
+        if artefact.problem is None and facts.get("model"):
+            key = (str(facts["model"]), str(facts.get("revision") or ""), str(facts.get("weight_hash") or ""))
+            users.setdefault(key, []).append(artefact.entry.name)
+    return [Model(*key, tuple(names)) for key, names in sorted(users.items())]
 
 
 def describe(workspace: "Workspace", entry: "Entry", index: "FeatureIndex | None" = None) -> Artefact:
@@ -46,6 +69,8 @@ def _index_facts(index: "FeatureIndex") -> dict[str, Any]:
     return {
         "name": index.name,
         "model": index.model_info.get("name", ""),
+        "revision": index.model_info.get("revision"),
+        "weight_hash": index.model_info.get("weight_hash"),
         "hook": index.hook_name,
         "sae": sae_name(index),
         "d_sae": index.d_sae,
@@ -63,6 +88,8 @@ def _index_facts(index: "FeatureIndex") -> dict[str, Any]:
 def _store_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": info["spec"]["model"],
+        "revision": info["spec"].get("model_revision") or info["spec"].get("revision"),
+        "weight_hash": info["spec"].get("weight_hash"),
         "rows": info["rows"],
         "documents": info["documents"],
         "hooks": list(info["hooks"]),

@@ -1,7 +1,8 @@
 """What every page needs: the workspace, its opened indexes, and the model worker."""
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dashboards.links import View
 from dashboards.worker import ModelWorker
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from scope.workspace import Entry, Workspace
 
 __all__ = ["Context", "NoIndexError"]
+
+T = TypeVar("T")
+
+
+CHECK_LIMIT = 3600.0
+"""Seconds that a verification may take."""
 
 
 class NoIndexError(UnknownNameError):
@@ -24,8 +31,22 @@ class Context:
     def __init__(self, workspace: "Workspace", worker: ModelWorker | None = None) -> None:
         self.workspace = workspace
         self.worker = worker or ModelWorker()
+        """Whatever needs a model or torch."""
+        self.checks = ModelWorker(CHECK_LIMIT, "checks")
+        """Reading artefacts from end to end: minutes of the disk, for which no prompt shall wait."""
+        self.shared: dict[str, object] = {}
+        """What pages share with each other, by name."""
         self._indexes: dict[str, FeatureIndex] = {}
         self._lock = threading.Lock()
+        self._things: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What a page keeps for as long as the dashboard is served, made when it is first asked for."""
+        with self._lock:
+            if name not in self._things:
+                self._things[name] = make()
+            kept: T = self._things[name]
+            return kept
 
     def indexes(self) -> "list[Entry]":
         """The readable indexes of the workspace, by name."""

@@ -35,6 +35,75 @@ GLOSSARY: dict[str, Definition] = {
         "feature detects one token.",
         "Σ strength on the token / Σ strength",
     ),
+    "std_value": Definition(
+        "spread of strength",
+        "The standard deviation of the strength over the tokens that the feature fires on.",
+        "√(mean of strength² − mean²)",
+    ),
+    "quantiles": Definition(
+        "quantiles of strength",
+        "The strength that half, 90% or 99% of the feature's firings do not exceed.",
+    ),
+    "top_token": Definition(
+        "top token", "The token that most of the feature's strength lies on, added up over the whole text."
+    ),
+    "token_bits": Definition(
+        "token dependence",
+        "How far the tokens that the feature fires on depart from the tokens of the text. 0 bits: it does not care "
+        "which token it is on.",
+        "KL(tokens of its firings ‖ tokens of the text), log₂",
+    ),
+    "position_bits": Definition(
+        "position dependence",
+        "How far the places in the window that the feature fires at depart from those of all tokens. 0 bits: it fires "
+        "anywhere alike.",
+        "KL(positions of its firings ‖ positions of the text), log₂",
+    ),
+    "mean_position": Definition(
+        "mean position", "The mean place of its firings in the window that the model saw, BOS being place 0."
+    ),
+    "special_share": Definition(
+        "share of special tokens",
+        "How much of the feature's strength would lie on BOS and other special tokens, which are otherwise left out "
+        "of the index. Near 100% the feature is about the start of a text, or an attention sink.",
+        "Σ strength on special tokens / Σ strength on all",
+    ),
+    "top_language": Definition(
+        "main language",
+        "The language that the feature fires most often in, by the lower end of the rate's 95% interval, so that a "
+        "language with little text does not win by a lucky firing.",
+    ),
+    "top_source": Definition(
+        "main source", "The source that the feature fires most often in, by the lower end of the rate's 95% interval."
+    ),
+    "language_entropy": Definition(
+        "language entropy",
+        "How evenly the feature fires over languages: 0 bits in one alone, log₂ of their number where all rates are "
+        "equal. Rates are compared, never counts.",
+        "−Σ p log₂ p over languages, p = rate / Σ rates",
+    ),
+    "language_specific": Definition(
+        "specific to a language",
+        "The one language that the feature fires in far more often than in every other one; empty where there is none.",
+    ),
+    "source_entropy": Definition(
+        "source entropy",
+        "How evenly the feature fires over the sources of the text, as rates.",
+        "−Σ p log₂ p over sources, p = rate / Σ rates",
+    ),
+    "umap": Definition(
+        "UMAP",
+        "A map of the decoder: features that write in alike directions lie near each other. Distances within a "
+        "cluster mean something, those between clusters and the axes do not.",
+        "umap-learn on the decoder's rows, cosine metric",
+    ),
+    "contrast": Definition(
+        "fires on A and not on B",
+        "Features that fire more often where A holds than where B does; without B, than everywhere else. A condition "
+        "is language:de, source:handbook, token:cat, regex:^\\d+$ (each token's text), feature:12 (where that one "
+        "fires) or document:3; & joins several.",
+        "log ratio = log₂(rate on A / rate on B)",
+    ),
     "token_entropy": Definition(
         "token entropy",
         "How many different tokens the feature fires on: 0 bits for a single one, one bit more for each doubling.",
@@ -60,8 +129,9 @@ GLOSSARY: dict[str, Definition] = {
     ),
     "cofiring": Definition(
         "co-firing",
-        "Features that fire on the same tokens, by Jaccard similarity.",
-        "tokens with both / tokens with either",
+        "Features that fire on the same tokens: by Jaccard similarity, by pointwise mutual information (how much "
+        "oftener together than by chance), and how often one fires where the other does.",
+        "Jaccard = both / either; PMI = log₂(both · N / (this · it)); P(it | this) = both / this",
     ),
     "rate": Definition(
         "rate",
@@ -92,11 +162,106 @@ GLOSSARY: dict[str, Definition] = {
         "(CE_mean − CE_sae) / (CE_mean − CE)",
     ),
     "dead": Definition("dead features", "Features that never fire in the text of this index."),
+    "dead_in_training": Definition(
+        "dead features",
+        "Features without a firing in the last rows that were trained on (a million by default).",
+        "dead features / d_sae",
+    ),
+    "grad_norm": Definition(
+        "gradient norm",
+        "The length of a step's gradient before it is clipped, with the loss divided by the variance of the data. A "
+        "run that is about to diverge shows here first.",
+        "‖∇ loss / variance‖",
+    ),
+    "pareto": Definition(
+        "L0–FVU front",
+        "An SAE is on the front where no other one of the same hook, measured on the same kind of rows, explains more "
+        "with as few features. SAEs below and to the left are better.",
+        "no other with l0 ≤ and fvu <",
+    ),
+    "best_cosine": Definition(
+        "nearest cosine",
+        "For each feature the cosine between its decoder row and the nearest one of the other dictionary. The dotted "
+        "line is the threshold from which two features count as the same.",
+        "max over j of cos(W_dec row i, other W_dec row j)",
+    ),
+    "matched": Definition(
+        "matched features",
+        "Pairs whose decoder rows are each other's nearest, at the threshold or above.",
+        "i = nearest(j), j = nearest(i), cos(i, j) ≥ threshold",
+    ),
+    "unique": Definition(
+        "unique features",
+        "Features that the other dictionary has nothing like. Of two checkpoints of a training, those only in the "
+        "later one are births.",
+        "max cos < threshold",
+    ),
+    "split": Definition(
+        "splits and merges",
+        "A split: one feature of A is the nearest of two or more of B, all at the threshold or above. A merge: the "
+        "other way round.",
+    ),
+    "firing_correlation": Definition(
+        "firing correlation",
+        "Pearson's correlation of the strengths of two matched features over all indexed tokens, tokens on which they "
+        "do not fire included. Shown where both SAEs have an index over the same text.",
+        "cov(x, y) / √(var x · var y)",
+    ),
     "over_dense": Definition("over-dense features", "Features that fire on more than one token in ten."),
     "effect": Definition(
         "direct effect",
         "How far the feature's firing on this token moves the logit of the chosen next token, along the residual "
         "stream alone, later layers left out. The final norm's scale is held as it is in this run.",
         "strength × (unit decoder row × gain / rms) · (W_U[target] − mean)",
+    ),
+    "corrected": Definition(
+        "density-corrected strength",
+        "How much a firing says, in bits: how strong it is for this feature, times how rarely the feature fires at "
+        "all. Features that fire everywhere, or are always strong, fall back behind those that say something about "
+        "this token. Mean and density are of this index; a feature that never fires there counts as firing once.",
+        "strength / mean strength of the feature × log₂(1 / density)",
+    ),
+    "change": Definition(
+        "change between two prompts",
+        "The strongest firing in B minus the strongest in A. For “changed on equal tokens” the difference is taken "
+        "token by token, over those that both prompts share in the same place (aligned by longest matching runs), "
+        "and the largest is shown: the same token, read in another context.",
+        "max over B − max over A; on equal tokens: value in B − value in A",
+    ),
+    "divergence": Definition(
+        "Jensen–Shannon divergence",
+        "How far apart the two next-token distributions are, over the whole vocabulary.",
+        "½ KL(p_A ‖ m) + ½ KL(p_B ‖ m), m = ½ (p_A + p_B), in bits",
+    ),
+    "lens": Definition(
+        "logit lens",
+        "What the model would say next if it stopped after this layer: the residual stream, read by the model's own "
+        "final norm and unembedding (nostalgebraist 2020). After the last layer it is what the model says.",
+        "p_l = softmax(unembed(final_norm(x_l)))",
+    ),
+    "lens_entropy": Definition(
+        "entropy",
+        "How undecided the layer is about the next token: 0 nats where one token has all the probability, 12.5 where "
+        "262,144 are equally likely.",
+        "−Σ p ln p",
+    ),
+    "lens_kl": Definition(
+        "divergence from the end",
+        "How far the layer's distribution is from what the plain model says in the end, in nats. With an SAE spliced "
+        "in, the last layer's value is what the SAE costs.",
+        "KL(p_final ‖ p_l) = Σ p_final ln(p_final / p_l)",
+    ),
+    "lens_rank": Definition(
+        "rank",
+        "The place of the followed token among all next tokens of this layer: 1 is the likeliest.",
+        "1 + number of tokens that are likelier",
+    ),
+    "lens_sae": Definition(
+        "SAE in the residual's place",
+        "Read in place: the model runs as it is, and at the SAE's own layer its reconstruction is read instead of the "
+        "residual stream; all other layers are the plain model's. Spliced in: the reconstruction takes the "
+        "activation's place while the model runs; layers before the SAE are the plain model's, those from it on are "
+        "of the changed run. BOS is left as it is in both.",
+        "x_l → decode(encode(x_l))",
     ),
 }

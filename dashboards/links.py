@@ -7,7 +7,17 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, urlencode
 
-__all__ = ["View", "feature_link", "features_link", "parse", "prompt_link", "workspace_link"]
+__all__ = [
+    "View",
+    "compare_link",
+    "feature_link",
+    "features_link",
+    "lens_link",
+    "parse",
+    "prompt_link",
+    "training_link",
+    "workspace_link",
+]
 
 
 @dataclass(frozen=True)
@@ -15,10 +25,11 @@ class View:
     """What an address asks for."""
 
     page: str
-    """ "workspace", "features", "feature", "prompt", or "" where no page has this address."""
+    """ "workspace", "features", "feature", "prompt", "lens", "training", "compare", or "" where no page has this
+    address."""
     path: str = "/"
     target: str = ""
-    """What follows the page's name in the path: the feature id as it was written."""
+    """What follows the page's name in the path: the id of a feature or of a training, as it was written."""
     query: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -37,12 +48,12 @@ def parse(path: str | None, search: str | None) -> View:
     query = dict(parse_qsl((search or "").lstrip("?"), keep_blank_values=True))
     if path == "/":
         return View("workspace", path, "", query)
-    match = re.fullmatch(r"/(features|prompt)/?", path)
+    match = re.fullmatch(r"/(features|prompt|lens|training|compare)/?", path)
     if match:
         return View(match[1], path, "", query)
-    match = re.fullmatch(r"/feature/([^/]+)/?", path)
+    match = re.fullmatch(r"/(feature|training)/([^/]+)/?", path)
     if match:
-        return View("feature", path, match[1], query)
+        return View(match[1], path, match[2], query)
     return View("", path, "", query)
 
 
@@ -69,3 +80,18 @@ def feature_link(index: str, feature: int, **query: object) -> str:
 def prompt_link(index: str, **query: object) -> str:
     """The prompt page; `query` as in its address (text, token, feature, target, sort)."""
     return _link("/prompt", {"index": index, **query})
+
+
+def lens_link(index: str, **query: object) -> str:
+    """The logit lens; `query` as in its address."""
+    return _link("/lens", {"index": index, **query})
+
+
+def training_link(training: str = "", **query: object) -> str:
+    """All trainings, or the page of one; `query` as in its address (runs, x)."""
+    return _link(f"/training/{quote(training, safe='')}" if training else "/training", query)
+
+
+def compare_link(**query: object) -> str:
+    """The comparison of two SAEs or checkpoints; `query` as in its address (a, b)."""
+    return _link("/compare", query)

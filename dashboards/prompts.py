@@ -1,14 +1,20 @@
-"""What the prompt page asks of the model worker. The functions here run in its thread; torch is imported there.
+"""What the prompt page and the logit lens ask of the model worker. The functions here run in its thread; torch is
+imported there.
 
-1. `analyse` runs the model on a text and encodes what the SAE's hook sees: which features fire on each token, and the
-   likeliest next tokens after each.
-2. `push` takes such an analysis and one next token, and says how far each firing moves that token's logit.
-3. `read_token` finds the vocabulary's token for what someone typed.
+1. `Asked` is what someone wants to run, as an address writes it: a text, or a chat that goes through the tokenizer's
+   chat template.
+2. `analyse` runs the model on it and encodes what the SAE's hook sees: which features fire on each token, and the
+   likeliest next tokens after each, a few positions' logits at a time.
+3. `push` takes such an analysis and one next token, and says how far each firing moves that token's logit.
+4. `distributions` puts two analyses' next-token distributions beside each other.
+5. `lens` reads the residual stream after every layer.
+6. `typed` finds the vocabulary's token for what someone typed.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,15 +25,71 @@ from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scope.attribution.lens import LogitLens
     from scope.features.index import FeatureIndex
     from scope.features.prompt import PromptFeatures
+    from scope.features.prompt_compare import PromptComparison
 
-__all__ = ["MAX_TOKENS", "N_PREDICTIONS", "Analysis", "Prediction", "PromptJobs", "Push", "TypedToken"]
+__all__ = [
+    "MAX_LENS_TOKENS",
+    "MAX_TOKENS",
+    "N_PREDICTIONS",
+    "Analysis",
+    "Asked",
+    "Distributions",
+    "LensMode",
+    "Prediction",
+    "PromptJobs",
+    "Push",
+    "TypedToken",
+    "prompt_jobs",
+]
 
-MAX_TOKENS = 512
-"""Longest prompt that the page takes. All its logits are held at once: 0.5 GB with Gemma's vocabulary."""
+MAX_TOKENS = 4096
+"""Longest prompt that the prompt page takes, or the model's context where that is shorter."""
+MAX_LENS_TOKENS = 512
+"""Longest prompt of the logit lens: every layer's logits are computed for every token."""
+LENS_TIME_LIMIT = 900.0
+"""Seconds."""
 N_PREDICTIONS = 10
-CHUNK = 64
+LENS_TOP = 10
+CHAT_ROLES = ("user", "assistant", "system")
+LensMode = Literal["", "read", "splice"]
+
+
+class Asked(NamedTuple):
+    """What someone wants to run."""
+
+    text: str
+    """The text, or the turns of a chat as JSON: [[role, content], …]."""
+    chat: bool = False
+
+    @classmethod
+    def of(cls, query: Mapping[str, Any] | None, suffix: str = "") -> "Asked":
+        """The prompt of an address, its names ending in `suffix`: `chat` where it is there, else `text`."""
+        query = query or {}
+        chat = str(query.get(f"chat{suffix}") or "")
+        return cls(chat, True) if chat else cls(str(query.get(f"text{suffix}") or ""))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return not any(content for _, content in self.turns) if self.chat else not self.text
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """The turns of a chat, role and content each; [] where the address holds something else."""
+        try:
+            turns = json.loads(self.text) if self.chat else []
+        except ValueError:
+            return []
+        if not isinstance(turns, list):
+            return []
+        return [
+            (str(turn[0]), str(turn[1]))
+            for turn in turns
+            if isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
+        ]
 
 
 @dataclass(frozen=True)
@@ -43,11 +105,13 @@ class Prediction:
 class Analysis:
     """What a prompt does in the model, as far as the page shows it."""
 
-    text: str
+    asked: Asked
     features: "PromptFeatures"
     """Without its logits, which are large."""
     predictions: list[list[Prediction]]
     """Per position the likeliest next tokens."""
+    turns: dict[int, str]
+    """Of a chat: the position that each role's turn begins at."""
 
     @property
     def n_tokens(self) -> int:
@@ -72,6 +136,16 @@ class Push:
     """Columns feature, position, strength, effect."""
 
 
+@dataclass(frozen=True, eq=False)
+class Distributions:
+    """What may come next after a position of each of two prompts."""
+
+    table: "pd.DataFrame"
+    """Columns token_id, token, a, b (probabilities): the likeliest of either, by the larger probability."""
+    divergence: float
+    """Jensen-Shannon divergence of the two, in bits: 0 where they are equal, 1 where they share nothing."""
+
+
 @dataclass(frozen=True)
 class TypedToken:
     """The single tokens that what someone typed can stand for, the likeliest reading first."""
@@ -80,64 +154,144 @@ class TypedToken:
 
 
 class PromptJobs:
-    """The jobs of the prompt page, and the models and SAEs that they keep loaded."""
+    """The jobs of the prompt page and the logit lens, and the models and SAEs that they keep loaded."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._models: dict[str, Any] = {}
         self._saes: dict[str, Any] = {}
+        self._comparison: tuple[Analysis, Analysis, PromptComparison] | None = None
 
     # --- called by pages ------------------------------------------------------------------------------------------
 
-    def submit_analysis(self, index: str, text: str) -> Job:
-        """Queue the analysis of a text; the job's result is an `Analysis`."""
-        return self.context.worker.submit(_analysis_key(index, text), lambda job: self._analyse(job, index, text))
+    def submit_analysis(self, index: str, prompt: Asked | str) -> Job:
+        """Queue the analysis of a prompt; the job's result is an `Analysis`."""
+        asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
+        return self.context.worker.submit(_analysis_key(index, asked), lambda job: self._analyse(job, index, asked))
 
-    def submit_push(self, index: str, text: str, token_id: int) -> Job:
+    def submit_push(self, index: str, asked: Asked, token_id: int) -> Job:
         """Queue the direct effects on one next token; the job's result is a `Push`."""
-        key = _push_key(index, text, token_id)
-        return self.context.worker.submit(key, lambda job: self._push(job, index, text, token_id))
+        key = _push_key(index, asked, token_id)
+        return self.context.worker.submit(key, lambda job: self._push(job, index, asked, token_id))
+
+    def submit_distributions(self, index: str, a: Asked, at_a: int, b: Asked, at_b: int) -> Job:
+        """Queue the comparison of what comes next after two positions; the job's result is a `Distributions`."""
+        key = ("distributions", index, a, at_a, b, at_b)
+        return self.context.worker.submit(key, lambda job: self._distributions(job, index, (a, at_a), (b, at_b)))
+
+    def submit_lens(
+        self, index: str, asked: Asked, mode: LensMode = "", follow: tuple[int, ...] = (), position: int | None = None
+    ) -> Job:
+        """Queue the logit lens, at all positions or at one; the job's result is a `LogitLens`."""
+        key = ("lens", index, asked, mode, follow, position)
+        return self.context.worker.submit(
+            key, lambda job: self._lens(job, index, asked, mode, follow, position), time_limit=LENS_TIME_LIMIT
+        )
 
     def submit_typed(self, index: str, typed: str) -> Job:
         """Queue the look-up of a typed token; the job's result is a `TypedToken`."""
         return self.context.worker.submit(("typed", index, typed), lambda job: self._typed(job, index, typed))
 
-    def analysis(self, index: str, text: str) -> Analysis | None:
-        """The analysis of a text, where it is done."""
-        return self.context.worker.result(_analysis_key(index, text))
+    def analysis(self, index: str, prompt: Asked | str) -> Analysis | None:
+        """The analysis of a prompt, where it is done."""
+        asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
+        return self.context.worker.result(_analysis_key(index, asked))
 
-    def push(self, index: str, text: str, token_id: int | None) -> Push | None:
+    def push(self, index: str, asked: Asked, token_id: int | None) -> Push | None:
         """The direct effects on a next token, where they are done."""
-        return None if token_id is None else self.context.worker.result(_push_key(index, text, token_id))
+        return None if token_id is None else self.context.worker.result(_push_key(index, asked, token_id))
+
+    def distributions(self, index: str, a: Asked, at_a: int, b: Asked, at_b: int) -> Distributions | None:
+        """What comes next after two positions, where that is done."""
+        return self.context.worker.result(("distributions", index, a, at_a, b, at_b))
+
+    def lens(
+        self, index: str, asked: Asked, mode: LensMode = "", follow: tuple[int, ...] = (), position: int | None = None
+    ) -> "LogitLens | None":
+        """The logit lens, where it is done."""
+        return self.context.worker.result(("lens", index, asked, mode, follow, position))
+
+    def d_vocab(self, index: str) -> int:
+        """The size of the vocabulary, once the model has been loaded; else 0."""
+        model = self._models.get(str(self.context.index(index).model_info["name"]))
+        return 0 if model is None else int(model.d_vocab)
+
+    def comparison(self, a: Analysis, b: Analysis) -> "PromptComparison":
+        """What differs between two prompts; the last one is kept, because every click on the page asks again."""
+        from scope.features.prompt_compare import compare_prompts
+
+        known = self._comparison
+        if known is None or known[0] is not a or known[1] is not b:
+            known = self._comparison = (a, b, compare_prompts(a.features, b.features))
+        return known[2]
 
     # --- run by the worker ----------------------------------------------------------------------------------------
 
-    def _analyse(self, job: Job, index: str, text: str) -> Analysis:
+    def _analyse(self, job: Job, index: str, asked: Asked) -> Analysis:
         model, sae = self._loaded(job, index)
-        n_tokens = len(model.tokenize(text))
-        limit = min(MAX_TOKENS, model.max_context_size)
-        if n_tokens > limit:
-            raise InvalidInputError(
-                f"The prompt has {n_tokens:,} tokens; this page takes up to {limit:,} (the model's own context is "
-                f"{model.max_context_size:,}). Shorten it."
-            )
+        prompt, n_tokens, turns = _prompt(model, asked)
+        _check_length(model, n_tokens, MAX_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         from scope.features.prompt import features_on_prompt
 
-        found = features_on_prompt(model, sae, text, index=self.context.index(index))
-        predictions = _predictions(model, found.next_logits, job.report)
-        return Analysis(text, replace(found, next_logits=np.empty((0, 0), dtype=np.float32)), predictions)
+        found = features_on_prompt(model, sae, prompt, index=self.context.index(index), logits=False)
+        return Analysis(asked, found, _predictions(model, found.final_residual, job), turns)
 
-    def _push(self, job: Job, index: str, text: str, token_id: int) -> Push:
+    def _push(self, job: Job, index: str, asked: Asked, token_id: int) -> Push:
         from scope.attribution.direct import direct_logit_effects
 
-        analysis = self.analysis(index, text) or self._analyse(job, index, text)
+        analysis = self.analysis(index, asked) or self._analyse(job, index, asked)
         model, sae = self._loaded(job, index)
         if not 0 <= token_id < model.d_vocab:
             raise UnknownNameError("token", token_id, hint=f"The vocabulary has tokens 0 to {model.d_vocab - 1:,}.")
         job.report("tracing the direct paths")
         table = direct_logit_effects(model, sae, analysis.features, None, token_id)
         return Push(token_id, model.vocabulary_strings([token_id])[0], table)
+
+    def _distributions(self, job: Job, index: str, *sides: tuple[Asked, int]) -> Distributions:
+        import pandas as pd
+        import torch
+
+        from scope.models.losses import residual_logits
+
+        model, _ = self._loaded(job, index)
+        rows = []
+        for asked, position in sides:
+            analysis = self.analysis(index, asked) or self._analyse(job, index, asked)
+            rows.append(analysis.features.final_residual[position])
+        job.report("reading the predictions")
+        with torch.no_grad(), model.lock:
+            logits = residual_logits(model, torch.from_numpy(np.stack(rows)))
+        p = logits.double().cpu().softmax(-1)
+        middle = p.mean(0)
+        divergence = torch.special.xlogy(p, p / middle).nan_to_num(0).sum(-1).mean() / np.log(2)
+        best = p.topk(N_PREDICTIONS, dim=-1).indices.flatten().unique()
+        best = best[p[:, best].amax(0).argsort(descending=True, stable=True)]
+        strings = model.vocabulary_strings(best.tolist())
+        table = pd.DataFrame({"token_id": best.numpy(), "token": strings, "a": p[0, best], "b": p[1, best]})
+        return Distributions(table, float(divergence))
+
+    def _lens(
+        self, job: Job, index: str, asked: Asked, mode: LensMode, follow: tuple[int, ...], position: int | None
+    ) -> "LogitLens":
+        from scope.attribution.lens import logit_lens
+
+        model, sae = self._loaded(job, index)
+        prompt, n_tokens, _ = _prompt(model, asked)
+        _check_length(model, n_tokens, MAX_LENS_TOKENS)
+        job.report(f"running the model on {n_tokens:,} tokens")
+        if position is not None:
+            position = min(position, n_tokens - 1)
+        return logit_lens(
+            model,
+            prompt,
+            positions=None if position is None else [position],
+            k=LENS_TOP,
+            follow=follow,
+            sae=sae if mode else None,
+            sae_mode=mode or "read",
+            progress=lambda done, total: job.report("reading the layers", done, total),
+        )
 
     def _typed(self, job: Job, index: str, typed: str) -> TypedToken:
         model, _ = self._loaded(job, index)
@@ -152,6 +306,10 @@ class PromptJobs:
             parts = ", ".join(f"“{piece}”" for piece in pieces[0])
             raise InvalidInputError(f"“{typed}” is {len(pieces[0])} tokens ({parts}). Type the first of them.")
         return TypedToken(choices)
+
+    def loaded(self, job: Job, index: str) -> tuple[Any, Any]:
+        """The model and the SAE of an index, for other jobs of the same worker; called in its thread only."""
+        return self._loaded(job, index)
 
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
@@ -170,12 +328,52 @@ class PromptJobs:
         return model, self._saes[fingerprint]
 
 
-def _analysis_key(index: str, text: str) -> tuple[str, ...]:
-    return ("analyse", index, text)
+def prompt_jobs(context: Context) -> PromptJobs:
+    """The one `PromptJobs` of a dashboard, so that no page loads a model that another has loaded."""
+    jobs = context.shared.setdefault("prompt-jobs", PromptJobs(context))
+    assert isinstance(jobs, PromptJobs)
+    return jobs
 
 
-def _push_key(index: str, text: str, token_id: int) -> tuple[str, str, str, int]:
-    return ("push", index, text, token_id)
+def _analysis_key(index: str, asked: Asked) -> tuple[Any, ...]:
+    return ("analyse", index, asked)
+
+
+def _push_key(index: str, asked: Asked, token_id: int) -> tuple[Any, ...]:
+    return ("push", index, asked, token_id)
+
+
+def _check_length(model: Any, n_tokens: int, most: int) -> None:
+    limit = min(most, model.max_context_size)
+    if n_tokens > limit:
+        raise InvalidInputError(
+            f"The prompt has {n_tokens:,} tokens; this page takes up to {limit:,} (the model's own context is "
+            f"{model.max_context_size:,}). Shorten it by {n_tokens - limit:,}."
+        )
+
+
+def _prompt(model: Any, asked: Asked) -> tuple[Any, int, dict[int, str]]:
+    """What the model is given, its length in tokens, and the positions that the turns of a chat begin at."""
+    if not asked.chat:
+        return asked.text, len(model.tokenize(asked.text)), {}
+    from activations.source import ROLES, Message
+
+    template = model.chat_template
+    if template is None:
+        raise InvalidInputError(
+            f"The tokenizer of {model.name} has no chat template, so that nothing says how it would write turns (base "
+            "models have none). Switch to Text and type the prompt as the model should read it."
+        )
+    turns = [Message(role, content) for role, content in asked.turns if content]
+    (chat,) = model.encode_chats([turns], template, answer=True)
+    bos = [] if model.bos_token_id is None else [model.bos_token_id]
+    roles = np.concatenate([np.zeros(len(bos), np.uint8), chat.role])
+    before = np.concatenate([[0], roles[:-1]])
+    begins = np.flatnonzero((roles != before) & (roles != 0))
+    import torch
+
+    ids = torch.from_numpy(np.concatenate([bos, chat.token_id]).astype(np.int64))
+    return ids, len(ids), {int(place): ROLES[roles[place]] for place in begins}
 
 
 def _load_model(index: "FeatureIndex") -> Any:
@@ -186,24 +384,23 @@ def _load_model(index: "FeatureIndex") -> Any:
     return LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
 
 
-def _predictions(
-    model: Any, logits: np.ndarray, report: Callable[[str, int, int | None], None]
-) -> list[list[Prediction]]:
-    """The likeliest next tokens at each position, `logits` being `(seq, d_vocab)`."""
+def _predictions(model: Any, residual: np.ndarray, job: Job) -> list[list[Prediction]]:
+    """The likeliest next tokens at each position, from the last residual stream."""
     import torch
 
-    ids, probabilities = [], []
-    for start in range(0, len(logits), CHUNK):
-        report("reading the predictions", start, len(logits))
-        chunk = torch.from_numpy(logits[start : start + CHUNK])
-        best = chunk.topk(N_PREDICTIONS, dim=-1)
-        ids += best.indices.tolist()
-        probabilities += (best.values - chunk.logsumexp(dim=-1, keepdim=True)).exp().tolist()
-    unique = sorted({token for row in ids for token in row})
+    from scope.models.losses import likeliest_tokens
+
+    ids, probabilities = likeliest_tokens(
+        model,
+        torch.from_numpy(residual),
+        N_PREDICTIONS,
+        lambda done, total: job.report("reading the predictions", done, total),
+    )
+    unique = sorted(set(ids.flatten().tolist()))
     strings = dict(zip(unique, model.vocabulary_strings(unique), strict=True))
     return [
         [Prediction(token, strings[token], probability) for token, probability in zip(row, chances, strict=True)]
-        for row, chances in zip(ids, probabilities, strict=True)
+        for row, chances in zip(ids.tolist(), probabilities.tolist(), strict=True)
     ]
 
 

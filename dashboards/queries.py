@@ -4,13 +4,15 @@ The pages ask an index for little themselves; what they show is in this module, 
 All of it is read from disk or memory maps; nothing here runs a model (see `dashboards.prompts`), nothing knows Dash.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dashboards.marks import feature_label
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.figures.text import one_in, short_number, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,17 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BANDS",
-    "SORTABLE",
     "ExampleGroup",
     "ExampleRequest",
-    "FeatureFilter",
     "FeatureSummary",
     "TokenDetail",
+    "effect_words",
     "examples",
     "feature_id",
     "feature_name",
-    "feature_rows",
-    "parse_sort",
     "records",
     "summary",
     "table_row",
@@ -38,72 +37,12 @@ __all__ = [
     "tokens_label",
 ]
 
-SORTABLE = ("feature", "density", "max_value", "mean_value", "top_token", "top_language", "token_entropy")
-"""Columns that the browser's grid sorts by."""
-SHOWS: dict[str, dict[str, Any]] = {
-    "all": {},
-    "alive": {"dead": False},
-    "dead": {"dead": True},
-    "over-dense": {"over_dense": True},
-}
 BANDS = ((0.9, 1.0), (0.75, 0.9), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 """Quantile bands of a feature's firings, the strongest first."""
 PER_BAND = 4
 MAX_EXAMPLES = 100
-SPARK_BINS = 24
-
-
-# --- the feature browser --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FeatureFilter:
-    """Which features the browser shows."""
-
-    text: str = ""
-    show: str = "all"
-    """A key of `SHOWS`."""
-    language: str = ""
-    source: str = ""
-
-
-def parse_sort(text: str) -> list[tuple[str, bool]]:
-    """ "density:desc" as (column, ascending) pairs; what cannot be sorted by is left out."""
-    pairs = []
-    for part in filter(None, text.split(",")):
-        column, _, direction = part.partition(":")
-        if column in SORTABLE:
-            pairs.append((column, direction != "desc"))
-    return pairs
-
-
-def feature_rows(
-    index: "FeatureIndex", wanted: FeatureFilter, sort: Sequence[tuple[str, bool]], start: int, stop: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows `start` to `stop` of the browser's grid, JSON-able, and how many match in all."""
-    filters = dict(SHOWS.get(wanted.show, {}))
-    if wanted.language:
-        filters["top_language"] = wanted.language
-    if wanted.source:
-        filters["top_source"] = wanted.source
-    result = index.query(sort=list(sort), filters=filters, text=wanted.text.strip() or None, start=start, stop=stop)
-    return [_grid_row(index, row) for row in records(result.rows)], int(result.total)
-
-
-def _grid_row(index: "FeatureIndex", row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "feature": int(row["feature"]),
-        "label": str(row.get("label") or ""),
-        "tokens": [str(token) for token in row["top_tokens"]][:6],
-        "logits": [str(token) for token in row["top_logits"]][:4],
-        "density": float(row["density"]),
-        "max_value": float(row["max_value"]),
-        "mean_value": float(row["mean_value"]),
-        "top_language": str(row["top_language"] or ""),
-        "dead": bool(row["dead"]),
-        "over_dense": bool(row["over_dense"]),
-        "spark": spark(index.histogram(int(row["feature"]))[1]) if not row["dead"] else [],
-    }
+LISTED = 12
+"""Neighbours, co-firing features and tokens that a page lists."""
 
 
 def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
@@ -112,16 +51,9 @@ def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
 
 
 def table_row(index: "FeatureIndex", feature: int) -> dict[str, Any]:
-    """One feature's row of `FeatureIndex.table`."""
-    return {str(name): value for name, value in index.table.iloc[feature].items()}
-
-
-def spark(counts: np.ndarray) -> list[float]:
-    """Heights from 0 to 1 of a small histogram, on a logarithmic scale (a single firing is still seen)."""
-    merged = np.array([part.sum() for part in np.array_split(np.asarray(counts, dtype=np.int64), SPARK_BINS)])
-    heights = np.log1p(merged)
-    largest = heights.max(initial=0)
-    return [round(float(h), 3) for h in heights / largest] if largest > 0 else []
+    """One feature's row of `FeatureIndex.table`, with its label."""
+    row = {str(name): value for name, value in index.table.iloc[feature].items()}
+    return {**row, "label": feature_label(index, feature)}
 
 
 # --- one feature ----------------------------------------------------------------------------------------------------
@@ -177,17 +109,50 @@ def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
         row=table_row(index, feature),
         edges=edges,
         counts=counts,
-        top_tokens=index.top_tokens(feature, 8),
+        top_tokens=index.top_tokens(feature, LISTED),
         top_logits=index.top_logits(feature, 10),
         bottom_logits=index.bottom_logits(feature, 10),
-        neighbours=index.neighbours(feature, 8),
-        cofiring=index.cofiring(feature, 8),
+        neighbours=index.neighbours(feature, LISTED),
+        cofiring=index.cofiring(feature, LISTED),
         by_language=index.by_language(feature),
         by_source=index.by_source(feature),
         previous=(feature - 1) % index.d_sae,
         next=(feature + 1) % index.d_sae,
         random=int(np.random.default_rng().choice(others)) if len(others) else feature,
     )
+
+
+def effect_words(feature: FeatureSummary) -> str:
+    """What the feature does, in one or two sentences, from its numbers alone: how often it fires, on what, in which
+    language, and what it makes likelier and less likely."""
+    row, parts = feature.row, []
+    if feature.fires:
+        where = _mostly(feature)
+        parts.append(f"Fires on {one_in(row['density'])} tokens{', ' + where if where else ''}.")
+    pushed = [_quoted(token) for token in feature.top_logits["token"].head(3)]
+    held = [_quoted(token) for token in feature.bottom_logits["token"].head(3)]
+    if pushed and held:
+        verb = "Makes" if feature.fires else "Would make"
+        parts.append(f"{verb} {', '.join(pushed)} likelier next and {', '.join(held)} less likely.")
+    return " ".join(parts)
+
+
+def _mostly(feature: FeatureSummary) -> str:
+    """The token and the language that most of the strength or of the firings lie on, where one does."""
+    parts, row = [], feature.row
+    share = row.get("top_token_share")
+    if share is not None and np.isfinite(share) and share >= 0.2:
+        parts.append(f"{short_number(100 * float(share))}% of its strength on {_quoted(row['top_token'])}")
+    if len(feature.by_language) > 1:
+        rates = feature.by_language["rate"].to_numpy(float)
+        first, second = feature.by_language.iloc[0], feature.by_language.iloc[1]
+        if rates[0] > 0 and first["rate_low"] > 2 * second["rate_high"]:
+            parts.append(f"far more often in {first['language']} than in any other language")
+    return ", ".join(parts)
+
+
+def _quoted(token: object) -> str:
+    return f"“{visible_token(str(token))}”"
 
 
 def tokens_label(row: Mapping[str, Any], n: int = 4) -> str:
@@ -214,6 +179,8 @@ class ExampleRequest:
     low: float = 0.0
     high: float = 1.0
     """Quantiles that bound a "band"."""
+    context: str = "snippet"
+    """ "snippet", or "document": the whole text."""
 
 
 @dataclass(frozen=True)
@@ -286,10 +253,23 @@ class TokenDetail:
     n_features: int
     features: list[dict[str, Any]]
     """feature, value, rank (from 1), label: the strongest first."""
+    push: dict[str, Any] | None = None
+    """What the one feature does to the token that follows: token, effect (logits before the final norm's scale, value
+    times effect per unit), None where that token is not among the stored ones or does not follow."""
 
 
-def token_detail(index: "FeatureIndex", row: int, n: int = 8, feature: int | None = None) -> TokenDetail:
-    """The `n` strongest features on one row, and `feature` too where it fires there, whatever its rank."""
+def token_detail(
+    index: "FeatureIndex", row: int, n: int = 8, feature: int | None = None, effects: np.ndarray | None = None
+) -> TokenDetail:
+    """The `n` strongest features on one row, and `feature` too where it fires there, whatever its rank.
+
+    Args:
+        index: the index.
+        row: of the text.
+        n: features to list.
+        feature: the one that the page is about.
+        effects: `(d_vocab,)`, its effect on every token's logit per unit of strength, where that is known.
+    """
     found = index.features_at(row)
     shown = found.head(n)
     if feature is not None and feature not in set(shown["feature"]):
@@ -304,7 +284,36 @@ def token_detail(index: "FeatureIndex", row: int, n: int = 8, feature: int | Non
         }
         for id, value in zip(shown["feature"], shown["value"], strict=True)
     ]
-    return TokenDetail(row, len(found), rows)
+    own = found.loc[found["feature"] == feature, "value"].tolist()
+    push = _push(index, row, feature, float(own[0]), effects) if feature is not None and own else None
+    return TokenDetail(row, len(found), rows, push)
+
+
+def _push(
+    index: "FeatureIndex", row: int, feature: int, value: float, effects: np.ndarray | None
+) -> dict[str, Any] | None:
+    """How far the feature's firing on a row moves the logit of the token that really comes next."""
+    if row + 1 >= index.n_rows:
+        return None
+    here, after = index.tokens(row, row + 2).to_dict("records")
+    if here["sequence"] != after["sequence"]:
+        return None
+    effect = _effect_on(index, feature, after, effects)
+    return {"token": str(after["token"]), "effect": None if effect is None else value * effect}
+
+
+def _effect_on(
+    index: "FeatureIndex", feature: int, token: Mapping[Any, Any], effects: np.ndarray | None
+) -> float | None:
+    """The feature's effect on one token's logit per unit of strength; None where it is not among those stored."""
+    if effects is not None:
+        return float(effects[int(token["token_id"])])
+    text = str(token["token"])
+    for frame in (index.top_logits(feature), index.bottom_logits(feature)):
+        stored = frame.loc[frame["token"] == text, "effect"]
+        if len(stored):
+            return float(stored.iloc[0])
+    return None
 
 
 def _concat(first: "pd.DataFrame", second: "pd.DataFrame") -> "pd.DataFrame":

@@ -72,22 +72,38 @@ class Job:
         """Time since it was submitted."""
         return time.monotonic() - self.submitted_at
 
+    def apply_time_limit(self) -> None:
+        """End a job that has run for longer than it may."""
+        if self.state is not JobState.RUNNING or self.started_at is None:
+            return
+        if time.monotonic() - self.started_at > self.time_limit:
+            self.error = TimeoutError(
+                f"It was stopped after {self.time_limit:g} seconds while {self.step}. Ask for less at once."
+            )
+            self.state = JobState.FAILED
+
     def report(self, step: str, done: int = 0, total: int | None = None) -> None:
         """Say what the job is doing.
 
         Raises:
-            CalledOffError: nobody waits for it any more.
+            CalledOffError: nobody waits for it any more, or its time is up.
         """
+        self.apply_time_limit()
         if not self.pending:
             raise CalledOffError("The request was called off.")
         self.step, self.done, self.total = step, done, total
 
 
 class ModelWorker:
-    """One thread, one queue. The thread starts with the first job and never keeps the process alive."""
+    """One thread, one queue. The thread starts with the first job and never keeps the process alive.
 
-    def __init__(self, time_limit: float = TIME_LIMIT) -> None:
-        self.time_limit = time_limit
+    Args:
+        time_limit: seconds that a job may run.
+        name: of its thread.
+    """
+
+    def __init__(self, time_limit: float = TIME_LIMIT, name: str = "model-worker") -> None:
+        self.time_limit, self.name = time_limit, name
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -111,7 +127,7 @@ class ModelWorker:
             self._forget_old()
             self._queue.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="model-worker", daemon=True)
+                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
             return job
@@ -120,13 +136,8 @@ class ModelWorker:
         """The job with this id, its time limit applied; None once it has been forgotten."""
         with self._changed:
             job = self._jobs.get(id)
-            if job is not None and job.state is JobState.RUNNING and job.started_at is not None:
-                running = time.monotonic() - job.started_at
-                if running > job.time_limit:
-                    job.state = JobState.FAILED
-                    job.error = TimeoutError(
-                        f"It was stopped after {job.time_limit:g} seconds while {job.step}. Try a shorter text."
-                    )
+            if job is not None:
+                job.apply_time_limit()
             return job
 
     def result(self, key: object) -> Any:
@@ -156,6 +167,7 @@ class ModelWorker:
                 job.state = JobState.CANCELLED
                 if job in self._queue:
                     self._queue.remove(job)
+                self._changed.notify_all()
 
     def _forget_old(self) -> None:
         for id in [id for id, job in self._jobs.items() if not job.pending][: max(0, len(self._jobs) - KEPT_JOBS)]:

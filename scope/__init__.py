@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from activations.capture import capture
     from activations.store import ActivationStore
     from activations.text import TextSource
+    from scope.attribution.lens import logit_lens
     from scope.features.build import build_index
     from scope.features.index import FeatureIndex
     from scope.features.prompt import features_on_prompt
@@ -40,6 +41,7 @@ __all__ = [
     "export_store",
     "features_on_prompt",
     "load_sae",
+    "logit_lens",
     "sample_text",
     "train",
 ]
@@ -59,6 +61,7 @@ HOMES = {
     "export_store": "activations.export",
     "features_on_prompt": "scope.features.prompt",
     "load_sae": ("scope.saes.formats", "load"),
+    "logit_lens": "scope.attribution.lens",
     "sample_text": "scope.sample",
     "train": "scope.training",
 }

@@ -3,7 +3,9 @@
     WORKSPACE/
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders
+      saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
+      graphs/NAME           circuit graphs
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
@@ -25,13 +27,16 @@ if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
     from scope.features.labels import FeatureLabels
+    from scope.features.neuronpedia import SAEAddress
     from scope.saes.base import SAE
+    from scope.training.runs import Run
 
-__all__ = ["Entry", "Kind", "Workspace"]
+__all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
-Kind = Literal["activation-store", "sae", "feature-index"]
+Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
 FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
 SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
+GRAPHS = "graphs"
 SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
 
 
@@ -95,6 +100,35 @@ class Workspace:
         """The feature indexes."""
         return self.entries("feature-index")
 
+    def trainings(self) -> "list[Run]":
+        """The training runs, those under way first: of SAEs that lie, or will lie, in this workspace."""
+        from scope.training.runs import LOG_NAME, discover, finished_run
+
+        runs = discover([self.path / FOLDERS["sae"]])
+        known = {run.out.resolve() for run in runs}
+        for entry in self.saes():
+            if entry.path.resolve() not in known and (entry.path / LOG_NAME).is_file():
+                runs.append(finished_run(entry.path, entry.name))
+        return runs
+
+    def training(self, id: str) -> "Run":
+        """The training run with this id or name.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        runs = self.trainings()
+        for run in runs:
+            if id in (run.id, run.name):
+                return run
+        known = [name for run in runs for name in (run.id, run.name)]
+        raise UnknownNameError("training", id, known, hint=f"The workspace is {self.path}.")
+
+    def graphs(self) -> list[Entry]:
+        """The circuit graphs."""
+        paths = sorted(path for path in (self.path / GRAPHS).glob("*") if not path.name.startswith("."))
+        return [Entry("circuit-graph", "", path.stem, path, {}) for path in paths]
+
     def find(self, id: str, kind: Kind | None = None) -> Entry:
         """The artefact with this id, fingerprint or name.
 
@@ -123,25 +157,32 @@ class Workspace:
 
     def index(self, id: str) -> "FeatureIndex":
         """The feature index with this id, with the labels that the workspace has of its SAE's features."""
-        from scope.features.index import FeatureIndex
-        from scope.features.labels import FeatureLabels
-
-        entry = self.find(id, "feature-index")
-        sae, d_sae = entry.manifest["sae"]["fingerprint"], entry.manifest["d_sae"]
-        return FeatureIndex.open(entry.path, FeatureLabels(sae, self.database, d_sae=int(d_sae)))
+        return _open_labelled(self.find(id, "feature-index").path, self.database)
 
     def labels(self, id: str) -> "FeatureLabels":
-        """The labels of an SAE's features, by the id of the SAE or of one of its indexes, or at a path or address
-        that `scope.saes.formats.load` takes."""
+        """The labels of an SAE's features. `id` is that of the SAE or of an index of it, or a path or address that
+        `scope.saes.formats.load` takes.
+
+        Raises:
+            UnknownNameError: there is no such SAE.
+        """
+        return self.labelled(id)[0]
+
+    def labelled(self, id: str) -> "tuple[FeatureLabels, SAEAddress]":
+        """As `labels`, and what the SAE is of, which an import of labels compares with."""
         from scope.features.labels import FeatureLabels
+        from scope.features.neuronpedia import SAEAddress
 
         for entry in self.indexes():
-            described = entry.manifest.get("sae", {})
-            fingerprint = described.get("fingerprint", "")
-            if id in (entry.id, entry.name, fingerprint, fingerprint[:ID_LENGTH]):
-                return FeatureLabels(fingerprint, self.database, d_sae=int(entry.manifest["d_sae"]))
+            about = entry.manifest.get("sae", {})
+            fingerprint = str(about.get("fingerprint", ""))
+            if entry.problem is None and id in (entry.id, entry.name, fingerprint, fingerprint[:ID_LENGTH]):
+                address = SAEAddress.of(entry.manifest["model"]["name"], about["hook_name"], about.get("metadata"))
+                return FeatureLabels(fingerprint, self.database, d_sae=int(entry.manifest["d_sae"])), address
         sae = self.sae(id)
-        return FeatureLabels(sae.fingerprint, self.database, d_sae=sae.d_sae)
+        metadata = sae.cfg.metadata
+        address = SAEAddress.of(metadata.model_name, metadata.hook_name, metadata.extra)
+        return FeatureLabels(sae.fingerprint, self.database, d_sae=sae.d_sae), address
 
     def parents(self, entry: Entry) -> list[Entry]:
         """What an artefact was made from, as far as it lies in this workspace."""
@@ -170,7 +211,10 @@ class Workspace:
     def _added(self) -> list[Path]:
         if not self.database.is_file():
             return []
-        with closing(self._database()) as database:
+        # A look must neither make a table nor switch modes while somebody writes the first label.
+        with closing(sqlite3.connect(self.database, timeout=10)) as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'added'").fetchone():
+                return []
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]
 
     def _scan(self) -> Iterator[Entry]:
@@ -201,6 +245,33 @@ class Workspace:
             f"<b>Workspace</b> <code>{escape(str(self.path))}</code>"
             f"<table><tr><th>kind</th><th>id</th><th>name</th><th>where</th></tr>{rows}</table>"
         )
+
+
+def open_index(what: str | Path, workspace: str | Path | None = None) -> "FeatureIndex":
+    """An index with its labels, by its folder or by id or name.
+
+    Args:
+        what: a folder, or an id or name in the workspace.
+        workspace: where it and its labels lie; by default the one that the folder is in, else "workspace".
+    Raises:
+        UnknownNameError: there is no such index.
+    """
+    folder = Path(what)
+    if not (folder / "manifest.json").is_file():
+        return Workspace(workspace or "workspace").index(str(what))
+    within = folder.resolve().parent
+    if workspace is None and within.name == FOLDERS["feature-index"]:
+        workspace = within.parent
+    return _open_labelled(folder, None if workspace is None else Workspace(workspace).database)
+
+
+def _open_labelled(folder: Path, database: Path | None) -> "FeatureIndex":
+    from scope.features.index import FeatureIndex
+    from scope.features.labels import FeatureLabels
+
+    manifest = read_manifest(folder, "feature-index")
+    labels = FeatureLabels(manifest["sae"]["fingerprint"], database, d_sae=int(manifest["d_sae"]))
+    return FeatureIndex.open(folder, labels)
 
 
 def _entry(path: Path, manifest: dict[str, Any]) -> Entry:

@@ -4,6 +4,7 @@ feature that never fires)."""
 
 import re
 import threading
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scope.errors import OutOfRangeError, UnknownNameError
+from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.examples import Example, Examples
+from scope.features.labels import FeatureLabels
 
 TEXTS = [
     (
@@ -92,6 +94,7 @@ class FakeIndex:
             "weight_hash": "ab" * 32,
             "tokenizer_hash": "cd" * 32,
             "context_size": 256,
+            "bos_token_id": 0,
         }
         self.metrics = {"fvu": 0.2132, "l0": 32.02, "delta_ce": 0.4312, "dead_share": 0.0104}
         self.manifest = {
@@ -134,6 +137,10 @@ class FakeIndex:
             )
             self._values[hit, feature] = rng.gamma(3.0, 60.0, hit.sum()).astype(np.float32)
         self.n_firings = int((self._values > 0).sum())
+        self.labels = FeatureLabels(self.sae_info["fingerprint"], d_sae=FEATURES)
+        self.labels.set(LONG_LABEL, text=("a very long label " * 12)[:200])
+        self._known_groups: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
+        self._vocabulary = {word: id for id, word in enumerate(dict.fromkeys(["<bos>", *words]))}
 
     def _check(self, feature: int) -> int:
         if not 0 <= feature < self.d_sae:
@@ -171,7 +178,10 @@ class FakeIndex:
                     "top_token_share": 0.4,
                     "token_entropy": 2.2,
                     "source_entropy": 1.1,
-                    "label": ("a very long label " * 12)[:200] if feature == LONG_LABEL else "",
+                    "neighbours": [(feature + step) % self.d_sae for step in range(1, 6)],
+                    "neighbour_cosines": [0.8 - 0.1 * step for step in range(5)],
+                    "language_neutral": feature % 5 == 0,
+                    "language_specific": "ja" if feature % 11 == 0 else "",
                 }
             )
         return pd.DataFrame(rows)
@@ -308,12 +318,20 @@ class FakeIndex:
             effect=np.linspace(-0.02, -0.003, n)
         )
 
+    def _groups(self, column: str) -> tuple[np.ndarray, dict[str, int]]:
+        if column in self._known_groups:
+            return self._known_groups[column]
+        of_row = self.documents[column].to_numpy()[self._row_document]
+        names, counts = np.unique(of_row.astype(str), return_counts=True)
+        self._known_groups[column] = of_row, dict(zip(names.tolist(), counts.tolist(), strict=True))
+        return self._known_groups[column]
+
     def _by(self, feature: int, column: str) -> pd.DataFrame:
         fired = self.firings(feature)
-        about = self.documents[column].iloc[self._row_document[fired["row"]]].to_numpy()
+        of_row, n_rows_of = self._groups(column)
+        about = of_row[fired["row"]]
         rows = []
-        for name in sorted(self.documents[column].unique()):
-            n_rows = int((self.documents[column].iloc[self._row_document] == name).sum())
+        for name, n_rows in n_rows_of.items():
             hits = int((about == name).sum())
             rate = hits / n_rows
             rows.append(
@@ -344,6 +362,55 @@ class FakeIndex:
         ids = ids[np.argsort(-values[ids])]
         return pd.DataFrame({"feature": ids, "value": values[ids], "rank": range(len(ids))})
 
+    def tokens(self, start: int, stop: int) -> pd.DataFrame:
+        rows = np.arange(start, stop)
+        sequence = np.asarray(self._row_document)[start:stop]
+        texts = self._tokens[start:stop]
+        return pd.DataFrame(
+            {
+                "row": rows,
+                "token": texts,
+                "token_id": [self._vocabulary[text] for text in texts],
+                "sequence": sequence,
+                "position": rows - self.sequences["start_row"].to_numpy()[sequence],
+                "flags": (texts == "<bos>").astype(int),
+            }
+        )
+
+    def values_on(self, feature: int, start: int, stop: int) -> np.ndarray:
+        return self._values[start:stop, self._check(feature)]
+
+    def document_rows(self, document: int) -> np.ndarray:
+        if not 0 <= document < len(self.documents):
+            raise OutOfRangeError(f"There is no document {document}.")
+        about = self.sequences.iloc[document]
+        return np.arange(about.start_row + 1, about.start_row + about.n_rows)
+
+    def contrast(self, a: str, b: str | None = None, n: int = 50) -> SimpleNamespace:
+        """Of languages only."""
+        for condition in filter(None, (a, b)):
+            if not condition.startswith("language:"):
+                raise InvalidInputError(f"The condition {condition!r} is none; expected one like language:de.")
+        on_a = self._rows_of(a)
+        on_b = self._rows_of(b) if b else ~on_a
+        fired = self._values > 0
+        rate_a, rate_b = fired[on_a].mean(axis=0), fired[on_b].mean(axis=0)
+        table = pd.DataFrame({"feature": np.arange(self.d_sae), "rate_a": rate_a, "rate_b": rate_b})
+        for side in ("a", "b"):
+            table[f"rate_{side}_low"], table[f"rate_{side}_high"] = (
+                table[f"rate_{side}"] * 0.8,
+                table[f"rate_{side}"] * 1.2,
+            )
+        table["log_ratio"] = np.log2((rate_a + 1e-6) / (rate_b + 1e-6))
+        table["z"] = (rate_a - rate_b) * 100
+        table = table[table["rate_a"] > table["rate_b"]].sort_values("z", ascending=False, kind="stable").head(n)
+        n_a, n_b = int(on_a.sum()), int(on_b.sum())
+        return SimpleNamespace(table=table, n_rows_a=n_a, n_rows_b=n_b, looked_at_a=n_a, looked_at_b=n_b)
+
+    def _rows_of(self, condition: str) -> np.ndarray:
+        language = condition.removeprefix("language:")
+        return (self.documents["language"].to_numpy()[self._row_document] == language) & (self._tokens != "<bos>")
+
     def query(
         self, sort: Any = (), filters: Any = None, text: str | None = None, start: int = 0, stop: int | None = None
     ) -> SimpleNamespace:
@@ -355,7 +422,7 @@ class FakeIndex:
         if text:
             low = text.lower()
             hit = [
-                low in " ".join([*row.top_tokens, *row.top_logits, *row.bottom_logits, row.label]).lower()
+                low in " ".join([*row.top_tokens, *row.top_logits, *row.bottom_logits]).lower()
                 or str(row.feature) == low
                 for row in table.itertuples()
             ]
@@ -396,6 +463,15 @@ class FakeWorkspace:
     def indexes(self) -> list[SimpleNamespace]:
         return self.entries("feature-index")
 
+    def trainings(self) -> list[Any]:
+        return []
+
+    def training(self, id: str) -> Any:
+        raise UnknownNameError("training", id)
+
+    def graphs(self) -> list[Any]:
+        return []
+
     def find(self, id: str, kind: str | None = None) -> SimpleNamespace:
         for entry in self.entries(kind):
             if id in (entry.id, entry.name):
@@ -406,7 +482,10 @@ class FakeWorkspace:
         return []
 
     def sae(self, id: str) -> SimpleNamespace:
-        return SimpleNamespace(hook_name="blocks.8.hook_resid_post")
+        import torch
+
+        decoder = torch.randn(FEATURES, FakeModel.d_model, generator=torch.Generator().manual_seed(1))
+        return SimpleNamespace(hook_name="blocks.8.hook_resid_post", W_dec=decoder)
 
     def index(self, id: str) -> FakeIndex:
         return next(index for index in self._indexes if index.id == self.find(id).id)
@@ -425,7 +504,7 @@ class FakePromptFeatures:
     token_ids: np.ndarray
     flags: np.ndarray
     table: pd.DataFrame
-    next_logits: np.ndarray
+    next_logits: None
     final_residual: np.ndarray
 
     def at(self, position: int) -> pd.DataFrame:
@@ -443,11 +522,23 @@ class FakeModel:
 
     name = "Gemma 3 270M, Q4_K_M dequantised"
     max_context_size = 2048
+    n_layers = 6
+    bos_token_id = 0
+    chat_template = None
+    d_model = 4
 
     def __init__(self, index: "FakeIndex") -> None:
         self.index = index
         self.vocabulary = list(dict.fromkeys(["<bos>", " cold", "cold", " hot", " warm", *index._words]))
         self.d_vocab = len(self.vocabulary)
+        self.lock = threading.RLock()
+
+    def residual_logits(self, residual: Any) -> Any:
+        """Stands in for `scope.models.losses.residual_logits`."""
+        import torch
+
+        weights = np.random.default_rng(1).normal(0, 1, (self.d_model, self.d_vocab)).astype(np.float32)
+        return residual @ torch.from_numpy(weights)
 
     def tokenize(self, text: str) -> list[int]:
         return list(range(1 + len(split(text))))
@@ -460,8 +551,16 @@ class FakeModel:
     def vocabulary_strings(self, ids: Any) -> list[str]:
         return [self.vocabulary[int(id)] for id in ids]
 
+    def logit_effects(self, directions: Any) -> Any:
+        import torch
 
-def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: Any = None) -> FakePromptFeatures:
+        generator = torch.Generator().manual_seed(0)
+        return directions @ torch.randn(self.d_model, self.d_vocab, generator=generator)
+
+
+def fake_features_on_prompt(
+    model: FakeModel, sae: Any, prompt: str, *, index: Any = None, logits: bool = True
+) -> FakePromptFeatures:
     """Stands in for `scope.features.prompt.features_on_prompt`."""
     if "wait" in prompt:
         GATE.wait(60)
@@ -481,11 +580,56 @@ def fake_features_on_prompt(model: FakeModel, sae: Any, prompt: str, *, index: A
         "blocks.8.hook_resid_post",
         FEATURES,
         tokens,
-        np.arange(len(tokens)),
+        np.array([zlib.crc32(token.encode()) % 10_000 for token in tokens]),
         flags,
         pd.DataFrame(rows, columns=["position", "token", "feature", "value", "rank"]),
-        rng.normal(0, 2, (len(tokens), model.d_vocab)).astype(np.float32),
-        np.zeros((len(tokens), 4), dtype=np.float32),
+        None,
+        rng.normal(0, 1, (len(tokens), model.d_model)).astype(np.float32),
+    )
+
+
+def fake_logit_lens(
+    model: FakeModel,
+    prompt: str,
+    *,
+    positions: Any = None,
+    k: int = 10,
+    follow: Any = (),
+    sae: Any = None,
+    sae_mode: str = "read",
+    progress: Any = None,
+) -> Any:
+    """Stands in for `scope.attribution.lens.logit_lens`: each layer is a random distribution."""
+    from scope.attribution.lens import LogitLens
+
+    if "wait" in prompt:
+        progress(1, 2)
+        GATE.wait(60)
+        progress(2, 2)
+    tokens = ("<bos>", *split(prompt))
+    places = np.arange(len(tokens)) if positions is None else np.array(positions)
+    rng = np.random.default_rng(len(prompt) + (0 if sae is None else 1))
+    logits = rng.normal(0, 2, (model.n_layers, len(tokens), model.d_vocab))[:, places]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    top = np.argsort(-p, -1)[..., :k]
+    followed = [int(one) for one in follow]
+    return LogitLens(
+        layers=tuple(range(model.n_layers)),
+        hook_names=tuple(f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)),
+        tokens=tokens,
+        token_ids=np.arange(len(tokens)),
+        positions=places,
+        top_ids=top,
+        top_tokens=np.array(model.vocabulary, dtype=object)[top],
+        top_probabilities=np.take_along_axis(p, top, -1),
+        entropy=-(p * np.log(p)).sum(-1),
+        kl=(p[-1] * np.log(p[-1] / p)).sum(-1),
+        followed_ids=tuple(followed),
+        followed_tokens=tuple(model.vocabulary_strings(followed)),
+        probability=p[..., followed],
+        rank=1 + (p[..., None, :] > p[..., followed, None]).sum(-1),
+        sae_layer=None if sae is None else 3,
+        sae_mode=None if sae is None else sae_mode,
     )
 
 

@@ -30,12 +30,13 @@ def get(client: Any, path: str, host: str = "127.0.0.1:8050", **headers: str) ->
 
 def draw(client: Any, path: str, search: str = "", origin: str | None = None) -> Any:
     """What the router's callback answers for an address."""
-    outputs = ["content.children", "header.children", "rail.children", "about.data"]
+    outputs = ["content.children", "header.children", "about.data"]
     parts = [name.split(".") for name in outputs]
     body = {
         "output": ".." + "...".join(outputs) + "..",
         "outputs": [{"id": id, "property": name} for id, name in parts],
         "inputs": [{"id": "view", "property": "data", "value": {"path": path, "search": search, "visit": 1}}],
+        "state": [{"id": "about", "property": "data", "value": None}],
         "changedPropIds": ["view.data"],
     }
     headers = {"Host": "127.0.0.1:8050", **({"Origin": origin} if origin else {})}

@@ -108,3 +108,28 @@ def test_a_full_queue_is_refused_and_old_results_are_forgotten(gate: threading.E
     for n in range(1000, 1100):
         worker.wait(worker.submit(n, lambda job: None), LONG)
     assert worker.get(jobs[0].id) is None
+
+
+def test_a_job_that_nobody_polls_stops_when_its_time_is_up(gate: threading.Event) -> None:
+    worker = ModelWorker()
+
+    def work(job: Job) -> None:
+        gate.wait(LONG)
+        job.report("going on for too long")
+
+    job = worker.submit("x", work, time_limit=1e-6)
+    gate.set()
+    worker.wait(job, LONG)
+    assert job.state is JobState.FAILED
+    assert isinstance(job.error, TimeoutError)
+
+
+def test_who_waits_for_a_job_hears_at_once_that_it_was_cancelled(gate: threading.Event) -> None:
+    worker, heard = ModelWorker(), threading.Event()
+    job = worker.submit("x", lambda job: gate.wait(LONG))
+    waiting = threading.Thread(target=lambda: (worker.wait(job, LONG), heard.set()))
+    waiting.start()
+    worker.cancel(job.id)
+    assert heard.wait(LONG / 2)
+    gate.set()
+    waiting.join()

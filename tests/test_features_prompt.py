@@ -170,3 +170,24 @@ def test_effects_that_cannot_be():
         direct_logit_effects(model, make_sae(model, sae.hook_name, d_sae=80), prompt, 1, 3)
     with pytest.raises(MismatchError, match="residual stream"):
         direct_effects(model, torch.zeros(1, 5), torch.zeros(1, model.d_model), 3)
+
+
+def test_likeliest_tokens_are_those_of_the_logits_without_holding_them(monkeypatch):
+    from scope.models import losses
+
+    model = tiny_model("gemma2")
+    sae = make_sae(model, "blocks.1.hook_resid_post")
+    whole = features_on_prompt(model, sae, "The cat sat on the mat and")
+    lean = features_on_prompt(model, sae, "The cat sat on the mat and", logits=False)
+    assert lean.next_logits is None
+    assert lean.table.equals(whole.table)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 3 * 8 * model.d_vocab)
+    seen = []
+    ids, probabilities = losses.likeliest_tokens(
+        model, torch.from_numpy(lean.final_residual), 4, lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(start, len(lean.tokens)) for start in range(0, len(lean.tokens), 3)]
+    expected = torch.from_numpy(whole.next_logits).softmax(-1)
+    best = expected.topk(4, dim=-1)
+    assert torch.allclose(probabilities, best.values, atol=1e-5)
+    assert torch.allclose(expected.gather(1, ids), best.values, atol=1e-5)

@@ -271,7 +271,22 @@ def test_panels_escape_everything(built, busy):
     for panel in panels:
         parser = _Tags()
         parser.feed(panel)
-        allowed = {"div", "span", "table", "tr", "td", "th", "svg", "rect", "title", "bdi", "code", "p"}
+        allowed = {
+            "div",
+            "span",
+            "table",
+            "tr",
+            "td",
+            "th",
+            "svg",
+            "rect",
+            "title",
+            "bdi",
+            "code",
+            "p",
+            "details",
+            "summary",
+        }
         assert set(parser.tags) <= allowed
         assert not [name for name in parser.attributes if name.startswith("on")]
     everything = "".join(panels)

@@ -37,6 +37,7 @@ def all_figures(theme):
     yield figures.feature_scatter(table(), colour="density", theme=theme)
     yield figures.feature_scatter(table(), colour="top_language", theme=theme)
     yield figures.logit_bars(pd.DataFrame({"token": [EVIL, " b\n"], "effect": [0.3, -0.1]}), theme=theme)
+    yield figures.logit_histogram(np.linspace(-1, 2, 41), np.arange(40), theme=theme)
     curves = pd.DataFrame({"tokens": [0, 10], "fvu": [1.0, 0.1], "l0": [3.0, 4.0]})
     yield figures.training_curves(curves, theme=theme)
     yield figures.training_curves(pd.concat([curves.assign(run=EVIL), curves.assign(run="b")]), theme=theme)
@@ -88,6 +89,14 @@ def test_logit_bars_keep_both_ends():
     assert list(bar.x) == [-50, -49, -48, 47, 48, 49]
     palette = PALETTES["light"]
     assert list(bar.marker.color) == [palette.negative] * 3 + [palette.positive] * 3
+
+
+def test_logit_histogram_colours_by_sign_and_leaves_empty_bins_empty():
+    bar = figures.logit_histogram(np.array([-2.0, -1.0, 0.0, 1.0]), np.array([5, 0, 3])).data[0]
+    assert list(bar.x) == [-1.5, -0.5, 0.5]
+    assert np.isnan(bar.y[1])
+    palette = PALETTES["light"]
+    assert list(bar.marker.color) == [palette.negative, palette.negative, palette.positive]
 
 
 def test_scatter_groups_what_comes_after_eight():

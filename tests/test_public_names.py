@@ -23,6 +23,7 @@ def test_the_public_names():
         "export_store",
         "features_on_prompt",
         "load_sae",
+        "logit_lens",
         "sample_text",
         "train",
     ]

@@ -91,7 +91,12 @@
   const plainFetch = window.fetch.bind(window);
   window.fetch = async (...request) => {
     try {
-      return await plainFetch(...request);
+      const answer = await plainFetch(...request);
+      if (answer.status === 401) {
+        document.body.classList.remove("navigating");
+        toast("This dashboard does not know you any more. Open a link that scope serve has printed.");
+      }
+      return answer;
     } catch (error) {
       if (error instanceof TypeError) {
         document.body.classList.remove("navigating");

@@ -4,9 +4,9 @@
   "use strict";
   const { setProps, copy } = window.scope;
   let visits = 0;
+  let answered = 0;
   let scrollTo = 0;
   let focusMain = false;
-  let sampleText = null;
 
   history.scrollRestoration = "manual";
 
@@ -21,11 +21,11 @@
   }
 
   /** Go to an address of this dashboard. */
-  function go(address) {
+  function go(address, stay) {
     history.replaceState({ scroll: window.scrollY }, "");
-    history.pushState({ scroll: 0 }, "", address);
-    scrollTo = 0;
-    focusMain = true;
+    scrollTo = stay ? window.scrollY : 0;
+    history.pushState({ scroll: scrollTo }, "", address);
+    focusMain = !stay;
     draw();
   }
 
@@ -61,7 +61,7 @@
     for (const name of (link.dataset.carry || "").split(" ")) {
       if (name && now.has(name) && now.get(name) !== "band") url.searchParams.set(name, now.get(name));
     }
-    go(url.href);
+    go(url.href, link.hasAttribute("data-stay"));
   });
 
   document.addEventListener("click", (event) => {
@@ -80,6 +80,12 @@
 
     /** After a view has been drawn: where to scroll, what the window is called. */
     drawn(children, about) {
+      if (about && about.visit < visits) {
+        // A later visit has overtaken this one. Where it has been answered before, its page has just been replaced.
+        if (answered === visits) draw();
+        return window.dash_clientside.no_update;
+      }
+      answered = visits;
       document.body.classList.remove("navigating");
       document.title = (about && about.title) || "Scope";
       document.body.dataset.page = (about && about.page) || "";
@@ -87,6 +93,11 @@
       for (const link of document.querySelectorAll(".rail a[data-page]")) {
         if (about && link.dataset.page === about.rail) link.setAttribute("aria-current", "page");
         else link.removeAttribute("aria-current");
+        if (link.dataset.withIndex && about && about.index) {
+          const url = new URL(link.href);
+          url.searchParams.set("index", about.index);
+          link.setAttribute("href", url.pathname + url.search);
+        }
       }
       requestAnimationFrame(() => {
         window.scrollTo(0, scrollTo);
@@ -104,32 +115,17 @@
       return window.dash_clientside.no_update;
     },
 
-    /** Which examples of a feature are shown, in the address. */
-    examplesAddress(request) {
-      if (!request) return window.dash_clientside.no_update;
-      const changed = { show: request.show === "top" ? null : request.show, language: request.language, source: request.source };
-      changed.n = request.n === 20 ? null : request.n;
-      changed.seed = request.seed || null;
-      changed.low = request.show === "band" ? request.low : null;
-      changed.high = request.show === "band" ? request.high : null;
-      refine(changed, true);
-      return window.dash_clientside.no_update;
-    },
-
-    /** Run a prompt: the text goes into the address, the token that was selected in the old one is let go. */
-    runPrompt(clicks, request) {
-      if (!clicks || !request) return [window.dash_clientside.no_update, window.dash_clientside.no_update];
-      // What stands in the box counts: Dash may not have heard of the last keystrokes yet.
-      const text = sampleText ?? document.getElementById("prompt-text").value;
-      sampleText = null;
-      refine({ text: text || null, token: null }, true);
-      const query = Object.fromEntries(new URL(location.href).searchParams);
-      return [{ index: request.index, text: text || "", run: (request.run || 0) + 1 }, query];
-    },
-
-    /** A typed next token has been found. */
-    chooseTyped(found) {
-      if (found) window.scope.select({ target: found.target });
+    /** Two dictionaries to compare: the same page, about these. */
+    compareSides(a, b) {
+      const current = new URL(location.href);
+      if (current.pathname !== "/compare") return window.dash_clientside.no_update;
+      const asked = { a: a || null, b: b || null };
+      if (["a", "b"].every((name) => current.searchParams.get(name) === asked[name])) return window.dash_clientside.no_update;
+      for (const [name, value] of Object.entries(asked)) {
+        if (value) current.searchParams.set(name, value);
+        else current.searchParams.delete(name);
+      }
+      go(current.href);
       return window.dash_clientside.no_update;
     },
 
@@ -137,9 +133,9 @@
     switchIndex(index) {
       const current = new URL(location.href);
       if (!index || current.searchParams.get("index") === index) return window.dash_clientside.no_update;
-      const page = current.pathname.startsWith("/prompt") ? current : new URL("/features", location.href);
+      const page = /^\/(prompt|lens)/.test(current.pathname) ? current : new URL("/features", location.href);
       page.searchParams.set("index", index);
-      for (const name of ["feature", "target"]) page.searchParams.delete(name);
+      for (const name of ["feature", "target", "pins"]) page.searchParams.delete(name);
       go(page.href);
       return window.dash_clientside.no_update;
     },
@@ -159,20 +155,5 @@
     if (!/^\d+$/.test(text)) address.searchParams.set("q", text);
     event.target.value = "";
     go(address.href);
-  });
-
-  /* The prompt page: Ctrl-Enter runs, a sample fills the box and runs. */
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea")) {
-      event.preventDefault();
-      document.querySelector("[data-run]")?.click();
-    }
-  });
-  document.addEventListener("click", (event) => {
-    const sample = event.target.closest("[data-sample]");
-    if (!sample) return;
-    sampleText = sample.getAttribute("data-sample");
-    setProps("prompt-text", { value: sampleText });
-    document.querySelector("[data-run]")?.click();
   });
 })();

@@ -2,8 +2,10 @@
    tokens cost Dash one component. Text goes in as text.
 
    JSON: t tokens, v values, m end of the scale, k "activation" | "effect", c centre, s selected, r row of the first token,
-   f feature, i index, p position of the centre, more whether text was cut off on either side, from provenance, pick whether a click selects, special: positions of
-   special tokens. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
+   f feature, i index, p position of the centre, more whether text was cut off on either side, from provenance, pick
+   whether a click selects, name what a selected token is called in the address, lets names that it lets go of, special:
+   positions of special tokens, pins: positions of pinned ones, turns {position: role}, differs: positions of tokens that
+   another text does not have there. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
   const { el, setProps } = window.scope;
@@ -48,12 +50,14 @@
     specs.set(strip, spec);
     strip.textContent = "";
     const special = new Set(spec.special || []);
+    const turns = spec.turns || {};
     const fragment = document.createDocumentFragment();
     spec.t.forEach((token, place) => {
       const span = el("span", "tok");
       span.dataset.n = place;
       fillToken(span, token);
       if (special.has(place)) span.classList.add("special");
+      if (turns[place]) fragment.append(el("span", "turn", turns[place]));
       if (spec.pick) {
         span.setAttribute("role", "option");
         if (!token.trim()) span.setAttribute("aria-label", token.includes("\n") ? "line break" : "blank");
@@ -79,6 +83,8 @@
         delete span.dataset.on;
       }
       span.classList.toggle("centre", place === spec.c);
+      span.classList.toggle("is-pinned", (spec.pins || []).includes(place));
+      span.classList.toggle("differs", (spec.differs || []).includes(place));
       if (spec.pick) span.setAttribute("aria-selected", place === spec.s ? "true" : "false");
     });
   }
@@ -105,7 +111,7 @@
   function pick(strip, place) {
     const spec = specs.get(strip);
     if (!spec || !spec.pick || place < 0 || place >= spec.t.length) return;
-    window.scope.select({ token: place });
+    window.scope.select(Object.assign({ [spec.name || "token"]: place }, Object.fromEntries((spec.lets || []).map((name) => [name, null]))));
   }
 
   document.addEventListener("click", (event) => {
@@ -142,7 +148,7 @@
     const store = document.getElementById("selection-box");
     if (!store) return;
     window.scope.refine(Object.fromEntries(Object.entries(changes).map(([k, v]) => [k, v === null ? null : String(v)])), false);
-    setProps("prompt-selection", { data: Object.fromEntries(new URL(location.href).searchParams) });
+    setProps(store.dataset.store, { data: Object.fromEntries(new URL(location.href).searchParams) });
   }
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-select]");

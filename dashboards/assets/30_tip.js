@@ -81,6 +81,12 @@
       const own = found.features.find((one) => one.feature === spec.f);
       const features = found.n_features.toLocaleString("en-US") + (found.n_features === 1 ? " feature" : " features");
       rank.textContent = own ? "rank " + own.rank + " of " + features + " here" : features + " fire here";
+      if (found.push && found.push.effect !== null) {
+        const effect = found.push.effect;
+        const push = el("div", "tip-push", (effect > 0 ? "+" : "") + number(effect) + " on the logit of the next token ");
+        push.append(tokenText(found.push.token));
+        box.append(push);
+      }
       if (pin) {
         const list = el("ol");
         for (const one of found.features) {
@@ -164,5 +170,14 @@
   document.addEventListener("DOMContentLoaded", () => document.body.append(box));
   if (document.body) document.body.append(box);
 
-  window.scope.tip = { showToken, hide, leave() { if (!pinned) hide(); } };
+  /** Anything else that has something to say about an element. */
+  function showNodes(anchor, nodes) {
+    if (pinned) return;
+    clearTimeout(timer);
+    shown = anchor;
+    box.replaceChildren(nodes);
+    place(anchor);
+  }
+
+  window.scope.tip = { showToken, showNodes, hide, leave() { if (!pinned) hide(); } };
 })();

@@ -1,5 +1,6 @@
 """Lists whose rows carry a bar: logits, tokens, neighbours, rates with their intervals."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dash import html
@@ -12,7 +13,7 @@ from dashboards.queries import records
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["feature_list", "logit_list", "rate_list", "token_list"]
+__all__ = ["cofiring_table", "feature_list", "logit_list", "rate_list", "token_list", "value_list"]
 
 
 def _row(share: float, *children: Any, title: str | None = None) -> html.Li:
@@ -54,18 +55,73 @@ def token_list(frame: "pd.DataFrame") -> html.Ul:
     )
 
 
-def feature_list(frame: "pd.DataFrame", index: str, column: str, title: str) -> html.Ul:
-    """Other features, linked; columns feature, top_token and the measure `column` from 0 to 1."""
+def value_list(tokens: Sequence[str], values: Sequence[float]) -> html.Ul:
+    """Tokens with a strength each, the largest first."""
+    largest = max((float(value) for value in values), default=0.0) or 1.0
+    return html.Ul(
+        className="bars",
+        children=[
+            _row(float(value) / largest, html.Span(token(text), className="name"), _value(number(value), float(value)))
+            for text, value in zip(tokens, values, strict=True)
+        ],
+    )
+
+
+def _feature_name(row: Mapping[str, Any], index: str, names: Mapping[int, str]) -> html.A:
+    feature = int(row["feature"])
+    label = names.get(feature, "")
+    shown = html.Span(label, dir="auto") if label else token(str(row["top_token"] or ""))
+    return html.A(
+        [html.Span(str(feature), className="id"), shown],
+        href=feature_link(index, feature),
+        className="name",
+        title=f"Feature {feature}{': ' + label if label else ''}",
+    )
+
+
+def cofiring_table(frame: "pd.DataFrame", index: str, names: Mapping[int, str]) -> html.Div:
+    """Features that fire on the same tokens, with every measure; a head sorts by it (assets/45_document.js)."""
+
+    def head(name: str, title: str, words: str) -> html.Th:
+        sort = html.Button(title, type="button", className="sort", title=words, **{"data-sort": name})
+        return html.Th(sort, className="number", **{"aria-sort": "descending" if name == "jaccard" else "none"})
+
+    def cell(row: Mapping[str, Any], name: str) -> html.Td:
+        value = float(row[name])
+        words = percent(value) if name.startswith("p_") else number(value)
+        return html.Td(words, className="number", title=exact(value), **{"data-sort": name, "data-value": str(value)})
+
+    measures = ("jaccard", "pmi", "p_other_given_this", "p_this_given_other")
+    body = [
+        html.Tr(
+            [html.Td(_feature_name(row, index, names)), *(cell(row, name) for name in measures)],
+            title=f"{plural(int(row['n_both']), 'token')} in common",
+        )
+        for row in records(frame)
+    ]
+    heads = [
+        head("jaccard", "Jaccard", "tokens with both / tokens with either"),
+        head("pmi", "PMI", "pointwise mutual information, in bits"),
+        head("p_other_given_this", "P(it | this)", "share of this feature's tokens on which it fires too"),
+        head("p_this_given_other", "P(this | it)", "share of its tokens on which this feature fires too"),
+    ]
+    table = html.Table([html.Thead(html.Tr([html.Th("Feature"), *heads])), html.Tbody(body)], className="cofiring")
+    return html.Div(
+        table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Features that fire with it"}
+    )
+
+
+def feature_list(
+    frame: "pd.DataFrame", index: str, column: str, title: str, names: Mapping[int, str] | None = None
+) -> html.Ul:
+    """Other features, linked; columns feature, top_token and the measure `column` from 0 to 1. `names`: labels."""
+    names = names or {}
     return html.Ul(
         className="bars neutral",
         children=[
             _row(
                 row[column],
-                html.A(
-                    [html.Span(str(row["feature"]), className="id"), token(str(row["top_token"] or ""))],
-                    href=feature_link(index, int(row["feature"])),
-                    className="name",
-                ),
+                _feature_name(row, index, names),
                 _value(number(row[column]), row[column]),
                 title=title.format(**row),
             )

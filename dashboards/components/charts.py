@@ -3,14 +3,16 @@
 from typing import Any
 
 import numpy as np
-from dash import dcc
+from dash import dcc, html
 from flask import request
 
+from dashboards.components.controls import button
 from scope.figures import CONFIG, Theme, activation_colour, activation_histogram, histogram_frame
 
-__all__ = ["HISTOGRAM_HEIGHT", "chart", "strength_histogram", "theme_of_request"]
+__all__ = ["HISTOGRAM_HEIGHT", "LOGITS_HEIGHT", "chart", "strength_histogram", "theme_of_request"]
 
 HISTOGRAM_HEIGHT = 232
+LOGITS_HEIGHT = 190
 
 
 def theme_of_request() -> Theme:
@@ -28,10 +30,11 @@ def strength_histogram(edges: np.ndarray, counts: np.ndarray, theme: Theme) -> A
     return figure.update_layout(height=HISTOGRAM_HEIGHT)
 
 
-def chart(figure: Any, *, id: str, height: int, words: str) -> dcc.Graph:
-    """A figure of fixed height, so that nothing jumps when it arrives; `words` is what a screen reader says."""
+def chart(figure: Any, *, id: str | dict[str, str], height: int, words: str) -> html.Div:
+    """A figure of fixed height, so that nothing jumps when it arrives, with buttons that save it; `words` is what a
+    screen reader says."""
     figure.update_layout(height=height)
-    return dcc.Graph(
+    graph = dcc.Graph(
         id=id,
         figure=figure,
         config=CONFIG,
@@ -40,6 +43,14 @@ def chart(figure: Any, *, id: str, height: int, words: str) -> dcc.Graph:
         responsive=True,
         **_label(words),
     )
+    name = id if isinstance(id, str) else "-".join(id.values())
+    saves = [
+        button(
+            kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-figure": kind}
+        )
+        for kind in ("png", "svg")
+    ]
+    return html.Div([graph, html.Div(saves, className="saves")], className="figure", **{"data-name": name})
 
 
 def _label(words: str) -> dict[str, str]:

@@ -1,24 +1,57 @@
-"""Examples of a feature: the text with its firings, where it is from, how strong."""
+"""Examples of a feature: the text with its firings, where it is from, how strong; a snippet or the whole document."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from dash import html
 
+from dashboards.components.controls import button, icon
 from dashboards.components.strip import token_strip
 from dashboards.format import exact, number
 from dashboards.queries import ExampleGroup
 from scope.features.examples import Example
 
-__all__ = ["example_card", "example_groups"]
+__all__ = ["example_card", "example_groups", "example_skeleton"]
 
 AFTER = 12
 """Tokens that an example shows after its own."""
 
 
-def example_card(example: Example, index: str, scale: float) -> html.Article:
-    """One example; `scale` is the feature's maximum, the same for all its examples."""
+def example_card(example: Example, index: str, scale: float, whole: bool = False) -> html.Article:
+    """One example; `scale` is the feature's maximum, the same for all its examples. `whole`: its document, which
+    assets/45_document.js reads a part at a time once it comes into view."""
     origin = " · ".join(part for part in (example.title, example.source, example.language) if part)
-    strip = token_strip(
+    text = _document(example, index, scale) if whole else _snippet(example, index, scale, origin)
+    place = f"position {example.document_position:,}"
+    return html.Article(
+        className="example whole" if whole else "example",
+        children=[
+            text,
+            html.Div(
+                className="example-side",
+                children=[
+                    html.Div(
+                        number(example.value), className="value number", title=f"firing strength {exact(example.value)}"
+                    ),
+                    html.Div(
+                        _actions(example, index, scale, f"{origin} · {place}", whole), className="example-actions"
+                    ),
+                ],
+            ),
+            html.Div([*_isolated(example), place], className="from"),
+        ],
+    )
+
+
+def _isolated(example: Example) -> list[Any]:
+    """Where an example is from; a title that runs right to left keeps its direction to itself."""
+    parts = [part for part in (example.title, example.source, example.language) if part]
+    return [piece for part in parts for piece in (html.Bdi(part), " · ")]
+
+
+def _snippet(example: Example, index: str, scale: float, origin: str) -> html.Div:
+    return token_strip(
         example.tokens,
         example.values,
         scale=scale,
@@ -33,15 +66,44 @@ def example_card(example: Example, index: str, scale: float) -> html.Article:
             "more": _cut(example),
         },
     )
-    where = f"{origin} · position {example.document_position:,}"
-    return html.Article(
-        className="example",
-        children=[
-            strip,
-            html.Div(number(example.value), className="value number", title=f"firing strength {exact(example.value)}"),
-            html.Div(where, className="from", dir="auto"),
-        ],
+
+
+def _document(example: Example, index: str, scale: float) -> html.Div:
+    return html.Div(
+        className="document",
+        role="region",
+        tabIndex=0,
+        **{"data-document": _spec(example, index, scale), "aria-label": f"The document {example.title}"},
+        children=example_skeleton(),
     )
+
+
+def _spec(example: Example, index: str, scale: float) -> str:
+    asked = {"index": index, "feature": example.feature, "document": example.document, "row": example.row, "m": scale}
+    return json.dumps(asked)
+
+
+def _actions(example: Example, index: str, scale: float, where: str, whole: bool) -> list[Any]:
+    copy = button(
+        icon("copy"),
+        label="Copy the text",
+        className="icon-only tiny",
+        **{"data-copy-example": f"feature {example.feature}, strength {exact(example.value)}, {where}"},
+    )
+    if whole:
+        return [copy]
+    unfold = button(
+        icon("document"),
+        label="Show the whole document",
+        className="icon-only tiny",
+        **{"data-unfold": _spec(example, index, scale), "aria-expanded": "false"},
+    )
+    return [unfold, copy]
+
+
+def example_skeleton() -> html.Div:
+    """Lines where text will stand."""
+    return html.Div([html.Div(className="skeleton", style={"height": 18}) for _ in range(4)], className="lines")
 
 
 def _cut(example: Example) -> tuple[bool, bool]:
@@ -50,11 +112,16 @@ def _cut(example: Example) -> tuple[bool, bool]:
     return example.position - example.centre > 1, len(example.tokens) - 1 - example.centre >= AFTER
 
 
-def example_groups(groups: Sequence[ExampleGroup], index: str, scale: float) -> html.Div:
-    """Examples under their headings."""
+def example_groups(groups: Sequence[ExampleGroup], index: str, scale: float, whole: bool = False) -> html.Div:
+    """Examples under their headings; of whole documents, each document once under a heading."""
     children: list[html.H3 | html.Article] = []
     for group in groups:
         if group.title:
             children.append(html.H3(group.title))
-        children += [example_card(example, index, scale) for example in group.examples]
+        seen: set[int] = set()
+        for example in group.examples:
+            if whole and example.document in seen:
+                continue
+            seen.add(example.document)
+            children.append(example_card(example, index, scale, whole))
     return html.Div(children, className="examples")

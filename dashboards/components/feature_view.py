@@ -1,25 +1,32 @@
 """What the feature page shows beside the examples: its head, its statistics, and the column on the right."""
 
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from dash import html
 
 from dashboards.components import bars, states
-from dashboards.components.charts import HISTOGRAM_HEIGHT, chart, strength_histogram, theme_of_request
+from dashboards.components.charts import HISTOGRAM_HEIGHT, LOGITS_HEIGHT, chart, strength_histogram, theme_of_request
 from dashboards.components.controls import button, code, icon, link_button, panel
 from dashboards.components.stats import interval, stat, stats
+from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
 from dashboards.links import feature_link, prompt_link
-from dashboards.queries import FeatureSummary, feature_name
+from dashboards.marks import marks_of
+from dashboards.queries import LISTED, FeatureSummary, effect_words, feature_name, tokens_label
+from scope.figures import logit_histogram
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
 
-__all__ = ["feature_head", "feature_side", "feature_statistics", "no_firings"]
+__all__ = ["all_logits", "feature_head", "feature_side", "feature_statistics", "no_firings", "python_snippet"]
 
 SHOWN_GROUPS = 6
 """Languages or sources that are listed at once."""
-CARRIED = "show language source"
+CARRIED = "show language source context logits try"
 """What of the address the moves from one feature to the next keep."""
 
 
@@ -32,7 +39,16 @@ def feature_head(index: str, feature: FeatureSummary) -> html.Header:
             html.Div(
                 [
                     html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
-                    html.P(title, className="feature-title", dir="auto"),
+                    html.P(
+                        title,
+                        className="feature-title",
+                        dir="auto",
+                        **{
+                            "data-label-of": f"{index}:{feature.id}",
+                            "data-label-else": tokens_label(feature.row, 5),
+                        },
+                    ),
+                    html.P(effect_words(feature), className="feature-words", dir="auto"),
                 ],
             ),
             html.Div(
@@ -83,19 +99,39 @@ def feature_statistics(feature: FeatureSummary) -> html.Dl:
             stat("maximum", number(row["max_value"]), term="max", title=exact(row["max_value"])),
             stat("mean", number(row["mean_value"]), term="mean", title=exact(row["mean_value"])),
         ]
-        for name, title, form in (
-            ("top_token_share", "top token", percent),
-            ("token_entropy", "token entropy", lambda value: f"{number(value)} bits"),
-        ):
-            if row.get(name) is not None:
-                term = {"top_token_share": "token_share"}.get(name, name)
-                shown.append(stat(title, form(row[name]), term=term, title=exact(row[name])))
-    if row.get("encoder_decoder_cosine") is not None:
-        cosine = row["encoder_decoder_cosine"]
-        shown.append(stat("enc–dec cosine", number(cosine), term="encoder_decoder_cosine", title=exact(cosine)))
+        shown += [_one(row, *which) for which in STATISTICS if _known(row, which[0])]
+    elif _known(row, "encoder_decoder_cosine"):
+        shown.append(_one(row, *STATISTICS[0]))
     if row.get("over_dense"):
         shown.append(stat("flag", "over-dense", term="over_dense"))
     return stats(shown)
+
+
+def _bits(value: float) -> str:
+    return f"{number(value)} bits"
+
+
+STATISTICS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("encoder_decoder_cosine", "enc–dec cosine", "encoder_decoder_cosine", number),
+    ("q50", "median", "quantiles", number),
+    ("top_token_share", "top token", "token_share", percent),
+    ("token_entropy", "token entropy", "token_entropy", _bits),
+    ("token_bits", "token dependence", "token_bits", _bits),
+    ("position_bits", "position dependence", "position_bits", _bits),
+    ("language_entropy", "language entropy", "language_entropy", _bits),
+    ("special_share", "on special tokens", "special_share", percent),
+)
+"""Column of the table, name, key of the definition, how it is written."""
+
+
+def _known(row: Mapping[str, Any], name: str) -> bool:
+    value = row.get(name)
+    return value is not None and math.isfinite(float(value))
+
+
+def _one(row: Mapping[str, Any], name: str, title: str, term: str, form: Callable[[float], str]) -> html.Div:
+    value = float(row[name])
+    return stat(title, form(value), term=term, title=exact(value))
 
 
 def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
@@ -115,16 +151,25 @@ def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
     )
 
 
-def feature_side(index: "FeatureIndex", feature: FeatureSummary) -> list[Any]:
-    """The column on the right, from what the feature fires on to how to load it."""
-    id = index.id
-    parts: list[Any] = []
+def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any) -> list[Any]:
+    """The column on the right, from what people call the feature to how to load it.
+
+    Args:
+        workspace: the folder that is served.
+        index: the feature's.
+        feature: what is known of it.
+        label: the panel with its label, notes, star and lists.
+        logits: what stands under its strongest logits: the histogram of all of them.
+    """
+    id, names = index.id, marks_of(index).labels
+    parts: list[Any] = [label] if label is not None else []
     if feature.fires:
         parts.append(html.Div(_histogram(feature), className="panel"))
+        fires_on = bars.token_list(feature.top_tokens)
         parts.append(
-            panel("Fires on", bars.token_list(feature.top_tokens), unit="share of all strength", term="token_share")
+            panel("Fires on", fires_on, _by_mean(feature.row), unit="share of all strength", term="token_share")
         )
-    parts.append(_logits(feature))
+    parts.append(_logits(feature, logits))
     if feature.fires:
         for name, frame in (("language", feature.by_language), ("source", feature.by_source)):
             links = {str(value): feature_link(id, feature.id, **{name: value}) for value in frame[name]}
@@ -137,20 +182,37 @@ def feature_side(index: "FeatureIndex", feature: FeatureSummary) -> list[Any]:
                 )
             )
     if len(feature.neighbours):
-        listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}")
+        listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}", names)
         parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
     if len(feature.cofiring):
-        title = (
-            "{n_both:,} tokens in common, PMI {pmi:.2f} bits, P(it | this) {p_other_given_this:.3f}, "
-            "P(this | it) {p_this_given_other:.3f}"
-        )
-        parts.append(
-            panel(
-                "Fires with", bars.feature_list(feature.cofiring, id, "jaccard", title), unit="Jaccard", term="cofiring"
-            )
-        )
-    parts.append(panel("In Python", code(_snippet(index, feature.id))))
+        parts.append(panel("Fires with", bars.cofiring_table(feature.cofiring, id, names), term="cofiring"))
+    parts.append(panel("In Python", code(python_snippet(workspace, index, feature.id))))
+    parts.append(panel("Download", _downloads(index, feature)))
     return parts
+
+
+def _by_mean(row: Mapping[str, Any]) -> Any:
+    """The tokens that it fires on most strongly, whatever their number, where the index lists them."""
+    tokens, values = (list(row.get(name, ())) for name in ("mean_top_tokens", "mean_top_values"))
+    if not tokens:
+        return None
+    return html.Details(
+        [html.Summary("By mean strength", className="small muted"), bars.value_list(tokens[:LISTED], values[:LISTED])]
+    )
+
+
+def _downloads(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
+    """Files of this feature; dashboards.exports serves them."""
+    base = f"/export/{quote(index.id, safe='')}/feature/{feature.id}"
+    links = [
+        ("Neuronpedia JSON", f"{base}/neuronpedia.json", "examples, logits and statistics in its import format"),
+        ("CSV", f"{base}/activations.csv", "every firing with its token, document and position"),
+        ("Parquet", f"{base}/activations.parquet", "the same, typed"),
+    ]
+    return html.Div(
+        [html.A(name, href=href, download="", className="button", title=words) for name, href, words in links],
+        className="chips",
+    )
 
 
 def _histogram(feature: FeatureSummary) -> Any:
@@ -159,16 +221,14 @@ def _histogram(feature: FeatureSummary) -> Any:
     return chart(figure, id="feature-histogram", height=HISTOGRAM_HEIGHT, words=words)
 
 
-def _logits(feature: FeatureSummary) -> Any:
+def _logits(feature: FeatureSummary, everything: Any) -> Any:
     if not len(feature.top_logits):
-        return panel(
-            "Direct logit effects",
-            html.P(
-                "The index was built without the model, so they are not known. Build it again with the model at hand.",
-                className="muted small",
-            ),
-            term="logits",
+        lists: Any = html.P(
+            "The index was built without the model, so the strongest ones are not known. Build it again with the "
+            "model at hand.",
+            className="muted small",
         )
+        return panel("Direct logit effects", lists, term="logits")
     scale = max(feature.top_logits["effect"].abs().max(), feature.bottom_logits["effect"].abs().max())
     two = html.Div(
         className="two",
@@ -184,13 +244,29 @@ def _logits(feature: FeatureSummary) -> Any:
             ),
         ],
     )
-    return panel("Direct logit effects", two, unit="per unit of strength, before the final norm", term="logits")
+    return panel("Direct logit effects", two, everything, unit="per unit of strength", term="logits")
 
 
-def _snippet(index: "FeatureIndex", feature: int) -> str:
+def all_logits(found: AllLogits | None, problem: Any = None) -> list[Any]:
+    """The histogram of a feature's effects on every logit, or the button that asks for it."""
+    if found is None:
+        ask = button("Histogram over the whole vocabulary", id="logits-ask", className="more")
+        return [ask, *([problem] if problem is not None else [])]
+    figure = logit_histogram(found.edges, found.counts, theme=theme_of_request())
+    words = f"Histogram of the feature's effects on the logits of all {count(len(found.effects))} tokens"
+    return [chart(figure, id="logits-histogram", height=LOGITS_HEIGHT, words=words)]
+
+
+def python_snippet(workspace: Path, index: "FeatureIndex", feature: int) -> str:
+    """Lines that load the feature; they run as they stand."""
+    sae = str(index.sae_info["fingerprint"])[:12]
     return (
-        "from scope.features import FeatureIndex\n\n"
-        f'index = FeatureIndex.open("{index.path}")\n'
-        f"index.feature({feature})\n"
-        f"index.activations([{feature}])  # every firing, as a DataFrame"
+        "from scope.workspace import Workspace\n\n"
+        f"workspace = Workspace({str(workspace.resolve())!r})\n"
+        f"index = workspace.index({index.id!r})\n"
+        f"feature = index.feature({feature})  # shows itself in a notebook\n"
+        f"firings = index.activations([{feature}])  # every firing\n"
+        f"examples = index.top_examples({feature}, n=20)\n\n"
+        f"sae = workspace.sae({sae!r})\n"
+        f"direction = sae.W_dec[{feature}]\n"
     )

@@ -6,11 +6,12 @@ from typing import Any
 
 from dash import html
 
+from dashboards.components.controls import icon
 from dashboards.components.strip import token
 from dashboards.format import exact, number, percent
 from dashboards.links import feature_link
 
-__all__ = ["choice", "firing_list", "prediction_chips"]
+__all__ = ["choice", "firing_list", "pin_feature", "plain_bar", "prediction_chips", "signed_bar"]
 
 
 def choice(
@@ -23,6 +24,19 @@ def choice(
         className=className,
         **{"data-select": json.dumps(changes), "aria-pressed": "true" if pressed else "false"},
         **properties,
+    )
+
+
+def pin_feature(feature: int, pins: Sequence[int]) -> html.Button:
+    """Pins a feature, or lets go of it."""
+    pinned = feature in pins
+    wanted = [one for one in pins if one != feature] + ([] if pinned else [feature])
+    return choice(
+        icon("pin"),
+        {"pins": ",".join(map(str, wanted)) or None},
+        pinned,
+        className="pin icon-only",
+        **{"aria-label": f"{'Unpin' if pinned else 'Pin'} feature {feature}"},
     )
 
 
@@ -43,34 +57,48 @@ def prediction_chips(predictions: Sequence[Any], target: int | None) -> html.Div
 
 
 def firing_list(
-    rows: Sequence[Mapping[str, Any]], index: str, *, selected: int | None, strongest: float, largest: float | None
+    rows: Sequence[Mapping[str, Any]],
+    index: str,
+    *,
+    selected: int | None,
+    largest: Mapping[str, float],
+    pins: Sequence[int] = (),
 ) -> html.Ul:
     """Features on one token.
 
     Args:
-        rows: feature, value, label, and effect where a next token is chosen.
+        rows: feature, label, and the numbers named in `largest`.
+        index: id of the index.
         selected: the feature shown across the tokens.
-        strongest: the firing strength with the full bar.
-        largest: the absolute effect with the full bar; None where no next token is chosen.
+        largest: per number that is drawn, in order, the value with the full bar; "effect" is signed.
+        pins: pinned features.
     """
-    return html.Ul([_firing(row, index, selected, strongest, largest) for row in rows], className="firings")
+    return html.Ul([_firing(row, index, selected, largest, pins) for row in rows], className="firings")
 
 
 def _firing(
-    row: Mapping[str, Any], index: str, selected: int | None, strongest: float, largest: float | None
+    row: Mapping[str, Any], index: str, selected: int | None, largest: Mapping[str, float], pins: Sequence[int]
 ) -> html.Li:
     feature = int(row["feature"])
     pressed = feature == selected
-    bars = [_bar(row["value"] / strongest if strongest else 0.0, number(row["value"]), exact(row["value"]), "strength")]
-    if largest is not None:
-        effect = float(row.get("effect", 0.0))
-        words = ("+" if effect > 0 else "") + number(effect)
-        bars.append(_signed(effect / largest if largest else 0.0, words, exact(effect)))
+    bars = [
+        signed_bar(float(row[name]), most) if name == "effect" else plain_bar(float(row[name]), most)
+        for name, most in largest.items()
+    ]
     return html.Li(
-        className="firing" + (" with-effect" if largest is not None else ""),
+        className="firing" + (" with-effect" if len(bars) > 1 else ""),
         children=[
-            html.A(
-                str(feature), href=feature_link(index, feature), className="number", title=f"Open feature {feature}"
+            html.Span(
+                [
+                    pin_feature(feature, pins),
+                    html.A(
+                        str(feature),
+                        href=feature_link(index, feature),
+                        className="number",
+                        title=f"Open feature {feature}",
+                    ),
+                ],
+                className="firing-id",
             ),
             choice(
                 html.Span(row["label"] or "no tokens", dir="auto"),
@@ -84,21 +112,24 @@ def _firing(
     )
 
 
-def _bar(share: float, words: str, title: str, kind: str) -> html.Span:
+def plain_bar(value: float, largest: float, kind: str = "strength") -> html.Span:
+    """A number of one sign as a bar."""
+    share = min(1.0, max(0.0, value / largest)) if largest else 0.0
     return html.Span(
-        [html.I(style={"--v": f"{min(1.0, max(0.0, share)):.3f}"}), html.Span(words, className="number")],
+        [html.I(style={"--v": f"{share:.3f}"}), html.Span(number(value), className="number")],
         className=f"firing-bar {kind}",
-        title=title,
+        title=exact(value),
     )
 
 
-def _signed(share: float, words: str, title: str) -> html.Span:
-    side = "positive" if share > 0 else "negative"
+def signed_bar(value: float, largest: float) -> html.Span:
+    """A number of either sign as a bar on one side of an axis."""
+    share = min(1.0, abs(value) / largest) if largest else 0.0
     return html.Span(
         [
-            html.Span(html.I(style={"--v": f"{min(1.0, abs(share)):.3f}"}), className="axis"),
-            html.Span(words, className="number"),
+            html.Span(html.I(style={"--v": f"{share:.3f}"}), className="axis"),
+            html.Span(("+" if value > 0 else "") + number(value), className="number"),
         ],
-        className=f"firing-bar effect {side}",
-        title=title,
+        className=f"firing-bar effect {'positive' if value > 0 else 'negative'}",
+        title=exact(value),
     )

@@ -1,120 +1,41 @@
-"""A prompt that has been run: its tokens, what fires on the selected one, the next tokens, and how they are pushed."""
+"""A prompt that has been run: its tokens, what fires where, the next tokens, and how they are pushed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dash_mantine_components as dmc
-import numpy as np
 from dash import html
 
 from dashboards.components.controls import define
 from dashboards.components.firings import choice, firing_list, prediction_chips
+from dashboards.components.prompt_heatmap import heatmap_part
+from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
 from dashboards.components.strip import Kind, legend, token, token_strip
 from dashboards.format import plural
 from dashboards.links import feature_link
-from dashboards.prompts import Analysis, Push
-from dashboards.queries import feature_name, table_row
 
-if TYPE_CHECKING:
-    from scope.features.index import FeatureIndex
-
-__all__ = ["PromptView", "Selection", "draw_prompt"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What is selected on the page, as its address says."""
-
-    token: int | None = None
-    feature: int | None = None
-    target: int | None = None
-    """Id of the chosen next token."""
-    sort: str = "strength"
-    colour: str = ""
-    """ "strength" or "effect"; by default the effect where a next token is chosen."""
-
-    @classmethod
-    def of(cls, query: Mapping[str, str] | None) -> "Selection":
-        """The selection of a query; what cannot be read is left open."""
-        query = query or {}
-
-        def whole(name: str) -> int | None:
-            text = str(query.get(name, ""))
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
-
-        return cls(
-            whole("token"), whole("feature"), whole("target"), query.get("sort", "strength"), query.get("colour", "")
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class PromptView:
-    """Everything that the drawing needs."""
-
-    index: "FeatureIndex"
-    analysis: Analysis
-    push: Push | None
-    """Known once the target's effects have been computed."""
-    selection: Selection
-
-    @property
-    def position(self) -> int:
-        """The selected token; the last one where none is, or where the text has become shorter."""
-        chosen = self.selection.token
-        last = self.analysis.n_tokens - 1
-        return last if chosen is None or chosen > last else chosen
-
-    @property
-    def feature(self) -> int | None:
-        """The feature shown across the tokens, if it exists."""
-        chosen = self.selection.feature
-        return chosen if chosen is not None and chosen < self.index.d_sae else None
-
-    @property
-    def by_effect(self) -> bool:
-        """Whether the strip shows effects."""
-        return self.push is not None and self.selection.colour != "strength"
+__all__ = ["draw_prompt", "measure_chips", "next_token_field"]
 
 
 def draw_prompt(view: PromptView) -> html.Div:
     """The whole result."""
     return html.Div(
         className="prompt-columns",
-        children=[_strip_part(view), html.Aside([_next_part(view)]), _firings_part(view)],
+        children=[_strip_part(view), html.Aside([_next_part(view)]), heatmap_part(view), _firings_part(view)],
     )
 
 
-def _strip_values(view: PromptView) -> tuple[np.ndarray, str]:
-    """One number per token, and what it is in words."""
-    n = view.analysis.n_tokens
-    if view.by_effect:
-        assert view.push is not None
-        table = view.push.table
-        if view.feature is not None:
-            table = table[table["feature"] == view.feature]
-        values = np.zeros(n)
-        np.add.at(values, table["position"].to_numpy(dtype=int), table["effect"].to_numpy(dtype=float))
-        return values, "effect on the logit, " + (
-            f"feature {view.feature}" if view.feature is not None else "all features"
-        )
-    if view.feature is not None:
-        return np.asarray(
-            view.analysis.features.values_of(view.feature), dtype=float
-        ), f"strength of feature {view.feature}"
-    table = view.analysis.features.table
-    values = np.zeros(n)
-    np.add.at(values, table["position"].to_numpy(dtype=int), table["value"].to_numpy(dtype=float))
-    return values, "strength of all features"
+def measure_chips(view: PromptView, *, effect: bool = True) -> list[html.Button]:
+    """What orders and colours."""
+    names = [name for name in MEASURES if name != "effect" or (effect and view.push is not None)]
+    return [choice(MEASURES[name].button, {"sort": name}, name == (view.sort or "strength")) for name in names]
 
 
 def _strip_part(view: PromptView) -> html.Section:
-    values, words = _strip_values(view)
-    kind: Kind = "effect" if view.by_effect else "activation"
-    size = np.abs(values)
-    # A few tokens (sinks) can be a hundred times as strong as the rest; they are cut off where that happens.
-    scale = float(min(size.max(initial=0.0), 4 * np.quantile(size, 0.9))) if view.feature is None else 0.0
-    scale = scale or float(size.max(initial=0.0))
+    values = view.across()
+    effect = view.measure.column == "effect"
+    kind: Kind = "effect" if effect else "activation"
+    scale = scale_of(values, clip=view.feature is None)
+    whose = f"feature {view.feature}" if view.feature is not None else "all features"
     strip = token_strip(
         view.analysis.features.tokens,
         values,
@@ -126,17 +47,17 @@ def _strip_part(view: PromptView) -> html.Section:
         special=view.analysis.special,
         label="Tokens of the prompt; arrow keys step through them",
         id="prompt-strip",
+        extra={
+            "pins": view.pinned_tokens,
+            "turns": {str(place): role for place, role in view.analysis.turns.items()},
+        },
     )
-    chips = [
+    chips: list[Any] = [
         choice("All features", {"feature": None}, view.feature is None),
         *([choice(f"Feature {view.feature}", {"feature": view.feature}, True)] if view.feature is not None else []),
+        html.Span(className="gap"),
+        *measure_chips(view),
     ]
-    if view.push is not None:
-        chips += [
-            html.Span(className="gap"),
-            choice("Effect", {"colour": None}, view.by_effect),
-            choice("Strength", {"colour": "strength"}, not view.by_effect),
-        ]
     return html.Section(
         className="prompt-strip-part",
         **{"aria-label": "Tokens"},
@@ -146,13 +67,14 @@ def _strip_part(view: PromptView) -> html.Section:
                 children=[
                     html.Div(chips, className="chips"),
                     html.Div(
-                        [legend(scale, kind, words), define("effect" if view.by_effect else "strength")],
+                        [legend(scale, kind, f"{view.measure.words}, {whose}"), define(view.measure.term)],
                         className="push legend-with-help",
                     ),
                 ],
             ),
             strip,
             _feature_note(view),
+            _pinned_tokens(view),
         ],
     )
 
@@ -160,41 +82,48 @@ def _strip_part(view: PromptView) -> html.Section:
 def _feature_note(view: PromptView) -> html.P | None:
     if view.feature is None:
         return None
-    fires = int((np.asarray(view.analysis.features.values_of(view.feature)) > 0).sum())
+    fires = int((view.analysis.features.values_of(view.feature) > 0).sum())
     return html.P(
         className="small muted",
         children=[
             html.A(f"Feature {view.feature}", href=feature_link(view.index.id, view.feature)),
-            f" ({feature_name(table_row(view.index, view.feature))}) fires on {plural(fires, 'token')} of this prompt.",
+            f" ({view.name_of(view.feature, 4)}) fires on {plural(fires, 'token')} of this prompt.",
         ],
     )
 
 
-def _rows(view: PromptView) -> list[dict[str, Any]]:
-    found = view.analysis.features.at(view.position)
-    effects: dict[int, float] = {}
-    if view.push is not None:
-        here = view.push.table[view.push.table["position"] == view.position]
-        effects = dict(zip(here["feature"].astype(int), here["effect"].astype(float), strict=True))
-    rows: list[dict[str, Any]] = [
-        {
-            "feature": int(feature),
-            "value": float(value),
-            "label": feature_name(table_row(view.index, int(feature)), 5),
-            "effect": effects.get(int(feature), 0.0),
-        }
-        for feature, value in zip(found["feature"], found["value"], strict=True)
-    ]
-    if view.push is not None and view.selection.sort == "effect":
-        rows.sort(key=lambda row: -abs(row["effect"]))
-    return rows
+def _pinned_tokens(view: PromptView) -> html.Div | None:
+    if not view.pinned_tokens:
+        return None
+    return html.Div(
+        className="chips pinned-tokens small",
+        children=[
+            html.Span("Pinned tokens", className="muted"),
+            *(
+                choice(token(view.analysis.features.tokens[place]), {"token": place}, place == view.position)
+                for place in view.pinned_tokens
+            ),
+            choice("Unpin all", {"at": None, "columns": None}, False),
+        ],
+    )
+
+
+def _pin_token(view: PromptView) -> html.Button:
+    place = view.position
+    pinned = place in view.pinned_tokens
+    wanted = [one for one in view.pinned_tokens if one != place] + ([] if pinned else [place])
+    changes: dict[str, Any] = {"at": ",".join(map(str, sorted(wanted))) or None}
+    if not wanted:
+        changes["columns"] = None
+    return choice("Unpin this token" if pinned else "Pin this token", changes, pinned)
 
 
 def _firings_part(view: PromptView) -> html.Section:
-    rows = _rows(view)
     place = view.position
     here = token(view.analysis.features.tokens[place])
-    if not rows:
+    column = view.measure.column
+    found = view.firings[view.firings["position"] == place]
+    if not len(found):
         special = place in view.analysis.special
         words = (
             "Features on BOS and other special tokens are left out, as in the index: SAEs are not trained on them."
@@ -202,24 +131,28 @@ def _firings_part(view: PromptView) -> html.Section:
             else "No feature fires on this token."
         )
         return html.Section([html.H2(["On ", here]), html.P(words, className="muted")], className="panel")
-    largest = max((abs(row["effect"]) for row in rows), default=0.0) if view.push is not None else None
-    order = []
-    if view.push is not None:
-        order = [
-            choice("By strength", {"sort": None}, view.selection.sort != "effect"),
-            choice("By effect", {"sort": "effect"}, view.selection.sort == "effect"),
-        ]
-    head: list[Any] = [html.Span("Feature"), html.Span("Fires on"), html.Span(["Strength ", define("strength")])]
+    found = found.iloc[found[column].abs().argsort(kind="stable")[::-1]]
+    rows = [
+        {**{str(key): value for key, value in row.items()}, "label": view.name_of(int(row["feature"]))}
+        for row in found.to_dict("records")
+    ]
+    names = ["corrected" if column == "corrected" else "value", *(["effect"] if view.push is not None else [])]
+    first = MEASURES["corrected" if column == "corrected" else "strength"]
+    head: list[Any] = [
+        html.Span("Feature"),
+        html.Span("Fires on"),
+        html.Span(["Corrected " if column == "corrected" else "Strength ", define(first.term)]),
+    ]
     if view.push is not None:
         head.append(html.Span([" Pushes ", token(view.push.text), " ", define("effect")]))
     return html.Section(
-        className="panel",
+        className="panel firings-part",
         children=[
             html.Header(
                 [
                     html.H2([f"{plural(len(rows), 'feature')} on ", here]),
                     html.Span(f"token {place}", className="unit"),
-                    html.Span(order, className="chips push"),
+                    html.Span(_pin_token(view), className="chips push"),
                 ]
             ),
             html.Div(head, className="firing firing-head" + (" with-effect" if view.push is not None else "")),
@@ -227,11 +160,26 @@ def _firings_part(view: PromptView) -> html.Section:
                 rows,
                 view.index.id,
                 selected=view.feature,
-                strongest=max(row["value"] for row in rows),
-                largest=largest,
+                largest={name: float(found[name].abs().max()) for name in names},
+                pins=view.pins,
             ),
         ],
     )
+
+
+def next_token_field(prefix: str = "prompt", words: str = "or type another token, then Enter") -> list[Any]:
+    """A field for a token that is not in the list, and the place for what is said about it: PREFIX-target-text and
+    PREFIX-typed-answer."""
+    return [
+        dmc.TextInput(
+            id=f"{prefix}-target-text",
+            placeholder=words,
+            size="xs",
+            className="target-text",
+            attributes={"input": {"aria-label": "Another next token"}},
+        ),
+        html.Div(id=f"{prefix}-typed-answer"),
+    ]
 
 
 def _next_part(view: PromptView) -> html.Section:
@@ -264,13 +212,6 @@ def _next_part(view: PromptView) -> html.Section:
             ),
             prediction_chips(predictions, target),
             *chosen,
-            dmc.TextInput(
-                id="prompt-target-text",
-                placeholder="or type another token, then Enter",
-                size="xs",
-                className="target-text",
-                attributes={"input": {"aria-label": "Another next token"}},
-            ),
-            html.Div(id="prompt-typed-answer"),
+            *next_token_field(),
         ],
     )

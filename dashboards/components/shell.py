@@ -1,5 +1,6 @@
 """What stands around every page: the rail, the header that says what one is looking at, the list of keys."""
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
@@ -7,7 +8,7 @@ from dash import dcc, html
 
 from dashboards.artefacts import sae_name
 from dashboards.components.controls import button, icon
-from dashboards.links import features_link, prompt_link, workspace_link
+from dashboards.links import compare_link, features_link, lens_link, prompt_link, training_link, workspace_link
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
@@ -26,14 +27,30 @@ KEYS = (
 )
 
 
-def rail(index: str) -> list[Any]:
-    """The pages; `index` is carried from one to the next."""
-    pages = [
-        ("workspace", "Workspace", workspace_link()),
-        ("features", "Features", features_link(index)),
-        ("prompt", "Prompt", prompt_link(index)),
+RAIL = (
+    ("workspace", "Workspace", workspace_link()),
+    ("features", "Features", features_link("")),
+    ("prompt", "Prompt", prompt_link("")),
+    ("lens", "Lens", lens_link("")),
+    ("training", "Training", training_link()),
+    ("compare", "Compare", compare_link()),
+)
+WITH_INDEX = ("features", "prompt", "lens")
+"""Pages that are about one index: it is carried from one to the next."""
+
+
+def rail(pages: Container[str]) -> list[Any]:
+    """Links to the pages. They stay where they are while the dashboard is open: a link that is drawn anew with every
+    view is lost under a finger that is just pressing it. assets/10_navigate.js keeps the index in their addresses."""
+    return [
+        html.A(
+            [icon(name), title],
+            href=href,
+            **{"data-page": name, **({"data-with-index": "true"} if name in WITH_INDEX else {})},
+        )
+        for name, title, href in RAIL
+        if name in pages
     ]
-    return [html.A([icon(name), title], href=href, **{"data-page": name}) for name, title, href in pages]
 
 
 def header(entries: "list[Entry]", index: "FeatureIndex | None") -> list[Any]:
@@ -94,8 +111,8 @@ def _keys() -> html.Dialog:
     )
 
 
-def shell(theme: str) -> dmc.MantineProvider:
-    """The frame of the dashboard, with nothing in it yet."""
+def shell(theme: str, pages: Container[str]) -> dmc.MantineProvider:
+    """The frame of the dashboard, with nothing in it yet. `pages` are the names of those that there are."""
     return dmc.MantineProvider(
         id="theme",
         forceColorScheme=theme,
@@ -118,7 +135,7 @@ def shell(theme: str) -> dmc.MantineProvider:
                         className="rail",
                         **{"aria-label": "Pages"},
                         children=[
-                            html.Div(rail(""), id="rail", style={"display": "contents"}),
+                            html.Div(rail(pages), id="rail", style={"display": "contents"}),
                             html.Div(
                                 className="rail-end",
                                 children=[

@@ -1,4 +1,4 @@
-"""One feature: its statistics, its examples, what it promotes, and what is like it."""
+"""One feature: statistics and examples, what it does on a text that one types, what it promotes, what is like it."""
 
 from typing import Any
 
@@ -6,18 +6,23 @@ import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
-from dashboards.components import states
-from dashboards.components.charts import strength_histogram
+from dashboards import streams
+from dashboards.components import live, states
+from dashboards.components.charts import LOGITS_HEIGHT, strength_histogram
 from dashboards.components.controls import button, choice, define, icon
 from dashboards.components.examples import example_groups
 from dashboards.components.feature_view import (
+    all_logits,
     feature_head,
     feature_side,
     feature_statistics,
     no_firings,
 )
+from dashboards.components.labels import label_panel_of
+from dashboards.components.progress import Asked, progress_box, register_progress
 from dashboards.components.strip import legend
 from dashboards.context import Context
+from dashboards.feature_jobs import FeatureJobs
 from dashboards.links import View, feature_link
 from dashboards.pages import Page
 from dashboards.queries import (
@@ -29,10 +34,13 @@ from dashboards.queries import (
     feature_id,
     summary,
 )
+from scope.errors import ScopeError
+from scope.figures import logit_histogram
 
 __all__ = ["register", "render"]
 
 SHOWS = (("top", "Top"), ("quantiles", "Quantiles"), ("random", "Random"))
+CONTEXTS = (("snippet", "Snippet"), ("document", "Document"))
 STEP = 20
 
 
@@ -43,16 +51,39 @@ def render(context: Context, view: View) -> Page:
     feature = summary(index, feature_id(index, view.target))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
+    label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
+    side = feature_side(context.workspace.path, index, feature, label, logits)
     content = html.Div(
         className="feature-page",
         children=[
             feature_head(entry.id, feature),
             feature_statistics(feature),
-            html.Div(className="columns", children=[html.Div(main), html.Aside(feature_side(index, feature))]),
+            html.Div(
+                className="columns",
+                children=[
+                    html.Div([live.live_box(entry.id, feature.id, view.get("try")), main], className="feature-main"),
+                    html.Aside(side),
+                ],
+            ),
+            dcc.Store(id="feature-of-page", data={"index": entry.id, "feature": feature.id}),
         ],
     )
     address = "" if view.index else feature_link(entry.id, feature.id, **view.query)
     return Page(content, f"Feature {feature.id}", "features", address)
+
+
+def _logits_part(context: Context, index: str, feature: FeatureSummary, view: View) -> html.Div:
+    """The histogram of all logit effects: at once where it is known, asked for where the address says so."""
+    known = FeatureJobs(context).logits(index, feature.id)
+    ask = known is None and view.get("logits") == "all"
+    return html.Div(
+        className="all-logits",
+        children=[
+            progress_box("logits"),
+            html.Div([] if ask else all_logits(known), id="logits-result"),
+            dcc.Store(id="logits-request", data={"ask": 1} if ask else None),
+        ],
+    )
 
 
 def request_of(query: dict[str, str]) -> ExampleRequest:
@@ -76,6 +107,7 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
         seed=whole("seed", 0),
         low=share("low", 0.0),
         high=share("high", 1.0),
+        context="document" if query.get("context") == "document" else "snippet",
     )
 
 
@@ -98,6 +130,13 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                     ),
                     choice("examples-language", "Any language", opened.languages, wanted.language or None, "xs"),
                     choice("examples-source", "Any source", opened.sources, wanted.source or None, "xs"),
+                    dmc.SegmentedControl(
+                        id="examples-context",
+                        data=[{"value": value, "label": label} for value, label in CONTEXTS],
+                        value=wanted.context,
+                        size="xs",
+                        **{"aria-label": "How much of the text"},
+                    ),
                     button(
                         "⏎",
                         label="Break lines where the text does",
@@ -110,18 +149,8 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                 ],
             ),
             html.Div(_examples(context, index, feature.id, wanted), id="examples"),
-            _stores(index, feature.id, wanted),
-        ],
-    )
-
-
-def _stores(index: str, feature: int, wanted: ExampleRequest) -> html.Div:
-    return html.Div(
-        [
-            dcc.Store(id="feature-of-page", data={"index": index, "feature": feature}),
             dcc.Store(id="examples-request", data=wanted.__dict__),
         ],
-        hidden=True,
     )
 
 
@@ -139,7 +168,7 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
         return states.empty(
             "No examples", f"The feature does not fire in {where}. Clear the filter to see where it does."
         )
-    parts: list[Any] = [example_groups(groups, index, scale)]
+    parts: list[Any] = [example_groups(groups, index, scale, wanted.context == "document")]
     if wanted.show == "random" and not (wanted.language or wanted.source):
         parts.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
     elif wanted.show != "quantiles" and shown >= wanted.n and wanted.n < MAX_EXAMPLES:
@@ -150,7 +179,10 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
 
 
 def register(app: Dash, context: Context) -> None:
-    """What changes within the page: which examples are shown, and the colours of the histogram."""
+    """What changes within the page: which examples are shown, a text that is tested, all logits, the colours."""
+    streams.register(app.server, context)
+    live.register(app, context)
+    _register_logits(app, context)
     _register_choice(app, context)
     _register_paging(app)
     app.clientside_callback(
@@ -182,6 +214,49 @@ def register(app: Dash, context: Context) -> None:
         return strength_histogram(edges, counts, "dark" if theme == "dark" else "light")
 
 
+def _register_logits(app: Dash, context: Context) -> None:
+    """The effects on all logits, by the model worker."""
+    jobs = FeatureJobs(context)
+    app.clientside_callback(
+        ClientsideFunction("scope", "askLogits"),
+        Output("logits-request", "data"),
+        Input("logits-ask", "n_clicks"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output("logits-job", "data"),
+        Output("logits-result", "children", allow_duplicate=True),
+        Input("logits-request", "data"),
+        State("feature-of-page", "data"),
+        prevent_initial_call="initial_duplicate",
+    )
+    def start(asked: Asked | None, about: Asked) -> tuple[Asked, Any]:
+        if not asked:
+            raise PreventUpdate
+        try:
+            return {**about, "id": jobs.submit_logits(about["index"], about["feature"]).id}, []
+        except ScopeError as problem:
+            return {**about, "problem": str(problem)}, []
+
+    register_progress(
+        app, context.worker, "logits", lambda asked, job: all_logits(job.result), "The logits could not be computed"
+    )
+
+    @app.callback(
+        Output("logits-histogram", "figure"),
+        Input("theme-now", "data"),
+        State("feature-of-page", "data"),
+        prevent_initial_call=True,
+    )
+    def recolour(theme: str, about: Asked | None) -> Any:
+        found = jobs.logits(about["index"], about["feature"]) if about else None
+        if found is None:
+            raise PreventUpdate
+        figure = logit_histogram(found.edges, found.counts, theme="dark" if theme == "dark" else "light")
+        return figure.update_layout(height=LOGITS_HEIGHT)
+
+
 def _register_choice(app: Dash, context: Context) -> None:
     """The segmented control, the two filters and the bars of the histogram choose which examples are shown."""
 
@@ -193,6 +268,7 @@ def _register_choice(app: Dash, context: Context) -> None:
         Input("examples-show", "value"),
         Input("examples-language", "value"),
         Input("examples-source", "value"),
+        Input("examples-context", "value"),
         Input("feature-histogram", "clickData"),
         State("examples-request", "data"),
         State("feature-of-page", "data"),
@@ -202,17 +278,22 @@ def _register_choice(app: Dash, context: Context) -> None:
         show: str,
         language: str | None,
         source: str | None,
+        extent: str,
         bar: dict[str, Any] | None,
         now: dict[str, Any],
         about: dict[str, Any],
     ) -> tuple[Any, Any, Any, Any]:
-        base = ExampleRequest()
+        base = ExampleRequest(context=extent)
+        if ctx.triggered_id == "examples-context":
+            if extent == now.get("context"):
+                raise PreventUpdate
+            return {**now, "context": extent}, no_update, no_update, no_update
         if ctx.triggered_id == "feature-histogram":
             if not bar:
                 raise PreventUpdate
             _, counts = context.index(about["index"]).histogram(about["feature"])
             low, high = band_of_bin(counts, int(bar["points"][0]["pointIndex"]))
-            return ExampleRequest(show="band", low=low, high=high).__dict__, "", None, None
+            return {**base.__dict__, "show": "band", "low": low, "high": high}, "", None, None
         if ctx.triggered_id == "examples-show":
             if not show or (show == now["show"] and not (now["language"] or now["source"])):
                 raise PreventUpdate

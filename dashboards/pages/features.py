@@ -1,38 +1,107 @@
-"""The feature browser: a grid that asks the server for the rows it shows, sorted and filtered there."""
+"""The feature browser: a grid that asks the server for the rows it shows, and a scatter plot of the same features.
 
-from typing import Any
+The address is the state of both (`dashboards.listing.FeatureQuery` reads it). Every input writes its part of it;
+`#features-query` holds a copy that the server gets with each request for rows, and assets/46_scatter.js reads the
+address itself. An area that is drawn in the plot is one more filter; a row of the grid that is pointed at is marked in
+the plot.
+"""
+
+import shlex
+from typing import TYPE_CHECKING, Any
 
 import dash_ag_grid as dag
-import dash_mantine_components as dmc
-from dash import ClientsideFunction, Dash, Input, Output, State, html
+from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 
-from dashboards.components import states
-from dashboards.components.controls import choice, define
+from dashboards.columns import available
+from dashboards.components import features_view, states
 from dashboards.context import Context
 from dashboards.format import plural
 from dashboards.links import View, features_link
+from dashboards.listing import FeatureQuery, grid_rows, listing
+from dashboards.marks import marks_of
 from dashboards.pages import Page
-from dashboards.queries import FeatureFilter, feature_rows, parse_sort
+from scope.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+    from scope.workspace import Entry
 
 __all__ = ["register", "render"]
 
 BLOCK = 60
-SHOWS = (("all", "All"), ("alive", "Alive"), ("dead", "Dead"), ("over-dense", "Over-dense"))
+MAX_BLOCK = 1_000
+"""Rows that one request may ask for."""
+INPUTS = (
+    ("features-text", "value"),
+    ("features-show", "value"),
+    ("features-language", "value"),
+    ("features-source", "value"),
+    ("features-kind", "value"),
+    ("features-starred", "checked"),
+    ("features-list", "value"),
+    ("features-density", "value"),
+    ("features-a", "value"),
+    ("features-b", "value"),
+    ("features-plot", "value"),
+    ("features-x", "value"),
+    ("features-y", "value"),
+    ("features-colour", "value"),
+    ("features-columns", "value"),
+)
+"""What writes the address, in the order that `filterFeatures` of assets/40_grid.js takes it."""
 
 
 def render(context: Context, view: View) -> Page:
     """The browser of one index, as its address says."""
     entry = context.entry(view)
     index = context.index(entry.id)
-    sort = dict(parse_sort(view.get("sort")))
-    grid = dag.AgGrid(
+    query = FeatureQuery.of(view.query)
+    content = html.Div(
+        className="features-page",
+        children=[
+            html.Header(
+                className="page-head",
+                children=[
+                    html.H1("Features"),
+                    html.Span(id="features-count", className="muted", role="status"),
+                    features_view.downloads(entry.id),
+                ],
+            ),
+            features_view.toolbar(index, query),
+            features_view.filters(index, query, sorted(marks_of(index).lists), view.get("cols")),
+            html.Div(id="features-problem"),
+            html.Div(
+                className="features-columns",
+                children=[
+                    html.Div([_grid(entry.id, index, view, query), features_view.notes(index)], className="grid-part"),
+                    features_view.plot(index, view, _umap_command(context, entry, index)),
+                ],
+            ),
+            dcc.Store(id="features-query", data=view.query),
+            dcc.Store(id="features-saved"),
+        ],
+    )
+    return Page(content, "Features", "features", "" if view.index else features_link(entry.id, **view.query))
+
+
+def _umap_command(context: Context, entry: "Entry", index: "FeatureIndex") -> str:
+    """What makes the map of the decoder: indexing again what is indexed already adds nothing else."""
+    parents = {parent.kind: str(parent.path) for parent in context.workspace.parents(entry)}
+    words = [parents.get("activation-store", "STORE"), parents.get("sae", "SAE"), "--out", str(index.path), "--umap"]
+    return " ".join(["scope", "index", *map(shlex.quote, words)])
+
+
+def _grid(id: str, index: "FeatureIndex", view: View, query: FeatureQuery) -> dag.AgGrid:
+    shown = features_view.chosen_columns(view.get("cols"), index)
+    return dag.AgGrid(
         id="features-grid",
         className="features-grid",
         rowModelType="infinite",
-        columnDefs=_columns(sort),
+        columnDefs=features_view.column_definitions(available(index), shown, dict(query.sort), query.contrasts),
         defaultColDef={"resizable": True, "sortable": False, "suppressMovable": True, "suppressHeaderMenuButton": True},
         columnSize="responsiveSizeToFit",
+        getRowId="params.data.feature",
         dashGridOptions={
             "rowHeight": 46,
             "headerHeight": 38,
@@ -43,110 +112,29 @@ def render(context: Context, view: View) -> Page:
             "blockLoadDebounceMillis": 60,
             "rowSelection": {"mode": "singleRow", "checkboxes": False, "enableClickSelection": False},
             "suppressCellFocus": False,
+            "suppressClickEdit": True,
+            "stopEditingWhenCellsLoseFocus": True,
             "enableCellTextSelection": True,
             "animateRows": False,
             "suppressNoRowsOverlay": True,
-            "context": {"index": entry.id},
+            "context": {"index": id},
         },
         style={"height": None},
     )
-    content = html.Div(
-        className="features-page",
-        children=[
-            html.Header(
-                className="page-head",
-                children=[html.H1("Features"), html.Span(id="features-count", className="muted", role="status")],
-            ),
-            _toolbar(view, index.languages, index.sources),
-            html.Div(id="features-problem"),
-            grid,
-            html.P(
-                [
-                    "Density is the share of tokens that a feature fires on ",
-                    define("density"),
-                    "; the small histogram shows how strongly it fires, weak to strong, on a logarithmic scale.",
-                ],
-                className="small muted grid-note",
-            ),
-        ],
-    )
-    return Page(content, "Features", "features", "" if view.index else features_link(entry.id, **view.query))
-
-
-def _toolbar(view: View, languages: Any, sources: Any) -> html.Div:
-    return html.Div(
-        className="toolbar",
-        role="search",
-        children=[
-            dmc.TextInput(
-                id="features-text",
-                value=view.get("q"),
-                placeholder="Token, promoted token, label or id",
-                debounce=250,
-                size="sm",
-                className="features-search",
-                rightSection=html.Kbd("/"),
-                attributes={"input": {"data-focus": "/", "aria-label": "Search features"}},
-            ),
-            dmc.SegmentedControl(
-                id="features-show",
-                data=[{"value": value, "label": label} for value, label in SHOWS],
-                value=view.get("show", "all") if view.get("show", "all") in dict(SHOWS) else "all",
-                size="sm",
-                **{"aria-label": "Which features"},
-            ),
-            choice("features-language", "Any main language", languages, view.get("language") or None),
-            choice("features-source", "Any main source", sources, view.get("source") or None),
-        ],
-    )
-
-
-def _columns(sort: dict[str, bool]) -> list[dict[str, Any]]:
-    def column(
-        field: str, title: str, width: int, renderer: str, *, sortable: bool = False, **more: Any
-    ) -> dict[str, Any]:
-        return {
-            "field": field,
-            "headerName": title,
-            "width": width,
-            "minWidth": min(width, 80),
-            "cellRenderer": renderer,
-            "sortable": sortable,
-            **({"sort": "asc" if sort[field] else "desc"} if field in sort else {}),
-            "sortingOrder": ["desc", "asc", None],
-            **more,
-        }
-
-    return [
-        column("feature", "Feature", 92, "FeatureLink", sortable=True, minWidth=84, maxWidth=110),
-        column("tokens", "Fires on", 300, "Tokens", minWidth=170, flex=3),
-        column("density", "Density", 150, "Density", sortable=True, minWidth=128, maxWidth=190),
-        column(
-            "spark",
-            "Strength",
-            116,
-            "Spark",
-            minWidth=110,
-            maxWidth=130,
-            headerTooltip="How strongly it fires: weak to strong, logarithmic",
-        ),
-        column("max_value", "Max", 92, "Number", sortable=True, minWidth=78, maxWidth=110, type="rightAligned"),
-        column("mean_value", "Mean", 92, "Number", sortable=True, minWidth=78, maxWidth=110, type="rightAligned"),
-        column("logits", "Promotes", 240, "Logits", minWidth=150, flex=2),
-        column("top_language", "Language", 104, "Plain", sortable=True, minWidth=92, maxWidth=130),
-    ]
 
 
 def register(app: Dash, context: Context) -> None:
-    """The grid's rows, and the address that follows its state."""
+    """The grid's rows, what is written in them, and the address that follows the state."""
     app.clientside_callback(
         ClientsideFunction("scope", "filterFeatures"),
         Output("features-grid", "className"),
-        Input("features-text", "value"),
-        Input("features-show", "value"),
-        Input("features-language", "value"),
-        Input("features-source", "value"),
-        State("features-grid", "id"),
+        *(Input(*name) for name in INPUTS),
+        prevent_initial_call=True,
+    )
+    app.clientside_callback(
+        ClientsideFunction("scope", "askRows"),
+        Output("features-query", "storage_type"),
+        Input("features-query", "data"),
         prevent_initial_call=True,
     )
 
@@ -155,30 +143,47 @@ def register(app: Dash, context: Context) -> None:
         Output("features-count", "children"),
         Output("features-problem", "children"),
         Input("features-grid", "getRowsRequest"),
-        State("features-text", "value"),
-        State("features-show", "value"),
-        State("features-language", "value"),
-        State("features-source", "value"),
+        State("features-query", "data"),
         prevent_initial_call=True,
     )
-    def rows(
-        asked: dict[str, Any] | None, text: str | None, show: str, language: str | None, source: str | None
-    ) -> tuple[dict[str, Any], Any, Any]:
+    def rows(asked: dict[str, Any] | None, address: dict[str, str] | None) -> tuple[dict[str, Any], Any, Any]:
         if not asked:
             raise PreventUpdate
-        wanted = FeatureFilter(text or "", show, language or "", source or "")
-        sort = parse_sort(",".join(f"{item['colId']}:{item['sort']}" for item in asked.get("sortModel") or ()))
+        sort = ",".join(f"{item['colId']}:{item['sort']}" for item in asked.get("sortModel") or ())
         try:
             index = context.index(asked["context"]["index"])
-            found, total = feature_rows(index, wanted, sort, int(asked["startRow"]), int(asked["endRow"]))
+            query = FeatureQuery.of({**(address or {}), "sort": sort})
+            start = int(asked["startRow"])
+            found, total = grid_rows(index, query, start, min(int(asked["endRow"]), start + MAX_BLOCK))
+            words = _count(total, index.d_sae, listing(index, query).note)
         except Exception as problem:
             return {"rowData": [], "rowCount": 0}, "", states.error(problem, "These features could not be shown")
-        return {"rowData": found, "rowCount": total}, _count(total, index.d_sae), None
+        return {"rowData": found, "rowCount": total}, words, None
+
+    @app.callback(
+        Output("features-saved", "data"),
+        Input("features-grid", "cellValueChanged"),
+        State("features-grid", "dashGridOptions"),
+        prevent_initial_call=True,
+    )
+    def save(changes: list[dict[str, Any]] | None, options: dict[str, Any]) -> Any:
+        if not changes:
+            raise PreventUpdate
+        index = context.index(options["context"]["index"])
+        labels = getattr(index, "labels", None)
+        if labels is None:
+            raise InvalidInputError("Labels cannot be kept for this index.")
+        for change in changes:
+            feature, value = int(change["data"]["feature"]), change.get("value")
+            if change["colId"] == "starred":
+                labels.set(feature, starred=bool(value))
+            elif change["colId"] == "label":
+                labels.set(feature, text=str(value or ""))
+        return {"version": labels.version}
 
 
-def _count(total: int, d_sae: int) -> str:
-    if total == d_sae:
-        return plural(d_sae, "feature")
+def _count(total: int, d_sae: int, note: str) -> str:
     if total == 0:
-        return "No feature matches. Loosen a filter, or search for another token."
-    return f"{total:,} of {plural(d_sae, 'feature')}"
+        return "No feature matches. Loosen a filter, or search for another token." + (f" {note}" if note else "")
+    words = plural(d_sae, "feature") if total == d_sae else f"{total:,} of {plural(d_sae, 'feature')}"
+    return f"{words} · {note}" if note else words

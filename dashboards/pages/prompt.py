@@ -1,25 +1,27 @@
-"""The prompt page: text goes in, the features that fire on each token come out, and how they push a next token.
+"""The prompt page: text or a chat goes in, the features that fire on each token come out, and how they push a next
+token; or two prompts beside each other.
 
-1. A text to run is in `#prompt-request`; `start` hands it to the model worker and keeps the jobs' ids.
+1. What to run is in `#prompt-request`; `start` hands it to the model worker and keeps the jobs' ids.
 2. `watch` polls them while they are pending: progress, cancel, errors; it bumps `#prompt-ready` when there is news.
-3. `draw` shows what is known for the current selection (token, feature, target, order, colour), which is part of the
-   address like the text itself.
+3. `draw` shows what is known for the current selection (tokens, features, target, order, pins), which is part of the
+   address like the prompts themselves.
 """
 
 from typing import Any
 
-import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
-from dashboards.components.controls import button
-from dashboards.components.prompt_view import PromptView, Selection, draw_prompt
+from dashboards.components.prompt_form import invitation, prompt_form
+from dashboards.components.prompt_pair import PairView, draw_pair, selected_pair
+from dashboards.components.prompt_state import PromptView, Selection
+from dashboards.components.prompt_view import draw_prompt
+from dashboards.components.waiting import progress_bar, step_of, trouble_of
 from dashboards.context import Context
-from dashboards.format import duration, plural
 from dashboards.links import View, prompt_link
 from dashboards.pages import Page
-from dashboards.prompts import PromptJobs
+from dashboards.prompts import Asked, PromptJobs, prompt_jobs
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -33,48 +35,34 @@ TYPED_TIMEOUT = 20.0
 SKELETON = (30, 56, 16, 28, 28, 28, 28)
 """Heights of what will stand there."""
 FAILED = "The prompt could not be run"
-SAMPLES = (
+NAMES = ("text", "chat", "text2", "chat2")
+"""What of an address says what to run."""
+INVITATION = "Which features fire on each token, and which next token do they push? Type a text, or start with:"
+SAMPLES: tuple[str | tuple[str, str], ...] = (
     "The opposite of hot is",
     "def area(radius):\n    return math.pi *",
     "Once upon a time there was a king who",
     "東京は日本の",
+    ("The capital of France is", "The capital of Japan is"),
 )
 
 
 def render(context: Context, view: View) -> Page:
-    """The page, with the text and the selection of its address."""
+    """The page, with the prompts and the selection of its address."""
     entry = context.entry(view)
-    text = view.get("text")
+    first, second = Asked.of(view.query), Asked.of(view.query, "2")
+    request = {"index": entry.id, **{name: view.query[name] for name in NAMES if view.query.get(name)}}
     content = html.Div(
         id="selection-box",
         className="prompt-page",
+        **{"data-store": "prompt-selection"},
         children=[
             html.Header(className="page-head", children=[html.H1("Prompt")]),
-            html.Div(
-                className="prompt-form",
-                children=[
-                    dmc.Textarea(
-                        id="prompt-text",
-                        value=text,
-                        placeholder="Type a text to run through the model",
-                        autosize=True,
-                        minRows=2,
-                        maxRows=10,
-                        attributes={"input": {"aria-label": "Prompt", "data-focus": "prompt", "spellcheck": "false"}},
-                    ),
-                    html.Div(
-                        className="chips",
-                        children=[
-                            button("Run", id="prompt-run", className="main-action", **{"data-run": "true"}),
-                            html.Span([html.Kbd("Ctrl"), " ", html.Kbd("Enter")], className="muted small keys-hint"),
-                        ],
-                    ),
-                ],
-            ),
-            _progress(),
+            prompt_form(first, second),
+            progress_bar("prompt"),
             html.Div(id="prompt-status"),
-            html.Div(states.skeleton(*SKELETON) if text else _invitation(), id="prompt-result"),
-            dcc.Store(id="prompt-request", data={"index": entry.id, "text": text}),
+            html.Div(states.skeleton(*SKELETON) if not first.empty else _invitation(), id="prompt-result"),
+            dcc.Store(id="prompt-request", data=request),
             dcc.Store(id="prompt-selection", data=view.query),
             dcc.Store(id="prompt-jobs"),
             dcc.Store(id="prompt-ready"),
@@ -86,32 +74,20 @@ def render(context: Context, view: View) -> Page:
 
 
 def _invitation() -> html.Div:
-    return html.Div(
-        className="state",
-        children=[
-            html.P(
-                "Which features fire on each token, and which next token do they push? Type a text, or start with:",
-                className="muted",
-            ),
-            html.Div(
-                [button(sample.replace("\n", " ⏎ "), **{"data-sample": sample}) for sample in SAMPLES],
-                className="chips",
-            ),
-        ],
-    )
+    return invitation(INVITATION, SAMPLES)
 
 
 def register(app: Dash, context: Context) -> None:
     """Running, watching, drawing, and typing a next token."""
-    jobs = PromptJobs(context)
+    jobs = prompt_jobs(context)
     _register_running(app, jobs)
-    _register_watching(app, context)
+    _register_watching(app, context, jobs)
     _register_drawing(app, context, jobs)
     _register_typed(app, context, jobs)
 
 
 def _register_running(app: Dash, jobs: PromptJobs) -> None:
-    """From the text to jobs of the worker."""
+    """From the prompts to jobs of the worker."""
     app.clientside_callback(
         ClientsideFunction("scope", "runPrompt"),
         Output("prompt-request", "data"),
@@ -128,22 +104,41 @@ def _register_running(app: Dash, jobs: PromptJobs) -> None:
         Input("prompt-selection", "data"),
         State("prompt-jobs", "data"),
     )
-    def start(asked: Record | None, query: dict[str, str] | None, now: Record | None) -> tuple[Any, Any]:
-        if not asked or not (asked.get("text") or "").strip():
-            return {"text": ""}, True
-        index, text, target = asked["index"], asked["text"], Selection.of(query).target
-        wanted: Record = {"index": index, "text": text, "target": target, "run": asked.get("run", 0)}
+    def start(asked: Record | None, query: Record | None, now: Record | None) -> tuple[Any, Any]:
+        first, second = Asked.of(asked), Asked.of(asked, "2")
+        if not asked or first.empty:
+            return {"asked": None}, True
+        index, selection = asked["index"], Selection.of(query)
+        looked_at = [selection.target] if second.empty else [selection.token, selection.token2]
+        wanted: Record = {"asked": asked, "looked_at": looked_at}
         if now and {name: now.get(name) for name in wanted} == wanted:
             raise PreventUpdate
         try:
-            wanted["analysis"] = jobs.submit_analysis(index, text).id
-            wanted["push"] = jobs.submit_push(index, text, target).id if target is not None else None
+            known = {"analysis": jobs.submit_analysis(index, first)}
+            if not second.empty:
+                known["second"] = jobs.submit_analysis(index, second)
+            elif selection.target is not None:
+                known["push"] = jobs.submit_push(index, first, selection.target)
+            wanted["ids"] = {name: job.id for name, job in known.items()}
         except ScopeError as problem:
             wanted["problem"] = str(problem)
         return wanted, False
 
 
-def _register_watching(app: Dash, context: Context) -> None:
+def _next_job(jobs: PromptJobs, now: Record) -> Job | None:
+    """What comes next after the places that are looked at, of two prompts that have both been run."""
+    asked = now["asked"]
+    first, second = Asked.of(asked), Asked.of(asked, "2")
+    a, b = jobs.analysis(asked["index"], first), jobs.analysis(asked["index"], second)
+    if second.empty or a is None or b is None:
+        return None
+    token, token2 = now["looked_at"]
+    pairs = jobs.comparison(a, b).pairs
+    places = selected_pair(Selection(token=token, token2=token2), pairs, a.n_tokens, b.n_tokens)
+    return jobs.submit_distributions(asked["index"], first, places[0], second, places[1])
+
+
+def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
     """Progress and cancel, while there is something to wait for."""
 
     @app.callback(
@@ -158,32 +153,45 @@ def _register_watching(app: Dash, context: Context) -> None:
         State("prompt-ready", "data"),
         prevent_initial_call=True,
     )
-    def watch(_: int | None, asked: Record | None, ready: Record | None) -> tuple[Any, ...]:
-        if not asked:
+    def watch(_: int | None, now: Record | None, ready: Record | None) -> tuple[Any, ...]:
+        if not now:
             raise PreventUpdate
-        if asked.get("problem"):
-            return True, "", None, states.error(ScopeError(asked["problem"]), FAILED), no_update, True
-        known = {name: context.worker.get(asked[name]) for name in ("analysis", "push") if asked.get(name)}
-        news = {"text": asked["text"], "states": {name: job.state if job else "gone" for name, job in known.items()}}
+        if now.get("problem"):
+            return True, "", None, states.error(ScopeError(now["problem"]), FAILED), no_update, True
+        known = {name: context.worker.get(id) for name, id in now.get("ids", {}).items()}
+        further = (ready or {}).get("further") if (ready or {}).get("ids") == now.get("ids") else None
+        looked_at = now.get("looked_at")
+        if further and further["looked_at"] == looked_at:
+            known["next"] = context.worker.get(further["id"])
+        elif known and all(job is not None and job.state is JobState.DONE for job in known.values()):
+            job = _next_job(jobs, now)
+            further = None if job is None else {"looked_at": looked_at, "id": job.id}
+            known |= {} if job is None else {"next": job}
+        news = {
+            "ids": now.get("ids"),
+            "states": {name: job.state if job else "gone" for name, job in known.items()},
+            "further": further,
+        }
         changed = news if news != ready else no_update
         waiting = [job for job in known.values() if job is not None and job.pending]
         if waiting:
-            return False, *_step(context, waiting[0]), None, changed, False
-        return True, "", None, _trouble(list(known.values())), changed, True
+            return False, *step_of(context, waiting[0]), None, changed, False
+        return True, "", None, trouble_of(known.values(), FAILED), changed, True
 
     @app.callback(
         Output("prompt-jobs", "data", allow_duplicate=True),
         Input("prompt-cancel", "n_clicks"),
         State("prompt-jobs", "data"),
+        State("prompt-ready", "data"),
         prevent_initial_call=True,
     )
-    def cancel(clicks: int | None, asked: Record | None) -> Any:
-        if not clicks or not asked:
+    def cancel(clicks: int | None, now: Record | None, ready: Record | None) -> Any:
+        if not clicks or not now:
             raise PreventUpdate
-        for name in ("analysis", "push"):
-            if asked.get(name):
-                context.worker.cancel(asked[name])
-        return {**asked, "cancelled": True}
+        further = ((ready or {}).get("further") or {}).get("id")
+        for id in [*now.get("ids", {}).values(), *([further] if further else [])]:
+            context.worker.cancel(id)
+        return {**now, "cancelled": True}
 
 
 def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
@@ -197,19 +205,38 @@ def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
         State("prompt-jobs", "data"),
         prevent_initial_call=True,
     )
-    def draw(_: Any, query: dict[str, str] | None, asked: Record | None, now: Record | None) -> Any:
-        if not asked or not (asked.get("text") or "").strip():
+    def draw(_: Any, query: Record | None, asked: Record | None, now: Record | None) -> Any:
+        first, second = Asked.of(asked), Asked.of(asked, "2")
+        if not asked or first.empty:
             return _invitation()
-        index, text, selection = asked["index"], asked["text"], Selection.of(query)
-        analysis = jobs.analysis(index, text)
-        if analysis is None:
-            job = context.worker.get((now or {}).get("analysis", ""))
-            return states.skeleton(*SKELETON) if job is not None and job.pending else []
         try:
-            push = jobs.push(index, text, selection.target)
-            return draw_prompt(PromptView(context.index(index), analysis, push, selection))
+            drawn = _drawn(context, jobs, asked["index"], first, second, Selection.of(query))
         except Exception as problem:
             return states.error(problem, "This prompt could not be shown")
+        if drawn is not None:
+            return drawn
+        known = [context.worker.get(id) for id in ((now or {}).get("ids") or {}).values()]
+        failed = any(job is None or job.state in (JobState.FAILED, JobState.CANCELLED) for job in known)
+        return [] if failed else states.skeleton(*SKELETON)
+
+
+def _drawn(
+    context: Context, jobs: PromptJobs, index: str, first: Asked, second: Asked, selection: Selection
+) -> html.Div | None:
+    """The result; None while it is not known."""
+    a = jobs.analysis(index, first)
+    opened = context.index(index)
+    if a is None:
+        return None
+    if second.empty:
+        return draw_prompt(PromptView(opened, a, jobs.push(index, first, selection.target), selection))
+    b = jobs.analysis(index, second)
+    if b is None:
+        return None
+    sides = (PromptView(opened, a, None, selection), PromptView(opened, b, None, selection))
+    view = PairView(*sides, jobs.comparison(a, b), None)
+    known = jobs.distributions(index, first, view.places[0], second, view.places[1])
+    return draw_pair(PairView(*sides, view.comparison, known))
 
 
 def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
@@ -239,37 +266,3 @@ def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
         Input("prompt-typed", "data"),
         prevent_initial_call=True,
     )
-
-
-def _progress() -> html.Div:
-    """Stands still while its content changes: a button that is drawn anew each time cannot be pressed."""
-    return html.Div(
-        id="prompt-progress",
-        className="progress",
-        role="status",
-        hidden=True,
-        children=[
-            html.Div(html.I(id="prompt-share"), className="progress-track"),
-            html.Span(id="prompt-step", className="small muted"),
-            button("Cancel", id="prompt-cancel"),
-        ],
-    )
-
-
-def _step(context: Context, job: Job) -> tuple[str, dict[str, str]]:
-    """What a job is doing, in words, and how far it is as the style of the bar."""
-    ahead = context.worker.position(job)
-    step = f"{plural(ahead, 'request')} before this one" if job.state is JobState.QUEUED and ahead else job.step
-    style = {"width": f"{100 * job.done / job.total:.0f}%", "animation": "none", "left": "0"} if job.total else {}
-    return f"{step[:1].upper()}{step[1:]} … {duration(job.seconds)}", style
-
-
-def _trouble(known: list[Job | None]) -> Any:
-    for job in known:
-        if job is None:
-            return states.error(ScopeError("The result is no longer kept. Press Run to compute it again."), "Not kept")
-        if job.state is JobState.CANCELLED:
-            return html.P("Cancelled. Run starts it again.", className="muted")
-        if job.error is not None:
-            return states.error(job.error, FAILED)
-    return None

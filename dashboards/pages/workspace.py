@@ -1,46 +1,171 @@
-"""The workspace: its indexes, SAEs and stores, how good they are, what they were made from."""
+"""The workspace: models, stores, SAEs, indexes, trainings and graphs: how good they are, what they were made from, and
+whether their bytes are what was written (asked for with a button, read in a thread of its own)."""
 
+import time
 from typing import Any
 
-from dash import html
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html
+from dash.exceptions import PreventUpdate
 
-from dashboards.artefacts import Artefact, describe
-from dashboards.components import states
-from dashboards.components.controls import code, link_button
+from dashboards.artefacts import Artefact, Model, describe, models
+from dashboards.components import jobs, states
+from dashboards.components.controls import button, code, link_button
 from dashboards.components.stats import interval, stat, stats
 from dashboards.context import Context
-from dashboards.format import count, exact, number, percent
-from dashboards.links import View, features_link, prompt_link
+from dashboards.format import count, exact, number, percent, plural
+from dashboards.links import View, features_link, prompt_link, training_link
 from dashboards.pages import Page
+from dashboards.trainings import settings_in_words
+from dashboards.verifications import Checked, Verifier
+from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
+from scope.training.runs import Run, RunState
 
-__all__ = ["render"]
+__all__ = ["register", "render"]
+
+POLL_MS = 500
+RUNS = 8
+"""Finished trainings that are listed, at most."""
+HEALTH = {RunState.RUNNING: "running", RunState.FINISHED: "good", RunState.STOPPED: "bad", RunState.LOST: "bad"}
+VERIFY = "Read every byte and compare it with what was recorded when it was written"
 
 UNITS = (("d_sae", "features"), ("rows", "tokens"), ("documents", "documents"), ("trained_on", "tokens of training"))
 
 
 def render(context: Context, view: View) -> Page:
     """The page of the whole workspace."""
-    indexes = [_described_index(context, entry) for entry in context.workspace.indexes()]
-    saes = [describe(context.workspace, entry) for entry in context.workspace.saes()]
-    stores = [describe(context.workspace, entry) for entry in context.workspace.stores()]
-    parts: list[Any] = [html.H1("Workspace"), html.P(html.Code(str(context.workspace.path)), className="muted small")]
-    if not (indexes or saes or stores):
+    workspace, verifier = context.workspace, _verifier(context)
+    indexes = [_described_index(context, entry) for entry in workspace.indexes()]
+    saes = [describe(workspace, entry) for entry in workspace.saes()]
+    stores = [describe(workspace, entry) for entry in workspace.stores()]
+    runs = workspace.trainings()
+    parts: list[Any] = [html.H1("Workspace"), html.P(html.Code(str(workspace.path)), className="muted small")]
+    if not (indexes or saes or stores or runs):
         parts.append(
             states.empty(
                 "Nothing here yet",
                 "A workspace holds activation stores, the SAEs trained on them, and the feature indexes that this "
                 "dashboard shows. The demo makes one of each from Gemma 3 270M in a few minutes.",
-                command=f"scope demo {context.workspace.path}",
+                command=f"scope demo {workspace.path}",
             )
         )
     else:
-        parts.append(_indexes(indexes))
-        parts += _table("SAEs", saes, "scope train STORE --hook NAME --arch topk --d-sae 4096 --k 32 --out SAE_DIR")
+        parts.append(_indexes(verifier, indexes))
         parts += _table(
-            "Activation stores", stores, "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE"
+            verifier, "SAEs", saes, "scope train STORE --hook NAME --arch topk --d-sae 4096 --k 32 --out SAE_DIR"
         )
+        parts += _table(
+            verifier,
+            "Activation stores",
+            stores,
+            "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE",
+        )
+        parts += [_trainings(runs), _models(models([*stores, *indexes])), _graphs(workspace.graphs())]
+        pending = any(job.pending for job in _jobs(verifier, [*indexes, *saes, *stores]))
+        parts.append(dcc.Interval(id="verify-poll", interval=POLL_MS, disabled=not pending))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
+
+
+def register(app: Dash, context: Context) -> None:
+    """Verifying on demand."""
+    verifier = _verifier(context)
+
+    @app.callback(
+        Output("verify-poll", "disabled"),
+        Input({"type": "verify", "id": ALL}, "n_clicks"),
+        prevent_initial_call=True,
+    )
+    def start(clicks: list[int | None]) -> Any:
+        if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
+            raise PreventUpdate
+        verifier.start(str(ctx.triggered_id["id"]))
+        return False
+
+    @app.callback(
+        Output("verify-poll", "disabled", allow_duplicate=True),
+        Input({"type": "verify-cancel", "id": ALL}, "n_clicks"),
+        prevent_initial_call=True,
+    )
+    def cancel(clicks: list[int | None]) -> Any:
+        if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
+            raise PreventUpdate
+        verifier.cancel(str(ctx.triggered_id["id"]))
+        return False
+
+    @app.callback(
+        Output({"type": "verify-bar", "id": ALL}, "hidden"),
+        Output({"type": "verify-step", "id": ALL}, "children"),
+        Output({"type": "verify-share", "id": ALL}, "style"),
+        Output({"type": "verify-found", "id": ALL}, "children"),
+        Output("verify-poll", "disabled", allow_duplicate=True),
+        Input("verify-poll", "n_intervals"),
+        State({"type": "verify-bar", "id": ALL}, "id"),
+        prevent_initial_call=True,
+    )
+    def watch(_: int | None, ids: list[dict[str, str]]) -> tuple[Any, ...]:
+        jobs_of = [verifier.job(one["id"]) for one in ids]
+        drawn = [_standing(verifier, job) for job in jobs_of]
+        columns = [list(column) for column in zip(*drawn, strict=True)] if drawn else [[], [], [], []]
+        return *columns, not any(job is not None and job.pending for job in jobs_of)
+
+
+def _verifier(context: Context) -> Verifier:
+    return context.once("verifier", lambda: Verifier(context))
+
+
+def _jobs(verifier: Verifier, artefacts: list[Artefact]) -> list[Job]:
+    return [job for artefact in artefacts if (job := verifier.job(artefact.entry.id)) is not None]
+
+
+def _standing(verifier: Verifier, job: Job | None) -> tuple[bool, str, dict[str, str], Any]:
+    """Of a verification: whether its bar is hidden, what it does, how far it is, and what it found."""
+    if job is None:
+        return True, "", {}, None
+    if job.pending:
+        return False, *jobs.standing(verifier.worker, job), None
+    return True, "", {}, _found(job)
+
+
+def _found(job: Job) -> Any:
+    if job.state is JobState.CANCELLED:
+        return html.Span("Cancelled", className="muted small")
+    if job.error is not None:
+        return html.Span(str(job.error), className="health bad wrapping", role="alert")
+    checked: Checked = job.result
+    when = time.strftime("%H:%M", time.localtime(checked.at))
+    if not checked.n_faults:
+        return html.Span(f"as it was written, read at {when}", className="health good")
+    return html.Div(
+        role="alert",
+        children=[
+            html.Span(f"{plural(checked.n_faults, 'fault')}, read at {when}", className="health bad"),
+            html.Ul([html.Li(html.Code(fault)) for fault in checked.faults], className="small faults"),
+        ],
+    )
+
+
+def _check(verifier: Verifier, artefact: Artefact) -> html.Div:
+    """The button that verifies, the bar while it does, and what it found."""
+    id = artefact.entry.id
+    hidden, words, style, found = _standing(verifier, verifier.job(id))
+
+    def named(part: str) -> dict[str, str]:
+        return {"type": part, "id": id}
+
+    bar = jobs.progress(
+        named("verify-bar"), named("verify-share"), named("verify-step"), named("verify-cancel"), hidden=hidden
+    )
+    bar.children[0].children.style = style
+    bar.children[1].children = words
+    label = f"Verify {artefact.entry.name}"
+    return html.Div(
+        className="verify",
+        children=[
+            button("Verify", id=named("verify"), className="tiny", **{"aria-label": label, "title": VERIFY}),
+            bar,
+            html.Div(found, id=named("verify-found"), role="status"),
+        ],
+    )
 
 
 def _described_index(context: Context, entry: Any) -> Artefact:
@@ -52,15 +177,15 @@ def _described_index(context: Context, entry: Any) -> Artefact:
     return describe(context.workspace, entry)
 
 
-def _indexes(indexes: list[Artefact]) -> Any:
+def _indexes(verifier: Verifier, indexes: list[Artefact]) -> Any:
     if not indexes:
         return html.Section([html.H2("Feature indexes"), states.no_index()])
     return html.Section(
-        [html.H2("Feature indexes"), html.Div([_index_card(index) for index in indexes], className="cards")]
+        [html.H2("Feature indexes"), html.Div([_index_card(verifier, index) for index in indexes], className="cards")]
     )
 
 
-def _index_card(index: Artefact) -> html.Article:
+def _index_card(verifier: Verifier, index: Artefact) -> html.Article:
     if index.problem:
         return html.Article(
             className="card",
@@ -98,6 +223,7 @@ def _index_card(index: Artefact) -> html.Article:
                 html.P(f"Built although it does not fit: {mismatch}", className="small warning")
                 for mismatch in facts["mismatches"]
             ),
+            _check(verifier, index),
             _provenance(index),
         ],
     )
@@ -165,7 +291,7 @@ def _parents(artefact: Artefact) -> str:
     return ", ".join(known) or "nothing recorded"
 
 
-def _table(title: str, artefacts: list[Artefact], command: str) -> list[Any]:
+def _table(verifier: Verifier, title: str, artefacts: list[Artefact], command: str) -> list[Any]:
     if not artefacts:
         return [
             html.Section(
@@ -179,17 +305,13 @@ def _table(title: str, artefacts: list[Artefact], command: str) -> list[Any]:
                 html.Td(html.Code(artefact.entry.id or "–")),
                 html.Td(_describe_row(artefact)),
                 html.Td(_parents(artefact) if not artefact.problem else ""),
-                html.Td(_health(artefact)),
+                html.Td([_health(artefact), *([] if artefact.problem else [_check(verifier, artefact)])]),
             ]
         )
         for artefact in artefacts
     ]
     head = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "Made from", "Health")]))
-    return [
-        html.Section(
-            [html.H2(title), html.Div(html.Table([head, html.Tbody(rows)], className="table"), className="scroll")]
-        )
-    ]
+    return [html.Section([html.H2(title), _scrolling(title, html.Table([head, html.Tbody(rows)], className="table"))])]
 
 
 def _describe_row(artefact: Artefact) -> Any:
@@ -200,3 +322,71 @@ def _describe_row(artefact: Artefact) -> Any:
     words += [f"{count(facts[name])} {unit}" for name, unit in UNITS if isinstance(facts.get(name), int)]
     hooks = [html.Code(hook) for hook in facts.get("hooks", ())]
     return html.Span([part for item in [*words, *hooks] for part in (" · ", item)][1:])
+
+
+def _scrolling(title: str, table: html.Table) -> html.Div:
+    return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": title})
+
+
+def _trainings(runs: list[Run]) -> html.Section:
+    head = html.Header([html.H2("Trainings"), html.A("Curves", href=training_link(), className="small")])
+    if not runs:
+        words = "None whose SAE lies, or will lie, in this workspace. scope train, as above, shows here while it runs."
+        return html.Section([head, html.P(words, className="muted small")])
+    shown = [run for run in runs if run.state is not RunState.FINISHED]
+    shown += [run for run in runs if run.state is RunState.FINISHED][: max(0, RUNS - len(shown))]
+    rows = [
+        html.Tr(
+            [
+                html.Td(html.Strong(html.A(html.Bdi(run.name), href=training_link(run.id)))),
+                html.Td(html.Code(run.id)),
+                html.Td([html.Code(run.hook), " ", settings_in_words(run.settings)]),
+                html.Td(html.Span(run.state.value, className=f"health {HEALTH[run.state]}", title=run.problem)),
+            ]
+        )
+        for run in shown
+    ]
+    names = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "State")]))
+    parts: list[Any] = [head, _scrolling("Trainings", html.Table([names, html.Tbody(rows)], className="table"))]
+    if len(runs) > len(shown):
+        parts.append(html.A(f"All {len(runs):,}", href=training_link(), className="small"))
+    return html.Section(parts)
+
+
+def _models(found: list[Model]) -> html.Section:
+    if not found:
+        words = "None: models are known by the stores and indexes made with them."
+        return html.Section([html.H2("Models"), html.P(words, className="muted small")])
+    rows = [
+        html.Tr(
+            [
+                html.Td(html.Strong(model.name)),
+                html.Td(html.Code(model.weight_hash[:12] or "not recorded", title=model.weight_hash or None)),
+                html.Td(model.revision or "–"),
+                html.Td(", ".join(model.used_by)),
+                html.Td("recorded; another is refused" if model.weight_hash else "only its name is known"),
+            ]
+        )
+        for model in found
+    ]
+    names = ("Name", "Weights", "Revision", "Used by", "Health")
+    head = html.Thead(html.Tr([html.Th(name) for name in names]))
+    return html.Section(
+        [html.H2("Models"), _scrolling("Models", html.Table([head, html.Tbody(rows)], className="table"))]
+    )
+
+
+def _graphs(found: list[Any]) -> html.Section:
+    if not found:
+        words = "None. Circuit graphs that lie in the folder graphs of the workspace are listed here."
+        return html.Section([html.H2("Circuit graphs"), html.P(words, className="muted small")])
+    rows = [
+        html.Tr([html.Td(html.Strong(html.Bdi(entry.name))), html.Td(html.Code(entry.path.name))]) for entry in found
+    ]
+    head = html.Thead(html.Tr([html.Th("Name"), html.Th("File")]))
+    return html.Section(
+        [
+            html.H2("Circuit graphs"),
+            _scrolling("Circuit graphs", html.Table([head, html.Tbody(rows)], className="table")),
+        ]
+    )

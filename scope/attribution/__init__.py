@@ -1,4 +1,4 @@
-"""Who caused this logit, this feature, and by which circuit.
+"""Who caused this logit, this feature, and by which circuit; and what the model would say after each layer.
 
     from scope.attribution import attribute, build_graph, counterfactual, logit_difference, prune, verify
     attribute(model, prompt, logit_difference(" cold", " small"), sae, baseline=counterfactual(other_prompt)).table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph, build_graph
     from scope.attribution.graph_json import load_graph, save_graph
     from scope.attribution.graph_settings import GraphSettings
+    from scope.attribution.lens import LogitLens, logit_lens
     from scope.attribution.methods import Attribution, attribute
     from scope.attribution.pruning import prune, scores
     from scope.attribution.targets import feature, log_probability, logit, logit_difference, loss, projection
@@ -27,6 +28,7 @@ __all__ = [
     "Attribution",
     "CircuitGraph",
     "GraphSettings",
+    "LogitLens",
     "attribute",
     "build_graph",
     "compare_methods",
@@ -39,6 +41,7 @@ __all__ = [
     "log_probability",
     "logit",
     "logit_difference",
+    "logit_lens",
     "loss",
     "mean",
     "projection",
@@ -58,6 +61,7 @@ _HOMES = {
     "graph": ("CircuitGraph", "build_graph"),
     "graph_json": ("load_graph", "save_graph"),
     "graph_settings": ("GraphSettings",),
+    "lens": ("LogitLens", "logit_lens"),
     "methods": ("Attribution", "attribute"),
     "pruning": ("prune", "scores"),
     "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection"),

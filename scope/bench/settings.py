@@ -114,6 +114,7 @@ class IndexBuildBench:
             raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
 
 
+@dataclass(frozen=True)
 class IndexBench:
     """Settings of the benchmark of a feature index's queries."""
 

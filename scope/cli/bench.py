@@ -1,6 +1,7 @@
 """`scope bench`: benchmarks against peers and floors, on this machine, in one run."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +39,21 @@ def register(app: typer.Typer) -> None:
 
         figures = bench_index_build(config, say)
         return Outcome(figures, _table(figures))
+
+    @command(bench, "dashboard")
+    def dashboard(
+        workspace: Annotated[Path, typer.Argument(help="The workspace whose dashboard is clicked through.")] = Path(
+            "workspace"
+        ),
+        index: Annotated[str | None, typer.Option(help="The index, by id or name; by default the first one.")] = None,
+        clients: Annotated[int, typer.Option(help="People who click at once.", min=1)] = 10,
+        seconds: Annotated[float, typer.Option(help="How long they click.", min=0.1)] = 20.0,
+    ) -> Outcome:
+        """How fast pages of an index are answered while many people click and a model works in the background."""
+        from scope.bench.dashboard import bench_dashboard
+
+        figures = bench_dashboard(workspace, index, clients, seconds, say)
+        return Outcome(figures, _table(figures), exit_code=1 if figures["errors"] else 0)
 
     @command(bench, "index", config=IndexBench)
     def index(config: IndexBench) -> Outcome:

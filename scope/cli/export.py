@@ -1,14 +1,21 @@
-"""`scope export`: a store as files that other tools read."""
+"""`scope export`: a store or an index as files that other tools read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
 
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+
 __all__ = ["register"]
+
+STORE_FORMATS = ("safetensors", "npy", "hf-dataset")
+GRID_FORMATS = ("csv", "parquet")
+FEATURE_FORMATS = ("neuronpedia", "saedashboard")
 
 
 def register(app: typer.Typer) -> None:
@@ -16,10 +23,19 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "export")
     def export(
-        store: Annotated[str, typer.Argument(help="The store: a folder or s3://BUCKET/NAME.")],
-        format: Annotated[str, typer.Option(help="safetensors, npy, or hf-dataset (parquet).")],
-        out: Annotated[Path, typer.Option(help="The folder to write, new or empty.")],
-        hook: Annotated[list[str] | None, typer.Option(help="A hook; by default all. May be repeated.")] = None,
+        what: Annotated[
+            str,
+            typer.Argument(help="A store (a folder or s3://BUCKET/NAME) or an index (a folder, or an id or name)."),
+        ],
+        format: Annotated[
+            str,
+            typer.Option(
+                help="Of a store: safetensors, npy, hf-dataset (parquet). Of an index: neuronpedia (the folder that it "
+                "imports), saedashboard (batch-N.json), csv or parquet (a grid)."
+            ),
+        ],
+        out: Annotated[Path, typer.Option(help="The folder to write, new or empty; the file, for csv and parquet.")],
+        hook: Annotated[list[str] | None, typer.Option(help="A store's hook; by default all. Repeatable.")] = None,
         dtype: Annotated[
             StorageDtype | None,
             typer.Option(
@@ -27,24 +43,98 @@ def register(app: typer.Typer) -> None:
                 "npy as bfloat16 holds its bits in uint16."
             ),
         ] = None,
-        file_mb: Annotated[int, typer.Option(help="Size of a file in MB, about.")] = 256,
+        file_mb: Annotated[int, typer.Option(help="Size of a store's file in MB, about.")] = 256,
+        features: Annotated[
+            str | None, typer.Option(help="An index's features: ids and ranges, as in 3,10-20. By default all.")
+        ] = None,
+        grid: Annotated[str, typer.Option(help="csv, parquet: features (a row each, with labels) or firings.")] = (
+            "features"
+        ),
+        text: Annotated[str | None, typer.Option(help="Only features that a search for this finds.")] = None,
+        limit: Annotated[int | None, typer.Option(help="Firings of a feature, at most, the strongest first.")] = None,
+        model_id: Annotated[str, typer.Option(help="The model's id at Neuronpedia; by default from its name.")] = "",
+        source_set: Annotated[str, typer.Option(help="The SAE set's id there, without the layer.")] = "",
+        creator_name: Annotated[str, typer.Option(help="Who made the SAE, in Neuronpedia's words for it.")] = "",
+        workspace: Annotated[Path | None, typer.Option(help="Where the index and its labels lie.")] = None,
     ) -> Outcome:
-        """Write a store's activations and tokens, verified, to safetensors, npy or a Hugging Face data set."""
-        from activations.export import export_store
-        from activations.store import ActivationStore
+        """Write a store's activations, or an index's features, firings and labels, for other tools."""
+        from scope.errors import InvalidInputError
 
-        opened = ActivationStore.open(store)
-        if not opened.is_complete_for(hook or opened.hooks):
-            say(f"{store} is not complete; what it has by now is exported.")
-        with progress_bar("Exporting (rows)") as progress:
-            report = export_store(
-                opened,
-                out,
-                format,  # type: ignore[arg-type]  # export_store names the formats that there are
-                hook or (),
-                dtype=dtype,
-                file_bytes=file_mb * 2**20,
-                progress=progress,
-            )
-        text = f"{out} holds {report.rows:,} rows in {report.files:,} file(s), {report.bytes / 1e6:,.1f} MB."
-        return Outcome({**report._asdict(), "folder": str(report.folder)}, text)
+        if format in STORE_FORMATS:
+            return _export_store(what, format, out, hook, dtype, file_mb)
+        if format not in GRID_FORMATS + FEATURE_FORMATS:
+            known = ", ".join(STORE_FORMATS + FEATURE_FORMATS + GRID_FORMATS)
+            raise InvalidInputError(f"There is no format {format!r}. There are: {known}.")
+        from scope.workspace import open_index
+
+        index = open_index(what, workspace)
+        chosen = _chosen(index, features, text)
+        if format in GRID_FORMATS:
+            return _export_grid(index, format, out, grid, chosen, limit)
+        from scope.features.neuronpedia_export import NeuronpediaNames, export_neuronpedia
+
+        names = NeuronpediaNames(model_id=model_id, source_set=source_set, creator_name=creator_name)
+        with progress_bar("Exporting (features)") as progress:
+            report = export_neuronpedia(index, out, chosen, names, layout=format, progress=progress)
+        text_ = f"{report.folder} holds {report.features:,} features and {report.activations:,} examples"
+        text_ += f" in {report.files:,} file(s), {report.bytes / 1e6:,.1f} MB."
+        return Outcome({**report._asdict(), "folder": str(report.folder)}, text_)
+
+
+def _export_store(
+    what: str, format: str, out: Path, hook: list[str] | None, dtype: StorageDtype | None, file_mb: int
+) -> Outcome:
+    from activations.export import export_store
+    from activations.store import ActivationStore
+
+    opened = ActivationStore.open(what)
+    if not opened.is_complete_for(hook or opened.hooks):
+        say(f"{what} is not complete; what it has by now is exported.")
+    with progress_bar("Exporting (rows)") as progress:
+        report = export_store(
+            opened,
+            out,
+            format,  # type: ignore[arg-type]  # one of STORE_FORMATS
+            hook or (),
+            dtype=dtype,
+            file_bytes=file_mb * 2**20,
+            progress=progress,
+        )
+    text = f"{out} holds {report.rows:,} rows in {report.files:,} file(s), {report.bytes / 1e6:,.1f} MB."
+    return Outcome({**report._asdict(), "folder": str(report.folder)}, text)
+
+
+def _export_grid(
+    index: "FeatureIndex", format: str, out: Path, grid: str, features: list[int] | None, limit: int | None
+) -> Outcome:
+    from scope.errors import InvalidInputError
+    from scope.features.grids import feature_grid, firings_grid, write_grid
+
+    if grid not in ("features", "firings"):
+        raise InvalidInputError(f"There is no grid {grid!r}; expected features or firings.")
+    if grid == "firings" and features is None:
+        raise InvalidInputError("Firings are exported of named features: give --features, as in --features 3,10-20.")
+    table: Any = feature_grid(index, features) if grid == "features" else firings_grid(index, features or [], limit)
+    size = write_grid(table, out, format)
+    return Outcome(
+        {"out": str(out), "rows": len(table), "columns": list(table.columns), "bytes": size},
+        f"{out} holds {len(table):,} rows, {size / 1e6:,.1f} MB.",
+    )
+
+
+def _chosen(index: "FeatureIndex", features: str | None, text: str | None) -> list[int] | None:
+    """The features that were asked for, in order; None for all."""
+    from scope.errors import InvalidInputError
+
+    chosen = None
+    if features is not None:
+        chosen = []
+        for part in features.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                raise InvalidInputError(f"{part.strip()!r} is neither a feature's id nor a range such as 10-20.")
+            chosen += [index.feature(f).id for f in range(int(first), int(last or first) + 1)]
+    if text is not None:
+        found = index.query(text=text).rows["feature"].tolist()
+        chosen = found if chosen is None else [f for f in chosen if f in set(found)]
+    return chosen

@@ -10,13 +10,23 @@ from scope.cli._command import Outcome, command, say
 __all__ = ["register", "serve_workspace"]
 
 
-def serve_workspace(path: Path, host: str, port: int) -> Outcome:
+def serve_workspace(
+    path: Path, host: str, port: int, allow_hosts: list[str] | None = None, n_links: int = 1
+) -> Outcome:
     """Serve the dashboard of a workspace until it is interrupted."""
     from dashboards import serve
     from scope.workspace import Workspace
 
-    say(f"The dashboard of {path} is at http://{host}:{port}  (Ctrl-C stops it)")
-    serve(Workspace(path), host=host, port=port)
+    def announce(addresses: list[str]) -> None:
+        if "?token=" not in addresses[0]:
+            say(f"The dashboard of {path} is at {addresses[0]}  (Ctrl-C stops it)")
+            return
+        say(f"The dashboard of {path} is open to other machines. Each link lets one browser in, once:")
+        for address in addresses:
+            say(f"  {address}")
+        say("What goes over the network is not encrypted. Ctrl-C stops it.")
+
+    serve(Workspace(path), host=host, port=port, allow_hosts=allow_hosts or (), n_links=n_links, announce=announce)
     return Outcome({"workspace": str(path), "host": host, "port": port}, "Stopped.")
 
 
@@ -28,12 +38,23 @@ def register(app: typer.Typer) -> None:
         workspace: Annotated[Path, typer.Argument(help="The folder with stores, SAEs and indexes.")] = Path(
             "workspace"
         ),
-        host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+        host: Annotated[
+            str,
+            typer.Option(
+                help="Address to listen at. Anything but this machine's own, such as 0.0.0.0, asks everyone for a "
+                "one-time link, which is printed."
+            ),
+        ] = "127.0.0.1",
         port: Annotated[int, typer.Option(help="Port to listen at.")] = 8050,
+        allow_host: Annotated[
+            list[str] | None,
+            typer.Option(help="A name by which other machines call this one, beside its own. May be repeated."),
+        ] = None,
+        links: Annotated[int, typer.Option(help="One-time links to print, where they are needed.", min=1)] = 1,
     ) -> Outcome:
         """Look at features, their examples, and prompts in the browser."""
         from scope.errors import UnknownNameError
 
         if not workspace.is_dir():
             raise UnknownNameError("workspace", str(workspace), hint="Make one with: scope demo " + str(workspace))
-        return serve_workspace(workspace, host, port)
+        return serve_workspace(workspace, host, port, allow_host, links)

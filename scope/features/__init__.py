@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from scope.features.build import build_index, build_indexes
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
+    from scope.features.grids import feature_grid, write_grid
     from scope.features.index import FeatureIndex
     from scope.features.labels import FeatureLabels, Label
+    from scope.features.neuronpedia import import_explanations
+    from scope.features.neuronpedia_export import NeuronpediaNames, export_neuronpedia, feature_json
     from scope.features.prompt import PromptFeatures, features_on_prompt
 
 __all__ = [
@@ -24,10 +27,16 @@ __all__ = [
     "FeatureIndex",
     "FeatureLabels",
     "Label",
+    "NeuronpediaNames",
     "PromptFeatures",
     "build_index",
     "build_indexes",
+    "export_neuronpedia",
+    "feature_grid",
+    "feature_json",
     "features_on_prompt",
+    "import_explanations",
+    "write_grid",
 ]
 
 _HOMES = {
@@ -37,10 +46,16 @@ _HOMES = {
     "FeatureIndex": "index",
     "FeatureLabels": "labels",
     "Label": "labels",
+    "NeuronpediaNames": "neuronpedia_export",
     "PromptFeatures": "prompt",
     "build_index": "build",
     "build_indexes": "build",
+    "export_neuronpedia": "neuronpedia_export",
+    "feature_grid": "grids",
+    "feature_json": "neuronpedia_export",
     "features_on_prompt": "prompt",
+    "import_explanations": "neuronpedia",
+    "write_grid": "grids",
 }
 
 

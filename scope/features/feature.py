@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
+    from scope.features.labels import Label
 
 __all__ = ["Feature"]
 
@@ -21,7 +22,12 @@ class Feature:
         """The feature's row of `FeatureIndex.table`."""
         return {str(name): value for name, value in self.index.table.iloc[self.id].items()}
 
+    @property
+    def label(self) -> "Label":
+        """What is said of it: label, notes, star, lists. `index.labels.set(id, text=…)` changes it."""
+        return self.index.labels.get(self.id)
+
     def _repr_html_(self) -> str:
-        from scope.features.html import feature_html
+        from scope.features.panels import feature_html
 
         return feature_html(self)

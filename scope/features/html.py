@@ -3,7 +3,8 @@
 Notebooks have light and dark themes and do not say which; a panel therefore brings its own page colour with it.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +13,37 @@ from scope.figures.text import one_in, short_number, visible_token
 
 if TYPE_CHECKING:
     from scope.features.examples import Example
-    from scope.features.feature import Feature
     from scope.features.index import FeatureIndex
     from scope.features.prompt import PromptFeatures
 
-__all__ = ["examples_html", "feature_html", "index_html", "prompt_html", "token_strip"]
+__all__ = [
+    "example_html",
+    "examples_html",
+    "facts_html",
+    "index_html",
+    "page_html",
+    "prompt_html",
+    "token_html",
+    "token_strip",
+]
 
 PALETTE = PALETTES["light"]
-STRIP = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;text-align:start"
+STRIP = "unicode-bidi:plaintext;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;text-align:start"
 MUTED = f"color:{PALETTE.muted};font-size:12px"
 SHOWN_METRICS = ("fvu", "l0", "delta_ce")
 NUMBER = "font-variant-numeric:tabular-nums;text-align:right;padding:1px 12px 1px 0"
+LINE_BREAK = f'<span style="color:{PALETTE.muted};opacity:.6">⏎</span>'
+SHARE = re.compile(r"(?s)(.*) ([⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)")
+"""A token that is part of a character, as `scope.models.token_text` writes it."""
 TABLE = '<table style="font-size:inherit;border-collapse:collapse;margin:8px 0">'
 
 
 def token_strip(tokens: Sequence[str], values: Sequence[float], maximum: float, centre: int | None = None) -> str:
-    """Tokens on one line of text, firing strength as background from the page to the accent."""
+    """Tokens on one line of text, firing strength as background from the page to the accent. A token that is part of a
+    character shows the character and, small, its share of it."""
     parts = []
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        text = escape(token).replace("\n", f'<span style="color:{PALETTE.muted};opacity:.6">⏎</span>')
+        text = _with_share(token, lambda part: escape(part).replace("\n", LINE_BREAK))
         style = f"background:{activation_colour(value, maximum)};border-radius:2px" if value > 0 else ""
         style += ";font-weight:700" if place == centre else ""
         title = f' title="{escape(short_number(value))}"' if value > 0 else ""
@@ -40,45 +53,17 @@ def token_strip(tokens: Sequence[str], values: Sequence[float], maximum: float, 
 
 def examples_html(examples: Iterable["Example"], maximum: float) -> str:
     """Examples under each other, on one scale from 0 to `maximum`."""
-    blocks = [_example(example, maximum) for example in examples]
-    return _panel("".join(blocks) or f'<div style="{MUTED}">No examples.</div>')
+    blocks = [example_html(example, maximum) for example in examples]
+    return page_html("".join(blocks) or f'<div style="{MUTED}">No examples.</div>')
 
 
-def _example(example: "Example", maximum: float) -> str:
+def example_html(example: "Example", maximum: float) -> str:
+    """One example with where it is from."""
     origin = " · ".join(escape(part) for part in (example.title, example.source, example.language) if part)
     facts = f"{short_number(example.value)} · {origin} · token {example.document_position:,}"
     strip = token_strip(example.tokens, example.values, maximum, example.centre)
     style = f"padding:6px 0;border-bottom:1px solid {PALETTE.rule}"
     return f'<div style="{style}">{strip}<div style="{MUTED}">{facts}</div></div>'
-
-
-def feature_html(feature: "Feature") -> str:
-    """One feature: its numbers, histogram, logits and strongest examples."""
-    index, row = feature.index, feature.statistics
-    title = f"Feature {feature.id}"
-    where = f"{escape(index.hook_name)} · {escape(str(index.model_info.get('name', '')))}"
-    head = f'<div style="font-size:16px;font-weight:600">{title}</div><div style="{MUTED}">{where}</div>'
-    if row["dead"]:
-        return _panel(f"{head}<p>It never fires on the {index.n_indexed_rows:,} tokens of this text.</p>")
-    language = row["top_language"] or "–"
-    facts = {
-        "fires on": f"{one_in(row['density'])} tokens ({row['n_firings']:,} firings)",
-        "strongest": short_number(row["max_value"]),
-        "mean": short_number(row["mean_value"]),
-        "mostly": f"{language} ({row['language_entropy']:.1f} bits over languages)",
-        "encoder · decoder": short_number(row["encoder_decoder_cosine"]),
-    }
-    edges, counts = index.histogram(feature.id)
-    columns = [
-        _facts(facts),
-        _histogram(counts, float(edges[-1])),
-        _words("Fires on", row["top_tokens"][:8]),
-        _words("Makes likelier", row["top_logits"][:8]),
-        _words("Makes less likely", row["bottom_logits"][:8]),
-    ]
-    top = f'<div style="display:flex;flex-wrap:wrap;gap:8px 28px;margin:10px 0">{"".join(columns)}</div>'
-    examples = "".join(_example(example, float(row["max_value"])) for example in index.top_examples(feature.id, 8))
-    return _panel(head + top + examples)
 
 
 def index_html(index: "FeatureIndex") -> str:
@@ -104,7 +89,7 @@ def index_html(index: "FeatureIndex") -> str:
     head += f'<th style="{MUTED};text-align:left">top tokens</th>'
     name = f'<div style="font-size:16px;font-weight:600">Feature index {escape(info["name"])} '
     name += f'<code style="{MUTED}">{info["id"]}</code></div>'
-    return _panel(f"{name}{_facts(facts)}{TABLE}<tr>{head}</tr>{rows}</table>")
+    return page_html(f"{name}{facts_html(facts)}{TABLE}<tr>{head}</tr>{rows}</table>")
 
 
 def prompt_html(prompt: "PromptFeatures", n: int = 3) -> str:
@@ -118,17 +103,19 @@ def prompt_html(prompt: "PromptFeatures", n: int = 3) -> str:
             f' <span style="{MUTED}">{short_number(value)}</span></td>'
             for feature, value in zip(firing["feature"], firing["value"], strict=True)
         )
-        rows.append(f'<tr><td dir="auto" style="text-align:left;white-space:pre">{_token(token)}</td>{cells}</tr>')
+        rows.append(f'<tr><td dir="auto" style="text-align:left;white-space:pre">{token_html(token)}</td>{cells}</tr>')
     head = f'<th style="{MUTED};text-align:left">token</th><th style="{MUTED}" colspan="{n}">strongest features</th>'
-    return _panel(f"{TABLE}<tr>{head}</tr>{''.join(rows)}</table>")
+    return page_html(f"{TABLE}<tr>{head}</tr>{''.join(rows)}</table>")
 
 
-def _panel(content: str) -> str:
+def page_html(content: str) -> str:
+    """A panel that brings its own colours."""
     style = f"font-family:{escape(FONT)};font-size:14px;color:{PALETTE.text};background:{PALETTE.page}"
     return f'<div style="{style};padding:12px;max-width:900px">{content}</div>'
 
 
-def _facts(facts: dict[str, str]) -> str:
+def facts_html(facts: dict[str, str]) -> str:
+    """Names and values (HTML already)."""
     rows = (
         f'<tr><td style="{MUTED};text-align:left;padding-right:12px">{name}</td>'
         f'<td style="text-align:left;font-variant-numeric:tabular-nums">{value}</td></tr>'
@@ -137,33 +124,17 @@ def _facts(facts: dict[str, str]) -> str:
     return f"{TABLE}{''.join(rows)}</table>"
 
 
-def _words(title: str, tokens: Sequence[Any]) -> str:
-    if not len(tokens):
-        return ""
-    lines = "".join(f'<div dir="auto" style="white-space:pre">{_token(str(token))}</div>' for token in tokens)
-    return f'<div><div style="{MUTED}">{title}</div>{lines}</div>'
-
-
 def _tokens(tokens: Sequence[Any]) -> str:
-    return " ".join(f"<bdi>{_token(str(token))}</bdi>" for token in tokens)
+    return " ".join(f"<bdi>{token_html(str(token))}</bdi>" for token in tokens)
 
 
-def _token(token: str) -> str:
-    return escape(visible_token(token))
+def token_html(token: str) -> str:
+    """A token with its blanks drawn, escaped."""
+    return _with_share(token, lambda part: escape(visible_token(part)))
 
 
-def _histogram(counts: Any, maximum: float, width: int = 200, height: int = 60) -> str:
-    """Bars on a logarithmic scale, as SVG."""
-    import numpy as np
-
-    heights = np.log1p(counts) / max(float(np.log1p(counts.max(initial=1))), 1e-9) * height
-    step = width / len(counts)
-    bars = "".join(
-        f'<rect x="{place * step:.1f}" y="{height - bar:.1f}" width="{step - 0.5:.1f}" height="{bar:.1f}" '
-        f'fill="{PALETTE.accent}"><title>{int(count):,} firings</title></rect>'
-        for place, (bar, count) in enumerate(zip(heights, counts, strict=True))
-    )
-    label = f'<div style="{MUTED};display:flex;justify-content:space-between"><span>0</span>'
-    label += f"<span>firing strength</span><span>{short_number(maximum)}</span></div>"
-    svg = f'<svg width="{width}" height="{height}" role="img" aria-label="Histogram of firing strengths">{bars}</svg>'
-    return f'<div style="width:{width}px"><div style="{MUTED}">How strongly it fires (log)</div>{svg}{label}</div>'
+def _with_share(token: str, draw: Callable[[str], str]) -> str:
+    found = SHARE.fullmatch(token)
+    if not found:
+        return draw(token)
+    return f'{draw(found[1])}<span style="font-size:.75em;color:{PALETTE.muted}">{found[2]}</span>'

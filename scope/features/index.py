@@ -456,12 +456,14 @@ class FeatureIndex:
         """A copy of `table`."""
         return self.table.copy()
 
-    def activations(self, features: Sequence[int], limit_per_feature: int | None = None) -> pd.DataFrame:
+    def activations(
+        self, features: Sequence[int], limit_per_feature: int | None = None, start: int = 0
+    ) -> pd.DataFrame:
         """Columns feature, row, value, token, position, document, title, source, language: firings of some
-        features, the strongest first within each."""
+        features, the strongest first within each, from rank `start`."""
         parts = []
         for feature in map(self._reader.check_feature, features):
-            part = self.firings(feature, stop=limit_per_feature)
+            part = self.firings(feature, start, None if limit_per_feature is None else start + limit_per_feature)
             part.insert(0, "feature", feature)
             parts.append(part)
         table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})

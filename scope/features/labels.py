@@ -15,11 +15,11 @@ cross a fork), each change is one immediate transaction, and a writer waits its 
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -211,11 +211,7 @@ class FeatureLabels:
                 gone = (self.sae, feature, OWN)
                 database.execute("DELETE FROM feature_label WHERE sae = ? AND feature = ? AND source = ?", gone)
             if notes is not None or starred is not None:
-                database.execute(
-                    "INSERT INTO feature_note (sae, feature, notes, starred) VALUES (?1, ?2, ifnull(?3, ''), "
-                    "ifnull(?4, 0)) ON CONFLICT DO UPDATE SET notes = ifnull(?3, notes), starred = ifnull(?4, starred)",
-                    (self.sae, feature, notes, None if starred is None else int(starred)),
-                )
+                self._put_note(database, feature, notes, starred)
                 database.execute(
                     "DELETE FROM feature_note WHERE sae = ? AND feature = ? AND notes = '' AND starred = 0",
                     (self.sae, feature),
@@ -231,9 +227,7 @@ class FeatureLabels:
         """
         feature, name = self._checked(feature), _checked_name(name)
         with self._writing() as database:
-            database.execute(
-                "INSERT OR IGNORE INTO feature_list (sae, list, feature) VALUES (?, ?, ?)", (self.sae, name, feature)
-            )
+            self._put_into_list(database, feature, name)
         return self.get(feature)
 
     def remove_from_list(self, feature: int, name: str) -> Label:
@@ -268,6 +262,29 @@ class FeatureLabels:
                 self._put(database, checked)
         return len(checked)
 
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Take in what `table` gave, as records (of `scope labels export`). Returns of how many features.
+
+        One's own labels and notes of the records replace those that are here; imported labels are added to those that
+        are here, stars and lists too. All of it is taken in or, on an error, none.
+
+        Raises:
+            OutOfRangeError: the SAE has no such feature.
+            InvalidInputError: a record is not one of `table`'s.
+        """
+        rows = [_checked_record(record, self._checked) for record in records]
+        with self._writing() as database:
+            for row in rows:
+                if row["label"]:
+                    key = "" if row["label_source"] == OWN else "restored"
+                    label = ImportedLabel(row["feature"], row["label"], row["label_source"], key, "")
+                    self._put(database, [label._replace(created=_now()) if not key else label])
+                if row["notes"] or row["starred"]:
+                    self._put_note(database, row["feature"], row["notes"] or None, row["starred"] or None)
+                for name in row["lists"]:
+                    self._put_into_list(database, row["feature"], name)
+        return len(rows)
+
     def forget(self, source: str) -> int:
         """Take away all labels of one imported source. Returns how many there were."""
         if source == OWN:
@@ -283,6 +300,18 @@ class FeatureLabels:
         database.executemany(
             "INSERT OR REPLACE INTO feature_label (sae, feature, source, key, text, created) VALUES (?, ?, ?, ?, ?, ?)",
             [(self.sae, label.feature, label.source, label.key, label.text, label.created) for label in labels],
+        )
+
+    def _put_note(self, database: sqlite3.Connection, feature: int, notes: str | None, starred: bool | None) -> None:
+        database.execute(
+            "INSERT INTO feature_note (sae, feature, notes, starred) VALUES (?1, ?2, ifnull(?3, ''), ifnull(?4, 0)) "
+            "ON CONFLICT DO UPDATE SET notes = ifnull(?3, notes), starred = ifnull(?4, starred)",
+            (self.sae, feature, notes, None if starred is None else int(starred)),
+        )
+
+    def _put_into_list(self, database: sqlite3.Connection, feature: int, name: str) -> None:
+        database.execute(
+            "INSERT OR IGNORE INTO feature_list (sae, list, feature) VALUES (?, ?, ?)", (self.sae, name, feature)
         )
 
     def _checked(self, feature: int) -> int:
@@ -393,6 +422,25 @@ def _check_version(database: sqlite3.Connection) -> None:
             f"The workspace's database has version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Upgrade scope-workbench to open it."
         )
+
+
+def _checked_record(record: Mapping[str, Any], check_feature: Callable[[int], int]) -> dict[str, Any]:
+    missing = [name for name in COLUMNS if name not in record]
+    if missing:
+        raise InvalidInputError(f"A record has no {', '.join(missing)}; expected {', '.join(COLUMNS)}.")
+    row = {name: record[name] for name in COLUMNS}
+    if not isinstance(row["lists"], (list, tuple)):
+        raise InvalidInputError(
+            f"The lists of feature {row['feature']} are {row['lists']!r}; expected names in a list."
+        )
+    return {
+        "feature": check_feature(row["feature"]),
+        "label": _checked_text(" ".join(str(row["label"] or "").split()), "label", MAX_LABEL),
+        "label_source": str(row["label_source"] or OWN),
+        "notes": _checked_text(str(row["notes"] or ""), "note", MAX_NOTES),
+        "starred": bool(row["starred"]),
+        "lists": [_checked_name(str(name)) for name in row["lists"]],
+    }
 
 
 def _checked_name(name: str) -> str:

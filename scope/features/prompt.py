@@ -35,8 +35,8 @@ class PromptFeatures:
     table: pd.DataFrame
     """Columns position, token, feature, value (firing strength), rank (within the position): every firing, by
     position, then by strength."""
-    next_logits: np.ndarray
-    """float32 `(seq, d_vocab)`: the model's own logits after each token."""
+    next_logits: np.ndarray | None
+    """float32 `(seq, d_vocab)`: the model's own logits after each token; None where they were not asked for."""
     final_residual: np.ndarray
     """float32 `(seq, d_model)`: the residual stream that goes into the final norm."""
 
@@ -68,15 +68,19 @@ class PromptFeatures:
         return prompt_html(self)
 
 
-def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: "FeatureIndex | None" = None) -> PromptFeatures:
+def features_on_prompt(
+    model: Any, sae: Any, prompt: Any, *, index: "FeatureIndex | None" = None, logits: bool = True
+) -> PromptFeatures:
     """Run `model` on `prompt` and encode what the SAE's hook sees.
 
     Args:
         model: a `scope.models.LanguageModel`.
         sae: the dictionary.
-        prompt: plain text; BOS is put in front where the model has one.
+        prompt: a text (BOS is put in front where the model has one), chat messages, or token ids, as for `model.run`.
         index: the SAE's index; activations are then rounded to the dtype that it was built from, so that the same
             text gives the same firings (to bfloat16).
+        logits: False leaves `next_logits` out: with a vocabulary of 262,144 they take a megabyte a token.
+            `scope.models.losses.likeliest_tokens` reads the likeliest tokens from `final_residual` in bounded memory.
     Raises:
         InvalidInputError: the prompt is empty or longer than the model's context.
         MismatchError: SAE, model and index do not belong together.
@@ -89,7 +93,7 @@ def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: "FeatureInde
     if index is not None:
         _check(model, sae, index)
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
-    run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])))
+    run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])), logits=logits)
     token_ids = run.tokens.cpu().numpy().astype(np.int64)
     flags = _flags(token_ids, model)
     indexed = np.flatnonzero(flags & (RowFlag.BOS | RowFlag.SPECIAL) == 0)
@@ -116,7 +120,7 @@ def features_on_prompt(model: Any, sae: Any, prompt: str, *, index: "FeatureInde
         token_ids=token_ids,
         flags=flags,
         table=table,
-        next_logits=run.logits.float().cpu().numpy(),
+        next_logits=run.logits.float().cpu().numpy() if logits else None,
         final_residual=run.activations[last].float().cpu().numpy(),
     )
 

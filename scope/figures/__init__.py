@@ -3,11 +3,13 @@
 Plotly is imported when the first figure is drawn, not before.
 """
 
+from scope.figures.comparison import cosine_histogram
 from scope.figures.features import (
     activation_histogram,
     feature_scatter,
     histogram_frame,
     logit_bars,
+    logit_histogram,
     rate_bars,
     token_feature_heatmap,
 )
@@ -23,22 +25,28 @@ from scope.figures.template import (
     template,
 )
 from scope.figures.text import as_label, short_number
-from scope.figures.training import training_curves
+from scope.figures.training import METRICS, metric_curve, pareto_front, pareto_scatter, training_curves
 
 __all__ = [
     "CONFIG",
     "FONT",
+    "METRICS",
     "PALETTES",
     "Palette",
     "Theme",
     "activation_colour",
     "activation_histogram",
     "as_label",
+    "cosine_histogram",
     "css_variables",
     "effect_colour",
     "feature_scatter",
     "histogram_frame",
     "logit_bars",
+    "logit_histogram",
+    "metric_curve",
+    "pareto_front",
+    "pareto_scatter",
     "rate_bars",
     "short_number",
     "template",

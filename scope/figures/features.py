@@ -17,6 +17,7 @@ __all__ = [
     "feature_scatter",
     "histogram_frame",
     "logit_bars",
+    "logit_histogram",
     "rate_bars",
     "token_feature_heatmap",
 ]
@@ -196,6 +197,38 @@ def logit_bars(
     labels = [as_label(token, 24) for token in chosen["token"]]
     figure.update_yaxes(tickvals=np.arange(len(chosen)), ticktext=labels, showline=False, ticks="", title_text="token")
     figure.update_layout(height=_height(len(chosen)), bargap=0.25)
+    return figure
+
+
+def logit_histogram(
+    edges: np.ndarray,
+    counts: np.ndarray,
+    *,
+    theme: Theme = "light",
+    title: str = "Effects on all tokens' logits",
+    unit: str = "logit per unit of firing strength",
+) -> "go.Figure":
+    """One bar per bin of `edges` `(n + 1,)`, `counts` `(n,)` tokens each, on a logarithmic axis: negative effects in
+    the negative colour, positive ones in the positive."""
+    palette = PALETTES[theme]
+    middles, numbers = (edges[:-1] + edges[1:]) / 2, counts.astype(float)
+    figure = _figure(theme, title)
+    figure.add_bar(
+        x=middles,
+        y=np.where(numbers > 0, numbers, np.nan),
+        width=np.diff(edges),
+        marker={"color": [palette.negative if middle < 0 else palette.positive for middle in middles.tolist()]},
+        hovertext=[
+            f"{short_number(a)} to {short_number(b)}<br>{c:,.0f} tokens"
+            for a, b, c in zip(edges[:-1].tolist(), edges[1:].tolist(), numbers.tolist(), strict=True)
+        ],
+        hoverinfo="text",
+    )
+    figure.update_xaxes(title_text=unit, zeroline=True, zerolinecolor=palette.rule)
+    figure.update_yaxes(
+        title_text="tokens (log scale)", type="log", range=_log_range(numbers), dtick=1, tickformat=",d"
+    )
+    figure.update_layout(bargap=0)
     return figure
 
 

@@ -1,5 +1,6 @@
-"""Curves of a training run."""
+"""Curves of training runs, and how good what came out of them is."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from scope.figures.template import PALETTES, Theme, template
@@ -9,18 +10,24 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["training_curves"]
+__all__ = ["METRICS", "metric_curve", "pareto_front", "pareto_scatter", "training_curves"]
 
-_AXIS_OF = {
+METRICS = {
     "fvu": "fraction of variance unexplained",
+    "loss": "loss",
     "l0": "features per token",
     "dead_share": "share of dead features",
+    "grad_norm": "norm of the gradient",
     "learning_rate": "learning rate",
-    "delta_ce": "nats per token",
-    "loss": "loss",
-    "auxk_loss": "loss of dead features",
+    "sparsity_coefficient": "sparsity coefficient",
+    "tokens_per_s": "tokens per second",
 }
-_LOG = {"fvu", "loss", "auxk_loss"}
+"""What a run log has, in the order in which it is worth looking at."""
+_AXIS_OF = {**METRICS, "delta_ce": "nats per token", "auxk_loss": "loss of dead features"}
+_X_OF = {"tokens": "tokens", "step": "step", "seconds": "seconds"}
+MAX_POINTS = 600
+"""Points of a curve, at most: what lies between is left out, the ends never."""
+_LOG = {"fvu", "loss", "auxk_loss", "grad_norm"}
 
 
 def training_curves(
@@ -67,3 +74,115 @@ def training_curves(
     panels.update_xaxes(title_text=x, row=max(len(metrics), 1), col=1)
     panels.update_layout(template=template(theme), title_text=title, height=90 + 150 * max(len(metrics), 1))
     return panels
+
+
+def metric_curve(
+    curves: Mapping[str, "pd.DataFrame"],
+    metric: str,
+    *,
+    x: str = "tokens",
+    theme: Theme = "light",
+    colours: Mapping[str, int] | None = None,
+) -> "go.Figure":
+    """One metric over the course of some runs.
+
+    Args:
+        curves: per run a frame with the columns `x` and, where it has it, `metric`.
+        metric: which column to draw.
+        x: "tokens", "step" or "seconds".
+        theme: of the figure.
+        colours: per run the number of its colour; by default in order.
+    """
+    import plotly.graph_objects as go
+
+    palette = PALETTES[theme].categories
+    figure = go.Figure()
+    for number, (name, frame) in enumerate(curves.items()):
+        if metric not in frame or not len(frame):
+            continue
+        points = _thinned(frame[[x, metric]].dropna())
+        colour = palette[(colours or {}).get(name, number) % len(palette)]
+        figure.add_scatter(
+            x=points[x],
+            y=points[metric],
+            mode="lines" if len(points) > 1 else "markers",
+            name=as_label(name),
+            line={"color": colour, "width": 1.6},
+            marker={"color": colour},
+            hovertext=[
+                f"{as_label(name)}: {short_number(v)} at {short_number(at)} {_X_OF[x]}" for at, v in points.values
+            ],
+            hoverinfo="text",
+        )
+    figure.update_layout(
+        template=template(theme),
+        showlegend=False,
+        margin={"t": 8},
+        uirevision=f"{metric} {x}",
+        xaxis={"title": {"text": _X_OF[x]}, "rangemode": "tozero", "tickformat": "~s", "nticks": 6},
+        yaxis={"type": "log" if metric in _LOG else "linear", "nticks": 5},
+    )
+    if metric not in _LOG:
+        figure.update_yaxes(rangemode="tozero")
+    else:
+        figure.update_yaxes(exponentformat="power", dtick=None)
+    return figure
+
+
+def _thinned(points: "pd.DataFrame") -> "pd.DataFrame":
+    if len(points) <= MAX_POINTS:
+        return points
+    import numpy as np
+
+    return points.iloc[np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)]
+
+
+def pareto_front(l0: Sequence[float], fvu: Sequence[float]) -> list[bool]:
+    """Which SAEs no other one beats in both: none with an L0 as low or lower has a lower FVU, and none with the same
+    FVU has a lower L0."""
+    pairs = list(zip(l0, fvu, strict=True))
+    return [not any((b <= d and a < c) or (b < d and a <= c) for a, b in pairs) for c, d in pairs]
+
+
+def pareto_scatter(frame: "pd.DataFrame", *, theme: Theme = "light") -> "go.Figure":
+    """FVU against L0 of SAEs; a line joins those of a hook that no other one of it beats in both.
+
+    Args:
+        frame: columns name, hook, l0, fvu, held_out (bool: measured on held-out text, else on training rows), front
+            (bool), and `note` for the hover.
+        theme: of the figure.
+    """
+    import plotly.graph_objects as go
+
+    palette = PALETTES[theme]
+    figure = go.Figure()
+    for number, (hook, points) in enumerate(frame.groupby("hook", sort=False)):
+        colour = palette.categories[min(number, len(palette.categories) - 1)]
+        for _, line in points[points["front"]].sort_values("l0").groupby("held_out", sort=False):
+            figure.add_scatter(
+                x=line["l0"], y=line["fvu"], mode="lines", line={"color": colour, "width": 1.2, "dash": "dot"},
+                hoverinfo="skip", showlegend=False,
+            )  # fmt: skip
+        figure.add_scatter(
+            x=points["l0"],
+            y=points["fvu"],
+            mode="markers",
+            name=as_label(str(hook)),
+            marker={
+                "color": colour,
+                "size": 9,
+                "symbol": ["circle" if held else "circle-open" for held in points["held_out"]],
+                "line": {"color": colour, "width": 1.5},
+            },
+            customdata=points["name"],
+            hovertext=[as_label(str(note), 160) for note in points["note"]],
+            hoverinfo="text",
+        )
+    figure.update_layout(
+        template=template(theme),
+        showlegend=frame["hook"].nunique() > 1,
+        margin={"t": 8},
+        xaxis={"title": {"text": "l0: features per token"}, "type": "log"},
+        yaxis={"title": {"text": "fraction of variance unexplained"}, "type": "log"},
+    )
+    return figure

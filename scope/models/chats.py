@@ -47,7 +47,7 @@ def own_template(tokenizer: Any) -> str | None:
 
 
 def encode_chats(
-    tokenizer: Any, special_ids: frozenset[int], chats: Sequence[Sequence[Message]], template: str
+    tokenizer: Any, special_ids: frozenset[int], chats: Sequence[Sequence[Message]], template: str, answer: bool = False
 ) -> list[ChatTokens]:
     """Token ids and roles of chats; see `activations.source.HookedModel.encode_chats`.
 
@@ -56,10 +56,11 @@ def encode_chats(
         special_ids: ids of its special tokens.
         chats: the messages of each.
         template: a Jinja template.
+        answer: add the markup that the assistant's next turn begins with.
     """
     template = TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
     specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
-    written = [_write(tokenizer, chat, template, specials) for chat in chats]
+    written = [_write(tokenizer, chat, template, specials, answer) for chat in chats]
     encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in written], add_special_tokens=False)
     encoded = []
     for encoding, (_, turns) in zip(encodings, written, strict=True):
@@ -73,14 +74,16 @@ def encode_chats(
     return encoded
 
 
-def _write(tokenizer: Any, chat: Sequence[Message], template: str, specials: Sequence[str]) -> tuple[str, list[_Turn]]:
+def _write(
+    tokenizer: Any, chat: Sequence[Message], template: str, specials: Sequence[str], answer: bool
+) -> tuple[str, list[_Turn]]:
     """Steps 1 to 3."""
-    text = _rendered(tokenizer, chat, template)
+    text = _rendered(tokenizer, chat, template, answer)
     marked = [
         message._replace(content=MARK.format(number)) if message.content.strip() else message
         for number, message in enumerate(chat)
     ]
-    pieces = MARKED.split(_rendered(tokenizer, marked, template))
+    pieces = MARKED.split(_rendered(tokenizer, marked, template, answer))
     markup, numbers = pieces[::2], list(map(int, pieces[1::2]))
     expected = [number for number, message in enumerate(chat) if message.content.strip()]
     turns = _turns(text, markup, [chat[number] for number in numbers]) if numbers == expected else None
@@ -120,13 +123,16 @@ def _closed(text: str, stop: int, specials: Sequence[str]) -> int:
     return stop
 
 
-def _rendered(tokenizer: Any, chat: Sequence[Message], template: str) -> str:
+def _rendered(tokenizer: Any, chat: Sequence[Message], template: str, answer: bool) -> str:
     from jinja2 import TemplateError
 
     messages = [message._asdict() for message in chat]
     try:
-        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        written = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answer
+        )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidInputError(
             f"The chat template fails on the chat that begins with {chat[0].content[:60]!r}: {error}"
         ) from error
+    return str(written)

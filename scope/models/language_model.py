@@ -194,9 +194,10 @@ class LanguageModel:
         """The tokenizer's own way to write chats, a Jinja template; None where it has none."""
         return own_template(self.tokenizer)
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
-        """Token ids and roles of chats as a template writes them, without BOS; see `scope.models.chats`."""
-        return encode_chats(self.tokenizer, self.special_token_ids, chats, template)
+    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str, answer: bool = False) -> list[ChatTokens]:
+        """Token ids and roles of chats as a template writes them, without BOS; `answer` adds the markup that the
+        assistant's next turn begins with. See `scope.models.chats`."""
+        return encode_chats(self.tokenizer, self.special_token_ids, chats, template, answer)
 
     @cached_property
     def _reader(self) -> TokenReader:

@@ -20,7 +20,15 @@ from scope.models.taps import tapped
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["cross_entropy", "final_norm_gain", "final_norm_scale", "logit_effects", "unembed"]
+__all__ = [
+    "cross_entropy",
+    "final_norm_gain",
+    "final_norm_scale",
+    "likeliest_tokens",
+    "logit_effects",
+    "residual_logits",
+    "unembed",
+]
 
 CHUNK_BYTES = 2**28
 """Logits that are held at once."""
@@ -31,6 +39,42 @@ def unembed(model: "LanguageModel", hidden: Float[Tensor, "... d_model"]) -> Flo
     logits = model.hf.get_submodule(model.layout.head)(hidden)
     cap = model.layout.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def residual_logits(model: "LanguageModel", residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Logits that the final norm and the unembedding make of the residual stream. Of the stream after the last layer
+    these are the model's own."""
+    norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
+    return unembed(model, norm(residual.to(model.device, model.dtype)))
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    model: "LanguageModel",
+    residual: Float[Tensor, "n d_model"],
+    k: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Ids and probabilities of the `k` likeliest next tokens after each row of the last residual stream, a few rows'
+    logits at a time.
+
+    Args:
+        residual: the stream that goes into the final norm.
+        k: how many.
+        progress: told (rows done, rows in all) before each step; what it raises ends the work.
+    """
+    ids = torch.empty((len(residual), k), dtype=torch.int64)
+    probabilities = torch.empty((len(residual), k))
+    rows = max(1, CHUNK_BYTES // (8 * model.d_vocab))
+    for start in range(0, len(residual), rows):
+        if progress:
+            progress(start, len(residual))
+        with model.lock:  # no other run's hooks on the final norm
+            logits = residual_logits(model, residual[start : start + rows]).float()
+        best = logits.topk(k, dim=-1)
+        ids[start : start + rows] = best.indices.cpu()
+        probabilities[start : start + rows] = (best.values - logits.logsumexp(-1, keepdim=True)).exp().cpu()
+    return ids, probabilities
 
 
 def final_norm_gain(model: "LanguageModel") -> Float[Tensor, " d_model"]:

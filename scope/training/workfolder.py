@@ -3,11 +3,14 @@
 run.json               what the run is: settings, hook, width, source; a resume with others is refused
 checkpoint.safetensors the last checkpoint
 train.jsonl            the run log, one line every `log_steps` steps
+stopped.json           why the last process that worked on it left before the end; not there while one does
 lock                   held while a process works on the run
 """
 
+import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,10 @@ from filelock import FileLock, Timeout
 from activations.manifest import write_atomically
 from scope.errors import LockedError, OccupiedError
 from scope.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from scope.training.runs import CHECKPOINT_NAME, LOG_NAME, STOPPED_NAME
 from scope.training.trainer import SAETrainer
 
 __all__ = ["LOG_NAME", "WorkFolder"]
-
-LOG_NAME = "train.jsonl"
 
 
 class WorkFolder:
@@ -36,7 +38,7 @@ class WorkFolder:
     def __init__(self, out: Path, description: dict[str, Any]) -> None:
         self.out = out
         self.path = out.with_name(f".{out.name}.training")
-        self._checkpoint = self.path / "checkpoint.safetensors"
+        self._checkpoint = self.path / CHECKPOINT_NAME
         self._log = self.path / LOG_NAME
         self._description = json.loads(json.dumps(description))
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -52,13 +54,22 @@ class WorkFolder:
             raise LockedError(
                 f"Another process trains {self.out}. Wait for it, or give another output folder."
             ) from error
+        (self.path / STOPPED_NAME).unlink(missing_ok=True)
         write_atomically(self.path / "run.json", json.dumps(self._description, indent=2, sort_keys=True).encode())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and self.has_checkpoint:
+            self._say_why(error)
         self._lock.release()
         if not self.has_checkpoint:
             self.remove()
+
+    def _say_why(self, error: BaseException) -> None:
+        """For whoever looks at the run afterwards. A disk that is full must not hide the error itself."""
+        told = {"type": type(error).__name__, "message": str(error), "at": time.time()}
+        with contextlib.suppress(OSError):
+            write_atomically(self.path / STOPPED_NAME, json.dumps(told).encode())
 
     @property
     def has_checkpoint(self) -> bool:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_dashboards as fakes
 
-TIMEOUT = 20_000
+TIMEOUT = 60_000
 """Milliseconds."""
 FLAGS = [
     "--no-sandbox",
@@ -133,10 +133,13 @@ def fake_model() -> Iterator[None]:
     """A `FakeIndex` gets a `FakeModel`, and that is answered by the fakes; any other model as always."""
     import dashboards.prompts as prompts
     import scope.attribution.direct as direct
+    import scope.attribution.lens as lens
     import scope.features.prompt as prompt
+    import scope.models.losses as losses
 
     real_load = prompts._load_model
     real_features, real_direct = prompt.features_on_prompt, direct.direct_logit_effects
+    real_lens, real_logits = lens.logit_lens, losses.residual_logits
 
     def features(model: Any, *rest: Any, **more: Any) -> Any:
         answer = fakes.fake_features_on_prompt if isinstance(model, fakes.FakeModel) else real_features
@@ -146,6 +149,14 @@ def fake_model() -> Iterator[None]:
         answer = fakes.fake_direct_logit_effects if isinstance(model, fakes.FakeModel) else real_direct
         return answer(model, *rest, **more)
 
+    def look(model: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_logit_lens if isinstance(model, fakes.FakeModel) else real_lens
+        return answer(model, *rest, **more)
+
+    def logits(model: Any, residual: Any) -> Any:
+        fake = isinstance(model, fakes.FakeModel)
+        return model.residual_logits(residual) if fake else real_logits(model, residual)
+
     def load(index: Any) -> Any:
         return fakes.FakeModel(index) if isinstance(index, fakes.FakeIndex) else real_load(index)
 
@@ -153,6 +164,8 @@ def fake_model() -> Iterator[None]:
         patch.setattr(prompts, "_load_model", load)
         patch.setattr(prompt, "features_on_prompt", features)
         patch.setattr(direct, "direct_logit_effects", effects)
+        patch.setattr(lens, "logit_lens", look)
+        patch.setattr(losses, "residual_logits", logits)
         yield
 
 

@@ -37,7 +37,7 @@ def test_walk(visit: Callable, walked: Any) -> None:
     page.click(".ag-header-cell[col-id=max_value]")
     opened.until("new URL(location).searchParams.get('sort') === 'max_value:desc'")
     page.wait_for_selector(".features-grid .ag-row[row-index='2'] a")
-    page.click(".features-grid .ag-row[row-index='2'] [col-id=tokens]")
+    page.click(".features-grid .ag-row[row-index='2'] [col-id=label]")
 
     page.wait_for_selector(".example .tok.centre[data-on]")
     first = urlsplit(page.url).path

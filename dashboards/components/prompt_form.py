@@ -1,0 +1,98 @@
+"""The form of the prompt page and the logit lens: a text or the turns of a chat; assets/25_prompt.js runs it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import dash_mantine_components as dmc
+from dash import html
+
+from dashboards.components.controls import button
+from dashboards.prompts import Asked
+
+__all__ = ["invitation", "prompt_form"]
+
+
+def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt-run") -> html.Div:
+    """Fields for one prompt, or for two where `second` is given, even if it is empty.
+
+    Args:
+        first: what stands in the first one.
+        second: what stands in the other; None for a page that takes one prompt.
+        run: id of the button.
+    """
+    chat = first.chat or (second is not None and second.chat)
+    compared = second is not None and bool(second.text)
+    editors = [_editor(first, "", "A")]
+    switches: list[Any] = [
+        html.Div(
+            [
+                button("Text", **{"data-mode": "text", "aria-pressed": str(not chat).lower()}),
+                button("Chat", **{"data-mode": "chat", "aria-pressed": str(chat).lower()}),
+            ],
+            className="chips",
+            role="group",
+            **{"aria-label": "What the prompt is"},
+        )
+    ]
+    if second is not None:
+        editors.append(_editor(second, "2", "B"))
+        switches.append(button("Compare two", **{"data-compare": "true", "aria-pressed": str(compared).lower()}))
+    return html.Div(
+        className="prompt-form" + (" as-chat" if chat else "") + (" compared" if compared else ""),
+        children=[
+            html.Div(switches, className="prompt-switches"),
+            html.Div(editors, className="prompt-editors"),
+            html.Div(
+                className="chips",
+                children=[
+                    button("Run", id=run, className="main-action", **{"data-run": "true"}),
+                    html.Span([html.Kbd("Ctrl"), " ", html.Kbd("Enter")], className="muted small keys-hint"),
+                ],
+            ),
+        ],
+    )
+
+
+def _editor(asked: Asked, suffix: str, name: str) -> html.Div:
+    return html.Div(
+        className="prompt-editor",
+        **{"data-suffix": suffix},
+        children=[
+            html.Span(name, className="prompt-letter", **{"aria-hidden": "true"}),
+            dmc.Textarea(
+                id=f"prompt-text{suffix}",
+                value="" if asked.chat else asked.text,
+                className="prompt-text",
+                placeholder="Type a text to run through the model",
+                autosize=True,
+                minRows=2,
+                maxRows=10,
+                attributes={
+                    "input": {
+                        "aria-label": f"Prompt {name}" if suffix else "Prompt",
+                        "data-focus": "prompt",
+                        "spellCheck": "false",
+                        "dir": "auto",
+                    }
+                },
+            ),
+            html.Div(
+                className="chat-editor",
+                children=[
+                    html.Div(className="turns", **{"data-turns": json.dumps(asked.turns, ensure_ascii=False)}),
+                    button("Add a turn", className="tiny", **{"data-add-turn": "true"}),
+                ],
+            ),
+        ],
+    )
+
+
+def invitation(words: str, samples: Sequence[str | tuple[str, str]]) -> html.Div:
+    """What stands there before anything has been run: samples to start with; a pair is compared."""
+    chips = []
+    for sample in samples:
+        first, second = (sample, None) if isinstance(sample, str) else sample
+        label = first.replace("\n", " ⏎ ") + (f"  |  {second}" if second else "")
+        chips.append(button(label, **{"data-sample": first, **({"data-sample2": second} if second else {})}))
+    return html.Div(className="state", children=[html.P(words, className="muted"), html.Div(chips, className="chips")])

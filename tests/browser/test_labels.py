@@ -1,0 +1,171 @@
+"""Labels in the browser: typed, saved, seen again, kept apart from the next feature's; figures and files saved."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from helpers_features import tiny_index
+
+from scope.features.labels import ImportedLabel
+from scope.workspace import Workspace
+
+pytestmark = pytest.mark.browser
+
+HARD = ['<script>alert("x")</script>', "=cmd()", "قط يجلس على السطح", "長い" * 100]
+PATIENCE = 60_000
+TEXT = '[id*="label-text"]'
+NOTES = '[id*="label-notes"]'
+STAR = ".label-panel .star"
+STATUS = ".label-panel [role=status]"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, serve: Callable) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("labels")
+    built, _, _ = tiny_index(folder)
+    workspace = Workspace(folder / "w")
+    workspace.add(built.path)
+    return SimpleNamespace(server=serve(workspace), labels=workspace.labels(built.id), index=workspace.index(built.id))
+
+
+@pytest.fixture
+def panel(visit: Callable, real: SimpleNamespace) -> Callable:
+    """Opens a feature's page: `panel(3, width=390)`."""
+    opened = []
+
+    def open(feature: int, **settings) -> SimpleNamespace:
+        tab = visit(server=real.server, **settings)
+        tab.page.set_default_timeout(PATIENCE)
+        tab.open(f"/feature/{feature}?index={real.index.id}", ".label-panel " + TEXT)
+        opened.append(tab)
+        return tab
+
+    yield open
+    for tab in opened:
+        tab.check()
+
+
+def said(tab, words: str) -> None:
+    tab.until(f"document.querySelector('{STATUS}').textContent.includes({json.dumps(words)})")
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_a_label_is_saved_and_shows_as_text(panel, real, text):
+    tab = panel(3)
+    tab.page.fill(TEXT, text)
+    tab.page.press(TEXT, "Enter")
+    said(tab, "Label saved")
+    assert real.labels.get(3).text == text
+    tab.page.reload()
+    tab.page.wait_for_selector(TEXT)
+    assert tab.page.input_value(TEXT) == text
+    assert tab.page.locator(".label-panel script").count() == 0
+
+
+def test_a_label_of_200_characters_wraps_on_a_phone(panel, real):
+    real.labels.set(6, text="long words " * 18)
+    tab = panel(6, width=390, theme="dark")
+    box = tab.page.locator(TEXT)
+    assert box.bounding_box()["height"] > 60
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_by_keyboard_alone_notes_star_and_lists(panel, real):
+    tab = panel(4)
+    tab.page.focus(TEXT)
+    tab.page.keyboard.type("mine")
+    tab.page.keyboard.press("Tab")
+    said(tab, "Label saved")
+    assert tab.page.evaluate("document.activeElement.id").find("label-notes") >= 0
+    tab.page.keyboard.type("first line")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("second line")
+    tab.page.keyboard.press("Tab")
+    tab.until(f"document.querySelector('{STATUS}').textContent === 'Notes saved'")
+    tab.page.keyboard.type("to look at")
+    tab.page.keyboard.press("Enter")
+    said(tab, "Lists saved")
+    tab.page.keyboard.press("Escape")
+    tab.page.evaluate("document.activeElement.blur()")
+    tab.page.keyboard.press("s")
+    said(tab, "Starred")
+    assert tab.page.get_attribute(STAR, "aria-pressed") == "true"
+    label = real.labels.get(4)
+    assert (label.text, label.notes) == ("mine", "first line\nsecond line")
+    assert (label.starred, label.lists) == (True, ("to look at",))
+
+
+def test_ones_own_label_stands_before_an_imported_one_and_taken_away_shows_it_again(panel, real):
+    real.labels.take_in([ImportedLabel(7, "<b>imported</b>", "neuronpedia: a model", "1")])
+    tab = panel(7)
+    assert tab.page.input_value(TEXT) == "<b>imported</b>"
+    assert "neuronpedia: a model" in tab.page.text_content(".label-source")
+    tab.page.focus(TEXT)
+    tab.page.keyboard.press("Tab")
+    tab.page.fill(TEXT, "my own")
+    tab.page.press(TEXT, "Enter")
+    said(tab, "Label saved")
+    tab.until("document.querySelector('.label-source').textContent.includes('<b>imported</b>')")
+    assert [stored.source for stored in real.labels.all(7)] == ["own", "neuronpedia: a model"]
+    tab.page.fill(TEXT, "")
+    tab.page.press(TEXT, "Enter")
+    tab.until(f"document.querySelector('{TEXT}').value === '<b>imported</b>'")
+    assert [stored.source for stored in real.labels.all(7)] == ["neuronpedia: a model"]
+
+
+def test_what_is_too_long_is_not_saved_and_says_so(panel, real):
+    tab = panel(8)
+    tab.page.fill(TEXT, "x" * 2001)
+    tab.page.press(TEXT, "Enter")
+    said(tab, "Not saved. The label has 2,001 characters; at most 2,000 are kept.")
+    assert real.labels.get(8).text == ""
+
+
+def test_what_was_typed_is_saved_when_one_goes_on_to_the_next_feature(panel, real):
+    tab = panel(9)
+    tab.page.fill(TEXT, "typed and left")
+    tab.page.click("[data-key=ArrowRight]")
+    tab.until("document.querySelector('h1').textContent.includes('Feature') && !location.pathname.endsWith('/9')")
+    tab.until(f"!!document.querySelector('{TEXT}') && document.querySelector('{TEXT}').value === ''")
+    for _ in range(200):
+        if real.labels.get(9).text:
+            break
+        tab.page.wait_for_timeout(50)
+    assert real.labels.get(9).text == "typed and left"
+    other = int(tab.page.evaluate("location.pathname").rsplit("/", 1)[1])
+    assert real.labels.get(other).text == ""
+
+
+def test_the_panel_is_accessible(panel):
+    from axe_playwright_python.sync_playwright import Axe
+
+    for theme in ("light", "dark"):
+        tab = panel(4, theme=theme)
+        found = Axe().run(tab.page, context=".label-panel").response["violations"]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_figure_is_saved_without_a_network(panel, kind):
+    tab = panel(3)
+    tab.page.wait_for_selector("#feature-histogram .main-svg")
+    with tab.page.expect_download(timeout=PATIENCE) as waited:
+        tab.page.locator(f".figure [data-save-figure={kind}]").first.click()
+    content = waited.value.path().read_bytes()
+    assert waited.value.suggested_filename.endswith(f".{kind}")
+    assert content.startswith(b"\x89PNG" if kind == "png" else b"<svg")
+    assert len(content) > 2_000
+
+
+def test_files_are_downloaded_from_the_page(panel, real):
+    tab = panel(3)
+    with tab.page.expect_download(timeout=PATIENCE) as waited:
+        tab.page.click("a[href$='/feature/3/neuronpedia.json']")
+    assert json.loads(waited.value.path().read_text("utf-8"))["index"] == "3"
+    with tab.page.expect_download(timeout=PATIENCE) as waited:
+        tab.page.click("a[href$='/feature/3/activations.csv']")
+    rows = list(csv.DictReader(io.StringIO(waited.value.path().read_text("utf-8-sig"))))
+    assert len(rows) == real.index.table["n_firings"][3]
