@@ -182,8 +182,9 @@
     const fixed = ["starred", "feature", "label", "spark", "logits"];
     const narrow = innerWidth < 760;
     const state = api.getColumns().map((column) => column.getColId());
+    const spared = contrasts ? ["spark", "logits"] : narrow ? ["logits"] : [];
     const visible = state.filter((id) => rates.includes(id) ? contrasts
-      : fixed.includes(id) ? !(narrow && id === "logits") : columns.includes(id));
+      : fixed.includes(id) ? !spared.includes(id) : columns.includes(id));
     api.setColumnsVisible(state.filter((id) => !visible.includes(id)), false);
     api.setColumnsVisible(visible, true);
     api.sizeColumnsToFit();

@@ -269,9 +269,9 @@ def column_definitions(
         column("log_ratio", "log ratio", (96, 84, 120), "Number", type="rightAligned", **hidden),
         column("z", "z", (76, 70, 100), "Number", type="rightAligned", **hidden),
         statistic(COLUMNS["density"]),
-        column("spark", "Strength", (112, 112, 112), "Spark", headerTooltip=strength, sortable=False),
+        column("spark", "Strength", (112, 112, 112), "Spark", headerTooltip=strength, sortable=False, hide=contrasts),
         *(statistic(one) for one in columns if one.name not in ("feature", "density", *UMAP)),
-        column("logits", "Promotes", (150, 100, None), "Logits", flex=1, sortable=False),
+        column("logits", "Promotes", (150, 100, None), "Logits", flex=1, sortable=False, hide=contrasts),
     ]
 
 

@@ -32,7 +32,7 @@ def live_box(index: str, feature: int, text: str) -> html.Section:
                     dmc.Textarea(
                         id="live-text",
                         value=text,
-                        placeholder="Type a text to see where this feature fires",
+                        placeholder="Type a text to test it on",
                         autosize=True,
                         minRows=1,
                         maxRows=8,
