@@ -59,7 +59,7 @@ def supports_fast_step(trainer: "SAETrainer") -> bool:
     sae, config = trainer.sae, trainer.config
     if type(sae) not in (TopKSAE, BatchTopKSAE) or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
         return False
-    if len(trainer.ports.inputs) != 1 or not config.is_plain:
+    if len(trainer.ports.inputs) != 1 or not config.is_plain or trainer.team.size > 1:
         return False
     if sae.device.type == "cuda":
         return config.product_dtype == "bfloat16" and has_triton()
