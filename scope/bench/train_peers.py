@@ -140,7 +140,8 @@ def losses_on_the_same_batches(
 ) -> tuple[float, float]:
     """Squared error a row, over the last tenth of the steps, of our trainer and of SAELens's.
 
-    Each starts as it does by default and takes every batch once, with the same learning rate (ours by default).
+    Both start from the same weights (ours, untrained) and take the same scaled batches, each once, at the same constant
+    learning rate (our default); what else they do is their own.
     """
     config = TrainConfig(
         arch=arch,
@@ -158,6 +159,9 @@ def losses_on_the_same_batches(
     rows = row_maker(d_in, d_sae, k, device)
     for number in range(n_steps):
         batch = rows(batch_size)
+        if number == 0:
+            ours.initialise(batch)
+            theirs.sae.load_state_dict(ours.sae.state_dict(), strict=False)
         report = ours.step(batch)
         assert ours.scale is not None
         output = theirs.step(batch * ours.scale)

@@ -11,6 +11,7 @@ from scope.cli import (
     bench,
     capture,
     demo,
+    evaluate,
     export,
     finetune,
     index,
@@ -46,7 +47,7 @@ app = typer.Typer(
     name="scope", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-for module in (demo, capture, store, export, train, finetune, sae, index, serve, inspect, workspace, bench):
+for module in (demo, capture, store, export, train, evaluate, finetune, sae, index, serve, inspect, workspace, bench):
     module.register(app)
 
 

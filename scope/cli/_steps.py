@@ -142,20 +142,23 @@ def train_sae(
     config: "TrainConfig",
     out: Path,
     hook_out: Sequence[str] = (),
+    trackers: Sequence[str] = (),
 ) -> "TrainReport":
     """Train on one hook of a store, or a dictionary of several, with a progress bar."""
     from scope.training import train
 
     with progress_bar("Training (rows)") as progress:
-        return train(store, hook, config, out, hook_out=hook_out, progress=progress)
+        return train(store, hook, config, out, hook_out=hook_out, progress=progress, trackers=trackers)
 
 
-def train_runs(store: "Source", runs: "Sequence[SweepRun]", out: Path) -> "list[TrainReport]":
+def train_runs(
+    store: "Source", runs: "Sequence[SweepRun]", out: Path, trackers: Sequence[str] = ()
+) -> "list[TrainReport]":
     """Train a sweep from one pass over a store, with a progress bar."""
     from scope.training import train_sweep
 
     with progress_bar(f"Training {len(runs)} (rows)") as progress:
-        return train_sweep(store, runs, out, progress=progress)
+        return train_sweep(store, runs, out, progress=progress, trackers=trackers)
 
 
 def finished_sae(
@@ -176,13 +179,32 @@ def finished_sae(
     return load(out) if is_result_of(out, metadata, config) else None
 
 
-def measure_sae(sae: Any, out: Path, store: "Source", model: "LanguageModel | None", tokens: int) -> "Quality":
-    """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it."""
+def measure_sae(
+    sae: "SAE",
+    out: Path | None,
+    store: "Source | AlignedStores",
+    model: "LanguageModel | None",
+    tokens: int,
+    baselines: bool = True,
+) -> "Quality":
+    """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it.
+
+    Args:
+        sae: the SAE.
+        out: its folder; None writes nothing.
+        store: the activations.
+        model: the store's model; None leaves the cross-entropy out.
+        tokens: held-out tokens for the cross-entropy; 0 leaves it out.
+        baselines: whether PCA, a random dictionary and the mean are measured too.
+    """
     from scope.training.evaluate import evaluate
 
     with progress_bar("Measuring (passes)") as progress:
-        quality = evaluate(sae, store, model if tokens else None, ce_tokens=tokens, progress=progress)
-    quality.save(out)
+        quality = evaluate(
+            sae, store, model if tokens else None, ce_tokens=tokens, baselines=baselines, progress=progress
+        )
+    if out is not None:
+        quality.save(out)
     return quality
 
 

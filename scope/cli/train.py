@@ -67,6 +67,17 @@ def register(app: typer.Typer) -> None:
         model_device: Annotated[
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
+        baselines: Annotated[
+            bool,
+            typer.Option(
+                "--baselines/--no-baselines",
+                help="Whether PCA of the same rank, a random dictionary and the mean are measured beside the SAE.",
+            ),
+        ] = True,
+        tracker: Annotated[
+            list[str] | None,
+            typer.Option(help="Where else the run log's lines go: tensorboard or wandb. May be repeated."),
+        ] = None,
     ) -> Outcome:
         """Train a sparse dictionary on a store, or on a model and a text without storing anything, and measure it on
         the held-out documents.
@@ -85,6 +96,9 @@ def register(app: typer.Typer) -> None:
             train_sae,
         )
 
+        from scope.training.trackers import require_trackers
+
+        trackers = require_trackers(tracker or [])
         if beside and store is None:
             raise InvalidInputError("--beside names further stores; give the first one too.")
         first: Any = open_source(
@@ -102,13 +116,13 @@ def register(app: typer.Typer) -> None:
             say("No document of this text is held out (one title in ten is): the quality will not be measured.")
         runs = _runs(config, hook, hook_out or [], swept)
         if len(runs) > 1:
-            trained = {out / run.name: report for run, report in zip(runs, train_runs(opened, runs, out), strict=True)}
+            trained = {out / run.name: report for run, report in zip(runs, train_runs(opened, runs, out, trackers), strict=True)}
             done = [(report.sae, folder, report.to_dict(), report.summary()) for folder, report in trained.items()]
         else:
             hooks, written = runs[0].hooks, runs[0].hooks_out
             sae = finished_sae(out, opened, hooks, runs[0].config, written)
             if sae is None:
-                report = train_sae(opened, hooks, runs[0].config, out, written)
+                report = train_sae(opened, hooks, runs[0].config, out, written, trackers)
                 done = [(report.sae, out, report.to_dict(), report.summary())]
             else:
                 figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}
@@ -119,7 +133,7 @@ def register(app: typer.Typer) -> None:
         for sae, folder, figures, text in done:
             result = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}
             if held_out:
-                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens)
+                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens, baselines)
                 result, text = {**result, **quality.to_dict()}, f"{text}\n{quality.summary()}"
             results.append(result)
             texts.append(text)

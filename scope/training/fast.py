@@ -199,7 +199,7 @@ class FastStep:
         mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
         if self.lag == 0:
             self._read(self._pending.popleft())
-        from scope.training.trainer import StepReport  # which imports this module
+        from scope.training.trainer import OVER_DENSE, StepReport  # which imports this module
 
         return StepReport(
             step=trainer.steps_done,
@@ -211,6 +211,7 @@ class FastStep:
             l0=fired / n_rows,
             dead=n_dead.float(),
             parts={"auxk": aux.loss / sae.d_in} if aux else {},
+            over_dense=(sums.fired > OVER_DENSE * n_rows).sum().float(),
         )
 
     def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from scope.training.data import (
     as_hooks,
     shuffled_batches,
 )
-from scope.training.prefetch import on_device
+from scope.training.prefetch import Timed, on_device
 from scope.training.report import TrainReport
 from scope.training.single import SingleRun
 from scope.training.sweeps import SweepRun, require_one_pass
@@ -51,6 +51,7 @@ def train(
     hook_out: str | Sequence[str] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = (),
 ) -> TrainReport:
     """Train an SAE on one hook of a source, or a transcoder or crosscoder on several.
 
@@ -62,8 +63,10 @@ def train(
         hook_out: the hook that a transcoder writes; those of a cross-layer transcoder in order.
         progress: called with (rows done, rows in all).
         provenance: fields of `SAEMetadata` to record beside what the source itself knows.
+        trackers: where else the lines of the run log go: "tensorboard", "wandb".
 
     Raises:
+        MissingDependencyError: a tracker's package is not installed.
         UnknownNameError: the source has no such hook, or there is no such architecture.
         InvalidInputError: the settings cannot be met, such as more rows in a batch than the source has to train on, or
             an architecture that does not read or write so many hooks.
@@ -71,7 +74,7 @@ def train(
         NonFiniteError: a NaN or an Inf in the activations; the last checkpoint stays.
         InterruptedRunError: Ctrl-C; the checkpoint taken then says where to go on.
     """
-    run = SingleRun(source, SweepRun("", as_hooks(hook), as_hooks(hook_out), config), out, provenance or {})
+    run = SingleRun(source, SweepRun("", as_hooks(hook), as_hooks(hook_out), config), out, provenance or {}, trackers)
     return _train_all([run], source, progress)[0]
 
 
@@ -82,6 +85,7 @@ def train_sweep(
     *,
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = (),
 ) -> list[TrainReport]:
     """Train many SAEs from one pass over the data, each as `train` would alone on the same rows.
 
@@ -93,6 +97,7 @@ def train_sweep(
         out: each run's SAE is put in the folder of its name below this one. None keeps them in memory.
         progress: called with (rows done, rows in all).
         provenance: as for `train`.
+        trackers: as for `train`; each run has its own.
 
     Returns:
         A report for each run; one whose SAE is there already, from the same source and settings, is not trained again.
@@ -103,7 +108,7 @@ def train_sweep(
     """
     require_one_pass(runs)
     folder = None if out is None else Path(out)
-    made = [SingleRun(source, run, folder / run.name if folder else None, provenance or {}) for run in runs]
+    made = [SingleRun(source, run, folder / run.name if folder else None, provenance or {}, trackers) for run in runs]
     finished = [run.finished() for run in made]
     left = [run for run, report in zip(made, finished, strict=True) if report is None]
     reports = iter(_train_all(left, source, progress))
@@ -155,14 +160,14 @@ class _Loop:
     def run(self) -> list[TrainReport]:
         config = self.config
         start = min(run.trainer.steps_done for run in self.runs)
-        batches = self._initialised(on_device(self.stream(start), config.device))
+        batches = Timed(self._initialised(on_device(self.stream(start), config.device)))
         started = time.perf_counter() - max(run.seconds_before for run in self.runs)
         with _interrupt_deferred() as interrupted:
             for number, batch in zip(range(start, config.steps), batches, strict=False):
                 seconds = time.perf_counter() - started
                 due = [run for run in self.runs if run.trainer.steps_done == number]
                 for run in due:
-                    self._naming_the_document(run.take, batch, seconds)
+                    self._naming_the_document(run.take, batch, seconds, batches.waited)
                 self.progress((number + 1) * config.batch_size, config.steps * config.batch_size)
                 for run in due:
                     run.checkpoint_if_due(seconds)

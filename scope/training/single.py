@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -19,13 +19,11 @@ from scope.training.config import TrainConfig
 from scope.training.data import Batch, ports_of, provenance_of, side_by_side
 from scope.training.report import TrainReport
 from scope.training.sweeps import SweepRun
-from scope.training.trainer import SAETrainer, StepReport
+from scope.training.trackers import Trackers, open_tracker, require_trackers
+from scope.training.trainer import OVER_DENSE, SAETrainer, StepReport
 from scope.training.workfolder import LOG_NAME, WorkFolder
 
 __all__ = ["SingleRun", "is_result_of"]
-
-OVER_DENSE = 0.1
-"""A feature that fires on a larger share of the rows is over-dense."""
 
 
 class SingleRun:
@@ -36,15 +34,23 @@ class SingleRun:
         run: the hooks and the settings.
         out: the folder to make; None for none.
         provenance: fields of `SAEMetadata` to record beside what the source itself knows.
+        trackers: where else the run log's lines go (`scope.training.trackers`).
 
     Raises:
+        MissingDependencyError: a tracker's package is not installed.
         UnknownNameError, InvalidInputError: the source or the architecture does not fit the hooks or the settings.
     """
 
     def __init__(
-        self, source: ActivationSource, run: SweepRun, out: str | Path | None, provenance: Mapping[str, Any]
+        self,
+        source: ActivationSource,
+        run: SweepRun,
+        out: str | Path | None,
+        provenance: Mapping[str, Any],
+        trackers: Sequence[str] = (),
     ) -> None:
         self.config = run.config
+        self.tracker_names, self.trackers = require_trackers(trackers), Trackers({})
         self.out = None if out is None else Path(out)
         self.ports, reshape = ports_of(source, run.hooks, run.hooks_out)
         self.metadata = provenance_of(source, self.ports, provenance)
@@ -52,6 +58,7 @@ class SingleRun:
         self.work: WorkFolder | None = None
         self.lines: list[dict[str, Any]] = []
         self.seconds_before, self.resumed_at = 0.0, 0
+        self.waited, self._logged_at = 0.0, (0.0, 0.0)
 
     @property
     def hooks(self) -> list[str]:
@@ -75,20 +82,29 @@ class SingleRun:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Take up the working folder, where there is to be one, and what an earlier call left in it."""
-        if self.out is None:
-            return
-        self.work = stack.enter_context(WorkFolder(self.out, self.description()))
-        self.seconds_before = self.work.resume(self.trainer)
-        self.lines = [json.loads(line) for line in self.work.log().splitlines()]
-        self.resumed_at = self.trainer.steps_done
+        if self.out is not None:
+            self.work = stack.enter_context(WorkFolder(self.out, self.description()))
+            self.seconds_before = self.work.resume(self.trainer)
+            self.lines = [json.loads(line) for line in self.work.log().splitlines()]
+            self.resumed_at = self.trainer.steps_done
+        self._logged_at = (self.seconds_before, 0.0)
+        self._open_trackers(stack)
+
+    def _open_trackers(self, stack: contextlib.ExitStack) -> None:
+        key = self.work.tracker_key() if self.work and self.tracker_names else None
+        settings = {**self.config.to_dict(), "hook": self.label, "d_in": self.trainer.sae.d_in}
+        for name in self.tracker_names:
+            self.trackers.add(name, open_tracker(name, self.out, settings, key, self.resumed_at))
+        stack.callback(self.trackers.close)
 
     def rows_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Inputs and, where they are others, targets of a batch."""
         target = side_by_side(batch.values, self.ports.outputs) if self.ports.outputs else None
         return side_by_side(batch.values, self.ports.inputs), target
 
-    def take(self, batch: Batch, seconds: float) -> None:
-        """A step and its line in the log."""
+    def take(self, batch: Batch, seconds: float, waited: float = 0.0) -> None:
+        """A step and its line in the log; `waited` is how long of this call the loop has waited for batches."""
+        self.waited = waited
         values, target = self.rows_of(batch)
         step = self.trainer.step(values, batch.rows, target)
         if step.step % self.config.log_steps == 0 or step.step == self.config.steps:
@@ -101,11 +117,14 @@ class SingleRun:
             self.checkpoint(seconds)
 
     def checkpoint(self, seconds: float) -> None:
-        """Replace the checkpoint, where there is a working folder."""
+        """Replace the checkpoint, where there is a working folder; one with a NaN in it would replace a good one."""
+        self.trainer.require_finite_weights()
         if self.work:
             self.work.checkpoint(self.trainer, seconds)
 
     def _log(self, step: StepReport, seconds: float) -> None:
+        (before, waited_before), self._logged_at = self._logged_at, (seconds, self.waited)
+        took = seconds - before
         line = {
             "step": step.step,
             "tokens": step.tokens,
@@ -116,11 +135,14 @@ class SingleRun:
             **({} if step.coefficient is None else {"sparsity_coefficient": float(step.coefficient)}),
             "dead": int(step.dead),
             "dead_share": float(step.dead) / self.config.d_sae,
+            **({} if step.over_dense is None else {"over_dense_share": float(step.over_dense) / self.config.d_sae}),
             "learning_rate": step.learning_rate,
             "grad_norm": float(step.grad_norm),
             "tokens_per_s": round(step.tokens / seconds, 1),
+            "data_wait_share": round((self.waited - waited_before) / took, 4) if took > 0 else 0.0,
         }
         self.lines.append(line)
+        self.trackers.log(line)
         if self.work:
             self.work.append(line)
 
@@ -145,6 +167,7 @@ class SingleRun:
             dead_share=float((trainer.tokens_since_fired >= config.dead_after).float().mean()),
             dead_tokens=config.dead_after,
             over_dense_share=float((trainer.density > OVER_DENSE).float().mean()),
+            data_wait_share=self.waited / max(1e-9, seconds - self.seconds_before),
             log=tuple(self.lines),
         )
 

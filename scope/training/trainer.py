@@ -38,7 +38,10 @@ from scope.training.schedules import annealed_k, learning_rate_share
 from scope.training.sparsity import FrequencyPenalty, SparsityController
 from scope.training.team import ALONE, Team
 
-__all__ = ["SAETrainer", "StepReport"]
+__all__ = ["OVER_DENSE", "SAETrainer", "StepReport"]
+
+OVER_DENSE = 0.1
+"""A feature that fires on a larger share of the rows is over-dense."""
 
 
 class StepReport(NamedTuple):
@@ -64,6 +67,8 @@ class StepReport(NamedTuple):
     """The loss's further terms, divided by d_in, by name ("auxk", "sparsity", "frequency", …)."""
     coefficient: Float[Tensor, ""] | None = None
     """Weight of the sparsity penalty in this step; None where the activation function has none."""
+    over_dense: Float[Tensor, ""] | None = None
+    """Features that fired on more than a tenth of the batch's rows."""
 
 
 class SAETrainer:
@@ -240,6 +245,7 @@ class SAETrainer:
             dead=n_dead.float(),
             parts=mean_of,
             coefficient=coefficient,
+            over_dense=(loss.counts > OVER_DENSE * len(x)).sum().float(),
         )
 
     @torch.no_grad()
@@ -367,6 +373,15 @@ class SAETrainer:
             f"The gradient of step {self.steps_done + 1:,} is not finite. The weights were not stepped on it; "
             "lower the learning rate, or look for extreme activations."
         )
+
+    def require_finite_weights(self) -> None:
+        """Raise `NonFiniteError` that names the first of the weights and Adam's moments with a NaN or an Inf in it."""
+        for name, tensor in self.state_tensors().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{name} holds a NaN or an Inf after step {self.steps_done:,}. Lower the learning rate; the last "
+                    "checkpoint, where there is one, is from before."
+                )
 
     def _settle(self) -> None:
         if self.fast is not None:

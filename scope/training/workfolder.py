@@ -7,6 +7,7 @@ lock                   held while a process works on the run
 """
 
 import json
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class WorkFolder:
     def checkpoint(self, trainer: SAETrainer, seconds: float) -> None:
         """Replace the checkpoint."""
         save_checkpoint(self._checkpoint, trainer, Progress(self._log.stat().st_size, seconds))
+
+    def tracker_key(self) -> str:
+        """What stands for this run in trackers; the same when it is taken up again."""
+        path = self.path / "tracker-key"
+        if not self.has_checkpoint or not path.is_file():
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to the run log."""
