@@ -72,9 +72,7 @@ class Activation:
         bias: Tensor = sae.b_enc
         return bias
 
-    def settle(
-        self, sae: "SAE", centred: Float[Tensor, "rows d_in"], k: int, sharing: Sharing = ALONE
-    ) -> None:
+    def settle(self, sae: "SAE", centred: Float[Tensor, "rows d_in"], k: int, sharing: Sharing = ALONE) -> None:
         """Start from a sample of centred inputs where about k features fire on a row."""
 
     def for_inference(self, sae: "SAE") -> "SAE":

@@ -305,7 +305,10 @@ class SAE(nn.Module):
         active = self.activation.train(self, centred, context)
         x_hat = self._with_skip(sharing.sum_over_features(active.decode(self.decoder())) + self.b_dec, x)
         error = functional.mse_loss(x_hat, target, reduction="sum") / len(x)
-        terms = {**self.activation.penalties(self, active, target, context), **self._further_terms(active, x, target, sharing)}
+        terms = {
+            **self.activation.penalties(self, active, target, context),
+            **self._further_terms(active, x, target, sharing),
+        }
         if context.dead is not None and context.auxk_coefficient:
             terms["auxk"] = context.auxk_coefficient * self._auxk(centred, target - x_hat.detach(), context)
         if context.frequency_weights is not None:

@@ -19,8 +19,9 @@ By features (`ByFeatures`, --parallel features):
 3. the partial reconstructions are added up (batch x d_out); from there each has the gradients of its own features. The
    bias b_dec, which all features read, and the gradient's norm are added up once more.
 
-The n largest entries over all processes are found exactly, without sending them (`_nth_largest_bits`): floats above 0 are
-ordered as their bits are, so three histograms, of the upper 11 bits, the next 11 and the last 9, lead to the n-th largest.
+The n largest entries over all processes are found exactly, without sending them (`_nth_largest_bits`): floats above 0
+are ordered as their bits are, so three histograms, of the upper 11 bits, the next 11 and the last 9, lead to the n-th
+largest.
 
 On CUDA devices messages go through NCCL, on CPUs through gloo. When a process ends early, the others learn it from the
 next exchange, and why from the store by which they found each other.
@@ -104,7 +105,9 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's own kinds of error are RuntimeErrors
-        raise LostProcessError(f"Another process of this run does not answer any more ({_first_line(error)}).") from error
+        raise LostProcessError(
+            f"Another process of this run does not answer any more ({_first_line(error)})."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -258,13 +261,14 @@ class ByRows(_Processes):
     def part_of(self, n_rows: int) -> slice:
         if n_rows < self.size:
             raise InvalidInputError(
-                f"A batch of {n_rows:,} rows cannot be divided among {self.size} processes: give a larger batch_size, or "
-                "start fewer."
+                f"A batch of {n_rows:,} rows cannot be divided among {self.size} processes: give a larger batch_size, "
+                "or start fewer."
             )
         return slice(self.rank * n_rows // self.size, (self.rank + 1) * n_rows // self.size)
 
-    def n_rows(self, own: int) -> int:
-        return int(self.total(torch.tensor([own])))
+    def opening(self, own: int, fine: Tensor) -> tuple[int, bool]:
+        told = self.total(torch.stack([torch.tensor(own, device=fine.device), (~fine).long()])).tolist()
+        return told[0], told[1] == 0
 
     def all_rows(self, rows: Tensor) -> Tensor:
         sizes = [int(size) for size in self.gathered(torch.tensor([len(rows)]))]
@@ -287,6 +291,9 @@ class ByFeatures(_Processes):
     def __init__(self) -> None:
         super().__init__()
         self.features = FeatureShare(self.rank, self.size)
+
+    def opening(self, own: int, fine: Tensor) -> tuple[int, bool]:
+        return own, self.all_true(fine)
 
     def sum_over_features(self, partial: Tensor) -> Tensor:
         summed: Tensor = _Summed.apply(partial.float(), self)

@@ -27,9 +27,17 @@ class Team(Sharing):
         """This process's part of a batch of so many rows."""
         return slice(None)
 
-    def n_rows(self, own: int) -> int:
-        """Rows of a batch over all processes, of which this one has so many."""
-        return own
+    def opening(self, own: int, fine: Tensor) -> tuple[int, bool]:
+        """What a step begins with.
+
+        Args:
+            own: rows of the batch that this process has.
+            fine: whether they are.
+
+        Returns:
+            Rows of the batch over all processes, and whether all are fine.
+        """
+        return own, bool(fine)
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """All rows of a batch, in order, from each process's part."""

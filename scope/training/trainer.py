@@ -152,7 +152,9 @@ class SAETrainer:
 
         Every process of a team is given the whole sample.
         """
-        raw = [part for part in (self._checked(sample), self._checked_target(target)) if part is not None]
+        raw = [part for part in (self._raw(sample), self._raw_target(target)) if part is not None]
+        for part in raw:
+            self.require_finite(part)
         parts = [part for rows, ports in zip(raw, self.ports, strict=False) for part in _split(rows, ports)]
         self.scales = tuple(expected_norm_scale(part) if self.config.scale_inputs else 1.0 for part in parts)
         scaled = [self._scaled(rows, number) for number, rows in enumerate(raw)]
@@ -193,8 +195,13 @@ class SAETrainer:
         """
         if self.fast is not None:
             return self.fast.step(self._rows_of(batch), rows)
-        raw, raw_target = self._checked(batch, rows), self._checked_target(target, rows)
-        team, n_rows = self.team, self.team.n_rows(len(raw))
+        raw, raw_target = self._raw(batch), self._raw_target(target)
+        given = [part for part in (raw, raw_target) if part is not None]
+        finite = torch.stack([torch.isfinite(part.sum(dtype=torch.float32)) for part in given]).all()
+        team, (n_rows, fine) = self.team, self.team.opening(len(raw), finite)
+        if not fine:
+            for part in given:
+                self.require_finite(part, rows)
         if self.scales is None:
             self.initialise(team.all_rows(raw), None if raw_target is None else team.all_rows(raw_target))
         x = self._scaled(raw, 0)
@@ -221,31 +228,35 @@ class SAETrainer:
         (loss.total * weight).backward()
         learning_rate = config.peak_lr * learning_rate_share(self.steps_done, config.steps, config.warmup, config.decay)
         grad_norm = self._move(learning_rate)
-        counts = team.sum_over_rows(loss.counts)
+        terms = {"loss": loss.total.detach(), "error": loss.squared_error, **loss.parts}
+        means = torch.stack([term.float() for term in terms.values()]) * weight
+        sums = torch.cat([loss.counts.float(), y.sum(dim=0), y.square().sum()[None], means])
+        of_rows = (self.sae.d_sae, self.sae.d_out, 1, len(means))
+        counts, total, squares, means = team.sum_over_rows(sums).split(of_rows)
+        counts = counts.long()
         self.sae.activation.after_step(self.sae, counts)
-        fired = self._count(counts, n_rows)
+        self._count(counts, n_rows)
+        of_features = torch.stack([counts.sum(), (counts > OVER_DENSE * n_rows).sum()])
+        fired, over_dense = team.total_over_features(of_features)
         if self.controller:
             self.controller.observe(self.steps_done, fired / n_rows, k)
         if self.frequency:
             self.frequency.observe(counts, n_rows)
         if config.resample_steps and self.steps_done % config.resample_steps == 0:
             self._resample(team.all_rows(x), team.all_rows(y))
-        terms = {"loss": loss.total.detach(), "error": loss.squared_error, **loss.parts}
-        means = team.sum_over_rows(torch.stack([term.float() for term in terms.values()]) * weight)
         mean_of = dict(zip(terms, means / self.sae.d_out, strict=True))
-        squares, total = (team.sum_over_rows(part) for part in (y.square().sum(), y.sum(dim=0)))
         return StepReport(
             step=self.steps_done,
             tokens=self.tokens_done,
             learning_rate=learning_rate,
             loss=mean_of.pop("loss"),
             grad_norm=grad_norm,
-            fvu=mean_of.pop("error") * self.sae.d_out * n_rows / (squares - total.square().sum() / n_rows),
+            fvu=mean_of.pop("error") * self.sae.d_out * n_rows / (squares[0] - total.square().sum() / n_rows),
             l0=fired / n_rows,
             dead=n_dead.float(),
             parts=mean_of,
             coefficient=coefficient,
-            over_dense=(loss.counts > OVER_DENSE * len(x)).sum().float(),
+            over_dense=over_dense.float(),
         )
 
     @torch.no_grad()
@@ -375,9 +386,17 @@ class SAETrainer:
         )
 
     def require_finite_weights(self) -> None:
-        """Raise `NonFiniteError` that names the first of the weights and Adam's moments with a NaN or an Inf in it."""
-        for name, tensor in self.state_tensors().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        """Raise `NonFiniteError` that names the first of the weights and Adam's moments with a NaN or an Inf in it.
+
+        In a team all members call it, and all raise.
+        """
+        self._settle()
+        floating = {name: part for name, part in self._own_tensors().items() if part.is_floating_point()}
+        finite = [torch.isfinite(part).all() for part in floating.values()]
+        if self.team.all_true(torch.stack(finite).all()):
+            return
+        for name, part in zip(floating, finite, strict=True):
+            if not self.team.all_true(part):
                 raise NonFiniteError(
                     f"{name} holds a NaN or an Inf after step {self.steps_done:,}. Lower the learning rate; the last "
                     "checkpoint, where there is one, is from before."
@@ -396,16 +415,14 @@ class SAETrainer:
         scaled = [part * self.scales[first + i] for i, part in enumerate(_split(rows, ports))]
         return torch.cat(scaled, dim=-1)
 
-    def _checked_target(self, target: Tensor | None, rows: Any = None) -> Tensor | None:
+    def _raw_target(self, target: Tensor | None) -> Tensor | None:
         if not self.ports.outputs:
             return None
         width = sum(port.width for port in self.ports.outputs)
         if target is None or target.ndim != 2 or target.shape[-1] != width:
             got = "none" if target is None else f"shape {tuple(target.shape)}"
             raise MismatchError(f"The target has {got}; expected rows of width {width:,}, the outputs side by side.")
-        flat = target.to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
-        return flat
+        return target.to(self.config.device, torch.float32)
 
     @torch.no_grad()
     def _resample(self, x: Tensor, y: Tensor) -> None:
@@ -420,10 +437,8 @@ class SAETrainer:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimiser.state[row][moment][started] = 0
 
-    def _checked(self, batch: Tensor, rows: Any = None) -> Tensor:
-        flat = self._rows_of(batch).to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
-        return flat
+    def _raw(self, batch: Tensor) -> Tensor:
+        return self._rows_of(batch).to(self.config.device, torch.float32)
 
     def _rows_of(self, batch: Tensor) -> Tensor:
         flat = batch.flatten(1) if batch.ndim > 2 else batch
@@ -465,14 +480,13 @@ class SAETrainer:
         return grad_norm
 
     @torch.no_grad()
-    def _count(self, counts: Tensor, n_rows: int) -> Tensor:
+    def _count(self, counts: Tensor, n_rows: int) -> None:
         self.tokens_since_fired.add_(n_rows).masked_fill_(counts > 0, 0)
         self.steps_done += 1
         self.tokens_done += n_rows
         if self.steps_done > (1 - self.config.decay) * self.config.steps or not self.config.decay:
             self.firings += counts
             self.firing_tokens += n_rows
-        return self.team.total_over_features(counts.sum())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.product_dtype == "bfloat16":
