@@ -116,7 +116,10 @@ def register(app: typer.Typer) -> None:
             say("No document of this text is held out (one title in ten is): the quality will not be measured.")
         runs = _runs(config, hook, hook_out or [], swept)
         if len(runs) > 1:
-            trained = {out / run.name: report for run, report in zip(runs, train_runs(opened, runs, out, trackers), strict=True)}
+            trained = {
+                out / run.name: report
+                for run, report in zip(runs, train_runs(opened, runs, out, trackers), strict=True)
+            }
             done = [(report.sae, folder, report.to_dict(), report.summary()) for folder, report in trained.items()]
         else:
             hooks, written = runs[0].hooks, runs[0].hooks_out
