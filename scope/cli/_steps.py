@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scope.cli._command import progress_bar, say
 from scope.errors import InvalidInputError, MismatchError, ScopeError

@@ -95,7 +95,6 @@ def register(app: typer.Typer) -> None:
             train_runs,
             train_sae,
         )
-
         from scope.training.trackers import require_trackers
 
         trackers = require_trackers(tracker or [])
