@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CaptureBench", "TrainBench"]
+__all__ = ["CaptureBench", "QualityBench", "TrainBench"]
+
+COMPARABLE = ("topk", "batchtopk")
+"""Architectures whose L0 is k in both trainers."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,49 @@ class TrainBench:
         if k > d_sae:
             raise InvalidInputError(f"k is {k:,}; expected at most d_sae, {d_sae:,}.")
         return d_in, d_sae, k, batch_size
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """Settings of the comparison of qualities."""
+
+    arch: str = "topk"
+    """Architecture: topk or batchtopk, whose L0 is given and therefore the same."""
+    hook: str | None = None
+    """The hook. None: the store's first."""
+    d_sae: int = 8192
+    """Number of features."""
+    k: int = 32
+    """Features that fire on a row."""
+    rows: int | None = None
+    """Rows to train on, drawn at random. None: all of the store that are trained on."""
+    passes: float = 4.0
+    """How many times training sees each row."""
+    tokens: int | None = None
+    """Rows seen in a run. None: passes x rows."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """The grid of learning rates, as multiples of each trainer's default."""
+    seeds: int = 3
+    """Runs of each trainer with the learning rate chosen."""
+    evaluate_tokens: int = 16_384
+    """Held-out tokens for the cross-entropy, about; 0 leaves it out and needs no model."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+
+    def __post_init__(self) -> None:
+        if self.arch not in COMPARABLE:
+            raise UnknownNameError("architecture with the same L0 in both trainers", self.arch, COMPARABLE)
+        for name in ("d_sae", "k", "rows", "tokens", "batch_size", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name} is {value:,}; expected at least 1.")
+        if self.k > self.d_sae:
+            raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
+        if self.evaluate_tokens < 0:
+            raise InvalidInputError(f"evaluate_tokens is {self.evaluate_tokens:,}; expected 0 or more.")
+        if not self.passes > 0:
+            raise InvalidInputError(f"passes is {self.passes}; expected more than 0.")
+        if not self.factors or min(self.factors) <= 0:
+            raise InvalidInputError(f"factors is {self.factors}; expected positive numbers.")

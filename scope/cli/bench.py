@@ -1,10 +1,10 @@
 """`scope bench`: benchmarks against peers and floors, on this machine, in one run."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, TrainBench
+from scope.bench.settings import CaptureBench, QualityBench, TrainBench
 from scope.cli._command import Outcome, command, say
 
 __all__ = ["register"]
@@ -31,6 +31,24 @@ def register(app: typer.Typer) -> None:
         figures = bench_train(config, say)
         return Outcome(figures, _table(figures))
 
+    @command(bench, "quality", config=QualityBench)
+    def quality(
+        store: Annotated[str, typer.Argument(help="The activation store: a folder or s3://BUCKET/NAME.")],
+        config: QualityBench,
+        model: Annotated[
+            str | None, typer.Option(help="The store's model, where it is not found under its own name.")
+        ] = None,
+    ) -> Outcome:
+        """What our trainer and SAELens's make of the same rows, at equal tokens and equal tuning."""
+        from activations.store import ActivationStore
+        from scope.bench.quality import bench_quality
+        from scope.cli._steps import load_model_of
+
+        opened = ActivationStore.open(store)
+        language_model = load_model_of(opened, model, config.device) if config.evaluate_tokens else None
+        figures = bench_quality(opened, language_model, config, say)
+        return Outcome(figures, _table(figures))
+
 
 def _table(figures: dict[str, Any]) -> str:
     lines = []
@@ -44,5 +62,5 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
     return "not run" if value is None else str(value)

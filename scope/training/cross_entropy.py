@@ -105,6 +105,11 @@ class SplicedLosses:
         n_bos = sum(int(window[0]) == model.bos_token_id for window in windows)
         self._covered = 1 - n_bos / sum(len(window) for window in windows)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens predicted."""
+        return sum(len(window) - 1 for window in self.windows)
+
     def of(self, sae: SAE) -> CrossEntropyMetrics:
         """What splicing this dictionary in costs.
 
@@ -127,7 +132,7 @@ class SplicedLosses:
             ce_recovered=(ce_mean - ce_sae) / (ce_mean - ce),
             ce_recovered_interval=bootstrap(_recovered, by_document, self.seed) if by_document is not None else None,
             covered_share=self._covered,
-            n_tokens=int(predicted.sum()),
+            n_tokens=self.n_tokens,
         )
 
     def _sums(self, edits: Mapping[str, Any]) -> np.ndarray:
