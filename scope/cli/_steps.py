@@ -41,6 +41,9 @@ def open_source(
     context_size: int,
     model_device: str | None,
     device: str,
+    max_tokens: int | None = None,
+    shuffle_seed: int | None = None,
+    text_column: str | None = None,
 ) -> "Source":
     """The store in a folder; or, without one, what hooks of a model see on a text, computed as it is consumed.
 
@@ -52,10 +55,17 @@ def open_source(
         context_size: tokens in a window, BOS included.
         model_device: where the model runs; None for the best there is.
         device: where the activations are wanted.
+        max_tokens: without a store: rows in all, BOS included; None for all of the text.
+        shuffle_seed: without a store: take the documents in a random order with this seed.
+        text_column: without a store: the column that holds the text; None for "text".
 
     Raises:
         InvalidInputError: there are both, or neither.
     """
+    of_text = {"--max-tokens": max_tokens, "--shuffle-seed": shuffle_seed, "--text-column": text_column}
+    given = ", ".join(flag for flag, value in of_text.items() if value is not None)
+    if given and not data:
+        raise InvalidInputError(f"{given} belongs to --data; a store's text is what it has captured.")
     if store is not None:
         from activations.store import ActivationStore
 
@@ -67,10 +77,12 @@ def open_source(
     from activations.text import TextSource
     from scope.models import LanguageModel
 
-    text = TextSource(data)
+    text = TextSource(data, text_column=text_column or "text", shuffle_seed=shuffle_seed)
     text.check()
     say(f"Loading {model}")
-    return LanguageModel.load(model, device=model_device).source(text, hooks, context_size=context_size, device=device)
+    return LanguageModel.load(model, device=model_device).source(
+        text, hooks, context_size=context_size, max_tokens=max_tokens, device=device
+    )
 
 
 def has_held_out(source: "Source") -> bool:
@@ -169,7 +181,9 @@ def finished_sae(
     hook_out: Sequence[str] = (),
 ) -> "SAE | None":
     """The SAE in `out` if it is the result of this very run: same store, hooks and settings."""
-    if not (out / "manifest.json").is_file():
+    from scope.training.workfolder import folder_beside
+
+    if not (out / "manifest.json").is_file() or folder_beside(out).is_dir():  # training itself clears what is left
         return None
     from scope.saes.formats import load
     from scope.training.data import ports_of, provenance_of

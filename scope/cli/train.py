@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scope.cli._command import Outcome, command, say
+from scope.cli._command import Outcome, command, follows, say
 from scope.errors import InvalidInputError
 from scope.training.config import SWEPT, TrainConfig
 
@@ -64,6 +64,17 @@ def register(app: typer.Typer) -> None:
         context_size: Annotated[
             int, typer.Option(help="Without a store: tokens in the longest window, BOS included.")
         ] = 256,
+        max_tokens: Annotated[
+            int | None,
+            typer.Option(help="Without a store: use this many tokens of --data, BOS included; by default all."),
+        ] = None,
+        shuffle_seed: Annotated[
+            int | None,
+            typer.Option(help="Without a store: take the documents in a random order with this seed."),
+        ] = None,
+        text_column: Annotated[
+            str | None, typer.Option(help="Without a store: the column that holds the text; by default text.")
+        ] = None,
         model_device: Annotated[
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
@@ -84,6 +95,12 @@ def register(app: typer.Typer) -> None:
 
         Commas in --k, --d-sae, --lr or --arch, and several --hook, train one for each combination, all from one pass
         over the data.
+
+        Several GPUs (or CPUs) train one SAE where torchrun starts this command:
+        torchrun --nproc-per-node 2 -m scope.cli train STORE --device cuda … They divide each batch, or, with --parallel
+        features, the features, for dictionaries that one GPU cannot hold. The result is that of one process, up to the
+        order of sums; --batch-size is that of all together. A run that was stopped goes on with any number of
+        processes.
         """
         from scope.cli._steps import (
             aligned_stores,
@@ -95,6 +112,7 @@ def register(app: typer.Typer) -> None:
             train_runs,
             train_sae,
         )
+        from scope.training.distributed import local_device, own_gpu
         from scope.training.trackers import require_trackers
 
         trackers = require_trackers(tracker or [])
@@ -106,8 +124,11 @@ def register(app: typer.Typer) -> None:
             model,
             data or [],
             context_size=context_size,
-            model_device=model_device,
-            device=config.device,
+            model_device=model_device or own_gpu(),
+            device=local_device(config.device),
+            max_tokens=max_tokens,
+            shuffle_seed=shuffle_seed,
+            text_column=text_column,
         )
         opened: Any = first if not beside else aligned_stores(first, beside)
         held_out = has_held_out(first)
@@ -129,6 +150,8 @@ def register(app: typer.Typer) -> None:
             else:
                 figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}
                 done = [(sae, out, figures, f"{out} holds the result of this very run already.")]
+        if follows():
+            raise typer.Exit
         spliced = held_out and evaluate_tokens and not beside
         language_model = optional_model_of(first, model, config.device) if spliced else None
         results, texts = [], []

@@ -45,7 +45,7 @@ from scope.kernels.topk import topk
 from scope.saes.sharing import FeatureShare
 from scope.training.team import ALONE, Team
 
-__all__ = ["ByFeatures", "ByRows", "LostProcessError", "local_device", "n_processes", "team_for", "watched"]
+__all__ = ["ByFeatures", "ByRows", "LostProcessError", "local_device", "n_processes", "own_gpu", "team_for", "watched"]
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others; saving a large checkpoint takes the leading one a while."""
@@ -71,6 +71,13 @@ def local_device(device: str, environment: Mapping[str, str] = os.environ) -> st
     if device == "cuda" and n_processes(environment) > 1:
         return f"cuda:{int(environment.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
     return device
+
+
+def own_gpu(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The GPU of this process's rank; None where torchrun did not start it, or there is no GPU."""
+    if n_processes(environment) == 1 or not torch.cuda.is_available():
+        return None
+    return local_device("cuda", environment)
 
 
 def team_for(parallel: str, device: str = "cpu") -> Team:
