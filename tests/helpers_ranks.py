@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,16 +24,16 @@ from helpers_training import HOOK, MemorySource, synthetic
 import scope
 from activations.source import ActivationBatch
 from scope.saes import formats
-from scope.training import SweepRun, TrainConfig, TrainReport, train, train_sweep
-from scope.training.config import SWEPT
+from scope.training import SweepRun, TrainConfig, TrainReport, sweep, train, train_sweep
+from scope.training.trainer import SAETrainer, StepReport
 
-__all__ = ["CASES", "CONFIG", "Ranks", "Trainers", "config_of", "hooks_of", "source_of"]
+__all__ = ["CASES", "CONFIG", "Ended", "Ranks", "Trainers", "config_of", "hooks_of", "source_of"]
 
 PATIENCE_SECONDS = 120
 """A process that is still there then is taken to hang."""
 OUT_HOOK = "blocks.1.hook_mlp_out"
 CONFIG = TrainConfig(
-    d_sae=96, k=4, tokens=24 * 64, batch_size=64, lr=3e-3, checkpoint_steps=8, log_steps=4, shuffle_bytes=2**18,
+    d_sae=96, k=4, tokens=12 * 64, batch_size=64, lr=3e-3, checkpoint_steps=4, log_steps=4, shuffle_bytes=2**18,
     dead_feature_tokens=65,
 )  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
@@ -42,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "standard, free decoder": {"arch": "standard", "decoder_norm": "free"},
     "gated": {"arch": "gated"},
     "topk": {},
-    "topk, uneven": {"d_sae": 97, "batch_size": 63, "tokens": 24 * 63, "k_anneal": 0.5},
+    "topk, uneven": {"d_sae": 97, "batch_size": 63, "tokens": 12 * 63, "k_anneal": 0.5},
     "batchtopk": {"arch": "batchtopk"},
     "jumprelu": {"arch": "jumprelu"},
     "jumprelu, quadratic": {"arch": "jumprelu", "sparsity_loss": "quadratic"},
@@ -109,31 +108,32 @@ def run_cases(folder: str, names: list[str], parallel: str) -> dict[str, Any]:
     return resumed
 
 
-def run_one(out: str, settings: Mapping[str, Any], bad_row: int | None = None, dies_at: int | None = None) -> Any:
-    """Train one SAE; with `dies_at` the second process is killed after so many steps."""
-
-    class Dying(PairSource):
-        def batches(self, *arguments: Any) -> Any:
-            return super().batches(*arguments)
+def run_one(
+    out: str,
+    settings: Mapping[str, Any],
+    bad_row: int | None = None,
+    dies_at: int | None = None,
+    error: str | None = None,
+) -> Any:
+    """Train one SAE; with `dies_at` the second process is killed after so many steps, or fails with an error."""
 
     source = source_of(bad_row)
     config = config_of(**settings)
     if dies_at is not None and not leads():
-        step = scope.training.SAETrainer.step
+        step = SAETrainer.step
 
-        def dying(trainer: Any, *arguments: Any) -> Any:
+        def dying(trainer: SAETrainer, *arguments: Any) -> StepReport:
             if trainer.steps_done == dies_at:
+                if error:
+                    raise OSError(error)
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(trainer, *arguments)
 
-        scope.training.SAETrainer.step = dying
+        SAETrainer.step = dying  # type: ignore[method-assign]
     return facts(train(source, **hooks_of(config.arch), config=config, out=out))
 
 
 def run_sweep(out: str, settings: Mapping[str, Any], values: Mapping[str, list[Any]]) -> Any:
-    from scope.training import sweep
-
-    assert set(values) <= set(SWEPT)
     runs: list[SweepRun] = sweep(config_of(**settings), [HOOK], **values)
     return [facts(report) for report in train_sweep(source_of(), runs, out)]
 
@@ -263,5 +263,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # it matters when the power fails, not here
     torch.set_num_threads(1)
-    time.sleep(0)
     _serve(Path(sys.argv[1]))

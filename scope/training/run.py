@@ -142,6 +142,11 @@ def _train_all(
             for run in runs:
                 run.open(stack)
             reports = _Loop(runs, stream, source, progress).run()
+        except NonFiniteError as error:
+            kept = [str(run.work.path) for run in runs if run.work and run.work.has_checkpoint]
+            if not kept:
+                raise
+            raise NonFiniteError(f"{error} The last checkpoint stays in {', '.join(kept)}.") from error
         except KeyboardInterrupt as error:  # outside of the steps, or a second one within
             kept = [str(run.work.path) for run in runs if run.work and run.work.has_checkpoint]
             if runs[0].out is None:
