@@ -118,6 +118,7 @@ def residual_and_dots(
     W: Float[Tensor, "d_sae d_in"],
     b: Float[Tensor, " d_in"],
     counted: Bool[Tensor, "batch k"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Residual:
     """The reconstruction's error and the gradient of half its square with respect to the values.
 
@@ -130,11 +131,12 @@ def residual_and_dots(
         b: decoder bias, float32.
         counted: the entries whose dot products are wanted; their values may be 0, those of others are. None: those with
             a value.
+        dtype: of the residual; None for W's.
     """
     if uses_triton(x):
         from scope.kernels.triton import products
 
-        return Residual(*products.residual_and_dots(x.contiguous(), scale, values, ids, W, b, counted))
+        return Residual(*products.residual_and_dots(x.contiguous(), scale, values, ids, W, b, counted, dtype))
     if counted is not None:
         return _of_counted(x, scale, values, ids, W, b, counted)
     residual = sparse.decode(values, ids, W).float().add_(b).sub_(x, alpha=scale)

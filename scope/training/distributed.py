@@ -45,7 +45,17 @@ from scope.kernels.topk import topk
 from scope.saes.sharing import FeatureShare
 from scope.training.team import ALONE, Team
 
-__all__ = ["ByFeatures", "ByRows", "LostProcessError", "local_device", "n_processes", "own_gpu", "team_for", "watched"]
+__all__ = [
+    "ByFeatures",
+    "ByRows",
+    "LostProcessError",
+    "exchange",
+    "local_device",
+    "n_processes",
+    "own_gpu",
+    "team_for",
+    "watched",
+]
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others; saving a large checkpoint takes the leading one a while."""
@@ -95,7 +105,7 @@ def team_for(parallel: str, device: str = "cpu") -> Team:
     if not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(torch.device(device))
-        with _exchange():
+        with exchange():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
         atexit.register(_leave)
     return ByFeatures() if parallel == "features" else ByRows()
@@ -107,7 +117,7 @@ def _leave() -> None:
 
 
 @contextlib.contextmanager
-def _exchange() -> Iterator[None]:
+def exchange() -> Iterator[None]:
     """Around a message: what torch raises when a process does not answer becomes a `LostProcessError`."""
     try:
         yield
@@ -175,7 +185,7 @@ class _Processes(Team):
     def total(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The sum over all processes, or the least or largest."""
         whole = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with _exchange():
+        with exchange():
             dist.all_reduce(whole, op=op)
         return whole
 
@@ -198,14 +208,14 @@ class _Processes(Team):
         return int(told)
 
     def take_over(self, tensors: Sequence[Tensor]) -> None:
-        with _exchange():
+        with exchange():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Everyone's tensor, all of one shape, on every process."""
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with _exchange():
+        with exchange():
             dist.all_gather(parts, tensor.detach().contiguous())
         return parts
 
@@ -226,16 +236,19 @@ class _Processes(Team):
 
     def largest(self, pre: Tensor, n: int) -> Tensor:
         index = largest(pre, n)
-        values = pre.detach().flatten()[index].float()
-        bits = _nth_largest_bits(self, values, n)
-        own = values.view(torch.int32)
-        above = own > bits
-        # Of those that equal the n-th largest, the first processes' first ones fill the places that are left.
-        equal = own == bits
-        counts = torch.stack([part.sum() for part in (above, equal)])
-        everyone = torch.stack(self.gathered(counts))
+        return index[self.mask_of_largest(pre.detach().flatten()[index].float(), n)]
+
+    def mask_of_largest(self, values: Tensor, n: int) -> Tensor:
+        """Which of these values, 0 or more, are among the n largest of all processes.
+
+        Of those that equal the n-th largest, the first processes' first ones fill the places that are left.
+        """
+        flat = values.flatten()
+        own, bits = flat.view(torch.int32), _nth_largest_bits(self, flat, n)
+        above, equal = own > bits, own == bits
+        everyone = torch.stack(self.gathered(torch.stack([above.sum(), equal.sum()])))
         left = n - everyone[:, 0].sum() - everyone[: self.rank, 1].sum()
-        return index[above | (equal & (equal.cumsum(0) <= left))]
+        return (above | (equal & (equal.cumsum(0) <= left))).view(values.shape)
 
     def smallest(self, values: Tensor) -> Tensor:
         return self.total(super().smallest(values).float(), dist.ReduceOp.MIN)
@@ -251,8 +264,7 @@ def _nth_largest_bits(team: _Processes, values: Tensor, n: int) -> Tensor:
     for width in DIGIT_BITS:
         below -= width
         digits = (bits >> below) & ((1 << width) - 1)
-        counts = torch.zeros(1 << width, dtype=torch.int64, device=values.device)
-        counts.index_add_(0, digits.long(), inside.long())
+        counts = _histogram(torch.where(inside, digits, -1), 1 << width)
         from_top = team.total(counts).flip(0).cumsum(0)
         place = (from_top < left).sum().clamp_max((1 << width) - 1)  # the digit, counted from the largest one
         left = left - torch.where(place > 0, from_top[(place - 1).clamp_min(0)], 0)
@@ -260,6 +272,13 @@ def _nth_largest_bits(team: _Processes, values: Tensor, n: int) -> Tensor:
         found = found | (digit << below)
         inside = inside & (digits == digit)
     return found
+
+
+def _histogram(digits: Tensor, n: int) -> Tensor:
+    """How often each number from 0 to n - 1 stands there; others are passed over. No GPU is waited for."""
+    if digits.is_cuda:
+        return torch.histc(digits.float(), n, 0, n).long()
+    return torch.bincount(digits + 1, minlength=n + 1)[1:]
 
 
 class ByRows(_Processes):
@@ -286,10 +305,27 @@ class ByRows(_Processes):
         return self.total(tensor)
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        with _exchange():
+        with exchange():
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 assert work is not None
                 work.wait()
+
+    def scatter_sum(self, whole: Tensor, own: Tensor) -> Any:
+        """Begin to put the sum of this process's rows of everyone's matrix into `own`; returns what to wait for."""
+        with exchange():
+            if whole.is_cuda:
+                return dist.reduce_scatter_tensor(own, whole, async_op=True)
+            dist.all_reduce(whole)  # gloo scatters no sums
+            own.copy_(whole[self.rank * len(own) : (self.rank + 1) * len(own)])
+            return None
+
+    def gather_into(self, whole: Tensor, own: slice) -> Any:
+        """Begin to fill a matrix with the rows that each process has; returns what to wait for."""
+        with exchange():
+            if whole.is_cuda:
+                return dist.all_gather_into_tensor(whole, whole[own], async_op=True)
+            whole.copy_(torch.cat(self.gathered(whole[own])))
+            return None
 
 
 class ByFeatures(_Processes):
@@ -336,7 +372,7 @@ class ByFeatures(_Processes):
         most = -(-n // self.size)
         own = functional.pad(rows.detach(), (0, 0) * (rows.ndim - 1) + (0, most - len(rows))).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)] if self.leads else None
-        with _exchange():
+        with exchange():
             dist.gather(own, parts, 0)
         return rows if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:n]
 

@@ -22,6 +22,8 @@ last `LAG` steps may wait as long for its first aid. The fullest row says how ma
 `LAG` steps later. Checkpoints hold these numbers, and a resumed run does the same.
 
 On the CPU the same code waits for nothing (its lag is 0). All sums are in a fixed order.
+
+What several processes exchange in a step is in `scope.training.distributed_fast`, which overrides some of the methods.
 """
 
 from collections import deque
@@ -72,7 +74,7 @@ def supports_fast_step(trainer: "SAETrainer") -> bool:
         or sae.dtype != torch.float32
     ):
         return False
-    if len(trainer.ports.inputs) != 1 or not config.is_plain or trainer.team.size > 1:
+    if len(trainer.ports.inputs) != 1 or not config.is_plain:
         return False
     if sae.device.type == "cuda":
         return config.product_dtype == "bfloat16" and has_triton()
@@ -185,42 +187,44 @@ class FastStep:
         trainer, config, sae = self.trainer, self.trainer.config, self.trainer.sae
         x = batch.to(sae.device, non_blocking=True)
         if trainer.scale is None:
-            trainer.initialise(x)
+            trainer.initialise(trainer.team.all_rows(x.float()))
         assert trainer.scale is not None
         self._renew_copies()
-        n_rows = len(x)
+        n_rows = self._rows_of_all(len(x))
         before = (trainer.steps_done, trainer.tokens_done, trainer.firing_tokens)
         since = trainer.tokens_since_fired
         dead = since >= config.dead_after
 
         centred, norms = products.centre(x, trainer.scale, sae.b_dec, self.dtype)
         selected = self._encode(centred)
-        values, ids, counted, _ = selected
-        residual, dots, squares = products.residual_and_dots(
-            x, trainer.scale, values, ids, self._copies["W_dec"], sae.b_dec, counted
-        )
+        values, _, counted, _ = selected
+        residual, dots, squares = self._residual(x, selected)
         coefficient = trainer.controller.coefficient(trainer.steps_done) if trainer.controller else None
         entries, penalty = self._entries(selected, dots, coefficient)
-        n_dead = dead.sum()
+        n_dead = self._over_features(dead.sum())
         aux = self._auxk(centred, residual, dead, n_dead) if config.auxk_coefficient else None
-        error = squares.sum() / n_rows
+        seen = torch.cat([squares.sum()[None], norms.sum()[None], x.sum(dim=0, dtype=torch.float32)])
+        error, square, total = self._over_rows(seen).split((1, 1, sae.d_in))
+        error = error[0] / n_rows
         parts = {} if penalty is None else {"sparsity": penalty}
         parts |= {"auxk": aux.loss} if aux else {}
         gradients, norms_of = self._gradient(centred, residual, entries, aux)
         grad_norm = torch.stack(norms_of).sum().sqrt() / sae.d_in
-        rows_finite = torch.isfinite(norms.sum())
+        rows_finite = torch.isfinite(square[0])
         ok = rows_finite & torch.isfinite(grad_norm)
         self._healthy.mul_(ok)
         clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
         learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), entries.groups, aux)
-        fired = self._count(entries.sums.fired, n_rows)
+        fires = self._over_rows(entries.sums.fired)
+        fired, over_dense = self._count(fires, n_rows)
         self._follow(values, fired / n_rows)
-        fullest = counted.sum(dim=1).max() if counted is not None else n_dead
+        fullest = self._most(counted.sum(dim=1).max()) if counted is not None and self._jumps else n_dead
         self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float(), fullest.float()]), batch, rows, before)
-        mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
+        mean = total * (trainer.scale / n_rows)
+        parts = self._means(parts)
         if self.lag == 0:
             self._read(self._pending.popleft())
-        from scope.training.trainer import OVER_DENSE, StepReport  # which imports this module
+        from scope.training.trainer import StepReport  # which imports this module
 
         return StepReport(
             step=trainer.steps_done,
@@ -228,13 +232,58 @@ class FastStep:
             learning_rate=learning_rate,
             loss=(error + sum(parts.values())) / sae.d_in,
             grad_norm=grad_norm,
-            fvu=error * n_rows / (norms.sum() - n_rows * mean.square().sum()),
+            fvu=error * n_rows / (square[0] - n_rows * mean.square().sum()),
             l0=fired / n_rows,
             dead=n_dead.float(),
             parts={name: part / sae.d_in for name, part in parts.items()},
             coefficient=coefficient,
-            over_dense=(entries.sums.fired > OVER_DENSE * n_rows).sum().float(),
+            over_dense=over_dense.float(),
         )
+
+    # What one process alone need not ask anybody; see `scope.training.distributed_fast`.
+
+    def _rows_of_all(self, own: int) -> int:
+        """Rows of the batch over all processes."""
+        return own
+
+    def _over_rows(self, tensor: Tensor) -> Tensor:
+        """The sum over the whole batch of what is the sum over this process's rows."""
+        return tensor
+
+    def _over_features(self, tensor: Tensor) -> Tensor:
+        """The sum over all features of what is the sum over this process's."""
+        return tensor
+
+    def _most(self, tensor: Tensor) -> Tensor:
+        """The largest over all processes."""
+        return tensor
+
+    def _means(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss's further terms for the whole batch and all features."""
+        return parts
+
+    def _written(self, name: str) -> None:
+        """The gradient of a matrix is complete."""
+
+    def _residual(self, x: Tensor, selected: Selected) -> products.Residual:
+        """What the decoder leaves over."""
+        scale, sae = self.trainer.scale, self.trainer.sae
+        assert scale is not None
+        values, ids, counted, _ = selected
+        return products.residual_and_dots(x, scale, values, ids, self._copies["W_dec"], sae.b_dec, counted)
+
+    def _aux_width(self, known: int, dead: Tensor) -> int:
+        """How many dead features AuxK makes room for, where so many are known."""
+        multiple = AUX_MULTIPLE if self.trainer.sae.device.type == "cuda" else 1
+        return min(MAX_AUX, -(-known // multiple) * multiple, self.trainer.sae.d_sae)
+
+    def _aux_kept(self, pre: Tensor, n_taken: Tensor, k_aux: int) -> Tensor:
+        """ReLU of each row's k_aux largest of the dead features' pre-activations, of which the first n_taken count."""
+        return keep_largest(pre, n_taken, k_aux)
+
+    def _aux_left(self, residual: Tensor, f: Tensor, W_dec: Tensor) -> Tensor:
+        """ê - e, as residual is -e."""
+        return torch.addmm(residual, f, W_dec)
 
     def _encode(self, centred: Tensor) -> Selected:
         """The entries of each row."""
@@ -273,7 +322,8 @@ class FastStep:
         Nothing moves in a step that met a NaN."""
         trainer, sae = self.trainer, self.trainer.sae
         if self._over_batch:
-            moved = followed_threshold(sae.threshold, torch.where(values > 0, values, torch.inf).min())
+            smallest = torch.where(values > 0, values, torch.inf).min()
+            moved = followed_threshold(sae.threshold, -self._most(-smallest))
             sae.threshold.copy_(torch.where(self._healthy > 0, moved, sae.threshold))
         if trainer.controller:
             before = {name: tensor.clone() for name, tensor in trainer.controller.state().items()}
@@ -289,21 +339,20 @@ class FastStep:
         known = int(n_dead) if self.lag == 0 else dict(self.dead_counts).get(trainer.steps_done - self.lag, 0)
         if not known:
             return None
-        multiple = AUX_MULTIPLE if sae.device.type == "cuda" else 1
-        width = min(MAX_AUX, -(-known // multiple) * multiple, sae.d_sae)
+        width = self._aux_width(known, dead)
         rank = dead.cumsum(0) - 1
         slots = torch.where(dead & (rank < width), rank, -1)
         ids = torch.zeros(width + 1, dtype=torch.int64, device=sae.device)
         ids.scatter_(0, torch.where(slots >= 0, slots, width), torch.arange(sae.d_sae, device=sae.device))
         ids = ids[:width]
-        n_taken = n_dead.clamp_max(width)
+        n_taken = dead.sum().clamp_max(width)
         k_aux, n_rows = config.k_aux_for(sae.d_in), len(centred)
         W_enc, W_dec = self._copies["W_enc"][ids], self._copies["W_dec"][ids]
         pre = torch.addmm(sae.b_enc[ids].to(self.dtype), centred, W_enc.T)
-        f = keep_largest(pre, n_taken, k_aux)
-        left = torch.addmm(residual, f, W_dec)  # ê - e, as residual is -e
+        f = self._aux_kept(pre, n_taken, k_aux)
+        left = self._aux_left(residual, f, W_dec)
         # Few dead features explain little of the error; full weight would only make them noisy.
-        weight = config.auxk_coefficient * (n_taken / k_aux).clamp_max(1.0) / n_rows
+        weight = config.auxk_coefficient * (self._over_features(n_taken) / k_aux).clamp_max(1.0) / n_rows
         loss = weight * torch.linalg.vector_norm(left, dtype=torch.float32).square()
         left.mul_(2 * weight)
         at_f = torch.ops.aten.threshold_backward(left @ W_dec.T, f, 0)  # zero where f is
@@ -328,14 +377,16 @@ class FastStep:
         slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
         weights, at_f, ids, groups, sums, at_threshold = entries
         squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
+        self._written("W_dec")
         squares_enc = products.feature_rows(centred, at_f, ids, groups, self._gradients["W_enc"], slots, enc)
+        self._written("W_enc")
         bias, along = sums.bias_gradient, sums.along
         if aux:
             slot, has_slot = aux.slots.clamp_min(0).long(), aux.slots >= 0
             bias = bias + torch.where(has_slot, aux.bias_gradient[slot], 0.0)
             along = along + torch.where(has_slot, aux.along[slot], 0.0)
         b_dec = residual.sum(dim=0, dtype=torch.float32).mul_(2 / len(residual))
-        b_dec -= (bias.to(self.dtype) @ self._copies["W_enc"]).float()
+        b_dec -= self._over_features((bias.to(self.dtype) @ self._copies["W_enc"]).float())
         parts = [
             (squares_dec - along.square()).clamp_min(0).sum(),  # rows of norm 1: what is taken out along them
             squares_enc.sum(),
@@ -383,8 +434,10 @@ class FastStep:
             )
         return learning_rate
 
-    def _count(self, fired: Tensor, n_rows: int) -> Tensor:
-        """Count firings and steps; how many entries fired."""
+    def _count(self, fired: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Count firings and steps; how many entries fired, and how many features did so on a tenth of the rows."""
+        from scope.training.trainer import OVER_DENSE  # which imports this module
+
         trainer, config = self.trainer, self.trainer.config
         healthy = self._healthy > 0
         since = torch.where(fired > 0, 0, trainer.tokens_since_fired + n_rows)
@@ -394,7 +447,8 @@ class FastStep:
         if trainer.steps_done > (1 - config.decay) * config.steps or not config.decay:
             trainer.firings += torch.where(healthy, fired, 0)
             trainer.firing_tokens += n_rows
-        return fired.sum()
+        counts = self._over_features(torch.stack([fired.sum(), (fired > OVER_DENSE * n_rows).sum()]))
+        return counts[0], counts[1]
 
     def _note(self, found: Tensor, batch: Tensor, rows: Any, before: tuple[int, int, int]) -> None:
         event = None

@@ -33,7 +33,7 @@ from scope.kernels.tensors import uses_triton
 from scope.kernels.topk import largest_of_all, linear_topk
 from scope.saes.base import SAE
 
-__all__ = ["WIDEST", "Estimates", "Selected", "estimate", "next_width", "select_batchtopk", "select_jumprelu"]
+__all__ = ["WIDEST", "Estimates", "Selected", "estimate", "next_width", "padded", "select_batchtopk", "select_jumprelu"]
 
 WIDEST = 4
 """Multiple of k that a row takes at most on a GPU: of a batchtopk always, of a jumprelu at first."""
@@ -83,7 +83,7 @@ def select_batchtopk(
         values = torch.where(largest_of_all(values, k * len(values)), values, 0.0)
         return Selected(values, ids.int(), values > 0)
     pre = torch.addmm(b, centred, W.T)
-    return _padded(pre, largest(pre, k * len(pre)))
+    return padded(pre, largest(pre, k * len(pre)))
 
 
 def select_jumprelu(
@@ -103,14 +103,14 @@ def select_jumprelu(
         values = torch.where(margin > bandwidth / 2, pre, 0.0).relu_()
         return Selected(values, ids.int(), margin > 0, pre)
     dense = torch.addmm(b, centred, W.T)
-    found = _padded(dense, (dense > floor).flatten().nonzero().flatten())
+    found = padded(dense, (dense > floor).flatten().nonzero().flatten())
     assert found.counted is not None
     assert found.pre is not None
     fires = found.counted & (found.pre > threshold[found.ids.long()])
     return found._replace(values=torch.where(fires, found.pre, 0.0).relu_())
 
 
-def _padded(pre: Float[Tensor, "batch d_sae"], index: Int[Tensor, " entries"]) -> Selected:
+def padded(pre: Float[Tensor, "batch d_sae"], index: Int[Tensor, " entries"]) -> Selected:
     """The entries at ascending flat positions; the host waits for their number."""
     batch, d_sae = pre.shape
     rows, ids = index // d_sae, index % d_sae

@@ -31,7 +31,7 @@ from scope.saes.folding import fold_decoder_norm, fold_scales
 from scope.saes.sharing import ALONE as SHARED_WITH_NOBODY
 from scope.saes.sharing import FeatureShare, Sharing
 from scope.training.config import TrainConfig
-from scope.training.fast import FastStep, supports_fast_step
+from scope.training.distributed_fast import fast_step_for
 from scope.training.initialisation import centre_of, expected_norm_scale
 from scope.training.resampling import resample
 from scope.training.schedules import annealed_k, learning_rate_share
@@ -137,7 +137,7 @@ class SAETrainer:
         self.tokens_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=config.device)
         self.firings = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=config.device)
         self.firing_tokens = 0
-        self.fast = FastStep(self) if supports_fast_step(self) else None
+        self.fast = fast_step_for(self)
 
     @property
     def scale(self) -> float | None:

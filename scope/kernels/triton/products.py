@@ -72,12 +72,20 @@ def _residual_and_dots(
 
 
 def residual_and_dots(
-    x: Tensor, scale: float, values: Tensor, ids: Tensor, W: Tensor, b: Tensor, counted: Tensor | None = None
+    x: Tensor,
+    scale: float,
+    values: Tensor,
+    ids: Tensor,
+    W: Tensor,
+    b: Tensor,
+    counted: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_hat - scale x in W's dtype, its dot products with the k rows of W, and its squared norm, both float32."""
+    """x_hat - scale x in `dtype`, by default W's, its dot products with the k rows of W, and its squared norm, both
+    float32."""
     batch, d = x.shape
     k = ids.shape[1]
-    residual = torch.empty(batch, d, dtype=W.dtype, device=x.device)
+    residual = torch.empty(batch, d, dtype=dtype or W.dtype, device=x.device)
     dots = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     squares = torch.empty(batch, dtype=torch.float32, device=x.device)
     k_padded = triton.next_power_of_2(k)
