@@ -1,11 +1,11 @@
 """Settings of the benchmarks. Light to import: the CLI makes its options from them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CaptureBench", "QualityBench", "TrainBench"]
+__all__ = ["CaptureBench", "ParallelBench", "QualityBench", "TrainBench"]
 
 COMPARABLE = ("topk", "batchtopk")
 """Architectures whose L0 is k in both trainers."""
@@ -134,3 +134,35 @@ class QualityBench:
             raise InvalidInputError(f"passes is {self.passes}; expected more than 0.")
         if not self.factors or min(self.factors) <= 0:
             raise InvalidInputError(f"factors is {self.factors}; expected positive numbers.")
+
+
+@dataclass(frozen=True)
+class ParallelBench:
+    """Settings of the benchmark of several processes; what is None follows from the device."""
+
+    arch: str = "topk"
+    """Architecture: topk, batchtopk or jumprelu."""
+    device: str | None = None
+    """cuda or cpu. None: the best there is."""
+    d_in: int | None = None
+    """Width of the activations. None: 640 on a CPU, 2,304 on a GPU."""
+    d_sae: int | None = None
+    """Number of features. None: 4,096 on a CPU, 65,536 on a GPU."""
+    k: int | None = None
+    """Features that fire on a row. None: 32 on a CPU, 64 on a GPU."""
+    batch_size: int | None = None
+    """Rows in a step of one process alone. None: 2,048 on a CPU, 8,192 on a GPU."""
+    steps: int | None = None
+    """Steps that are timed in each round. None: 4 on a CPU, 20 on a GPU."""
+    rounds: int = 3
+    """How often each takes its turn; the best counts."""
+
+    def __post_init__(self) -> None:
+        self._as_train()
+
+    def shape(self, cuda: bool) -> tuple[int, int, int, int]:
+        """d_in, d_sae, k and batch size on a GPU or on a CPU."""
+        return self._as_train().shape(cuda)
+
+    def _as_train(self) -> TrainBench:
+        return TrainBench(**asdict(self))

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, QualityBench, TrainBench
-from scope.cli._command import Outcome, command, say
+from scope.bench.settings import CaptureBench, ParallelBench, QualityBench, TrainBench
+from scope.cli._command import Outcome, command, follows, say
 
 __all__ = ["register"]
 
@@ -21,6 +21,17 @@ def register(app: typer.Typer) -> None:
         from scope.bench.capture import bench_capture
 
         figures = bench_capture(config, say)
+        return Outcome(figures, _table(figures))
+
+    @command(bench, "parallel", config=ParallelBench)
+    def parallel(config: ParallelBench) -> Outcome:
+        """How much faster several processes train one SAE than one alone:
+        torchrun --nproc-per-node 2 -m scope.cli bench parallel"""
+        from scope.bench.train_parallel import bench_parallel
+
+        figures = bench_parallel(config, say)
+        if follows():
+            raise typer.Exit
         return Outcome(figures, _table(figures))
 
     @command(bench, "train", config=TrainBench)
