@@ -12,6 +12,7 @@ from scope.cli import (
     capture,
     compare,
     demo,
+    evaluate,
     export,
     finetune,
     index,
@@ -47,7 +48,9 @@ app = typer.Typer(
     name="scope", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-for module in (demo, capture, store, export, train, finetune, sae, index, compare, serve, inspect, workspace, bench):
+for module in (
+    demo, capture, store, export, train, evaluate, finetune, sae, index, compare, serve, inspect, workspace, bench,
+):  # fmt: skip
     module.register(app)
 
 

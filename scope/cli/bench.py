@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, TrainBench
-from scope.cli._command import Outcome, command, say
+from scope.bench.settings import CaptureBench, ParallelBench, QualityBench, TrainBench
+from scope.cli._command import Outcome, command, follows, say
 
 __all__ = ["register"]
 
@@ -22,6 +22,17 @@ def register(app: typer.Typer) -> None:
         from scope.bench.capture import bench_capture
 
         figures = bench_capture(config, say)
+        return Outcome(figures, _table(figures))
+
+    @command(bench, "parallel", config=ParallelBench)
+    def parallel(config: ParallelBench) -> Outcome:
+        """How much faster several processes train one SAE than one alone:
+        torchrun --nproc-per-node 2 -m scope.cli bench parallel"""
+        from scope.bench.train_parallel import bench_parallel
+
+        figures = bench_parallel(config, say)
+        if follows():
+            raise typer.Exit
         return Outcome(figures, _table(figures))
 
     @command(bench, "train", config=TrainBench)
@@ -47,6 +58,24 @@ def register(app: typer.Typer) -> None:
         figures = bench_dashboard(workspace, index, clients, seconds, say)
         return Outcome(figures, _table(figures), exit_code=1 if figures["errors"] else 0)
 
+    @command(bench, "quality", config=QualityBench)
+    def quality(
+        store: Annotated[str, typer.Argument(help="The activation store: a folder or s3://BUCKET/NAME.")],
+        config: QualityBench,
+        model: Annotated[
+            str | None, typer.Option(help="The store's model, where it is not found under its own name.")
+        ] = None,
+    ) -> Outcome:
+        """What our trainer and SAELens's make of the same rows, at equal tokens and equal tuning."""
+        from activations.store import ActivationStore
+        from scope.bench.quality import bench_quality
+        from scope.cli._steps import load_model_of
+
+        opened = ActivationStore.open(store)
+        language_model = load_model_of(opened, model, config.device) if config.evaluate_tokens else None
+        figures = bench_quality(opened, language_model, config, say)
+        return Outcome(figures, _table(figures))
+
 
 def _table(figures: dict[str, Any]) -> str:
     lines = []
@@ -60,5 +89,5 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
     return "not run" if value is None else str(value)
