@@ -127,3 +127,31 @@ def test_a_log_with_nan_is_read(tmp_path: Path) -> None:
     with open(run.log, "a") as file:
         file.write(json.dumps({"step": 2, "tokens": 200, "loss": float("nan"), "tokens_per_s": 1.0}) + "\n")
     assert len(LogReader().read(run)) == 2
+
+
+def test_snapshots_halve_towards_the_start_and_change_nothing(tmp_path: Path) -> None:
+    import torch
+
+    from scope.features.compare import decoder_of, match
+    from scope.saes import formats
+    from scope.training.snapshots import snapshot_steps
+
+    assert snapshot_steps(20, 3) == {10, 5, 2}
+    assert snapshot_steps(3, 9) == {1}
+    assert snapshot_steps(20, 0) == frozenset()
+    config = TrainConfig(k=3, d_sae=32, tokens=2560, batch_size=128, log_steps=2, checkpoint_steps=5)
+    source = MemorySource(synthetic(600).rows)
+    train(source, HOOK, config, tmp_path / "saes" / "plain")
+    train(source, HOOK, config, tmp_path / "saes" / "watched", snapshots=3)
+    plain, watched = (formats.load(tmp_path / "saes" / name) for name in ("plain", "watched"))
+    assert torch.equal(plain.W_dec, watched.W_dec)
+    runs = {run.name: run for run in Workspace(tmp_path).trainings()}
+    assert set(runs) == {"plain", "watched"}
+    kept = runs["watched"].snapshots
+    assert [one.steps for one in kept] == [2, 5, 10]
+    checkpoint = read_checkpoint(kept[1].path)
+    assert checkpoint is not None
+    assert checkpoint.tokens == 5 * 128
+    likeness = [match(decoder_of(one.path), watched).best_b["cosine"].mean() for one in kept]
+    assert likeness == sorted(likeness)
+    assert likeness[-1] > likeness[0]

@@ -155,22 +155,25 @@ def train_sae(
     out: Path,
     hook_out: Sequence[str] = (),
     trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> "TrainReport":
     """Train on one hook of a store, or a dictionary of several, with a progress bar."""
     from scope.training import train
 
     with progress_bar("Training (rows)") as progress:
-        return train(store, hook, config, out, hook_out=hook_out, progress=progress, trackers=trackers)
+        return train(
+            store, hook, config, out, hook_out=hook_out, progress=progress, trackers=trackers, snapshots=snapshots
+        )
 
 
 def train_runs(
-    store: "Source", runs: "Sequence[SweepRun]", out: Path, trackers: Sequence[str] = ()
+    store: "Source", runs: "Sequence[SweepRun]", out: Path, trackers: Sequence[str] = (), snapshots: int = 0
 ) -> "list[TrainReport]":
     """Train a sweep from one pass over a store, with a progress bar."""
     from scope.training import train_sweep
 
     with progress_bar(f"Training {len(runs)} (rows)") as progress:
-        return train_sweep(store, runs, out, progress=progress, trackers=trackers)
+        return train_sweep(store, runs, out, progress=progress, trackers=trackers, snapshots=snapshots)
 
 
 def finished_sae(

@@ -89,6 +89,14 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="Where else the run log's lines go: tensorboard or wandb. May be repeated."),
         ] = None,
+        snapshots: Annotated[
+            int,
+            typer.Option(
+                help="Decoders to keep along the way in OUT.snapshots, for scope compare: the last one half-way, each "
+                "other at half the steps of the one after it.",
+                min=0,
+            ),
+        ] = 0,
     ) -> Outcome:
         """Train a sparse dictionary on a store, or on a model and a text without storing anything, and measure it on
         the held-out documents.
@@ -138,14 +146,14 @@ def register(app: typer.Typer) -> None:
         if len(runs) > 1:
             trained = {
                 out / run.name: report
-                for run, report in zip(runs, train_runs(opened, runs, out, trackers), strict=True)
+                for run, report in zip(runs, train_runs(opened, runs, out, trackers, snapshots), strict=True)
             }
             done = [(report.sae, folder, report.to_dict(), report.summary()) for folder, report in trained.items()]
         else:
             hooks, written = runs[0].hooks, runs[0].hooks_out
             sae = finished_sae(out, opened, hooks, runs[0].config, written)
             if sae is None:
-                report = train_sae(opened, hooks, runs[0].config, out, written, trackers)
+                report = train_sae(opened, hooks, runs[0].config, out, written, trackers, snapshots)
                 done = [(report.sae, out, report.to_dict(), report.summary())]
             else:
                 figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}

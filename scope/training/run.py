@@ -60,6 +60,7 @@ def train(
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> TrainReport:
     """Train an SAE on one hook of a source, or a transcoder or crosscoder on several.
 
@@ -72,6 +73,7 @@ def train(
         progress: called with (rows done, rows in all).
         provenance: fields of `SAEMetadata` to record beside what the source itself knows.
         trackers: where else the lines of the run log go: "tensorboard", "wandb".
+        snapshots: decoders to keep along the way beside `out`, for comparisons (`scope.training.snapshots`).
 
     Raises:
         MissingDependencyError: a tracker's package is not installed.
@@ -84,7 +86,7 @@ def train(
     """
     with watched():
         one = SweepRun("", as_hooks(hook), as_hooks(hook_out), config)
-        run = SingleRun(source, one, out, provenance or {}, trackers)
+        run = SingleRun(source, one, out, provenance or {}, trackers, snapshots)
         # A process that was killed between putting the SAE there and deleting its working folder had finished.
         report = run.finished() if run.team.same(int(run.is_half_done)) else None
         return report or _train_all([run], source, progress)[0]
@@ -98,6 +100,7 @@ def train_sweep(
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> list[TrainReport]:
     """Train many SAEs from one pass over the data, each as `train` would alone on the same rows.
 
@@ -110,6 +113,7 @@ def train_sweep(
         progress: called with (rows done, rows in all).
         provenance: as for `train`.
         trackers: as for `train`; each run has its own.
+        snapshots: as for `train`.
 
     Returns:
         A report for each run; one whose SAE is there already, from the same source and settings, is not trained again.
@@ -122,7 +126,9 @@ def train_sweep(
     folder = None if out is None else Path(out)
     with watched():
         known = provenance or {}
-        made = [SingleRun(source, run, folder / run.name if folder else None, known, trackers) for run in runs]
+        made = [
+            SingleRun(source, run, folder / run.name if folder else None, known, trackers, snapshots) for run in runs
+        ]
         finished = [run.finished() for run in made]
         left = [run for run, report in zip(made, finished, strict=True) if report is None]
         reports = iter(_train_all(left, source, progress))

@@ -26,6 +26,7 @@ from scope.training.config import TrainConfig
 from scope.training.data import Batch, ports_of, provenance_of, side_by_side
 from scope.training.distributed import local_device, team_for
 from scope.training.report import TrainReport
+from scope.training.snapshots import save_snapshot, snapshot_steps
 from scope.training.sweeps import SweepRun
 from scope.training.trackers import Trackers, open_tracker, require_trackers
 from scope.training.trainer import OVER_DENSE, SAETrainer, StepReport
@@ -43,6 +44,7 @@ class SingleRun:
         out: the folder to make; None for none.
         provenance: fields of `SAEMetadata` to record beside what the source itself knows.
         trackers: where else the run log's lines go (`scope.training.trackers`).
+        snapshots: decoders to keep along the way (`scope.training.snapshots`).
 
     Raises:
         MissingDependencyError: a tracker's package is not installed.
@@ -56,10 +58,12 @@ class SingleRun:
         out: str | Path | None,
         provenance: Mapping[str, Any],
         trackers: Sequence[str] = (),
+        snapshots: int = 0,
     ) -> None:
         self.config = run.config
         self.tracker_names, self.trackers = require_trackers(trackers), Trackers({})
         self.out = None if out is None else Path(out)
+        self.snapshots_at = snapshot_steps(run.config.steps, snapshots)
         self.ports, reshape = ports_of(source, run.hooks, run.hooks_out)
         self.metadata = provenance_of(source, self.ports, provenance)
         device = local_device(run.config.device)
@@ -145,8 +149,14 @@ class SingleRun:
     def checkpoint_if_due(self, seconds: float) -> None:
         """Replace the checkpoint every so many steps, and at the last one: saving the SAE may fail, on a full disk."""
         steps_done = self.trainer.steps_done
+        if steps_done in self.snapshots_at and self.out is not None:
+            self._snapshot(self.out, seconds)
         if steps_done % self.config.checkpoint_steps == 0 or steps_done == self.config.steps:
             self.checkpoint(seconds)
+
+    def _snapshot(self, out: Path, seconds: float) -> None:
+        rows, trainer = self.trainer.export().W_dec, self.trainer
+        self.team.led(lambda: save_snapshot(out, rows, trainer.steps_done, trainer.tokens_done, seconds))
 
     def checkpoint(self, seconds: float) -> None:
         """Replace the checkpoint, where there is a working folder; one with a NaN in it would replace a good one."""
