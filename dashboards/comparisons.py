@@ -19,12 +19,12 @@ __all__ = ["Compared", "Comparisons", "Side"]
 
 @dataclass(frozen=True)
 class Side:
-    """A dictionary that can be compared: an SAE, or the last checkpoint of a training."""
+    """A dictionary that can be compared: an SAE, or what a training was at some step."""
 
     id: str
     name: str
     kind: str
-    """ "SAE" or "checkpoint"."""
+    """ "SAE", "snapshot" (kept along the way) or "checkpoint" (the last one)."""
     path: Path
     hook: str
     version: str
@@ -52,7 +52,8 @@ class Comparisons:
         self.context = context
 
     def sides(self) -> list[Side]:
-        """What can be compared: the readable SAEs by name, then checkpoints of trainings that are not finished."""
+        """What can be compared: the readable SAEs by name, the decoders that trainings kept along the way, and the last
+        checkpoints of those that are not finished."""
         saes = [
             Side(
                 entry.id,
@@ -66,6 +67,19 @@ class Comparisons:
             for entry in self.context.workspace.saes()
             if entry.problem is None
         ]
+        runs = self.context.workspace.trainings()
+        snapshots = [
+            Side(
+                f"{run.id}-{kept.steps}",
+                f"{run.name}, step {kept.steps:,}",
+                "snapshot",
+                kept.path,
+                run.hook,
+                f"{run.id} {kept.steps} {kept.path.stat().st_mtime_ns}",
+            )
+            for run in runs
+            for kept in run.snapshots
+        ]
         checkpoints = [
             Side(
                 run.id,
@@ -75,10 +89,10 @@ class Comparisons:
                 run.hook,
                 f"{run.id} {run.checkpoint.steps}",
             )
-            for run in self.context.workspace.trainings()
+            for run in runs
             if run.checkpoint is not None
         ]
-        return [*saes, *checkpoints]
+        return [*saes, *snapshots, *checkpoints]
 
     def side(self, id: str) -> Side:
         """The dictionary with this id or name.

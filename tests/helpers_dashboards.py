@@ -2,6 +2,7 @@
 show (right-to-left text, Japanese, a token that is part of a character, `<script>`, a label of 200 characters, a
 feature that never fires)."""
 
+import json
 import re
 import threading
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scope.bench.dashboard import Client
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.examples import Example, Examples
 from scope.features.labels import FeatureLabels
@@ -647,3 +649,25 @@ def fake_direct_logit_effects(
             "effect": signs * here["value"] * 0.004,
         }
     )
+
+
+# --- a browser's requests without a browser -----------------------------------------------------------------------
+
+
+class LocalClient(Client):
+    """A client of an application in this process, without a socket."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app.server.test_client()
+        self._callbacks = json.loads(self.get("/_dash-dependencies"))
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> bytes:
+        headers = {"Host": "127.0.0.1:8050", "Content-Type": "application/json"}
+        answer = self._app.open(path, method=method, data=body, headers=headers)
+        assert answer.status_code < 500, (path, answer.text)
+        return bytes(answer.data)
+
+    def content(self, path: str, search: str = "") -> str:
+        view = {"path": path, "search": search, "visit": 1}
+        answer = self.call("content.children", {"view.data": view}, "view.data")
+        return json.dumps(answer["response"]["content"], ensure_ascii=False)

@@ -1,6 +1,5 @@
 """Who is let in, and what a request may name: hosts, origins, one-time links, ids, markup."""
 
-import json
 import logging
 import re
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from dashboards.access import Access
 from dashboards.app import create_app
 from dashboards.security import hosts_of, is_loopback
-from scope.bench.dashboard import Client
 from scope.errors import InvalidInputError
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -147,28 +145,9 @@ def test_only_loopback_goes_without_a_link(host: str, mine: bool) -> None:
     assert is_loopback(host) is mine
 
 
-class LocalClient(Client):
-    """A client of an application in this process, without a socket."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app.server.test_client()
-        self._callbacks = json.loads(self.get("/_dash-dependencies"))
-
-    def _ask(self, method: str, path: str, body: str | None = None) -> bytes:
-        headers = {"Host": "127.0.0.1:8050", "Content-Type": "application/json"}
-        answer = self._app.open(path, method=method, data=body, headers=headers)
-        assert answer.status_code < 500, (path, answer.text)
-        return bytes(answer.data)
-
-    def content(self, path: str, search: str = "") -> str:
-        view = {"path": path, "search": search, "visit": 1}
-        answer = self.call("content.children", {"view.data": view}, "view.data")
-        return json.dumps(answer["response"]["content"], ensure_ascii=False)
-
-
 @pytest.fixture(scope="module")
-def local(index: fakes.FakeIndex) -> LocalClient:
-    return LocalClient(create_app(fakes.FakeWorkspace(index)))  # type: ignore[arg-type]
+def local(index: fakes.FakeIndex) -> fakes.LocalClient:
+    return fakes.LocalClient(create_app(fakes.FakeWorkspace(index)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("id", ["../..", "/etc/passwd", "..%2F..", "hf://a/b", "C:\\", "\x00", "%2e%2e/"])
@@ -185,13 +164,13 @@ def local(index: fakes.FakeIndex) -> LocalClient:
         ("/{}", ""),
     ],
 )
-def test_ids_are_looked_up_and_never_opened(local: LocalClient, id: str, path: str, search: str) -> None:
+def test_ids_are_looked_up_and_never_opened(local: fakes.LocalClient, id: str, path: str, search: str) -> None:
     content = local.content(path.format(id), search.format(id, id))
     assert re.search(r"There is no|is no longer|numbered 0 to", content), content[:500]
     assert "root:" not in content
 
 
-def test_assets_are_served_from_their_folder_alone(local: LocalClient) -> None:
+def test_assets_are_served_from_their_folder_alone(local: fakes.LocalClient) -> None:
     for path in ("/assets/../app.py", "/assets/%2e%2e/app.py", "/assets/..%2fapp.py", "/_dash-component-suites/../x"):
         assert b"create_app" not in local.get(path)
 
@@ -202,7 +181,7 @@ def test_markup_stays_text_in_every_page(index: fakes.FakeIndex, monkeypatch: py
     table["label"] = EVIL
     monkeypatch.setitem(index.__dict__, "table", table)
     monkeypatch.setattr(index, "name", EVIL)
-    local = LocalClient(create_app(fakes.FakeWorkspace(index)))  # type: ignore[arg-type]
+    local = fakes.LocalClient(create_app(fakes.FakeWorkspace(index)))  # type: ignore[arg-type]
     from urllib.parse import quote
 
     for path, search in (("/", ""), ("/feature/2", ""), ("/features", f"?q={quote(EVIL)}"), (f"/{quote(EVIL)}", "")):

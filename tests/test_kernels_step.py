@@ -37,15 +37,22 @@ def entries(batch: int, d_sae: int, k: int, device: str) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_residual_and_dots(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("some", [False, True])
+def test_residual_and_dots(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], some: bool) -> None:
     batch, d_in, d_sae, k = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, d_in, generator=generator).to(device)
     W = torch.randn(d_sae, d_in, generator=generator).to(device, dtype)
     b = torch.randn(d_in, generator=generator).to(device)
     values, ids = entries(batch, d_sae, k, device)
-    expected = step.residual_and_dots_reference(x, 0.7, values, ids, W, b)
-    got = step.residual_and_dots(x, 0.7, values, ids, W, b)
+    counted = None
+    if some:  # entries of value 0 whose products are wanted, others that are none, and a row without any
+        counted = torch.rand(batch, k, generator=generator) > 0.4
+        counted[2:3] = False
+        counted = counted.to(device)
+        values = torch.where(counted, values, 0.0)
+    expected = step.residual_and_dots_reference(x, 0.7, values, ids, W, b, counted)
+    got = step.residual_and_dots(x, 0.7, values, ids, W, b, counted)
     bound = 1e-5 if dtype == torch.float32 else 3e-2
     for one, other in zip(got, expected, strict=True):
         assert off(one, other) < bound

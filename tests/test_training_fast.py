@@ -12,6 +12,7 @@ from scope.errors import NonFiniteError
 from scope.saes.base import SAEMetadata
 from scope.training.config import TrainConfig
 from scope.training.fast import FastStep
+from scope.training.selection import next_width
 from scope.training.trainer import SAETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,8 +60,7 @@ def test_it_equals_the_step_through_autograd(auxk_coefficient: float, clip_grad_
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_batchtopk_equals_its_step_through_autograd(lag: int) -> None:
-    # Rows of few features, so that none wants more than four times k; and as many as there are features at most.
-    config = replace(CONFIG, arch="batchtopk", k=16)
+    config = replace(CONFIG, arch="batchtopk", k=4)
     plain, fast = trainer_for(config, lag=None), trainer_for(config, lag)
     for number in range(12):
         expected, got = plain.step(batch(number)), fast.step(batch(number))
@@ -73,12 +73,86 @@ def test_batchtopk_equals_its_step_through_autograd(lag: int) -> None:
     assert float(fast.sae.threshold) > 0
 
 
-def test_the_default_trainer_takes_it() -> None:
-    assert SAETrainer(CONFIG, 32).fast is not None
-    for further in ({"k_anneal": 0.1}, {"resample_steps": 5}, {"frequency_coefficient": 0.1}, {"arch": "batchtopk"}):
-        assert SAETrainer(replace(CONFIG, **further), 32).fast is None
+JUMPING = replace(CONFIG, arch="jumprelu", k=8, bandwidth=0.5)
 
 
+@pytest.mark.parametrize("sparsity_loss", ["step", "quadratic", "tanh"])
+@pytest.mark.parametrize("clip_grad_norm", [0.0, 0.02])
+def test_jumprelu_equals_its_step_through_autograd(sparsity_loss: str, clip_grad_norm: float) -> None:
+    config = replace(JUMPING, sparsity_loss=sparsity_loss, clip_grad_norm=clip_grad_norm)
+    plain, fast = trainer_for(config, lag=None), trainer_for(config)
+    for number in range(15):
+        expected, got = plain.step(batch(number)), fast.step(batch(number))
+        assert got.parts.keys() == expected.parts.keys()
+        for name in ("loss", "grad_norm", "fvu", "l0", "dead", "coefficient", "over_dense"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    assert "auxk" in got.parts
+    expected_state, state = plain.state_tensors(), fast.state_tensors()
+    assert state.keys() == expected_state.keys()
+    for name, tensor in expected_state.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity_loss", ["step", "quadratic", "tanh"])
+@pytest.mark.parametrize("ste_to_input", [False, True])
+def test_jumprelu_gradients_where_it_counts(sparsity_loss: str, ste_to_input: bool) -> None:
+    """Pre-activations that equal thresholds and window edges exactly, rows on which nothing fires or is near to."""
+    settings = {"scale_inputs": False, "b_dec_init": "zeros", "sparsity_loss": sparsity_loss, "clip_grad_norm": 0.0}
+    config = replace(JUMPING, **settings, dead_feature_tokens=10**6, sparsity_coefficient=0.3, sparsity_warmup=0.0)
+    plain, fast = SAETrainer(config, 32), SAETrainer(config, 32)
+    plain.fast, fast.fast = None, FastStep(fast, 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-3, 6, (128, 32), generator=generator) / 4  # sums of quarters: nothing is rounded
+    rows[::5] = -8.0
+    for trainer in (plain, fast):
+        trainer.initialise(rows)
+        trainer.sae.cfg = replace(trainer.sae.cfg, ste_to_input=ste_to_input)
+        with torch.no_grad():
+            trainer.sae.W_enc.copy_(torch.eye(32).repeat(1, 2))
+            trainer.sae.threshold.copy_(torch.tensor([0.25, 0.5, 0.75, 1.0]).repeat(16))
+    pre = rows.repeat(1, 2)
+    assert ((pre == plain.sae.threshold).any(), (pre == plain.sae.threshold - 0.25).any()) == (True, True)
+    expected, got = plain.step(rows), fast.step(rows)
+    torch.testing.assert_close(got.l0, expected.l0)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    for name, weight in plain._rows.items():
+        gradients = [trainer.optimiser.state[trainer._rows[name]]["exp_avg"] for trainer in (fast, plain)]
+        assert float(gradients[1].abs().max()) > 0, name
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(fast._rows[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_on_which_nothing_fires_moves_what_is_dead() -> None:
+    plain, fast = trainer_for(JUMPING, lag=None), trainer_for(JUMPING)
+    for trainer in (plain, fast):
+        with torch.no_grad():
+            trainer.sae.threshold.fill_(1e4)
+            trainer.tokens_since_fired.fill_(10**6)
+    expected, got = plain.step(batch(0)), fast.step(batch(0))
+    assert float(got.l0) == float(expected.l0) == 0
+    assert "auxk" in got.parts
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(fast.sae.W_dec, plain.sae.W_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_has_room_for_what_the_fullest_one_needed() -> None:
+    assert next_width(None, 64, 65_536) == 256
+    assert next_width(100, 64, 65_536) == 128
+    assert next_width(128, 64, 65_536) == 256  # it may have wanted more
+    assert next_width(500, 64, 65_536) == 512
+    assert next_width(None, 64, 100) == 100
+    assert next_width(None, 600, 65_536) == 600
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu"])
+def test_the_default_trainer_takes_it(arch: str) -> None:
+    config = replace(CONFIG, arch=arch)
+    assert SAETrainer(config, 32).fast is not None
+    for further in ({"k_anneal": 0.1}, {"resample_steps": 5}, {"frequency_coefficient": 0.1}):
+        assert SAETrainer(replace(config, **further), 32).fast is None
+
+
+@pytest.mark.parametrize("settings", [CONFIG, JUMPING])
 @pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize(
     ("spoil", "message"),
@@ -90,11 +164,10 @@ def test_the_default_trainer_takes_it() -> None:
         (lambda rows: torch.full_like(rows, 1e30), "gradient of step 5"),
     ],
 )
-def test_nothing_moves_from_a_bad_batch_on(lag: int, spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    trainer, alone = (
-        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
-        trainer_for(replace(CONFIG, clip_grad_norm=0.0), lag),
-    )
+def test_nothing_moves_from_a_bad_batch_on(
+    settings: TrainConfig, lag: int, spoil: Callable[[Tensor], Tensor], message: str
+) -> None:
+    trainer, alone = (trainer_for(replace(settings, clip_grad_norm=0.0), lag) for _ in range(2))
     for number in range(4):
         trainer.step(batch(number))
         alone.step(batch(number))
@@ -123,9 +196,10 @@ def test_a_late_look_is_made_up_for_before_the_state_is_read() -> None:
         trainer.step(torch.full((128, 32), torch.nan))
 
 
+@pytest.mark.parametrize("config", [CONFIG, JUMPING])
 @pytest.mark.parametrize("lag", [0, 2])
-def test_a_restored_trainer_goes_on_to_the_same_weights(lag: int) -> None:
-    whole, first, second = (trainer_for(lag=lag) for _ in range(3))
+def test_a_restored_trainer_goes_on_to_the_same_weights(config: TrainConfig, lag: int) -> None:
+    whole, first, second = (trainer_for(config, lag=lag) for _ in range(3))
     for number in range(20):
         whole.step(batch(number))
     for number in range(9):
@@ -147,8 +221,9 @@ def test_late_counts_of_dead_features_size_auxk() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_follows_autograd() -> None:
-    config = replace(CONFIG, device="cuda", d_sae=512, clip_grad_norm=1.0, auxk_coefficient=0.0)
+@pytest.mark.parametrize("arch", ["topk", "jumprelu"])
+def test_on_a_gpu_it_follows_autograd(arch: str) -> None:
+    config = replace(CONFIG, arch=arch, device="cuda", d_sae=512, clip_grad_norm=1.0, auxk_coefficient=0.0)
     plain, fast = SAETrainer(config, 32), SAETrainer(config, 32)
     assert fast.fast is not None
     plain.fast = None
@@ -161,8 +236,9 @@ def test_on_a_gpu_it_follows_autograd() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_step_waits_for_nothing() -> None:
-    trainer = SAETrainer(replace(CONFIG, device="cuda", d_sae=512), 32)
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu"])
+def test_on_a_gpu_a_step_waits_for_nothing(arch: str) -> None:
+    trainer = SAETrainer(replace(CONFIG, arch=arch, device="cuda", d_sae=512), 32)
     batches = [batch(number).cuda() for number in range(15)]
     for rows in batches[:12]:
         report = trainer.step(rows)
@@ -176,8 +252,9 @@ def test_on_a_gpu_a_step_waits_for_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_same_batches_give_the_same_bits() -> None:
-    config = replace(CONFIG, device="cuda", d_sae=512)
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu"])
+def test_on_a_gpu_the_same_batches_give_the_same_bits(arch: str) -> None:
+    config = replace(CONFIG, arch=arch, device="cuda", d_sae=512)
     prints = []
     for _ in range(2):
         trainer = SAETrainer(config, 32)

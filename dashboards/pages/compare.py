@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["register", "render"]
 
 POLL_MS = 400
+GROUPS = {"SAE": "SAEs", "snapshot": "Kept along trainings", "checkpoint": "Last checkpoints of trainings"}
 ROWS = 100
 """Rows of a list that are shown."""
 PARTS = 6
@@ -71,7 +72,7 @@ def _show(asked: str) -> str:
 def _form(sides: list[Side], a: Side | None, b: Side | None) -> html.Div:
     data = [
         {"group": group, "items": [{"value": side.id, "label": side.name} for side in sides if side.kind == kind]}
-        for kind, group in (("SAE", "SAEs"), ("checkpoint", "Last checkpoints of trainings"))
+        for kind, group in GROUPS.items()
         if any(side.kind == kind for side in sides)
     ]
 

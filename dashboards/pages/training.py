@@ -242,7 +242,7 @@ def _progress(run: Run, last: dict[str, Any]) -> Any:
     share = min(1.0, last.get("tokens", 0) / run.total_tokens) if run.total_tokens else 0.0
     left = ""
     if share and last.get("tokens_per_s"):
-        left = f" · {duration((run.total_tokens - last['tokens']) / last['tokens_per_s'])} to go"  # type: ignore[operator]
+        left = f" · {duration((run.total_tokens - last['tokens']) / last['tokens_per_s'])} to go"
     return html.Div(
         className="progress",
         role="status",

@@ -1,11 +1,14 @@
 """Settings of the benchmarks. Light to import: the CLI makes its options from them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CaptureBench", "IndexBench", "IndexBuildBench", "TrainBench"]
+__all__ = ["CaptureBench", "IndexBench", "IndexBuildBench", "ParallelBench", "QualityBench", "TrainBench"]
+
+COMPARABLE = ("topk", "batchtopk")
+"""Architectures whose L0 is k in both trainers."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,84 @@ class TrainBench:
         if k > d_sae:
             raise InvalidInputError(f"k is {k:,}; expected at most d_sae, {d_sae:,}.")
         return d_in, d_sae, k, batch_size
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """Settings of the comparison of qualities."""
+
+    arch: str = "topk"
+    """Architecture: topk or batchtopk, whose L0 is given and therefore the same."""
+    hook: str | None = None
+    """The hook. None: the store's first."""
+    d_sae: int = 8192
+    """Number of features."""
+    k: int = 32
+    """Features that fire on a row."""
+    rows: int | None = None
+    """Rows to train on, drawn at random. None: all of the store that are trained on."""
+    passes: float = 4.0
+    """How many times training sees each row."""
+    tokens: int | None = None
+    """Rows seen in a run. None: passes x rows."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """The grid of learning rates, as multiples of each trainer's default."""
+    seeds: int = 3
+    """Runs of each trainer with the learning rate chosen."""
+    evaluate_tokens: int = 16_384
+    """Held-out tokens for the cross-entropy, about; 0 leaves it out and needs no model."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+
+    def __post_init__(self) -> None:
+        if self.arch not in COMPARABLE:
+            raise UnknownNameError("architecture with the same L0 in both trainers", self.arch, COMPARABLE)
+        for name in ("d_sae", "k", "rows", "tokens", "batch_size", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name} is {value:,}; expected at least 1.")
+        if self.k > self.d_sae:
+            raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
+        if self.evaluate_tokens < 0:
+            raise InvalidInputError(f"evaluate_tokens is {self.evaluate_tokens:,}; expected 0 or more.")
+        if not self.passes > 0:
+            raise InvalidInputError(f"passes is {self.passes}; expected more than 0.")
+        if not self.factors or min(self.factors) <= 0:
+            raise InvalidInputError(f"factors is {self.factors}; expected positive numbers.")
+
+
+@dataclass(frozen=True)
+class ParallelBench:
+    """Settings of the benchmark of several processes; what is None follows from the device."""
+
+    arch: str = "topk"
+    """Architecture: topk, batchtopk or jumprelu."""
+    device: str | None = None
+    """cuda or cpu. None: the best there is."""
+    d_in: int | None = None
+    """Width of the activations. None: 640 on a CPU, 2,304 on a GPU."""
+    d_sae: int | None = None
+    """Number of features. None: 4,096 on a CPU, 65,536 on a GPU."""
+    k: int | None = None
+    """Features that fire on a row. None: 32 on a CPU, 64 on a GPU."""
+    batch_size: int | None = None
+    """Rows in a step of one process alone. None: 2,048 on a CPU, 8,192 on a GPU."""
+    steps: int | None = None
+    """Steps that are timed in each round. None: 4 on a CPU, 20 on a GPU."""
+    rounds: int = 3
+    """How often each takes its turn; the best counts."""
+
+    def __post_init__(self) -> None:
+        self._as_train()
+
+    def shape(self, cuda: bool) -> tuple[int, int, int, int]:
+        """d_in, d_sae, k and batch size on a GPU or on a CPU."""
+        return self._as_train().shape(cuda)
+
+    def _as_train(self) -> TrainBench:
+        return TrainBench(**asdict(self))
 
 
 @dataclass(frozen=True)

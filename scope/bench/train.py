@@ -32,7 +32,7 @@ from scope.bench.settings import TrainBench
 from scope.bench.synthetic import dictionary_like
 from scope.training.config import TrainConfig
 from scope.training.data import Batch
-from scope.training.prefetch import on_device
+from scope.training.prefetch import Timed, on_device
 from scope.training.trainer import SAETrainer
 
 __all__ = ["bench_train"]
@@ -197,15 +197,21 @@ class _Bench:
             for values in itertools.islice(itertools.cycle(host), WARM_UP + self.steps):
                 yield Batch(np.arange(len(values)), values)
 
-        trainer, started = self._trainer(), 0.0
-        for number, batch in enumerate(on_device(stream(), self.device)):
+        trainer, started, waited = self._trainer(), 0.0, 0.0
+        batches = Timed(on_device(stream(), self.device))
+        for number, batch in enumerate(batches):
             trainer.step(batch.values)
             if number + 1 == WARM_UP:
                 self._wait()
-                started = time.perf_counter()
+                started, waited = time.perf_counter(), batches.waited
         self._wait()
-        rate = self.steps * self.batch_size / (time.perf_counter() - started)
-        return {"tokens_per_second": rate, "share_of_resident": rate / resident}
+        took = time.perf_counter() - started
+        rate = self.steps * self.batch_size / took
+        return {
+            "tokens_per_second": rate,
+            "share_of_resident": rate / resident,
+            "data_wait_share": (batches.waited - waited) / took,
+        }
 
     def _losses(self) -> dict[str, Any]:
         n_steps = self.config.loss_steps

@@ -6,8 +6,9 @@ Nothing of theirs is imported before it is run. Each function gives a callable t
 import contextlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from scope.bench.synthetic import DictionaryLike, row_maker
 from scope.training.config import TrainConfig
 from scope.training.trainer import SAETrainer
 
-__all__ = ["losses_on_the_same_batches", "saelens_step", "sparsify_step", "without_wandb"]
+__all__ = ["losses_on_the_same_batches", "saelens_fit", "saelens_step", "sparsify_step", "without_wandb"]
 
 Step = Callable[[Tensor], Any]
 NEVER = 1_000_000
@@ -59,40 +60,91 @@ def saelens_step(
     return step
 
 
-def _saelens_trainer(arch: str, d_in: int, d_sae: int, k: int, lr: float, batch_size: int, device: torch.device) -> Any:
+def _saelens_trainer(
+    arch: str,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    lr: float,
+    batch_size: int,
+    device: torch.device,
+    *,
+    batches: Iterator[Tensor] | None = None,
+    sae_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     import sae_lens
     from sae_lens import SAETrainer
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
     name = SAELENS_ARCHITECTURES[arch]
     sizes: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "device": str(device), "dtype": "float32"}
-    sizes |= {} if arch == "jumprelu" else {"k": k}
+    sizes |= ({} if arch == "jumprelu" else {"k": k}) | dict(sae_options or {})
     sae = getattr(sae_lens, f"{name}TrainingSAE")(getattr(sae_lens, f"{name}TrainingSAEConfig")(**sizes))
-    config = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        total_training_samples=batch_size * NEVER,
-        device=str(device),
-        autocast=device.type == "cuda",
-        lr=lr,
-        lr_end=lr / 10,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=batch_size,
-        dead_feature_window=1000,
-        feature_sampling_window=1000,
-        logger=LoggingConfig(log_to_wandb=False),
+    settings: dict[str, Any] = {
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "save_final_checkpoint": False,
+        "total_training_samples": batch_size * NEVER,
+        "device": str(device),
+        "autocast": device.type == "cuda",
+        "lr": lr,
+        "lr_end": lr / 10,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "lr_decay_steps": 0,
+        "n_restart_cycles": 1,
+        "train_batch_size_samples": batch_size,
+        "dead_feature_window": 1000,
+        "feature_sampling_window": 1000,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SAETrainer(SAETrainerConfig(**settings | options), sae, iter(()) if batches is None else batches)
+
+
+def saelens_fit(
+    arch: str,
+    shape: tuple[int, int, int],
+    lr: float,
+    batches: Iterator[Tensor],
+    steps: int,
+    sample: Sequence[Tensor],
+    folder: Path,
+) -> None:
+    """SAELens's `SAETrainer.fit` with its defaults for the SAE, saved for inference in its own format.
+
+    Args:
+        arch: one of `SAELENS_ARCHITECTURES`.
+        shape: d_in, d_sae, k.
+        lr: peak learning rate; it rises over a twentieth of the run and falls to 0 over the last fifth.
+        batches: raw rows, as many batches as there are steps, on the device to train on.
+        steps: steps in the run.
+        sample: batches that the scale of the rows is estimated from.
+        folder: where it is saved.
+    """
+    d_in, d_sae, k = shape
+    n_rows, device = len(sample[0]), sample[0].device
+    schedule = {"lr_warm_up_steps": max(1, steps // 20), "lr_decay_steps": max(1, steps // 5)}
+    trainer = _saelens_trainer(
+        arch,
+        d_in,
+        d_sae,
+        k,
+        lr,
+        n_rows,
+        device,
+        batches=batches,
+        sae_options={"normalize_activations": "expected_average_only_in"},
+        total_training_samples=steps * n_rows,
+        dead_feature_window=min(1000, max(1, steps // 10)),
+        **schedule,
     )
-
-    def nothing() -> Iterator[Tensor]:
-        yield from ()
-
-    return SAETrainer(config, sae, nothing())
+    trainer.activation_scaler.estimate_scaling_factor(
+        d_in=d_in, data_provider=iter(sample), n_batches_for_norm_estimate=len(sample)
+    )
+    trainer.fit().save_inference_model(str(folder))
 
 
 def sparsify_step(data: DictionaryLike, scale: float, k: int, lr: float) -> Step:
@@ -140,7 +192,8 @@ def losses_on_the_same_batches(
 ) -> tuple[float, float]:
     """Squared error a row, over the last tenth of the steps, of our trainer and of SAELens's.
 
-    Each starts as it does by default and takes every batch once, with the same learning rate (ours by default).
+    Both start from the same weights (ours, untrained) and take the same scaled batches, each once, at the same constant
+    learning rate (our default); what else they do is their own.
     """
     config = TrainConfig(
         arch=arch,
@@ -158,6 +211,9 @@ def losses_on_the_same_batches(
     rows = row_maker(d_in, d_sae, k, device)
     for number in range(n_steps):
         batch = rows(batch_size)
+        if number == 0:
+            ours.initialise(batch)
+            theirs.sae.load_state_dict(ours.sae.state_dict(), strict=False)
         report = ours.step(batch)
         assert ours.scale is not None
         output = theirs.step(batch * ours.scale)

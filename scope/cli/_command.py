@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import itertools
 import json as json_module
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,9 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 
 import typer
 
-from scope.errors import InvalidInputError, ScopeError
+from scope.errors import InterruptedRunError, InvalidInputError, NonFiniteError, ScopeError
 
-__all__ = ["Outcome", "command", "progress_bar", "say"]
+__all__ = ["Outcome", "command", "follows", "progress_bar", "say"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,15 @@ def _answer(line: str) -> None:
     typer.echo(line)
 
 
+def follows() -> bool:
+    """Whether this process works for another one, of those that torchrun started, which says what is to be said."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 def say(message: str) -> None:
     """A line of log, on standard error."""
-    typer.echo(message, err=True)
+    if not follows():
+        typer.echo(message, err=True)
 
 
 ProgressCallback = Callable[[int, int | None], None]
@@ -82,7 +89,7 @@ def progress_bar(label: str) -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=follows() or not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
         last_tenth = -1
 
@@ -151,6 +158,12 @@ def command(
 
 
 def _fail(error: BaseException, as_json: bool, exit_code: int) -> NoReturn:
+    if follows():
+        # What all processes find wrong, the first one says. What befell this one alone is for this one to say.
+        common = isinstance(error, InvalidInputError | NonFiniteError | InterruptedRunError | KeyboardInterrupt)
+        if not common and not getattr(error, "told", True):
+            typer.echo(f"Error (process {os.environ['RANK']}): {error}", err=True)
+        raise typer.Exit(exit_code)
     say(f"Error: {error}")
     if as_json:
         _answer(json_module.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scope.cli._command import progress_bar, say
 from scope.errors import InvalidInputError, MismatchError, ScopeError
@@ -41,6 +41,9 @@ def open_source(
     context_size: int,
     model_device: str | None,
     device: str,
+    max_tokens: int | None = None,
+    shuffle_seed: int | None = None,
+    text_column: str | None = None,
 ) -> "Source":
     """The store in a folder; or, without one, what hooks of a model see on a text, computed as it is consumed.
 
@@ -52,10 +55,17 @@ def open_source(
         context_size: tokens in a window, BOS included.
         model_device: where the model runs; None for the best there is.
         device: where the activations are wanted.
+        max_tokens: without a store: rows in all, BOS included; None for all of the text.
+        shuffle_seed: without a store: take the documents in a random order with this seed.
+        text_column: without a store: the column that holds the text; None for "text".
 
     Raises:
         InvalidInputError: there are both, or neither.
     """
+    of_text = {"--max-tokens": max_tokens, "--shuffle-seed": shuffle_seed, "--text-column": text_column}
+    given = ", ".join(flag for flag, value in of_text.items() if value is not None)
+    if given and not data:
+        raise InvalidInputError(f"{given} belongs to --data; a store's text is what it has captured.")
     if store is not None:
         from activations.store import ActivationStore
 
@@ -67,10 +77,12 @@ def open_source(
     from activations.text import TextSource
     from scope.models import LanguageModel
 
-    text = TextSource(data)
+    text = TextSource(data, text_column=text_column or "text", shuffle_seed=shuffle_seed)
     text.check()
     say(f"Loading {model}")
-    return LanguageModel.load(model, device=model_device).source(text, hooks, context_size=context_size, device=device)
+    return LanguageModel.load(model, device=model_device).source(
+        text, hooks, context_size=context_size, max_tokens=max_tokens, device=device
+    )
 
 
 def has_held_out(source: "Source") -> bool:
@@ -142,20 +154,26 @@ def train_sae(
     config: "TrainConfig",
     out: Path,
     hook_out: Sequence[str] = (),
+    trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> "TrainReport":
     """Train on one hook of a store, or a dictionary of several, with a progress bar."""
     from scope.training import train
 
     with progress_bar("Training (rows)") as progress:
-        return train(store, hook, config, out, hook_out=hook_out, progress=progress)
+        return train(
+            store, hook, config, out, hook_out=hook_out, progress=progress, trackers=trackers, snapshots=snapshots
+        )
 
 
-def train_runs(store: "Source", runs: "Sequence[SweepRun]", out: Path) -> "list[TrainReport]":
+def train_runs(
+    store: "Source", runs: "Sequence[SweepRun]", out: Path, trackers: Sequence[str] = (), snapshots: int = 0
+) -> "list[TrainReport]":
     """Train a sweep from one pass over a store, with a progress bar."""
     from scope.training import train_sweep
 
     with progress_bar(f"Training {len(runs)} (rows)") as progress:
-        return train_sweep(store, runs, out, progress=progress)
+        return train_sweep(store, runs, out, progress=progress, trackers=trackers, snapshots=snapshots)
 
 
 def finished_sae(
@@ -166,7 +184,9 @@ def finished_sae(
     hook_out: Sequence[str] = (),
 ) -> "SAE | None":
     """The SAE in `out` if it is the result of this very run: same store, hooks and settings."""
-    if not (out / "manifest.json").is_file():
+    from scope.training.workfolder import folder_beside
+
+    if not (out / "manifest.json").is_file() or folder_beside(out).is_dir():  # training itself clears what is left
         return None
     from scope.saes.formats import load
     from scope.training.data import ports_of, provenance_of
@@ -176,13 +196,32 @@ def finished_sae(
     return load(out) if is_result_of(out, metadata, config) else None
 
 
-def measure_sae(sae: Any, out: Path, store: "Source", model: "LanguageModel | None", tokens: int) -> "Quality":
-    """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it."""
+def measure_sae(
+    sae: "SAE",
+    out: Path | None,
+    store: "Source | AlignedStores",
+    model: "LanguageModel | None",
+    tokens: int,
+    baselines: bool = True,
+) -> "Quality":
+    """Measure an SAE on the store's held-out documents, with a progress bar, and leave the figures beside it.
+
+    Args:
+        sae: the SAE.
+        out: its folder; None writes nothing.
+        store: the activations.
+        model: the store's model; None leaves the cross-entropy out.
+        tokens: held-out tokens for the cross-entropy; 0 leaves it out.
+        baselines: whether PCA, a random dictionary and the mean are measured too.
+    """
     from scope.training.evaluate import evaluate
 
     with progress_bar("Measuring (passes)") as progress:
-        quality = evaluate(sae, store, model if tokens else None, ce_tokens=tokens, progress=progress)
-    quality.save(out)
+        quality = evaluate(
+            sae, store, model if tokens else None, ce_tokens=tokens, baselines=baselines, progress=progress
+        )
+    if out is not None:
+        quality.save(out)
     return quality
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, TrainBench
+from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, ParallelBench, QualityBench, TrainBench
 from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
@@ -24,6 +24,17 @@ def register(app: typer.Typer) -> None:
         figures = bench_capture(config, say)
         return Outcome(figures, _table(figures))
 
+    @command(bench, "parallel", config=ParallelBench)
+    def parallel(config: ParallelBench) -> Outcome:
+        """How much faster several processes train one SAE than one alone:
+        torchrun --nproc-per-node 2 -m scope.cli bench parallel"""
+        from scope.bench.train_parallel import bench_parallel
+
+        figures = bench_parallel(config, say)
+        if follows():
+            raise typer.Exit
+        return Outcome(figures, _table(figures))
+
     @command(bench, "train", config=TrainBench)
     def train(config: TrainBench) -> Outcome:
         """The training step's speed and memory against its floor, SAELens and sparsify."""
@@ -40,6 +51,15 @@ def register(app: typer.Typer) -> None:
         figures = bench_index_build(config, say)
         return Outcome(figures, _table(figures))
 
+    @command(bench, "index", config=IndexBench)
+    def index(config: IndexBench) -> Outcome:
+        """How long each kind of question to a feature index takes, on a synthetic index."""
+        from scope.bench.index import bench_index
+
+        with progress_bar("Building the index") as progress:
+            figures = bench_index(config, say, progress)
+        return Outcome(figures.data(), figures.text())
+
     @command(bench, "dashboard")
     def dashboard(
         workspace: Annotated[Path, typer.Argument(help="The workspace whose dashboard is clicked through.")] = Path(
@@ -55,14 +75,23 @@ def register(app: typer.Typer) -> None:
         figures = bench_dashboard(workspace, index, clients, seconds, say)
         return Outcome(figures, _table(figures), exit_code=1 if figures["errors"] else 0)
 
-    @command(bench, "index", config=IndexBench)
-    def index(config: IndexBench) -> Outcome:
-        """How long each kind of question to a feature index takes, on a synthetic index."""
-        from scope.bench.index import bench_index
+    @command(bench, "quality", config=QualityBench)
+    def quality(
+        store: Annotated[str, typer.Argument(help="The activation store: a folder or s3://BUCKET/NAME.")],
+        config: QualityBench,
+        model: Annotated[
+            str | None, typer.Option(help="The store's model, where it is not found under its own name.")
+        ] = None,
+    ) -> Outcome:
+        """What our trainer and SAELens's make of the same rows, at equal tokens and equal tuning."""
+        from activations.store import ActivationStore
+        from scope.bench.quality import bench_quality
+        from scope.cli._steps import load_model_of
 
-        with progress_bar("Building the index") as progress:
-            figures = bench_index(config, say, progress)
-        return Outcome(figures.data(), figures.text())
+        opened = ActivationStore.open(store)
+        language_model = load_model_of(opened, model, config.device) if config.evaluate_tokens else None
+        figures = bench_quality(opened, language_model, config, say)
+        return Outcome(figures, _table(figures))
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -77,5 +106,5 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
     return "not run" if value is None else str(value)

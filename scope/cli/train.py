@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scope.cli._command import Outcome, command, say
+from scope.cli._command import Outcome, command, follows, say
 from scope.errors import InvalidInputError
 from scope.training.config import SWEPT, TrainConfig
 
@@ -64,15 +64,51 @@ def register(app: typer.Typer) -> None:
         context_size: Annotated[
             int, typer.Option(help="Without a store: tokens in the longest window, BOS included.")
         ] = 256,
+        max_tokens: Annotated[
+            int | None,
+            typer.Option(help="Without a store: use this many tokens of --data, BOS included; by default all."),
+        ] = None,
+        shuffle_seed: Annotated[
+            int | None,
+            typer.Option(help="Without a store: take the documents in a random order with this seed."),
+        ] = None,
+        text_column: Annotated[
+            str | None, typer.Option(help="Without a store: the column that holds the text; by default text.")
+        ] = None,
         model_device: Annotated[
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
+        baselines: Annotated[
+            bool,
+            typer.Option(
+                "--baselines/--no-baselines",
+                help="Whether PCA of the same rank, a random dictionary and the mean are measured beside the SAE.",
+            ),
+        ] = True,
+        tracker: Annotated[
+            list[str] | None,
+            typer.Option(help="Where else the run log's lines go: tensorboard or wandb. May be repeated."),
+        ] = None,
+        snapshots: Annotated[
+            int,
+            typer.Option(
+                help="Decoders to keep along the way in OUT.snapshots, for scope compare: the last one half-way, each "
+                "other at half the steps of the one after it.",
+                min=0,
+            ),
+        ] = 0,
     ) -> Outcome:
         """Train a sparse dictionary on a store, or on a model and a text without storing anything, and measure it on
         the held-out documents.
 
         Commas in --k, --d-sae, --lr or --arch, and several --hook, train one for each combination, all from one pass
         over the data.
+
+        Several GPUs (or CPUs) train one SAE where torchrun starts this command:
+        torchrun --nproc-per-node 2 -m scope.cli train STORE --device cuda … They divide each batch, or, with --parallel
+        features, the features, for dictionaries that one GPU cannot hold. The result is that of one process, up to the
+        order of sums; --batch-size is that of all together. A run that was stopped goes on with any number of
+        processes.
         """
         from scope.cli._steps import (
             aligned_stores,
@@ -84,7 +120,10 @@ def register(app: typer.Typer) -> None:
             train_runs,
             train_sae,
         )
+        from scope.training.distributed import local_device, own_gpu
+        from scope.training.trackers import require_trackers
 
+        trackers = require_trackers(tracker or [])
         if beside and store is None:
             raise InvalidInputError("--beside names further stores; give the first one too.")
         first: Any = open_source(
@@ -93,8 +132,11 @@ def register(app: typer.Typer) -> None:
             model,
             data or [],
             context_size=context_size,
-            model_device=model_device,
-            device=config.device,
+            model_device=model_device or own_gpu(),
+            device=local_device(config.device),
+            max_tokens=max_tokens,
+            shuffle_seed=shuffle_seed,
+            text_column=text_column,
         )
         opened: Any = first if not beside else aligned_stores(first, beside)
         held_out = has_held_out(first)
@@ -102,24 +144,29 @@ def register(app: typer.Typer) -> None:
             say("No document of this text is held out (one title in ten is): the quality will not be measured.")
         runs = _runs(config, hook, hook_out or [], swept)
         if len(runs) > 1:
-            trained = {out / run.name: report for run, report in zip(runs, train_runs(opened, runs, out), strict=True)}
+            trained = {
+                out / run.name: report
+                for run, report in zip(runs, train_runs(opened, runs, out, trackers, snapshots), strict=True)
+            }
             done = [(report.sae, folder, report.to_dict(), report.summary()) for folder, report in trained.items()]
         else:
             hooks, written = runs[0].hooks, runs[0].hooks_out
             sae = finished_sae(out, opened, hooks, runs[0].config, written)
             if sae is None:
-                report = train_sae(opened, hooks, runs[0].config, out, written)
+                report = train_sae(opened, hooks, runs[0].config, out, written, trackers, snapshots)
                 done = [(report.sae, out, report.to_dict(), report.summary())]
             else:
                 figures = {"hook": ", ".join(hooks), "d_sae": sae.d_sae}
                 done = [(sae, out, figures, f"{out} holds the result of this very run already.")]
+        if follows():
+            raise typer.Exit
         spliced = held_out and evaluate_tokens and not beside
         language_model = optional_model_of(first, model, config.device) if spliced else None
         results, texts = [], []
         for sae, folder, figures, text in done:
             result = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}
             if held_out:
-                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens)
+                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens, baselines)
                 result, text = {**result, **quality.to_dict()}, f"{text}\n{quality.summary()}"
             results.append(result)
             texts.append(text)

@@ -17,10 +17,12 @@ METRICS = {
     "loss": "loss",
     "l0": "features per token",
     "dead_share": "share of dead features",
+    "over_dense_share": "share of over-dense features",
     "grad_norm": "norm of the gradient",
     "learning_rate": "learning rate",
     "sparsity_coefficient": "sparsity coefficient",
     "tokens_per_s": "tokens per second",
+    "data_wait_share": "share of the time waited for data",
 }
 """What a run log has, in the order in which it is worth looking at."""
 _AXIS_OF = {**METRICS, "delta_ce": "nats per token", "auxk_loss": "loss of dead features"}

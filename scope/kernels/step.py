@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from scope.kernels import sparse
 from scope.kernels.tensors import uses_triton
@@ -45,7 +46,7 @@ class Residual(NamedTuple):
     residual: Float[Tensor, "batch d_in"]
     """x_hat - x, in the decoder's dtype."""
     dots: Float[Tensor, "batch k"]
-    """Its products with the decoder rows of the row's entries, float32; 0 where an entry's value is 0."""
+    """Its products with the decoder rows of the row's entries, float32; 0 where an entry is not counted."""
     squares: Float[Tensor, " batch"]
     """‖x_hat - x‖², float32."""
 
@@ -98,11 +99,14 @@ def residual_and_dots_reference(
     ids: Int[Tensor, "batch k"],
     W: Float[Tensor, "d_sae d_in"],
     b: Float[Tensor, " d_in"],
+    counted: Bool[Tensor, "batch k"] | None = None,
 ) -> Residual:
     """What `residual_and_dots` computes, in plain products."""
     x_hat = sparse.decode_reference(values.float(), ids, W.float()) + b
     residual = x_hat - scale * x.float()
-    dots = torch.where(values != 0, sparse.gather_dots_reference(residual, W.float(), ids), 0.0)
+    dots = torch.where(
+        values != 0 if counted is None else counted, sparse.gather_dots_reference(residual, W.float(), ids), 0.0
+    )
     return Residual(residual.to(W.dtype), dots, residual.square().sum(1))
 
 
@@ -113,6 +117,8 @@ def residual_and_dots(
     ids: Int[Tensor, "batch k"],
     W: Float[Tensor, "d_sae d_in"],
     b: Float[Tensor, " d_in"],
+    counted: Bool[Tensor, "batch k"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Residual:
     """The reconstruction's error and the gradient of half its square with respect to the values.
 
@@ -123,15 +129,41 @@ def residual_and_dots(
         ids: their features.
         W: decoder rows, in the compute dtype.
         b: decoder bias, float32.
+        counted: the entries whose dot products are wanted; their values may be 0, those of others are. None: those with
+            a value.
+        dtype: of the residual; None for W's.
     """
     if uses_triton(x):
         from scope.kernels.triton import products
 
-        return Residual(*products.residual_and_dots(x.contiguous(), scale, values, ids, W, b))
+        return Residual(*products.residual_and_dots(x.contiguous(), scale, values, ids, W, b, counted, dtype))
+    if counted is not None:
+        return _of_counted(x, scale, values, ids, W, b, counted)
     residual = sparse.decode(values, ids, W).float().add_(b).sub_(x, alpha=scale)
     squares = torch.linalg.vector_norm(residual, dim=1).square_()
     residual = residual.to(W.dtype)
     dots = sparse.gather_dots(residual, W, ids).float().masked_fill_(values == 0, 0.0)
+    return Residual(residual, dots, squares)
+
+
+def _of_counted(
+    x: Tensor, scale: float, values: Tensor, ids: Tensor, W: Tensor, b: Tensor, counted: Tensor
+) -> Residual:
+    """`residual_and_dots` for rows with few counted entries each: the others are not looked at."""
+    n_each = counted.sum(dim=1)
+    starts = functional.pad(n_each.cumsum(0)[:-1], (1, 0))
+    few = ids[counted].long()
+    weights = values[counted].to(W.dtype)
+    x_hat = functional.embedding_bag(few, W.detach(), starts, per_sample_weights=weights, mode="sum")
+    residual = x_hat.float().add_(b).sub_(x, alpha=scale)
+    squares = torch.linalg.vector_norm(residual, dim=1).square_()
+    residual = residual.to(W.dtype)
+    bags = torch.arange(len(x), device=x.device).repeat_interleave(n_each)
+    # The gradient of embedding_bag with respect to its weights, which autograd would call: mode 0 is "sum".
+    dots = torch.zeros_like(values)
+    dots[counted] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        residual, W.detach(), few, starts, bags, 0
+    ).float()
     return Residual(residual, dots, squares)
 
 

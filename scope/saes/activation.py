@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scope.kernels import entries
 from scope.saes.active import Active, Dense, Listed
+from scope.saes.sharing import ALONE, Sharing
 
 if TYPE_CHECKING:
     from scope.saes.base import SAE, TrainingContext
@@ -71,7 +72,7 @@ class Activation:
         bias: Tensor = sae.b_enc
         return bias
 
-    def settle(self, sae: "SAE", centred: Float[Tensor, "rows d_in"], k: int) -> None:
+    def settle(self, sae: "SAE", centred: Float[Tensor, "rows d_in"], k: int, sharing: Sharing = ALONE) -> None:
         """Start from a sample of centred inputs where about k features fire on a row."""
 
     def for_inference(self, sae: "SAE") -> "SAE":

@@ -31,9 +31,9 @@ from torch.nn import functional
 
 from scope.errors import MismatchError
 from scope.kernels import sparse
-from scope.kernels.topk import topk
 from scope.saes.active import Active
 from scope.saes.config import Port, Ports, SAEConfig, SAEMetadata
+from scope.saes.sharing import ALONE, FeatureShare, Sharing
 
 if TYPE_CHECKING:
     from scope.saes.activation import Activation
@@ -68,6 +68,12 @@ class TrainingContext(NamedTuple):
     """Features a row at this step, where k is annealed; None for the configuration's own."""
     frequency_weights: Float[Tensor, " d_sae"] | None = None
     """Weight of each feature's activations in the loss, above 0 for those that fire too often; None for no penalty."""
+    n_dead: int | None = None
+    """Dead features of all processes; None for those of `dead`."""
+    n_rows: int | None = None
+    """Rows of the batch over all processes; None for those that are given."""
+    sharing: Sharing = ALONE
+    """Who else computes this step."""
 
 
 class TrainingLoss(NamedTuple):
@@ -101,6 +107,8 @@ class SAE(nn.Module):
         generator: source of randomness for the initial weights.
         device: where the weights lie.
         initialise: False leaves the weights as they come, for someone who fills them next.
+        share: which features this process has, where several train one dictionary. `cfg` describes the whole;
+            everything here that says d_sae then means the features that are here.
     """
 
     b_enc: Tensor
@@ -116,14 +124,15 @@ class SAE(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
         initialise: bool = True,
+        share: FeatureShare = FeatureShare(),  # noqa: B008  # a constant
     ) -> None:
         super().__init__()
-        self.cfg = cfg
-        dtype = getattr(torch, cfg.dtype)
-        self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, cfg.encoder_width, dtype=dtype, device=device).T)
-        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.output_width, dtype=dtype, device=device))
+        self.cfg, self.share = cfg, share
+        dtype, d_sae = getattr(torch, cfg.dtype), share.count(cfg.d_sae)
+        self.W_enc = nn.Parameter(torch.empty(d_sae, cfg.encoder_width, dtype=dtype, device=device).T)
+        self.W_dec = nn.Parameter(torch.empty(d_sae, cfg.output_width, dtype=dtype, device=device))
         for name in self.activation.parameters:
-            setattr(self, name, nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype, device=device)))
+            setattr(self, name, nn.Parameter(torch.empty(d_sae, dtype=dtype, device=device)))
         for name in self.activation.buffers:
             self.register_buffer(name, torch.zeros((), dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.empty(cfg.output_width, dtype=dtype, device=device))
@@ -143,17 +152,17 @@ class SAE(nn.Module):
             generator: source of randomness.
             tied: False takes random unit columns of its own for the encoder.
         """
-        self.W_dec.copy_(self._random_decoder(generator))
+        self.W_dec.copy_(self.share.of(self._random_decoder(generator)))
         if tied and self._may_be_tied:
             self.W_enc.copy_(self.W_dec.T)
         else:
-            self.W_enc.copy_(_unit_rows(self.d_sae, self.cfg.encoder_width, generator).T)
+            self.W_enc.copy_(self.share.of(_unit_rows(self.cfg.d_sae, self.cfg.encoder_width, generator)).T)
         for name, value in self.activation.parameters.items():
             getattr(self, name).fill_(value)
         self.b_dec.zero_()
 
     def _random_decoder(self, generator: torch.Generator | None) -> Tensor:
-        return _unit_rows(self.d_sae, self.d_out, generator)
+        return _unit_rows(self.cfg.d_sae, self.d_out, generator)
 
     @property
     def _may_be_tied(self) -> bool:
@@ -161,19 +170,26 @@ class SAE(nn.Module):
         return not self.cfg.ports.outputs
 
     @torch.no_grad()
-    def settle(self, inputs: Float[Tensor, "rows d_in"], centre: Float[Tensor, " d_out"], k: int) -> None:
+    def settle(
+        self,
+        inputs: Float[Tensor, "rows d_in"],
+        centre: Float[Tensor, " d_out"],
+        k: int,
+        sharing: Sharing = ALONE,
+    ) -> None:
         """Start from a sample: b_dec at the targets' centre, and the activation function where about k features fire.
 
         Args:
             inputs: rows as they come in training.
             centre: the centre of the targets.
             k: the target L0.
+            sharing: the processes that have the other features.
         """
         self.b_dec.copy_(centre)
         if not self.cfg.apply_b_dec_to_input:
             for name in self.activation.centring:
                 getattr(self, name).copy_(-self.project(inputs.mean(dim=0, keepdim=True).to(self.dtype))[0])
-        self.activation.settle(self, self._centred(inputs.to(self.dtype)), k)
+        self.activation.settle(self, self._centred(inputs.to(self.dtype)), k, sharing)
 
     @property
     def d_in(self) -> int:
@@ -186,7 +202,7 @@ class SAE(nn.Module):
 
     @property
     def d_sae(self) -> int:
-        return self.cfg.d_sae
+        return len(self.W_dec)
 
     @property
     def hook_name(self) -> str | None:
@@ -284,20 +300,25 @@ class SAE(nn.Module):
             target: what is to be reconstructed; None for x itself.
         """
         target = x if target is None else target
-        centred = self._centred(x)
+        sharing = context.sharing
+        centred = self._centred(x, sharing)
         active = self.activation.train(self, centred, context)
-        x_hat = self._with_skip(active.decode(self.decoder()) + self.b_dec, x)
+        x_hat = self._with_skip(sharing.sum_over_features(active.decode(self.decoder())) + self.b_dec, x)
         error = functional.mse_loss(x_hat, target, reduction="sum") / len(x)
-        terms = {**self.activation.penalties(self, active, target, context), **self._further_terms(active, x, target)}
+        terms = {
+            **self.activation.penalties(self, active, target, context),
+            **self._further_terms(active, x, target, sharing),
+        }
         if context.dead is not None and context.auxk_coefficient:
             terms["auxk"] = context.auxk_coefficient * self._auxk(centred, target - x_hat.detach(), context)
         if context.frequency_weights is not None:
-            terms["frequency"] = active.row_sums(active.values * active.of(context.frequency_weights)).mean()
+            weighted = active.row_sums(active.values * active.of(context.frequency_weights))
+            terms["frequency"] = sharing.sum_over_features(weighted).mean()
         total = error + sum(terms.values())
         parts = {name: term.detach() for name, term in terms.items()}
         return TrainingLoss(total, error.detach(), active.counts(), parts)
 
-    def _further_terms(self, active: Active, x: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+    def _further_terms(self, active: Active, x: Tensor, target: Tensor, sharing: Sharing) -> Mapping[str, Tensor]:
         """Terms of the loss that only this architecture has."""
         return {}
 
@@ -305,13 +326,14 @@ class SAE(nn.Module):
         """Gao et al. 2024, appendix A.2: the error that `k_aux` dead features leave of the residual, held fixed."""
         assert context.dead is not None
         dead = context.dead.nonzero().flatten()
+        n_dead = len(dead) if context.n_dead is None else context.n_dead
         activations = (self.project(centred, dead) + self.activation.bias_of(self)[dead]).relu()
-        if len(dead) > context.k_aux:
-            smallest = topk(activations.detach(), context.k_aux).values.amin(dim=-1, keepdim=True)
+        smallest = context.sharing.kth_largest(activations.detach(), context.k_aux, n_dead)
+        if smallest is not None:
             activations = activations * (activations >= smallest)
         # Few dead features explain little of the error; full weight would only make them noisy.
-        share = min(1.0, len(dead) / context.k_aux)
-        explained = activations @ self.decoder()[dead]
+        share = min(1.0, n_dead / context.k_aux)
+        explained = context.sharing.sum_over_features(activations @ self.decoder()[dead])
         return share * functional.mse_loss(explained, residual, reduction="sum") / len(residual)
 
     def decoder(self) -> Float[Tensor, "d_sae d_out"]:
@@ -333,8 +355,8 @@ class SAE(nn.Module):
         """Whether every feature reads the whole input, so that the fused encoders of `scope.kernels` apply."""
         return True
 
-    def _centred(self, x: Tensor) -> Tensor:
-        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+    def _centred(self, x: Tensor, sharing: Sharing = ALONE) -> Tensor:
+        return x - sharing.read_by_features(self.b_dec) if self.cfg.apply_b_dec_to_input else x
 
     def output_norms(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, " d_sae"]:
         """The sum over the outputs of ‖W_dec row‖ there: how much a unit of each feature writes."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from scope.kernels.entries import largest
 from scope.saes.activation import Activation, dense_at, listed
 from scope.saes.active import Active
 from scope.saes.base import SAE, SAEConfig
@@ -41,19 +40,14 @@ class BatchTopK(Activation):
         k = context.k or sae.cfg.k  # type: ignore[attr-defined]
         with torch.no_grad():
             pre = sae.pre_activations(centred, sae.b_enc)
-            index = largest(pre, k * len(pre))
-            self._follow(sae, pre.flatten()[index])
+            index = context.sharing.largest(pre, k * (context.n_rows or len(pre)))
+            smallest = context.sharing.smallest(pre.flatten()[index])
+            sae.threshold.copy_(followed_threshold(sae.threshold, smallest))
         few = listed(sae, centred, index, pre)
         return few if few is not None else dense_at(sae.pre_activations(centred, sae.b_enc), index)
 
     def for_inference(self, sae: SAE) -> SAE:
         return as_jumprelu(sae)
-
-    @staticmethod
-    def _follow(sae: SAE, firing: Tensor) -> None:
-        if not len(firing):
-            return
-        sae.threshold.copy_(followed_threshold(sae.threshold, firing.min()))
 
 
 def followed_threshold(threshold: Tensor, smallest: Tensor) -> Tensor:
@@ -101,10 +95,10 @@ def as_jumprelu(sae: SAE) -> SAE:
     inference: SAE
     if any(f.name == "activation" for f in fields(sae.cfg)):
         cfg = replace(sae.cfg, activation=JumpReLU.name, k=None)  # type: ignore[call-arg]
-        inference = type(sae)(cfg, initialise=False, device=sae.device)
+        inference = type(sae)(cfg, initialise=False, device=sae.device, share=sae.share)
     else:
         shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
-        inference = JumpReLUSAE(JumpReLUConfig(**shared), initialise=False, device=sae.device)
+        inference = JumpReLUSAE(JumpReLUConfig(**shared), initialise=False, device=sae.device, share=sae.share)
     threshold = sae.threshold.expand(sae.d_sae)
     inference.to(sae.dtype).load_state_dict({**sae.state_dict(), "threshold": threshold})
     return inference

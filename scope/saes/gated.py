@@ -38,10 +38,13 @@ class Gated(Activation):
         assert active.pre is not None
         open_gates, W_dec = active.pre.relu(), sae.decoder()
         b_dec: Tensor = sae.b_dec
-        sparsity = (open_gates * sae.output_norms(W_dec)).sum(dim=-1).mean()
+        sharing = context.sharing
+        sparsity = sharing.sum_over_features((open_gates * sae.output_norms(W_dec)).sum(dim=-1)).mean()
         if sae.cfg.freeze_decoder_for_gate:  # type: ignore[attr-defined]
             W_dec, b_dec = W_dec.detach(), b_dec.detach()
-        error = functional.mse_loss(open_gates @ W_dec + b_dec, target, reduction="sum") / len(target)
+        error = functional.mse_loss(
+            sharing.sum_over_features(open_gates @ W_dec) + b_dec, target, reduction="sum"
+        ) / len(target)
         return {"sparsity": context.sparsity_coefficient * sparsity, "gate": error}
 
     def bias_of(self, sae: SAE) -> Tensor:

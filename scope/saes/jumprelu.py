@@ -13,6 +13,7 @@ from scope.saes.activation import Activation, listed
 from scope.saes.active import Active, Dense
 from scope.saes.base import SAE, SAEConfig
 from scope.saes.registry import register
+from scope.saes.sharing import ALONE, Sharing
 
 if TYPE_CHECKING:
     from scope.saes.base import TrainingContext
@@ -121,11 +122,14 @@ class JumpReLU(Activation):
         cfg: Any = sae.cfg
         if cfg.sparsity_loss == "tanh":
             norms = active.of(sae.decoder().norm(dim=-1))
-            each = active.row_sums(torch.tanh(cfg.tanh_scale * active.values * norms))
+            each = context.sharing.sum_over_features(
+                active.row_sums(torch.tanh(cfg.tanh_scale * active.values * norms))
+            )
         else:
             assert active.pre is not None
             threshold = active.of(sae.threshold).expand_as(active.pre).to(active.pre.dtype)
-            each = active.row_sums(step(active.pre, threshold, cfg.bandwidth, cfg.ste_to_input))
+            fires = step(active.pre, threshold, cfg.bandwidth, cfg.ste_to_input)
+            each = context.sharing.sum_over_features(active.row_sums(fires))
             if cfg.sparsity_loss == "quadratic":
                 each = (each / cfg.target_l0 - 1).square()
         return {"sparsity": context.sparsity_coefficient * each.mean()}
@@ -135,10 +139,10 @@ class JumpReLU(Activation):
         return 2 * cfg.target_l0 if cfg.sparsity_loss == "quadratic" else self.coefficient
 
     @torch.no_grad()
-    def settle(self, sae: SAE, centred: Tensor, k: int) -> None:
+    def settle(self, sae: SAE, centred: Tensor, k: int, sharing: Sharing = ALONE) -> None:
         pre = sae.pre_activations(centred[:1024], sae.b_enc)
         n = max(1, int(SETTLE_SHARE * k * len(pre)))
-        sae.threshold.fill_(float(pre.flatten().topk(min(n, pre.numel())).values[-1].clamp_min(0)))
+        sae.threshold.fill_(float(sharing.nth_largest(pre, n)))
 
     @torch.no_grad()
     def after_step(self, sae: SAE, counts: Tensor) -> None:

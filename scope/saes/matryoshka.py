@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,6 +11,7 @@ from scope.errors import InvalidInputError
 from scope.saes.active import Active
 from scope.saes.batchtopk import BatchTopKConfig, BatchTopKSAE
 from scope.saes.registry import register
+from scope.saes.sharing import Sharing
 
 __all__ = ["MatryoshkaConfig", "MatryoshkaSAE"]
 
@@ -63,13 +63,13 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     cfg: MatryoshkaConfig
 
-    def _further_terms(self, active: Active, x: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+    def _further_terms(self, active: Active, x: Tensor, target: Tensor, sharing: Sharing) -> Mapping[str, Tensor]:
         widths = self.cfg.prefixes
-        features = torch.arange(self.d_sae, device=x.device)
+        features = self.share.ids(self.d_sae, x.device)
         decoded: Tensor = self.b_dec
         total = x.new_zeros(())
         for start, stop in zip((0, *widths[:-2]), widths[:-1], strict=True):
             between = (features >= start) & (features < stop)
-            decoded = decoded + active.keep(between).decode(self.decoder())
+            decoded = decoded + sharing.sum_over_features(active.keep(between).decode(self.decoder()))
             total = total + functional.mse_loss(decoded, target, reduction="sum") / len(x)
         return {"nested": total} if len(widths) > 1 else {}

@@ -41,7 +41,8 @@ class ReLU(Activation):
 
     def penalties(self, sae: SAE, active: Active, target: Tensor, context: "TrainingContext") -> Mapping[str, Tensor]:
         norms = sae.output_norms(sae.decoder())
-        return {"sparsity": context.sparsity_coefficient * active.row_sums(active.values * active.of(norms)).mean()}
+        each = context.sharing.sum_over_features(active.row_sums(active.values * active.of(norms)))
+        return {"sparsity": context.sparsity_coefficient * each.mean()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """TopK: on each row the k largest pre-activations, and nothing else, become features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,6 +41,12 @@ class TopK(Activation):
 
     def train(self, sae: SAE, centred: Tensor, context: "TrainingContext") -> Active:
         k = context.k or _k_of(sae)
+        candidates = self._largest(sae, centred, min(k, sae.d_sae))
+        taken = context.sharing.among_largest(candidates.values.detach(), k)
+        return candidates if taken is None else replace(candidates, values=candidates.values * taken)
+
+    @staticmethod
+    def _largest(sae: SAE, centred: Tensor, k: int) -> Padded:
         if sae.has_one_encoder:
             return Padded(*topk_encode(centred, sae.W_enc.T, sae.b_enc, k), sae.d_sae)
         pre = sae.pre_activations(centred, sae.b_enc)

@@ -1,19 +1,25 @@
 """Checkpoints: everything that a trainer needs to go on as if it had never stopped, in one safetensors file.
 
 Weights, Adam's moments and the firing counters are tensors; the scale and the counts stand as JSON in the file's
-header. One file, replaced atomically: a reader sees the old checkpoint or the new one.
+header. One file, replaced atomically: a reader sees the old checkpoint or the new one. Where several processes train
+one SAE, the first one writes the same file for all, so that any number of processes can go on from it.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from activations.manifest import write_atomically
 from scope.errors import IntegrityError
-from scope.training.trainer import SAETrainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scope.training.trainer import SAETrainer
 
 __all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
 
@@ -27,14 +33,16 @@ class Progress(NamedTuple):
     """Time spent in the loop until then."""
 
 
-def save_checkpoint(path: Path, trainer: SAETrainer, progress: Progress) -> None:
-    """Replace the checkpoint at `path`."""
-    state = json.dumps({**trainer.counters(), **progress._asdict()}, allow_nan=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.state_tensors().items()}
-    write_atomically(path, serialise(tensors, metadata={"state": state}))
+def save_checkpoint(
+    path: Path, tensors: "Mapping[str, Tensor]", counters: Mapping[str, Any], progress: Progress
+) -> None:
+    """Replace the checkpoint at `path` by a trainer's `state_tensors` and `counters`."""
+    state = json.dumps({**counters, **progress._asdict()}, allow_nan=False)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, serialise(on_host, metadata={"state": state}))
 
 
-def load_checkpoint(path: Path, trainer: SAETrainer) -> Progress:
+def load_checkpoint(path: Path, trainer: "SAETrainer") -> Progress:
     """Put a trainer of the same settings where the checkpoint was taken.
 
     Raises:

@@ -14,6 +14,7 @@ SWEPT = ("arch", "d_sae", "k", "lr")
 ARCHITECTURE_FIELDS = ("activation", "sparsity_loss", "bandwidth", "prefixes")
 """Settings that only some architectures have; None means that nothing was given."""
 DECODER_NORMS = ("unit", "free")
+PARALLEL = ("data", "features")
 CENTRES = ("geometric_median", "mean", "zeros")
 """Where b_dec may start."""
 
@@ -104,6 +105,9 @@ class TrainConfig:
     """Steps between lines of the run log."""
     device: str = "cpu"
     """Where to train: "cpu", "cuda" or "cuda:1"."""
+    parallel: str = "data"
+    """What several processes that torchrun started divide among them: "data", the rows of each batch, or "features",
+    for wide dictionaries. The result is the same; batch_size is that of all processes together."""
     compute_dtype: str | None = None
     """dtype of the products: "float32", or on a CUDA device "bfloat16". None: "bfloat16" on a CUDA device, for which
     the fast step is made. Weights and Adam's moments are float32 always."""
@@ -146,7 +150,7 @@ class TrainConfig:
             raise InvalidInputError(
                 "k_start is given, but k_anneal is 0: give the share of the run over which k falls."
             )
-        for name, choices in (("decoder_norm", DECODER_NORMS), ("b_dec_init", CENTRES)):
+        for name, choices in (("decoder_norm", DECODER_NORMS), ("b_dec_init", CENTRES), ("parallel", PARALLEL)):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
         for name in ("clip_grad_norm", "auxk_coefficient", "max_norm_ratio", "frequency_coefficient", "resample_steps"):
@@ -221,6 +225,30 @@ class TrainConfig:
         if self.decoder_norm == "free":
             raise InvalidInputError(
                 f"decoder_norm is 'free', but {what}, and nothing would keep the decoder's rows from growing."
+            )
+
+    def require_divisible(self, processes: int, layers: int) -> None:
+        """Refuse what cannot be divided by features.
+
+        Args:
+            processes: how many have different features.
+            layers: groups of features, each of which reads another layer.
+
+        Raises:
+            InvalidInputError: names the setting.
+        """
+        if processes == 1:
+            return
+        if self.resample_steps:
+            raise InvalidInputError(
+                "resample_steps starts dead features anew at rows that the whole dictionary explains badly, which no "
+                "process has under --parallel features. Leave it out (AuxK revives them), or use --parallel data."
+            )
+        if self.d_sae < processes or (layers > 1 and self.d_sae // layers % processes):
+            what = f"the {self.d_sae // layers:,} features of each of {layers} layers" if layers > 1 else "d_sae"
+            raise InvalidInputError(
+                f"{processes} processes cannot divide {what} (d_sae is {self.d_sae:,}): give a multiple of "
+                f"{processes * layers:,}, or use --parallel data."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,6 +41,12 @@ class Batch(NamedTuple):
     values: Any
     """Activations `(batch, *feature_shape)` in the source's dtype; by hook, where several hooks were asked for."""
 
+    def part(self, rows: slice) -> "Batch":
+        """Some of its rows."""
+        if isinstance(self.values, Mapping):
+            return Batch(self.rows[rows], {hook: values[rows] for hook, values in self.values.items()})
+        return Batch(self.rows[rows], self.values[rows])
+
 
 BatchStream = Callable[[int], Iterator[Batch]]
 """Batches from a given step on; the same step always gives the same batch."""

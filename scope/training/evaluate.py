@@ -5,11 +5,14 @@
    `ce_tokens` are reached, two of each document before any gives more, so that the interval has documents to resample.
 3. Of a live source the model runs over the first 65,536 rows of held-out documents, once, and over as many rows of
    the others for the mean activation.
-4. `Quality.save` puts it beside the SAE as `quality.json`, where the workspace and the index find it.
+4. For an SAE that reads and writes one hook the same for its baselines (`scope.training.baselines`): PCA of the same
+   rank, a random dictionary, the mean; on the same rows and the same windows.
+5. `Quality.save` puts it beside the SAE as `evaluation.json`, where the workspace, the dashboard and the index find it:
+   a flat object of figures, each with its `_interval` where it has one, and `baselines`, by name the same of each.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,19 +27,16 @@ from scope.models.live import LiveActivations
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
 from scope.training.aligned import AlignedStores
-from scope.training.metrics import (
-    CrossEntropyMetrics,
-    LossModel,
-    ReconstructionMetrics,
-    delta_ce,
-    mean_activation,
-    output_hooks,
-    reconstruction_metrics,
-)
+from scope.training.baselines import baselines_for, training_moments
+from scope.training.cross_entropy import CrossEntropyMetrics, LossModel, SplicedLosses, output_hooks
+from scope.training.metrics import ReconstructionMetrics, mean_activation, measure_all, reconstruction_metrics
 
 __all__ = ["QUALITY_NAME", "Quality", "evaluate", "read_quality"]
 
-QUALITY_NAME = "quality.json"
+QUALITY_NAME = "evaluation.json"
+EARLIER_NAME = "quality.json"
+COMPARED = ("fvu", "fvu_all", "l0", "delta_ce", "ce_recovered")
+"""What is told of a baseline."""
 WINDOWS_PER_DOCUMENT = 2
 LIVE_ROWS = 2**13
 """Rows that the model computes for a live source's figures, held out, and as many for the mean."""
@@ -48,16 +48,27 @@ class Quality(NamedTuple):
     reconstruction: ReconstructionMetrics
     cross_entropy: CrossEntropyMetrics | None
     """None where no model was given, and for a crosscoder."""
+    baselines: Mapping[str, "Quality"] = {}
+    """The same of what it is to be compared with, by name: "pca", "random", "mean"."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """All figures, flat and JSON-able: fvu, fvu_all, l0, dead_share, …, delta_ce, ce_recovered, …"""
+    def figures(self) -> dict[str, Any]:
+        """Its own figures, flat and JSON-able: fvu, fvu_all, l0, dead_share, …, delta_ce, ce_recovered, …"""
         return {
             **self.reconstruction.to_dict(),
             **(self.cross_entropy.to_dict() if self.cross_entropy else {}),
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """`figures`, and as `baselines` those of the baselines that a reader compares."""
+        named = [*COMPARED, *(f"{name}_interval" for name in COMPARED)]
+        compared = {
+            which: {name: value for name, value in quality.figures().items() if name in named}
+            for which, quality in self.baselines.items()
+        }
+        return {**self.figures(), **({"baselines": compared} if compared else {})}
+
     def save(self, folder: Path) -> None:
-        """Write `quality.json` into the SAE's folder."""
+        """Write `evaluation.json` into the SAE's folder."""
         write_atomically(folder / QUALITY_NAME, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     def summary(self) -> str:
@@ -74,8 +85,13 @@ class Quality(NamedTuple):
             lines.append(
                 f"On {loss.n_tokens:,} held-out tokens: delta_ce {loss.delta_ce:.3f}{_interval(loss.delta_ce_interval)}"
                 f" nats (plain {loss.ce:.3f}, spliced {loss.ce_sae:.3f}, mean in its place {loss.ce_mean:.3f}; "
-                f"recovered {loss.ce_recovered:.1%})"
+                f"recovered {loss.ce_recovered:.1%}{_interval(loss.ce_recovered_interval)})"
             )
+        for which, quality in self.baselines.items():
+            seen, loss = quality.reconstruction, quality.cross_entropy
+            name = {"pca": f"PCA of rank {seen.l0:.0f}", "random": "random dictionary", "mean": "mean"}[which]
+            spliced = f", delta_ce {loss.delta_ce:.3f}, recovered {loss.ce_recovered:.1%}" if loss else ""
+            lines.append(f"  beside it, {name}: fvu {seen.fvu:.4f}{spliced}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -88,8 +104,10 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 def read_quality(folder: Path) -> dict[str, Any]:
     """The figures that `Quality.save` left beside an SAE; empty where there are none."""
-    path = folder / QUALITY_NAME
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    for name in (QUALITY_NAME, EARLIER_NAME):
+        if (folder / name).is_file():
+            return dict(json.loads((folder / name).read_text()))
+    return {}
 
 
 def evaluate(
@@ -98,6 +116,7 @@ def evaluate(
     model: LossModel | None = None,
     *,
     ce_tokens: int = 4096,
+    baselines: bool = True,
     seed: int = 0,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Quality:
@@ -108,6 +127,8 @@ def evaluate(
         store: the activations, and the tokens for the cross-entropy; or a live source.
         model: the model that filled the store; None leaves the cross-entropy out, as a crosscoder does.
         ce_tokens: tokens to measure the cross-entropy on, at least.
+        baselines: whether to measure PCA of the same rank, a random dictionary and the mean as well, where the SAE
+            reads and writes one hook.
         seed: of the draw of windows and of the intervals.
         progress: called with (passes done, passes in all).
 
@@ -116,24 +137,42 @@ def evaluate(
         UnknownNameError, MismatchError: the store lacks the SAE's hook, or it has another width.
     """
     report = progress or (lambda done, total: None)
-    passes = 1 if model is None or isinstance(sae, Crosscoder) else 4
-    live = isinstance(store, LiveActivations)
+    spliced = model is not None and not isinstance(sae, Crosscoder) and not isinstance(store, AlignedStores)
+    compared = baselines and len(sae.cfg.ports.inputs) == 1 and not sae.cfg.ports.outputs
+    passes = 1 + (3 if spliced else 0) + (3 if spliced and compared else 1 if compared else 0)
+    live = LIVE_ROWS if isinstance(store, LiveActivations) else None
     measured = store.held_out(LIVE_ROWS) if isinstance(store, LiveActivations) else store
-    reconstruction = reconstruction_metrics(sae, measured, seed=seed)
+    own = reconstruction_metrics(sae, measured, seed=seed)
     report(1, passes)
-    if model is None or isinstance(sae, Crosscoder) or isinstance(measured, AlignedStores):
-        return Quality(reconstruction, None)
-    windows, documents = held_out_windows(measured, ce_tokens, seed)
-    loss = delta_ce(
-        model,
-        sae,
-        windows,
-        {hook: mean_activation(store, hook, max_rows=LIVE_ROWS if live else None) for hook in output_hooks(sae)},
-        documents=documents,
-        seed=seed,
-        progress=lambda done, total: report(1 + done, passes),
+    others: dict[str, SAE] = {}
+    means = {}
+    if compared:
+        moments = training_moments(store, str(sae.hook_name), max_rows=live, device=sae.device, seed=seed)
+        others, means = baselines_for(sae, moments, own.l0, seed), {str(sae.hook_name): moments.mean}
+    elif spliced:
+        means = {hook: mean_activation(store, hook, max_rows=live) for hook in output_hooks(sae)}
+    reconstructions = measure_all(others, measured, seed=seed) if others else {}
+    losses: dict[str, CrossEntropyMetrics] = {}
+    if spliced:
+        assert model is not None
+        assert not isinstance(measured, AlignedStores)
+        windows, documents = held_out_windows(measured, ce_tokens, seed)
+        on_device = {hook: mean.to(sae.device) for hook, mean in means.items()}
+        first = passes - 3 - len(others)
+        measure = SplicedLosses(
+            model,
+            windows,
+            on_device,
+            documents=documents,
+            seed=seed,
+            progress=lambda done, total: report(first + done, passes),
+        )
+        losses = {name: measure.of(one) for name, one in {"": sae, **others}.items()}
+    return Quality(
+        own,
+        losses.get(""),
+        {name: Quality(found, losses.get(name)) for name, found in reconstructions.items()},
     )
-    return Quality(reconstruction, loss)
 
 
 def held_out_windows(

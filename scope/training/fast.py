@@ -1,11 +1,12 @@
-"""`FastStep`: the trainer's step for TopK and BatchTopK, without autograd and without waiting for the device.
+"""`FastStep`: the trainer's step for TopK, BatchTopK and JumpReLU, without autograd and without waiting for the device.
 
 It computes what `SAETrainer` computes through autograd, with gradients written down by hand. With B rows, f the sparse
-features, r = x_hat - x, and "at f" the k entries of each row:
+features, r = x_hat - x, and "at f" the entries of each row:
 
-1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the k largest of each row are f. For
-   BatchTopK they are the k B largest of the batch, chosen among the `WIDEST` x k largest of each row.
-2. r, and the gradient at f: (2/B) r · W_dec at f, where f > 0.
+1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the entries are what fires, for
+   JumpReLU also what lies in a threshold's window (`scope.training.selection`).
+2. r, and the gradient at f: (2/B) r · W_dec at f, where f > 0. JumpReLU's estimators make of it the gradients of
+   pre-activations and thresholds, and add those of its penalty.
 3. AuxK (Gao et al. 2024, A.2) over the dead features, which are few enough for dense products: ê from their k_aux
    largest pre-activations on each row, and the gradients of share x coefficient ‖r + ê‖² / B.
 4. dW_dec = (2/B) fᵀ r and dW_enc = (gradient at f)ᵀ (scale x - b_dec), rows of active features only; db_enc and what
@@ -17,9 +18,12 @@ features, r = x_hat - x, and "at f" the k entries of each row:
 The host reads what a step found `LAG` steps later, when the device has long finished it: whether its rows and its
 gradient were finite, and how many features were dead. Until then a step that met a NaN has moved nothing, and neither
 has any step after it. The number of dead features sizes the products of AuxK, so that a feature which died within the
-last `LAG` steps may wait as long for its first aid; checkpoints hold these numbers, and a resumed run does the same.
+last `LAG` steps may wait as long for its first aid. The fullest row says how many entries a row of a JumpReLU may have
+`LAG` steps later. Checkpoints hold these numbers, and a resumed run does the same.
 
 On the CPU the same code waits for nothing (its lag is 0). All sums are in a fixed order.
+
+What several processes exchange in a step is in `scope.training.distributed_fast`, which overrides some of the methods.
 """
 
 from collections import deque
@@ -32,18 +36,24 @@ from torch import Tensor
 from scope.kernels import step as products
 from scope.kernels.adam import adam_rows
 from scope.kernels.tensors import has_triton
-from scope.kernels.topk import keep_largest, largest_of_all, linear_topk
+from scope.kernels.topk import keep_largest, linear_topk
 from scope.saes.batchtopk import BatchTopKSAE, followed_threshold
+from scope.saes.jumprelu import JumpReLUSAE
 from scope.saes.topk import TopKSAE
 from scope.training.schedules import learning_rate_share
+from scope.training.selection import (
+    Estimates,
+    Selected,
+    estimate,
+    next_width,
+    select_batchtopk,
+    select_jumprelu,
+)
 
 if TYPE_CHECKING:
     from scope.training.trainer import SAETrainer, StepReport
 
 __all__ = ["FastStep", "supports_fast_step"]
-
-WIDEST = 4
-"""Multiple of k that a row of a BatchTopK takes at most; what a row would take beyond goes to others."""
 
 LAG = 2
 """Steps between a step on a GPU and the host's reading what it found: one that runs, one that waits in the queue."""
@@ -54,16 +64,21 @@ MAX_AUX = 16_384
 
 
 def supports_fast_step(trainer: "SAETrainer") -> bool:
-    """Whether this trainer's settings are ones that `FastStep` computes: TopK or BatchTopK on a GPU in bfloat16, where
-    there is Triton, and TopK on the CPU; nothing but the gradient, AuxK, and Adam with unit decoder rows."""
+    """Whether this trainer's settings are ones that `FastStep` computes: TopK, BatchTopK or JumpReLU, on a GPU in
+    bfloat16, where there is Triton, or on the CPU; nothing but the gradient, the sparsity penalty, AuxK, and Adam with
+    unit decoder rows."""
     sae, config = trainer.sae, trainer.config
-    if type(sae) not in (TopKSAE, BatchTopKSAE) or not sae.cfg.apply_b_dec_to_input or sae.dtype != torch.float32:
+    if (
+        type(sae) not in (TopKSAE, BatchTopKSAE, JumpReLUSAE)
+        or not sae.cfg.apply_b_dec_to_input
+        or sae.dtype != torch.float32
+    ):
         return False
     if len(trainer.ports.inputs) != 1 or not config.is_plain:
         return False
     if sae.device.type == "cuda":
         return config.product_dtype == "bfloat16" and has_triton()
-    return sae.device.type == "cpu" and type(sae) is TopKSAE  # BatchTopK's own step has no limit to a row's features
+    return sae.device.type == "cpu"
 
 
 class _Entries(NamedTuple):
@@ -76,6 +91,8 @@ class _Entries(NamedTuple):
     ids: Tensor
     groups: products.EntryGroups
     sums: products.FeatureSums
+    """Its `bias_gradient` is the sum of `at_f`."""
+    threshold_gradient: Tensor | None
 
 
 class _Aux(NamedTuple):
@@ -94,7 +111,7 @@ class _Pending(NamedTuple):
     """A step whose findings the host has not read."""
 
     found: Tensor
-    """On the host, once `event` is done: rows finite, gradient finite, dead features."""
+    """On the host, once `event` is done: rows finite, gradient finite, dead features, entries of the fullest row."""
     event: Any
     batch: Tensor
     rows: Any
@@ -117,7 +134,9 @@ class FastStep:
         self.dtype = getattr(torch, config.product_dtype)
         self.dead_counts: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
         """(steps done before, dead features) of the last steps that were read."""
-        self._over_batch = type(sae) is BatchTopKSAE
+        self.fullest: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
+        """(steps done before, entries of the fullest row) of the same steps."""
+        self._over_batch, self._jumps = type(sae) is BatchTopKSAE, type(sae) is JumpReLUSAE
         self._pending: deque[_Pending] = deque()
         self._weights = trainer._rows
         for weight in self._weights.values():
@@ -135,12 +154,16 @@ class FastStep:
 
     def counters(self) -> dict[str, Any]:
         """What of a later step depends on earlier ones, beside the trainer's own state; JSON-able."""
-        return {"dead_counts": [list(pair) for pair in self.dead_counts]}
+        return {
+            "dead_counts": [list(pair) for pair in self.dead_counts],
+            "fullest": [list(pair) for pair in self.fullest],
+        }
 
     def restore(self, counters: dict[str, Any]) -> None:
         """Take over `counters`, and whatever weights the trainer has now."""
-        pairs = [(int(step), int(count)) for step, count in counters.get("dead_counts", [])]
-        self.dead_counts = deque(pairs, maxlen=self.lag + 1)
+        for name in ("dead_counts", "fullest"):
+            pairs = [(int(step), int(count)) for step, count in counters.get(name, [])]
+            setattr(self, name, deque(pairs, maxlen=self.lag + 1))
         self._pending.clear()
         self._versions.clear()
         self._healthy.fill_(1.0)
@@ -164,39 +187,41 @@ class FastStep:
         trainer, config, sae = self.trainer, self.trainer.config, self.trainer.sae
         x = batch.to(sae.device, non_blocking=True)
         if trainer.scale is None:
-            trainer.initialise(x)
+            trainer.initialise(trainer.team.all_rows(x.float()))
         assert trainer.scale is not None
         self._renew_copies()
-        n_rows = len(x)
+        n_rows = self._rows_of_all(len(x))
         before = (trainer.steps_done, trainer.tokens_done, trainer.firing_tokens)
         since = trainer.tokens_since_fired
         dead = since >= config.dead_after
 
         centred, norms = products.centre(x, trainer.scale, sae.b_dec, self.dtype)
-        values, ids = self._encode(centred)
-        residual, dots, squares = products.residual_and_dots(
-            x, trainer.scale, values, ids, self._copies["W_dec"], sae.b_dec
-        )
-        at_f = torch.where(values > 0, dots * (2 / n_rows), 0.0)
-        groups = products.group_entries(ids, sae.d_sae, values > 0 if self._over_batch else None)
-        sums = products.feature_sums(values, at_f, ids, groups)
-        n_dead = dead.sum()
+        selected = self._encode(centred)
+        values, _, counted, _ = selected
+        residual, dots, squares = self._residual(x, selected)
+        coefficient = trainer.controller.coefficient(trainer.steps_done) if trainer.controller else None
+        entries, penalty = self._entries(selected, dots, coefficient)
+        n_dead = self._over_features(dead.sum())
         aux = self._auxk(centred, residual, dead, n_dead) if config.auxk_coefficient else None
-        error = squares.sum() / n_rows
-        total = error + aux.loss if aux else error
-
-        entries = _Entries(values * (2 / n_rows), at_f, ids, groups, sums)
-        gradients, parts = self._gradient(centred, residual, entries, aux)
-        grad_norm = torch.stack(parts).sum().sqrt() / sae.d_in
-        rows_finite = torch.isfinite(norms.sum())
+        seen = torch.cat([squares.sum()[None], norms.sum()[None], x.sum(dim=0, dtype=torch.float32)])
+        error, square, total = self._over_rows(seen).split((1, 1, sae.d_in))
+        error = error[0] / n_rows
+        parts = {} if penalty is None else {"sparsity": penalty}
+        parts |= {"auxk": aux.loss} if aux else {}
+        gradients, norms_of = self._gradient(centred, residual, entries, aux)
+        grad_norm = torch.stack(norms_of).sum().sqrt() / sae.d_in
+        rows_finite = torch.isfinite(square[0])
         ok = rows_finite & torch.isfinite(grad_norm)
         self._healthy.mul_(ok)
         clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
-        learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), groups, aux)
-        self._follow(values)
-        fired = self._count(sums.fired, n_rows)
-        self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float()]), batch, rows, before)
-        mean = x.sum(dim=0, dtype=torch.float32).mul_(trainer.scale / n_rows)
+        learning_rate = self._move(gradients, torch.stack([clip, self._healthy]), entries.groups, aux)
+        fires = self._over_rows(entries.sums.fired)
+        fired, over_dense = self._count(fires, n_rows)
+        self._follow(values, fired / n_rows)
+        fullest = self._most(counted.sum(dim=1).max()) if counted is not None and self._jumps else n_dead
+        self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float(), fullest.float()]), batch, rows, before)
+        mean = total * (trainer.scale / n_rows)
+        parts = self._means(parts)
         if self.lag == 0:
             self._read(self._pending.popleft())
         from scope.training.trainer import StepReport  # which imports this module
@@ -205,29 +230,108 @@ class FastStep:
             step=trainer.steps_done,
             tokens=trainer.tokens_done,
             learning_rate=learning_rate,
-            loss=total / sae.d_in,
+            loss=(error + sum(parts.values())) / sae.d_in,
             grad_norm=grad_norm,
-            fvu=error * n_rows / (norms.sum() - n_rows * mean.square().sum()),
+            fvu=error * n_rows / (square[0] - n_rows * mean.square().sum()),
             l0=fired / n_rows,
             dead=n_dead.float(),
-            parts={"auxk": aux.loss / sae.d_in} if aux else {},
+            parts={name: part / sae.d_in for name, part in parts.items()},
+            coefficient=coefficient,
+            over_dense=over_dense.float(),
         )
 
-    def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Values, 0 or more, and ids of the entries of each row."""
-        sae, k = self.trainer.sae, self.trainer.config.k
-        width = min(WIDEST * k, sae.d_sae) if self._over_batch else k
-        values, ids = linear_topk(centred, self._copies["W_enc"], sae.b_enc.to(self.dtype), width)
-        values = values.float().relu_()
-        if self._over_batch:
-            values = torch.where(largest_of_all(values, k * len(values)), values, 0.0)
-        return values, ids.int()
+    # What one process alone need not ask anybody; see `scope.training.distributed_fast`.
 
-    def _follow(self, values: Tensor) -> None:
-        """BatchTopK's running threshold."""
+    def _rows_of_all(self, own: int) -> int:
+        """Rows of the batch over all processes."""
+        return own
+
+    def _over_rows(self, tensor: Tensor) -> Tensor:
+        """The sum over the whole batch of what is the sum over this process's rows."""
+        return tensor
+
+    def _over_features(self, tensor: Tensor) -> Tensor:
+        """The sum over all features of what is the sum over this process's."""
+        return tensor
+
+    def _most(self, tensor: Tensor) -> Tensor:
+        """The largest over all processes."""
+        return tensor
+
+    def _means(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss's further terms for the whole batch and all features."""
+        return parts
+
+    def _written(self, name: str) -> None:
+        """The gradient of a matrix is complete."""
+
+    def _residual(self, x: Tensor, selected: Selected) -> products.Residual:
+        """What the decoder leaves over."""
+        scale, sae = self.trainer.scale, self.trainer.sae
+        assert scale is not None
+        values, ids, counted, _ = selected
+        return products.residual_and_dots(x, scale, values, ids, self._copies["W_dec"], sae.b_dec, counted)
+
+    def _aux_width(self, known: int, dead: Tensor) -> int:
+        """How many dead features AuxK makes room for, where so many are known."""
+        multiple = AUX_MULTIPLE if self.trainer.sae.device.type == "cuda" else 1
+        return min(MAX_AUX, -(-known // multiple) * multiple, self.trainer.sae.d_sae)
+
+    def _aux_kept(self, pre: Tensor, n_taken: Tensor, k_aux: int) -> Tensor:
+        """ReLU of each row's k_aux largest of the dead features' pre-activations, of which the first n_taken count."""
+        return keep_largest(pre, n_taken, k_aux)
+
+    def _aux_left(self, residual: Tensor, f: Tensor, W_dec: Tensor) -> Tensor:
+        """ê - e, as residual is -e."""
+        return torch.addmm(residual, f, W_dec)
+
+    def _encode(self, centred: Tensor) -> Selected:
+        """The entries of each row."""
+        sae, k, W = self.trainer.sae, self.trainer.config.k, self._copies["W_enc"]
+        if self._jumps:
+            width = next_width(self._found_then(self.fullest), k, sae.d_sae)
+            return select_jumprelu(centred, W, sae.b_enc, sae.threshold, sae.cfg.bandwidth, width)  # type: ignore[attr-defined]
         if self._over_batch:
-            moved = followed_threshold(self.trainer.sae.threshold, torch.where(values > 0, values, torch.inf).min())
-            self.trainer.sae.threshold.copy_(torch.where(self._healthy > 0, moved, self.trainer.sae.threshold))
+            return select_batchtopk(centred, W, sae.b_enc.to(self.dtype), k)
+        values, ids = linear_topk(centred, W, sae.b_enc.to(self.dtype), k)
+        return Selected(values.float().relu_(), ids.int())
+
+    def _entries(self, selected: Selected, dots: Tensor, coefficient: Tensor | None) -> tuple[_Entries, Tensor | None]:
+        """The gradients at the entries, and the sparsity penalty where there is one."""
+        values, ids, counted, _ = selected
+        d_sae, n_rows = self.trainer.sae.d_sae, len(values)
+        at_values = torch.where(values > 0, dots * (2 / n_rows), 0.0)
+        groups = products.group_entries(ids, d_sae, counted)
+        sums = products.feature_sums(values, at_values, ids, groups)
+        if coefficient is None:
+            return _Entries(values * (2 / n_rows), at_values, ids, groups, sums, None), None
+        found: Estimates = estimate(self.trainer.sae, selected, dots * (2 / n_rows), coefficient)
+        at_threshold = products.feature_sums(values, found.at_threshold, ids, groups).bias_gradient
+        bias = products.feature_sums(values, found.at_pre, ids, groups).bias_gradient
+        entries = _Entries(
+            values * (2 / n_rows), found.at_pre, ids, groups, sums._replace(bias_gradient=bias), at_threshold
+        )
+        return entries, found.penalty
+
+    def _found_then(self, noted: deque[tuple[int, int]]) -> int | None:
+        """What was noted of the step `lag` steps ago, or of the last one where the host may look."""
+        return dict(noted).get(self.trainer.steps_done - max(1, self.lag))
+
+    def _follow(self, values: Tensor, l0: Tensor) -> None:
+        """What goes on beside the gradient: BatchTopK's running threshold, JumpReLU's L0 controller and its bounds.
+        Nothing moves in a step that met a NaN."""
+        trainer, sae = self.trainer, self.trainer.sae
+        if self._over_batch:
+            smallest = torch.where(values > 0, values, torch.inf).min()
+            moved = followed_threshold(sae.threshold, -self._most(-smallest))
+            sae.threshold.copy_(torch.where(self._healthy > 0, moved, sae.threshold))
+        if trainer.controller:
+            before = {name: tensor.clone() for name, tensor in trainer.controller.state().items()}
+            trainer.controller.observe(trainer.steps_done, l0, trainer.config.k)
+            for name, tensor in trainer.controller.state().items():
+                tensor.copy_(torch.where(self._healthy > 0, tensor, before[name]))
+        if self._jumps:
+            sae.threshold.clamp_(min=0)
 
     def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor, n_dead: Tensor) -> _Aux | None:
         """Loss and gradients of AuxK; None while no feature was dead."""
@@ -235,21 +339,20 @@ class FastStep:
         known = int(n_dead) if self.lag == 0 else dict(self.dead_counts).get(trainer.steps_done - self.lag, 0)
         if not known:
             return None
-        multiple = AUX_MULTIPLE if sae.device.type == "cuda" else 1
-        width = min(MAX_AUX, -(-known // multiple) * multiple, sae.d_sae)
+        width = self._aux_width(known, dead)
         rank = dead.cumsum(0) - 1
         slots = torch.where(dead & (rank < width), rank, -1)
         ids = torch.zeros(width + 1, dtype=torch.int64, device=sae.device)
         ids.scatter_(0, torch.where(slots >= 0, slots, width), torch.arange(sae.d_sae, device=sae.device))
         ids = ids[:width]
-        n_taken = n_dead.clamp_max(width)
+        n_taken = dead.sum().clamp_max(width)
         k_aux, n_rows = config.k_aux_for(sae.d_in), len(centred)
         W_enc, W_dec = self._copies["W_enc"][ids], self._copies["W_dec"][ids]
         pre = torch.addmm(sae.b_enc[ids].to(self.dtype), centred, W_enc.T)
-        f = keep_largest(pre, n_taken, k_aux)
-        left = torch.addmm(residual, f, W_dec)  # ê - e, as residual is -e
+        f = self._aux_kept(pre, n_taken, k_aux)
+        left = self._aux_left(residual, f, W_dec)
         # Few dead features explain little of the error; full weight would only make them noisy.
-        weight = config.auxk_coefficient * (n_taken / k_aux).clamp_max(1.0) / n_rows
+        weight = config.auxk_coefficient * (self._over_features(n_taken) / k_aux).clamp_max(1.0) / n_rows
         loss = weight * torch.linalg.vector_norm(left, dtype=torch.float32).square()
         left.mul_(2 * weight)
         at_f = torch.ops.aten.threshold_backward(left @ W_dec.T, f, 0)  # zero where f is
@@ -272,23 +375,29 @@ class FastStep:
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The gradients by name, with what of W_dec's lies along its rows; and the squares of their norms."""
         slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
-        weights, at_f, ids, groups, sums = entries
+        weights, at_f, ids, groups, sums, at_threshold = entries
         squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
+        self._written("W_dec")
         squares_enc = products.feature_rows(centred, at_f, ids, groups, self._gradients["W_enc"], slots, enc)
+        self._written("W_enc")
         bias, along = sums.bias_gradient, sums.along
         if aux:
             slot, has_slot = aux.slots.clamp_min(0).long(), aux.slots >= 0
             bias = bias + torch.where(has_slot, aux.bias_gradient[slot], 0.0)
             along = along + torch.where(has_slot, aux.along[slot], 0.0)
         b_dec = residual.sum(dim=0, dtype=torch.float32).mul_(2 / len(residual))
-        b_dec -= (bias.to(self.dtype) @ self._copies["W_enc"]).float()
+        b_dec -= self._over_features((bias.to(self.dtype) @ self._copies["W_enc"]).float())
         parts = [
             (squares_dec - along.square()).clamp_min(0).sum(),  # rows of norm 1: what is taken out along them
             squares_enc.sum(),
             bias.square().sum(),
             b_dec.square().sum(),
         ]
-        return {**self._gradients, "b_enc": bias, "b_dec": b_dec, "along": along}, parts
+        gradients = {**self._gradients, "b_enc": bias, "b_dec": b_dec, "along": along}
+        if at_threshold is not None:
+            parts.append(at_threshold.square().sum())
+            gradients["threshold"] = at_threshold
+        return gradients, parts
 
     def _move(
         self,
@@ -304,6 +413,7 @@ class FastStep:
         # On the CPU `feature_rows` writes every row, zeros too; on a GPU Adam reads active ones only.
         on_cuda = trainer.sae.device.type == "cuda"
         counts, slots = (groups.offsets.diff() if on_cuda else None), (aux.slots if aux else None)
+        factors = {group["params"][0]: group["factor"] for group in trainer.optimiser.param_groups}
         for name, weight in self._weights.items():
             state = trainer.optimiser.state[weight]
             sparse: dict[str, Any] = {}
@@ -317,15 +427,17 @@ class FastStep:
                 state["exp_avg_sq"],
                 gradients[name],
                 control,
-                lr=learning_rate,
+                lr=learning_rate * factors[weight],
                 betas=(config.beta1, config.beta2),
                 step=trainer.steps_done + 1,
                 **sparse,
             )
         return learning_rate
 
-    def _count(self, fired: Tensor, n_rows: int) -> Tensor:
-        """Count firings and steps; how many entries fired."""
+    def _count(self, fired: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Count firings and steps; how many entries fired, and how many features did so on a tenth of the rows."""
+        from scope.training.trainer import OVER_DENSE  # which imports this module
+
         trainer, config = self.trainer, self.trainer.config
         healthy = self._healthy > 0
         since = torch.where(fired > 0, 0, trainer.tokens_since_fired + n_rows)
@@ -335,7 +447,8 @@ class FastStep:
         if trainer.steps_done > (1 - config.decay) * config.steps or not config.decay:
             trainer.firings += torch.where(healthy, fired, 0)
             trainer.firing_tokens += n_rows
-        return fired.sum()
+        counts = self._over_features(torch.stack([fired.sum(), (fired > OVER_DENSE * n_rows).sum()]))
+        return counts[0], counts[1]
 
     def _note(self, found: Tensor, batch: Tensor, rows: Any, before: tuple[int, int, int]) -> None:
         event = None
@@ -350,9 +463,10 @@ class FastStep:
     def _read(self, pending: _Pending) -> None:
         if pending.event is not None:
             pending.event.synchronize()
-        rows_finite, finite, n_dead = pending.found.tolist()
+        rows_finite, finite, n_dead, fullest = pending.found.tolist()
         if finite:
             self.dead_counts.append((pending.before[0], int(n_dead)))
+            self.fullest.append((pending.before[0], int(fullest)))
             return
         trainer = self.trainer
         trainer.steps_done, trainer.tokens_done, trainer.firing_tokens = pending.before

@@ -7,8 +7,9 @@
 The thread is `DEPTH` batches ahead. On the CPU batches pass through as they are.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +17,36 @@ from torch import Tensor
 from activations.pipeline import Channel, Worker
 from scope.training.data import Batch
 
-__all__ = ["DEPTH", "on_device"]
+__all__ = ["DEPTH", "Timed", "on_device"]
 
 DEPTH = 3
 """Batches that lie on the device in advance."""
+
+
+Item = TypeVar("Item")
+
+
+class Timed(Generic[Item]):
+    """An iterator that knows how long its consumer has waited for it.
+
+    On a GPU the host runs at most two steps ahead of the device (`scope.training.fast`): where it waits for long here,
+    the device has nothing to do.
+    """
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+        self.waited = 0.0
+        """Seconds spent in `next` so far."""
+
+    def __iter__(self) -> "Timed[Item]":
+        return self
+
+    def __next__(self) -> Item:
+        started = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self.waited += time.perf_counter() - started
 
 
 class _Sent(NamedTuple):

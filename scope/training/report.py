@@ -42,6 +42,8 @@ class TrainReport:
     """Share of features that fired on more than a tenth of the rows during the decay."""
     log: tuple[dict[str, Any], ...]
     """The run log's lines."""
+    data_wait_share: float = 0.0
+    """Share of the time that the loop waited for its next batch."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,6 +72,7 @@ class TrainReport:
             "train_dead_share": self.dead_share,
             "train_dead_tokens": self.dead_tokens,
             "train_over_dense_share": self.over_dense_share,
+            "train_data_wait_share": round(self.data_wait_share, 4),
         }
 
     def summary(self) -> str:
@@ -77,7 +80,7 @@ class TrainReport:
         where = f" -> {self.path}" if self.path else ""
         return (
             f"Trained {self.sae.d_sae:,} features on {self.tokens:,} rows of {self.hook} in {self.seconds:,.0f} s "
-            f"({self.tokens_per_second:,.0f} rows/s){where}\n"
+            f"({self.tokens_per_second:,.0f} rows/s, {self.data_wait_share:.1%} of the time waiting for data){where}\n"
             f"On training rows: fvu {self.fvu:.4f}, l0 {self.l0:.1f}, dead {self.dead_share:.1%} "
             f"(no firing in {self.dead_tokens:,} rows), denser than 10%: {self.over_dense_share:.1%}"
         )

@@ -7,6 +7,9 @@
 3. At the end the SAE and its log are put in the output folder as a whole. A run that stopped early leaves its working
    folder, and the same call goes on from its last checkpoint to the weights of an uninterrupted run.
 
+Several processes started by torchrun divide each batch, or the SAE (`scope.training.distributed`); the first one
+writes.
+
 In a sweep the batches start where the trainer that is furthest behind has to go on; the others wait for their own.
 """
 
@@ -20,7 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from activations.source import ActivationSource
 from scope.errors import InterruptedRunError, NonFiniteError
@@ -31,7 +36,8 @@ from scope.training.data import (
     as_hooks,
     shuffled_batches,
 )
-from scope.training.prefetch import on_device
+from scope.training.distributed import watched
+from scope.training.prefetch import Timed, on_device
 from scope.training.report import TrainReport
 from scope.training.single import SingleRun
 from scope.training.sweeps import SweepRun, require_one_pass
@@ -40,6 +46,8 @@ __all__ = ["train", "train_sweep"]
 
 SAMPLE_ROWS = 8192
 """Rows that settle the scale and b_dec; they are trained on too."""
+INTERRUPT_STEPS = 16
+"""Steps after which several processes with GPUs ask each other for a Ctrl-C, for which their hosts wait."""
 
 
 def train(
@@ -51,6 +59,8 @@ def train(
     hook_out: str | Sequence[str] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> TrainReport:
     """Train an SAE on one hook of a source, or a transcoder or crosscoder on several.
 
@@ -62,8 +72,11 @@ def train(
         hook_out: the hook that a transcoder writes; those of a cross-layer transcoder in order.
         progress: called with (rows done, rows in all).
         provenance: fields of `SAEMetadata` to record beside what the source itself knows.
+        trackers: where else the lines of the run log go: "tensorboard", "wandb".
+        snapshots: decoders to keep along the way beside `out`, for comparisons (`scope.training.snapshots`).
 
     Raises:
+        MissingDependencyError: a tracker's package is not installed.
         UnknownNameError: the source has no such hook, or there is no such architecture.
         InvalidInputError: the settings cannot be met, such as more rows in a batch than the source has to train on, or
             an architecture that does not read or write so many hooks.
@@ -71,8 +84,12 @@ def train(
         NonFiniteError: a NaN or an Inf in the activations; the last checkpoint stays.
         InterruptedRunError: Ctrl-C; the checkpoint taken then says where to go on.
     """
-    run = SingleRun(source, SweepRun("", as_hooks(hook), as_hooks(hook_out), config), out, provenance or {})
-    return _train_all([run], source, progress)[0]
+    with watched():
+        one = SweepRun("", as_hooks(hook), as_hooks(hook_out), config)
+        run = SingleRun(source, one, out, provenance or {}, trackers, snapshots)
+        # A process that was killed between putting the SAE there and deleting its working folder had finished.
+        report = run.finished() if run.team.same(int(run.is_half_done)) else None
+        return report or _train_all([run], source, progress)[0]
 
 
 def train_sweep(
@@ -82,6 +99,8 @@ def train_sweep(
     *,
     progress: Callable[[int, int | None], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = (),
+    snapshots: int = 0,
 ) -> list[TrainReport]:
     """Train many SAEs from one pass over the data, each as `train` would alone on the same rows.
 
@@ -93,6 +112,8 @@ def train_sweep(
         out: each run's SAE is put in the folder of its name below this one. None keeps them in memory.
         progress: called with (rows done, rows in all).
         provenance: as for `train`.
+        trackers: as for `train`; each run has its own.
+        snapshots: as for `train`.
 
     Returns:
         A report for each run; one whose SAE is there already, from the same source and settings, is not trained again.
@@ -103,11 +124,15 @@ def train_sweep(
     """
     require_one_pass(runs)
     folder = None if out is None else Path(out)
-    made = [SingleRun(source, run, folder / run.name if folder else None, provenance or {}) for run in runs]
-    finished = [run.finished() for run in made]
-    left = [run for run, report in zip(made, finished, strict=True) if report is None]
-    reports = iter(_train_all(left, source, progress))
-    return [report or next(reports) for report in finished]
+    with watched():
+        known = provenance or {}
+        made = [
+            SingleRun(source, run, folder / run.name if folder else None, known, trackers, snapshots) for run in runs
+        ]
+        finished = [run.finished() for run in made]
+        left = [run for run, report in zip(made, finished, strict=True) if report is None]
+        reports = iter(_train_all(left, source, progress))
+        return [report or next(reports) for report in finished]
 
 
 def _train_all(
@@ -123,6 +148,11 @@ def _train_all(
             for run in runs:
                 run.open(stack)
             reports = _Loop(runs, stream, source, progress).run()
+        except NonFiniteError as error:
+            kept = [str(run.work.path) for run in runs if run.work and run.work.has_checkpoint]
+            if not kept:
+                raise
+            raise NonFiniteError(f"{error} The last checkpoint stays in {', '.join(kept)}.") from error
         except KeyboardInterrupt as error:  # outside of the steps, or a second one within
             kept = [str(run.work.path) for run in runs if run.work and run.work.has_checkpoint]
             if runs[0].out is None:
@@ -149,24 +179,27 @@ class _Loop:
         progress: Callable[[int, int | None], None] | None,
     ) -> None:
         self.runs, self.stream, self.source = runs, stream, source
-        self.config = runs[0].config
-        self.progress = progress or (lambda done, total: None)
+        self.config, self.team = runs[0].trainer.config, runs[0].team
+        self.progress = progress if progress and self.team.leads else lambda done, total: None
+        together = self.team.size > 1 and self.config.device.startswith("cuda")
+        self.look_every = INTERRUPT_STEPS if together else 1
 
     def run(self) -> list[TrainReport]:
         config = self.config
         start = min(run.trainer.steps_done for run in self.runs)
-        batches = self._initialised(on_device(self.stream(start), config.device))
+        own = (batch.part(self.team.part_of(len(batch.rows))) for batch in self.stream(start))
+        batches = Timed(self._initialised(on_device(own, config.device)))
         started = time.perf_counter() - max(run.seconds_before for run in self.runs)
         with _interrupt_deferred() as interrupted:
             for number, batch in zip(range(start, config.steps), batches, strict=False):
                 seconds = time.perf_counter() - started
                 due = [run for run in self.runs if run.trainer.steps_done == number]
                 for run in due:
-                    self._naming_the_document(run.take, batch, seconds)
+                    self._naming_the_document(run.take, batch, seconds, batches.waited)
                 self.progress((number + 1) * config.batch_size, config.steps * config.batch_size)
                 for run in due:
                     run.checkpoint_if_due(seconds)
-                if interrupted():
+                if (number + 1) % self.look_every == 0 and self.team.any(interrupted()):
                     self._stop(time.perf_counter() - started)
         return [run.report(time.perf_counter() - started) for run in self.runs]
 
@@ -176,14 +209,19 @@ class _Loop:
             return batches
         sample = list(itertools.islice(batches, -(-SAMPLE_ROWS // self.config.batch_size)))
         for run in fresh:
-            parts = [run.rows_of(batch) for batch in sample]
-            for batch, part in zip(sample, parts, strict=True):
-                for values in part:
-                    if values is not None:
-                        self._naming_the_document(run.trainer.require_finite, values, batch.rows)
-            targets = [target for _, target in parts if target is not None]
-            run.trainer.initialise(torch.cat([values for values, _ in parts]), torch.cat(targets) if targets else None)
+            values, targets = [], []
+            for batch in sample:
+                own, target = run.rows_of(batch)
+                values.append(self._whole_of(run, own, batch.rows))
+                if target is not None:
+                    targets.append(self._whole_of(run, target, batch.rows))
+            run.trainer.initialise(torch.cat(values), torch.cat(targets) if targets else None)
         return itertools.chain(sample, batches)
+
+    def _whole_of(self, run: SingleRun, own: Tensor, rows: np.ndarray) -> Tensor:
+        """All processes' rows of a batch, found finite."""
+        self._naming_the_document(run.trainer.require_finite, own, rows)
+        return own if self.team.size == 1 else self.team.all_rows(own.float().flatten(1))
 
     def _naming_the_document(self, act: Callable[..., Any], *arguments: Any) -> Any:
         try:

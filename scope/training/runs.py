@@ -30,9 +30,11 @@ __all__ = [
     "LogReader",
     "Run",
     "RunState",
+    "Snapshot",
     "discover",
     "finished_run",
     "read_checkpoint",
+    "snapshots_beside",
 ]
 
 LOG_NAME = "train.jsonl"
@@ -65,6 +67,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A decoder kept along the way (`scope.training.snapshots`)."""
+
+    steps: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run."""
 
@@ -88,6 +98,8 @@ class Run:
     """Of a finished run: `TrainReport.to_dict`."""
     sae: str | None = None
     """The SAE's id, of a finished run."""
+    snapshots: tuple["Snapshot", ...] = ()
+    """Decoders kept along the way, the earliest first."""
     changed_at: float = 0.0
     """When its log last grew, seconds since 1970."""
 
@@ -117,7 +129,9 @@ def discover(folders: Iterable[Path]) -> list[Run]:
 def _levels(folder: Path) -> Iterator[tuple[Path, str]]:
     yield folder, ""
     for child in _children(folder):
-        if not child.name.startswith(".") and child.is_dir() and not (child / "manifest.json").is_file():
+        if child.name.startswith(".") or child.name.endswith(".snapshots"):
+            continue
+        if child.is_dir() and not (child / "manifest.json").is_file():
             yield child, f"{child.name}/"
 
 
@@ -160,6 +174,7 @@ def finished_run(out: Path, name: str) -> Run:
         settings=metadata.get("training") or {},
         figures=figures,
         sae=str(manifest.get("fingerprint", ""))[:ID_LENGTH] or None,
+        snapshots=_snapshots(out),
         changed_at=(out / LOG_NAME).stat().st_mtime,
     )
 
@@ -184,7 +199,21 @@ def _unfinished(folder: Path, out: Path, name: str) -> Run:
         settings=described.get("config") or {},
         problem=problem,
         checkpoint=read_checkpoint(folder / CHECKPOINT_NAME),
+        snapshots=_snapshots(out),
         changed_at=changed,
+    )
+
+
+def snapshots_beside(out: Path) -> Path:
+    """The folder of the decoders that were kept along the way to an SAE."""
+    return out.with_name(f"{out.name}.snapshots")
+
+
+def _snapshots(out: Path) -> tuple[Snapshot, ...]:
+    return tuple(
+        Snapshot(int(path.stem.removeprefix("step-")), path)
+        for path in sorted(snapshots_beside(out).glob("step-*.safetensors"))
+        if path.stem.removeprefix("step-").isdigit()
     )
 
 

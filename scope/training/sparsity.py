@@ -101,11 +101,11 @@ class FrequencyPenalty:
         self._shares = torch.zeros(d_sae, device=device)
 
     @classmethod
-    def of(cls, config: TrainConfig, device: str) -> "FrequencyPenalty | None":
+    def of(cls, config: TrainConfig, sae: SAE) -> "FrequencyPenalty | None":
         """The penalty of a run; None where it has none."""
         if not config.frequency_coefficient:
             return None
-        return cls(config.frequency_coefficient, config.frequency_cap, config.d_sae, device)
+        return cls(config.frequency_coefficient, config.frequency_cap, sae.d_sae, config.device)
 
     def weights(self) -> Float[Tensor, " d_sae"]:
         """The weight of each feature's activations in the loss."""

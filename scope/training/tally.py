@@ -31,7 +31,9 @@ class ReconstructionMetrics(NamedTuple):
     """95% interval of `fvu`; None without documents."""
     fvu_all: float
     """Over all rows but BOS."""
+    fvu_all_interval: Interval | None
     l0: float
+    l0_interval: Interval | None
     dead_share: float
     """Share of features that never fired on `n_rows` rows."""
     over_dense_share: float
@@ -87,7 +89,9 @@ class Tally:
         # Per document: rows, each output's residual squares, each output's squares, and the sum of the rows, of those
         # within the limits.
         self.within = torch.zeros(n_documents, n_sums, dtype=torch.float64, device=sae.device)
-        self.beyond = torch.zeros(n_sums, dtype=torch.float64, device=sae.device)
+        self.beyond = torch.zeros(n_documents, n_sums, dtype=torch.float64, device=sae.device)
+        # Per document: firings, rows.
+        self.fired = torch.zeros(n_documents, 2, dtype=torch.float64, device=sae.device)
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.cosines, self.n_rows = 0.0, 0
 
@@ -101,8 +105,11 @@ class Tally:
             [part.norm(dim=-1) <= limit for part, limit in zip(y.split(self.widths, dim=-1), self.limits, strict=True)]
         ).all(dim=0)
         codes = torch.zeros(len(x), dtype=torch.int64) if self.codes is None else torch.from_numpy(self.codes[rows])
-        self.within.index_add_(0, codes.to(x.device)[inside], parts[inside])
-        self.beyond += parts[~inside].sum(dim=0)
+        codes = codes.to(x.device)
+        self.within.index_add_(0, codes[inside], parts[inside])
+        self.beyond.index_add_(0, codes[~inside], parts[~inside])
+        n_fired = (features.values > 0).sum(dim=-1).double()
+        self.fired.index_add_(0, codes, torch.stack([n_fired, torch.ones_like(n_fired)], dim=1))
         self.firings += torch.bincount(features.ids[features.values > 0].long(), minlength=self.sae.d_sae)
         self.cosines += float(torch.cosine_similarity(y.double(), y_hat, dim=-1).sum())
         self.n_rows += len(x)
@@ -112,20 +119,23 @@ class Tally:
 
     def result(self, seed: int) -> ReconstructionMetrics:
         within, n = self.within.cpu().numpy(), len(self.widths)
-        inside, everything = within.sum(axis=0), within.sum(axis=0) + self.beyond.cpu().numpy()
-        interval = None
+        whole = within + self.beyond.cpu().numpy()
+        inside, everything = within.sum(axis=0), whole.sum(axis=0)
+        fired = self.fired.cpu().numpy()
+        seen = fired[:, 1] > 0
+        l0_interval = None
         if self.codes is not None:
-            totals = self._totals(within, inside[1 + 2 * n :] / inside[0])
-            sums = np.concatenate([within[:, 1 : 1 + n], totals], axis=1)
-            interval = bootstrap(lambda drawn: (drawn[:, :n] / drawn[:, n:]).mean(axis=1), sums, seed)
+            l0_interval = bootstrap(lambda drawn: drawn[:, 0] / drawn[:, 1], fired[seen], seed)
         density = self.firings.cpu().numpy() / self.n_rows
         fvus = self._fvus(inside)
         ports = self.sae.cfg.ports.outputs or self.sae.cfg.ports.inputs
         return ReconstructionMetrics(
             fvu=float(fvus.mean()),
-            fvu_interval=interval,
+            fvu_interval=self._interval(within[seen], seed),
             fvu_all=float(self._fvus(everything).mean()),
+            fvu_all_interval=self._interval(whole[seen], seed),
             l0=float(density.sum()),
+            l0_interval=l0_interval,
             dead_share=float((density == 0).mean()),
             over_dense_share=float((density > OVER_DENSE).mean()),
             cosine=self.cosines / self.n_rows,
@@ -136,6 +146,14 @@ class Tally:
                 {str(port.hook): float(fvu) for port, fvu in zip(ports, fvus, strict=True)} if n > 1 else None
             ),
         )
+
+    def _interval(self, sums: np.ndarray, seed: int) -> Interval | None:
+        """The interval of the fvu from the sums of each document, about the mean of all."""
+        if self.codes is None:
+            return None
+        n, total = len(self.widths), sums.sum(axis=0)
+        parts = np.concatenate([sums[:, 1 : 1 + n], self._totals(sums, total[1 + 2 * n :] / total[0])], axis=1)
+        return bootstrap(lambda drawn: (drawn[:, :n] / drawn[:, n:]).mean(axis=1), parts, seed)
 
     def _fvus(self, sums: np.ndarray) -> np.ndarray:
         """The fvu of each output."""

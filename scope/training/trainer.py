@@ -12,6 +12,8 @@
 
 For TopK step 2 goes without autograd (`scope.training.fast`): the same numbers, sooner, and a GPU is not waited for.
 
+Several processes train one SAE as a `scope.training.team`: what is a sum over rows or features is one over theirs.
+
 The trainer knows nothing of stores, files or logs; `scope.training.run` is the loop around it.
 """
 
@@ -26,14 +28,20 @@ from scope.errors import InvalidInputError, MismatchError, NonFiniteError
 from scope.saes import registry
 from scope.saes.base import SAE, Port, Ports, SAEMetadata, TrainingContext
 from scope.saes.folding import fold_decoder_norm, fold_scales
+from scope.saes.sharing import ALONE as SHARED_WITH_NOBODY
+from scope.saes.sharing import FeatureShare, Sharing
 from scope.training.config import TrainConfig
-from scope.training.fast import FastStep, supports_fast_step
+from scope.training.distributed_fast import fast_step_for
 from scope.training.initialisation import centre_of, expected_norm_scale
 from scope.training.resampling import resample
 from scope.training.schedules import annealed_k, learning_rate_share
 from scope.training.sparsity import FrequencyPenalty, SparsityController
+from scope.training.team import ALONE, Team
 
-__all__ = ["SAETrainer", "StepReport"]
+__all__ = ["OVER_DENSE", "SAETrainer", "StepReport"]
+
+OVER_DENSE = 0.1
+"""A feature that fires on a larger share of the rows is over-dense."""
 
 
 class StepReport(NamedTuple):
@@ -59,6 +67,8 @@ class StepReport(NamedTuple):
     """The loss's further terms, divided by d_in, by name ("auxk", "sparsity", "frequency", …)."""
     coefficient: Float[Tensor, ""] | None = None
     """Weight of the sparsity penalty in this step; None where the activation function has none."""
+    over_dense: Float[Tensor, ""] | None = None
+    """Features that fired on more than a tenth of the batch's rows."""
 
 
 class SAETrainer:
@@ -69,13 +79,15 @@ class SAETrainer:
         d_in: width of the activations, or all hooks that are read and written, with their widths.
         metadata: provenance for the SAE; its hook name is used in errors.
         reshape_activations: "hook_z" where the rows were flattened from heads x d_head.
+        team: the processes that train this SAE together, each with a trainer of the same settings.
 
     Raises:
         UnknownNameError: there is no such architecture.
         InvalidInputError: the device cannot be used, or the architecture does not read or write so many hooks.
 
     Attributes:
-        sae: the SAE in training, in scaled units. Use `export` for one that takes raw activations.
+        sae: the SAE in training, in scaled units, with this process's features. Use `export` for one that takes raw
+            activations.
         scales: the factors that raw activations are multiplied by, of each input and then of each output that is no
             input; None before the first batch.
         steps_done, tokens_done: how far the run is.
@@ -87,9 +99,10 @@ class SAETrainer:
         d_in: int | Ports,
         metadata: SAEMetadata | None = None,
         reshape_activations: str = "none",
+        team: Team = ALONE,
     ) -> None:
         _require_device(config.device)
-        self.config = config
+        self.config, self.team = config, team
         self.metadata = metadata or SAEMetadata()
         self.ports = Ports((Port(self.metadata.hook_name, d_in),), ()) if isinstance(d_in, int) else d_in
         sae_class, config_class = registry.get(config.arch), registry.config_of(config.arch)
@@ -102,27 +115,29 @@ class SAETrainer:
             **config.architecture_options(config_class),
         )
         generator = torch.Generator().manual_seed(config.seed)
-        self.sae: SAE = sae_class(cfg, initialise=False, device=config.device)
+        config.require_divisible(team.features.stride, getattr(cfg, "n_layers", 1))
+        self.sae: SAE = sae_class(cfg, initialise=False, device=config.device, share=team.features)
+        self._by_feature = {"W_enc", "W_dec", *self.sae.activation.parameters}
         self.sae.initialise(generator, tied=config.tied_init)
         config.require_fits(self.sae.activation.coefficient is not None)
         with torch.no_grad():
             self.sae.W_enc.mul_(config.init_encoder_scale)
         # Adam works on contiguous views of the same memory: W_enc is laid out by feature.
-        self._rows = {name: _by_rows(tensor.detach()) for name, tensor in self.sae.named_parameters()}
+        self._rows = {name: _by_rows(name, tensor.detach()) for name, tensor in self.sae.named_parameters()}
         groups = [
             {"params": [row], "factor": config.threshold_lr if name == "threshold" else 1.0}
             for name, row in self._rows.items()
         ]
         self.optimiser = torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True)
         self.controller = SparsityController.of(config, self.sae)
-        self.frequency = FrequencyPenalty.of(config, config.device)
+        self.frequency = FrequencyPenalty.of(config, self.sae)
         self.scales: tuple[float, ...] | None = None
         self.steps_done = 0
         self.tokens_done = 0
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
-        self.firings = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
+        self.tokens_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=config.device)
+        self.firings = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=config.device)
         self.firing_tokens = 0
-        self.fast = FastStep(self) if supports_fast_step(self) else None
+        self.fast = fast_step_for(self)
 
     @property
     def scale(self) -> float | None:
@@ -133,12 +148,31 @@ class SAETrainer:
     def initialise(
         self, sample: Float[Tensor, "rows *width"], target: Float[Tensor, "rows d_out"] | None = None
     ) -> None:
-        """Settle the scales, b_dec and the activation function's start from a sample of raw activations."""
-        raw = [part for part in (self._checked(sample), self._checked_target(target)) if part is not None]
+        """Settle the scales, b_dec and the activation function's start from a sample of raw activations.
+
+        Every process of a team is given the whole sample.
+        """
+        raw = [part for part in (self._raw(sample), self._raw_target(target)) if part is not None]
+        for part in raw:
+            self.require_finite(part)
         parts = [part for rows, ports in zip(raw, self.ports, strict=False) for part in _split(rows, ports)]
         self.scales = tuple(expected_norm_scale(part) if self.config.scale_inputs else 1.0 for part in parts)
         scaled = [self._scaled(rows, number) for number, rows in enumerate(raw)]
-        self.sae.settle(scaled[0], centre_of(scaled[-1], self.config.b_dec_init), self.config.k)
+        self.sae.settle(scaled[0], centre_of(scaled[-1], self.config.b_dec_init), self.config.k, self._feature_sharing)
+        # All computed the same; but replicas on several devices must not differ by a bit, or they part.
+        scales = torch.tensor(self.scales, dtype=torch.float64)
+        whole = [t for name, t in self.sae.state_dict().items() if name not in self._by_feature or not self._divided]
+        self.team.take_over([scales, *whole])
+        self.scales = tuple(scales.tolist())
+
+    @property
+    def _divided(self) -> bool:
+        """Whether other processes have other features."""
+        return self.team.features.stride > 1
+
+    @property
+    def _feature_sharing(self) -> Sharing:
+        return self.team if self._divided else SHARED_WITH_NOBODY
 
     def step(
         self,
@@ -149,7 +183,8 @@ class SAETrainer:
         """Train on a batch of raw activations.
 
         Args:
-            batch: the activations, any floating dtype; those of several inputs side by side.
+            batch: the activations, any floating dtype; those of several inputs side by side. Of a team that divides
+                rows, this process's part of the batch.
             rows: their row ids, for the error message.
             target: what a transcoder is to write, the outputs side by side; None where the inputs are reconstructed.
 
@@ -160,57 +195,82 @@ class SAETrainer:
         """
         if self.fast is not None:
             return self.fast.step(self._rows_of(batch), rows)
-        raw, raw_target = self._checked(batch, rows), self._checked_target(target, rows)
+        raw, raw_target = self._raw(batch), self._raw_target(target)
+        given = [part for part in (raw, raw_target) if part is not None]
+        finite = torch.stack([torch.isfinite(part.sum(dtype=torch.float32)) for part in given]).all()
+        team, (n_rows, fine) = self.team, self.team.opening(len(raw), finite)
+        if not fine:
+            for part in given:
+                self.require_finite(part, rows)
         if self.scales is None:
-            self.initialise(raw, raw_target)
+            self.initialise(team.all_rows(raw), None if raw_target is None else team.all_rows(raw_target))
         x = self._scaled(raw, 0)
         y = x if raw_target is None else self._scaled(raw_target, 1)
         config = self.config
         k = annealed_k(self.steps_done, config.steps, config.k, config.k_start_for(), config.k_anneal)
         dead = self.tokens_since_fired >= config.dead_after
         coefficient = self.controller.coefficient(self.steps_done) if self.controller else None
+        n_dead = team.total_over_features(dead.sum())
         context = TrainingContext(
-            dead=dead if config.auxk_coefficient and bool(dead.any()) else None,
+            dead=dead if config.auxk_coefficient and bool(n_dead > 0) else None,
             auxk_coefficient=config.auxk_coefficient,
             k_aux=config.k_aux_for(self.sae.d_out),
             sparsity_coefficient=coefficient if coefficient is not None else 0.0,
             k=k,
             frequency_weights=self.frequency.weights() if self.frequency else None,
+            n_dead=int(n_dead),
+            n_rows=n_rows,
+            sharing=team,
         )
         with torch.enable_grad(), self._autocast():
             loss = self.sae.training_loss(x, context, None if raw_target is None else y)
-        loss.total.backward()
+        weight = len(x) / n_rows
+        (loss.total * weight).backward()
         learning_rate = config.peak_lr * learning_rate_share(self.steps_done, config.steps, config.warmup, config.decay)
         grad_norm = self._move(learning_rate)
-        self.sae.activation.after_step(self.sae, loss.counts)
-        fired = self._count(loss.counts, len(x))
+        terms = {"loss": loss.total.detach(), "error": loss.squared_error, **loss.parts}
+        means = torch.stack([term.float() for term in terms.values()]) * weight
+        sums = torch.cat([loss.counts.float(), y.sum(dim=0), y.square().sum()[None], means])
+        of_rows = (self.sae.d_sae, self.sae.d_out, 1, len(means))
+        counts, total, squares, means = team.sum_over_rows(sums).split(of_rows)
+        counts = counts.long()
+        self.sae.activation.after_step(self.sae, counts)
+        self._count(counts, n_rows)
+        of_features = torch.stack([counts.sum(), (counts > OVER_DENSE * n_rows).sum()])
+        fired, over_dense = team.total_over_features(of_features)
         if self.controller:
-            self.controller.observe(self.steps_done, fired / len(x), k)
+            self.controller.observe(self.steps_done, fired / n_rows, k)
         if self.frequency:
-            self.frequency.observe(loss.counts, len(x))
+            self.frequency.observe(counts, n_rows)
         if config.resample_steps and self.steps_done % config.resample_steps == 0:
-            self._resample(x, y)
-        d_out = self.sae.d_out
+            self._resample(team.all_rows(x), team.all_rows(y))
+        mean_of = dict(zip(terms, means / self.sae.d_out, strict=True))
         return StepReport(
             step=self.steps_done,
             tokens=self.tokens_done,
             learning_rate=learning_rate,
-            loss=loss.total.detach() / d_out,
+            loss=mean_of.pop("loss"),
             grad_norm=grad_norm,
-            fvu=loss.squared_error * len(x) / (y.norm().square() - len(x) * y.mean(dim=0).norm().square()),
-            l0=fired / len(x),
-            dead=dead.sum().float(),
-            parts={name: value / d_out for name, value in loss.parts.items()},
+            fvu=mean_of.pop("error") * self.sae.d_out * n_rows / (squares[0] - total.square().sum() / n_rows),
+            l0=fired / n_rows,
+            dead=n_dead.float(),
+            parts=mean_of,
             coefficient=coefficient,
+            over_dense=over_dense.float(),
         )
 
     @torch.no_grad()
     def export(self) -> SAE:
         """A copy of the SAE that takes raw activations and gives values in the model's own units, on the CPU, in the
-        form that it is stored and used in (BatchTopK becomes JumpReLU)."""
+        form that it is stored and used in (BatchTopK becomes JumpReLU).
+
+        Where processes have different features, all must call it: the first gets the whole, the others their own.
+        """
         self._settle()
-        sae = type(self.sae)(self.sae.cfg, initialise=False)
-        sae.load_state_dict(self.sae.state_dict())
+        share = FeatureShare() if self.team.leads else self.team.features
+        sae = type(self.sae)(self.sae.cfg, initialise=False, share=share)
+        for name, tensor in sae.state_dict().items():
+            _by_rows(name, tensor).copy_(self._whole(name, self._own_state(name)))
         if self.config.decoder_norm == "free":
             fold_decoder_norm(sae)
         if self.scales is not None:
@@ -219,14 +279,32 @@ class SAETrainer:
         return sae.for_inference()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Weights, Adam's state and firing counters, by name: with `counters`, all that a later step depends on."""
+        """Weights, Adam's state and firing counters, by name: with `counters`, all that a later step depends on.
+
+        Where processes have different features, all must call it: the first gets those of all, the others their own.
+        """
         self._settle()
+        return {name: self._whole(name, tensor) for name, tensor in self._own_tensors().items()}
+
+    def _own_tensors(self) -> dict[str, Tensor]:
         tensors = {"tokens_since_fired": self.tokens_since_fired, "firings": self.firings}
         for name, row in self._rows.items():
             tensors[name] = row
             for key, value in self.optimiser.state[row].items():
                 tensors[f"adam.{key}.{name}"] = value
         return {**tensors, **self._further_state()}
+
+    def _own_state(self, name: str) -> Tensor:
+        """A tensor of the SAE's `state_dict`, with features as its rows where it has features."""
+        return self._rows[name] if name in self._rows else dict(self.sae.named_buffers())[name]
+
+    def _has_features(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor of the state has a row for each feature."""
+        counts = ("tokens_since_fired", "firings", "frequency.shares")
+        return tensor.ndim > 0 and (name in counts or name.rpartition(".")[2] in self._by_feature)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        return self.team.all_features(tensor) if self._has_features(name, tensor) else tensor
 
     def _further_state(self) -> dict[str, Tensor]:
         """Buffers of the SAE, and what the sparsity control and the frequency penalty remember."""
@@ -248,7 +326,10 @@ class SAETrainer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Take over `state_tensors` and `counters` of another trainer with the same settings."""
+        """Take over `state_tensors` and `counters` of another trainer with the same settings, however many processes
+        it had."""
+        share = self.team.features
+        tensors = {name: share.of(part) if self._has_features(name, part) else part for name, part in tensors.items()}
         self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         self.firings.copy_(tensors["firings"])
         for name, row in self._rows.items():
@@ -265,17 +346,29 @@ class SAETrainer:
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of rows on which each feature fired, over the run's decay (or all of it, where there was none)."""
-        return self.firings.double().cpu() / max(1, self.firing_tokens)
+        """Share of rows on which each feature fired, over the run's decay (or all of it, where there was none).
+
+        Where processes have different features, all must ask for it: the first gets those of all, the others their own.
+        """
+        return self.team.all_features(self.firings).double().cpu() / max(1, self.firing_tokens)
+
+    @property
+    def dead_share(self) -> float:
+        """Share of features that count as dead; all processes must ask for it."""
+        dead = self.team.total_over_features((self.tokens_since_fired >= self.config.dead_after).sum())
+        return int(dead) / self.config.d_sae
 
     def require_finite(self, batch: Float[Tensor, "batch *width"], rows: Any = None) -> None:
-        """Raise `NonFiniteError` that names the hook and the rows (also as `error.rows`) if any entry is not finite."""
-        if torch.isfinite(batch.sum(dtype=torch.float32)):
+        """Raise `NonFiniteError` that names the hook and the rows (also as `error.rows`) if any entry is not finite.
+
+        In a team all members call it, and all raise.
+        """
+        if self.team.all_true(torch.isfinite(batch.sum(dtype=torch.float32))):
             return
-        bad = (~torch.isfinite(batch.flatten(1)).all(dim=-1)).nonzero().flatten().tolist()
+        own = (~torch.isfinite(batch.flatten(1)).all(dim=-1)).nonzero().flatten().tolist()
+        named = bad = self.team.all_listed(own if rows is None else [int(rows[i]) for i in own])
         if not bad:
             return
-        named = bad if rows is None else [int(rows[i]) for i in bad]
         where = f" at {self.metadata.hook_name}" if self.metadata.hook_name else ""
         listed = ", ".join(map(str, named[:5])) + (" …" if len(named) > 5 else "")
         error = NonFiniteError(
@@ -292,6 +385,23 @@ class SAETrainer:
             "lower the learning rate, or look for extreme activations."
         )
 
+    def require_finite_weights(self) -> None:
+        """Raise `NonFiniteError` that names the first of the weights and Adam's moments with a NaN or an Inf in it.
+
+        In a team all members call it, and all raise.
+        """
+        self._settle()
+        floating = {name: part for name, part in self._own_tensors().items() if part.is_floating_point()}
+        finite = [torch.isfinite(part).all() for part in floating.values()]
+        if self.team.all_true(torch.stack(finite).all()):
+            return
+        for name, part in zip(floating, finite, strict=True):
+            if not self.team.all_true(part):
+                raise NonFiniteError(
+                    f"{name} holds a NaN or an Inf after step {self.steps_done:,}. Lower the learning rate; the last "
+                    "checkpoint, where there is one, is from before."
+                )
+
     def _settle(self) -> None:
         if self.fast is not None:
             self.fast.settle()
@@ -305,16 +415,14 @@ class SAETrainer:
         scaled = [part * self.scales[first + i] for i, part in enumerate(_split(rows, ports))]
         return torch.cat(scaled, dim=-1)
 
-    def _checked_target(self, target: Tensor | None, rows: Any = None) -> Tensor | None:
+    def _raw_target(self, target: Tensor | None) -> Tensor | None:
         if not self.ports.outputs:
             return None
         width = sum(port.width for port in self.ports.outputs)
         if target is None or target.ndim != 2 or target.shape[-1] != width:
             got = "none" if target is None else f"shape {tuple(target.shape)}"
             raise MismatchError(f"The target has {got}; expected rows of width {width:,}, the outputs side by side.")
-        flat = target.to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
-        return flat
+        return target.to(self.config.device, torch.float32)
 
     @torch.no_grad()
     def _resample(self, x: Tensor, y: Tensor) -> None:
@@ -329,10 +437,8 @@ class SAETrainer:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimiser.state[row][moment][started] = 0
 
-    def _checked(self, batch: Tensor, rows: Any = None) -> Tensor:
-        flat = self._rows_of(batch).to(self.config.device, torch.float32)
-        self.require_finite(flat, rows)
-        return flat
+    def _raw(self, batch: Tensor) -> Tensor:
+        return self._rows_of(batch).to(self.config.device, torch.float32)
 
     def _rows_of(self, batch: Tensor) -> Tensor:
         flat = batch.flatten(1) if batch.ndim > 2 else batch
@@ -344,23 +450,26 @@ class SAETrainer:
 
     @torch.no_grad()
     def _move(self, learning_rate: float) -> Tensor:
-        assert self.sae.W_dec.grad is not None
-        unit_rows = self.config.decoder_norm == "unit"
-        if unit_rows:
-            along = (self.sae.W_dec.grad * self.sae.W_dec).sum(dim=-1, keepdim=True)
-            self.sae.W_dec.grad.addcmul_(along, self.sae.W_dec, value=-1)
+        gradients: dict[str, Tensor] = {}
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
-            self._rows[name].grad = _by_rows(parameter.grad)
-        norms = torch.stack([row.grad.norm() for row in self._rows.values() if row.grad is not None])
+            self._rows[name].grad = gradients[name] = _by_rows(name, parameter.grad)
+        self.team.sum_gradients(list(gradients.values()))
+        unit_rows = self.config.decoder_norm == "unit"
+        if unit_rows:
+            along = (gradients["W_dec"] * self.sae.W_dec).sum(dim=-1, keepdim=True)
+            gradients["W_dec"].addcmul_(along, self.sae.W_dec, value=-1)
+        norms = torch.stack([gradient.norm() for gradient in gradients.values()])
+        if self._divided:
+            own = torch.tensor([name in self._by_feature for name in self._rows], device=norms.device)
+            norms = torch.where(own, self.team.total_over_features(norms.square()).sqrt(), norms)
         grad_norm = norms.norm() / self.sae.d_out
         if not torch.isfinite(grad_norm):
             self.sae.zero_grad(set_to_none=True)
             raise self.gradient_error()
         if self.config.clip_grad_norm and grad_norm > self.config.clip_grad_norm:
-            for row in self._rows.values():
-                assert row.grad is not None
-                row.grad.mul_(self.config.clip_grad_norm / grad_norm)
+            for gradient in gradients.values():
+                gradient.mul_(self.config.clip_grad_norm / grad_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate * group["factor"]
         self.optimiser.step()
@@ -371,14 +480,13 @@ class SAETrainer:
         return grad_norm
 
     @torch.no_grad()
-    def _count(self, counts: Tensor, n_rows: int) -> Tensor:
+    def _count(self, counts: Tensor, n_rows: int) -> None:
         self.tokens_since_fired.add_(n_rows).masked_fill_(counts > 0, 0)
         self.steps_done += 1
         self.tokens_done += n_rows
         if self.steps_done > (1 - self.config.decay) * self.config.steps or not self.config.decay:
             self.firings += counts
             self.firing_tokens += n_rows
-        return counts.sum()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.product_dtype == "bfloat16":
@@ -397,6 +505,6 @@ def _split(rows: Tensor, ports: tuple[Port, ...]) -> tuple[Tensor, ...]:
     return rows.split([port.width for port in ports], dim=-1)
 
 
-def _by_rows(tensor: Tensor) -> Tensor:
-    """A contiguous tensor over the same memory where there is one."""
-    return tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor.contiguous()
+def _by_rows(name: str, tensor: Tensor) -> Tensor:
+    """A parameter, or its gradient, contiguous and with features as its rows; over the same memory where it can be."""
+    return (tensor.T if name == "W_enc" else tensor).contiguous()

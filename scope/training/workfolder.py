@@ -9,12 +9,16 @@ lock                   held while a process works on the run
 
 import contextlib
 import json
+import os
+import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from activations.manifest import write_atomically
 from scope.errors import LockedError, OccupiedError
@@ -22,7 +26,12 @@ from scope.training.checkpoints import Progress, load_checkpoint, save_checkpoin
 from scope.training.runs import CHECKPOINT_NAME, LOG_NAME, STOPPED_NAME
 from scope.training.trainer import SAETrainer
 
-__all__ = ["LOG_NAME", "WorkFolder"]
+__all__ = ["CHECKPOINT_NAME", "LOG_NAME", "WorkFolder", "folder_beside"]
+
+
+def folder_beside(out: Path) -> Path:
+    """The working folder of an output folder."""
+    return out.with_name(f".{out.name}.training")
 
 
 class WorkFolder:
@@ -37,7 +46,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, description: dict[str, Any]) -> None:
         self.out = out
-        self.path = out.with_name(f".{out.name}.training")
+        self.path = folder_beside(out)
         self._checkpoint = self.path / CHECKPOINT_NAME
         self._log = self.path / LOG_NAME
         self._description = json.loads(json.dumps(description))
@@ -86,9 +95,18 @@ class WorkFolder:
             file.truncate(progress.log_bytes)
         return progress.seconds
 
-    def checkpoint(self, trainer: SAETrainer, seconds: float) -> None:
-        """Replace the checkpoint."""
-        save_checkpoint(self._checkpoint, trainer, Progress(self._log.stat().st_size, seconds))
+    def checkpoint(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], seconds: float) -> None:
+        """Replace the checkpoint by a trainer's `state_tensors` and `counters`."""
+        with open(self._log, "rb") as file:
+            os.fsync(file.fileno())  # the checkpoint says how long the log is, so the log must last first
+        save_checkpoint(self._checkpoint, tensors, counters, Progress(self._log.stat().st_size, seconds))
+
+    def tracker_key(self) -> str:
+        """What stands for this run in trackers; the same when it is taken up again."""
+        path = self.path / "tracker-key"
+        if not self.has_checkpoint or not path.is_file():
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to the run log."""

@@ -2,7 +2,7 @@
 
 `residual_and_dots` holds a tile of the k decoder rows of one token in registers; from it come, without a second read,
 the reconstruction's tile, its error, and that tile's part of the k dot products with the error. Entries whose value is
-0 are passed over: nothing is read for them, and their dot product is 0.
+0, or those that are not counted, are passed over: nothing is read for them, and their dot product is 0.
 
 `feature_rows` sums, for each feature, the batch rows that it fires on. Most features fire on a few rows and some on
 half of them. The densest features, as few as they are, hold most entries: for them it is a dense product, which tensor
@@ -43,20 +43,23 @@ def centre(x: Tensor, scale: float, b: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 @triton.jit
 def _residual_and_dots(
-    x, values, ids, W, b, residual, dots, squares, scale, d, k,
-    K_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    x, values, ids, counted, W, b, residual, dots, squares, scale, d, k,
+    HAS_COUNTED: tl.constexpr, K_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K_PADDED)
     feature = tl.load(ids + row * k + slot, mask=slot < k, other=0).to(tl.int64)
     value = tl.load(values + row * k + slot, mask=slot < k, other=0.0)
+    wanted = value != 0
+    if HAS_COUNTED:
+        wanted = tl.load(counted + row * k + slot, mask=slot < k, other=0) != 0
     products = tl.zeros((K_PADDED, COLUMNS), tl.float32)
     square = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < d
         tile = tl.load(
-            W + feature[:, None] * d + column[None, :], mask=(value != 0)[:, None] & inside[None, :], other=0.0
+            W + feature[:, None] * d + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
         target = tl.load(x + row * d + column, mask=inside, other=0.0).to(tl.float32) * scale
         centre = tl.load(b + column, mask=inside, other=0.0)
@@ -69,18 +72,27 @@ def _residual_and_dots(
 
 
 def residual_and_dots(
-    x: Tensor, scale: float, values: Tensor, ids: Tensor, W: Tensor, b: Tensor
+    x: Tensor,
+    scale: float,
+    values: Tensor,
+    ids: Tensor,
+    W: Tensor,
+    b: Tensor,
+    counted: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_hat - scale x in W's dtype, its dot products with the k rows of W, and its squared norm, both float32."""
+    """x_hat - scale x in `dtype`, by default W's, its dot products with the k rows of W, and its squared norm, both
+    float32."""
     batch, d = x.shape
     k = ids.shape[1]
-    residual = torch.empty(batch, d, dtype=W.dtype, device=x.device)
+    residual = torch.empty(batch, d, dtype=dtype or W.dtype, device=x.device)
     dots = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     squares = torch.empty(batch, dtype=torch.float32, device=x.device)
     k_padded = triton.next_power_of_2(k)
     columns = max(16, min(256, 4096 // k_padded))
     _residual_and_dots[(batch,)](
-        x, values, ids, W, b, residual, dots, squares, scale, d, k,
+        x, values, ids, values if counted is None else counted.view(torch.uint8), W, b, residual, dots, squares,
+        scale, d, k, HAS_COUNTED=counted is not None,
         K_PADDED=k_padded, COLUMNS=columns, num_warps=2 if k_padded * columns <= 4096 else 4,
     )  # fmt: skip
     return residual, dots, squares

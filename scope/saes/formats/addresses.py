@@ -25,7 +25,7 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _ADDRESS = re.compile(rf"hf://(?P<repository>{_NAME}/{_NAME})(?:/(?P<folder>[^@]*))?(?:@(?P<revision>[\w./-]+))?")
 FILES = (
     *("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json", "manifest.json"),
-    *("params.npz", "params.safetensors", "config.json", "sae.safetensors", "ae.pt", "quality.json"),
+    *("params.npz", "params.safetensors", "config.json", "sae.safetensors", "ae.pt", "evaluation.json", "quality.json"),
 )
 """The files of the formats that are folders."""
 RUN_FILES = ("config.json", "config.yaml")
