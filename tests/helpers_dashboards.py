@@ -542,8 +542,6 @@ class FakeModel:
     def vocabulary_strings(self, ids: Any) -> list[str]:
         return [self.vocabulary[int(id)] for id in ids]
 
-    d_model = 4
-
     def logit_effects(self, directions: Any) -> Any:
         import torch
 
