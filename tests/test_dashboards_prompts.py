@@ -1,5 +1,6 @@
 """What the prompt page and the lens ask of the model, with a tiny real model; and the numbers that follow from it."""
 
+import functools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def test_distributions_are_those_of_the_model(jobs: PromptJobs) -> None:
         }.get
         p.append(run.logits[-1].double().softmax(-1))
     found = jobs._distributions(job(), "i", (texts[0], -1), (texts[1], -1))
-    ids = torch.from_numpy(found.table["token_id"].to_numpy())
+    ids = torch.tensor(found.table["token_id"].tolist())
     assert np.allclose(found.table["a"], p[0][ids], atol=1e-6)
     assert np.allclose(found.table["b"], p[1][ids], atol=1e-6)
     assert set(p[0].topk(10).indices.tolist()) <= set(ids.tolist())
@@ -91,8 +92,13 @@ def test_distributions_are_those_of_the_model(jobs: PromptJobs) -> None:
     assert 0 < found.divergence < 1
 
 
+@functools.cache
+def fake_index() -> fakes.FakeIndex:
+    return fakes.FakeIndex(repeats=2)
+
+
 def view(**selection: Any) -> PromptView:
-    index = fakes.FakeIndex(repeats=2)
+    index = fake_index()
     features = fakes.fake_features_on_prompt(fakes.FakeModel(index), None, "The opposite of hot is")
     push = Push(2, "cold", fakes.fake_direct_logit_effects(None, None, features, None, 2))
     return PromptView(index, Analysis(Asked("x"), features, [], {}), push, Selection(**selection))
