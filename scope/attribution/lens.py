@@ -313,7 +313,8 @@ class _Reader:
         for chunk, start in enumerate(starts):
             part = slice(start, start + rows)
             with self.model.lock:  # no other run's hooks on the final norm
-                expected = residual_logits(self.model, self.final[part]).float().log_softmax(-1)
+                final = residual_logits(self.model, self.final[part]).float()
+            expected = final - final.logsumexp(-1, keepdim=True)  # as in `_cell`, so that the last layer's KL is 0
             weights = expected.exp()
             own = _dot(weights, expected)
             for layer in range(n_layers):

@@ -104,7 +104,8 @@ def lens_lines(
     if sae_layer is not None:
         figure.add_vline(x=sae_layer, line={"color": palette.muted, "width": 1, "dash": "dash"})
         figure.add_annotation(x=sae_layer, y=1, yref="paper", text="SAE", showarrow=False, yshift=8, xanchor="left")
-    figure.update_xaxes(title_text="layer")
+    last = float(frame["layer"].max()) if len(frame) else 1.0
+    figure.update_xaxes(title_text="layer", range=[-0.02 * last - 0.2, last * 1.02 + 0.2])
     if y == "rank":
         most = max(float(frame["rank"].max()) if len(frame) else 1.0, 10.0)
         figure.update_yaxes(type="log", range=[np.log10(most) + 0.1, -0.1], dtick=1, title_text="rank (log scale)")

@@ -228,8 +228,8 @@ def test_a_slow_prompt_shows_progress_can_be_cancelled_and_blocks_nobody(visit: 
     page.click("#prompt-cancel:visible")
     page.wait_for_selector("#prompt-status:has-text('Cancelled')")
     fakes.GATE.set()
-    page = opened.open("/prompt?text=" + quote("word " * 700), ".state.error")
-    assert "takes up to 512" in page.text_content(".state.error")
+    page = opened.open("/prompt?text=" + quote("word " * 2100), ".state.error")
+    assert "takes up to 2,048" in page.text_content(".state.error")
     opened.check()
     other.check()
 

@@ -82,6 +82,23 @@ def test_walk(visit: Callable, walked: Any) -> None:
     opened.check()
 
 
+def test_two_prompts_and_the_lens_on_the_real_model(visit: Callable, walked: Any) -> None:
+    opened = visit(server=walked)
+    page = opened.open("/prompt?text=The+capital+of+France+is&text2=The+capital+of+Japan+is", "[data-run]")
+    page.wait_for_selector(".next-rows .next-row", timeout=MODEL_TIMEOUT)
+    assert page.locator("#prompt-strip-a .differs").all_text_contents() == [" France"]
+    words = page.locator(".next-rows .token-text").all_text_contents()
+    assert {"␣Paris", "␣Tokyo"} <= set(words)
+    page = opened.open("/lens?text=The+opposite+of+hot+is", "[data-run]")
+    page.wait_for_selector("#lens-grid tbody tr", timeout=MODEL_TIMEOUT)
+    assert page.locator("#lens-grid tbody tr").count() == 18
+    assert page.text_content("#lens-grid tbody tr:first-child td:last-child") == "␣cold"
+    page.wait_for_selector("#lens-chart .main-svg", timeout=MODEL_TIMEOUT)
+    page.click("button:has-text('SAE read in place')")
+    page.wait_for_selector("#lens-grid tr[data-id='8'] .row-mark:has-text('SAE')", timeout=MODEL_TIMEOUT)
+    opened.check()
+
+
 def test_random_examples_of_the_real_index_fit_a_phone(visit: Callable, walked: Any) -> None:
     opened = visit(width=390, server=walked)
     page = opened.open("/features", ".features-grid .cell-spark")
