@@ -307,13 +307,11 @@ def compared(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]
     """Differences, ours less theirs, seed by seed: their mean and interval; and by name whether ours is better: below 0
     beyond the interval, for the dead share not above it."""
     names = [name for name in LOWER_IS_BETTER if name in ours[0]]
-    differences = {name: [one[name] - other[name] for one, other in zip(ours, theirs, strict=True)] for name in names}
-    found = {name: {"mean": float(np.mean(d)), "interval": student_interval(d)} for name, d in differences.items()}
+    found: dict[str, dict[str, Any]] = {}
     better: dict[str, bool] = {}
-    for name, one in found.items():
-        interval = one["interval"]
-        if name == "dead_share":
-            better[name] = bool(one["mean"] <= 0)
-        else:
-            better[name] = bool(interval is not None and interval[1] < 0)
+    for name in names:
+        differences = [one[name] - other[name] for one, other in zip(ours, theirs, strict=True)]
+        mean, interval = float(np.mean(differences)), student_interval(differences)
+        found[name] = {"mean": mean, "interval": interval}
+        better[name] = mean <= 0 if name == "dead_share" else interval is not None and interval[1] < 0
     return {"difference": found, "better": better}

@@ -82,8 +82,18 @@ def reconstruction_metrics(
         MismatchError: the hook has another width than the SAE.
         InvalidInputError: no row is left to measure on.
     """
-    options = {"documents": documents, "held_out_only": held_out_only, "max_rows": max_rows, "batch_size": batch_size}
-    return measure_all({"": sae}, source, hook, **options, seed=seed, progress=progress)[""]
+    found = measure_all(
+        {"": sae},
+        source,
+        hook,
+        documents=documents,
+        held_out_only=held_out_only,
+        max_rows=max_rows,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return found[""]
 
 
 @torch.no_grad()
