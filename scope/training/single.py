@@ -6,7 +6,6 @@ All must see the output folder, from which they take up a run.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from scope.training.snapshots import save_snapshot, snapshot_steps
 from scope.training.sweeps import SweepRun
 from scope.training.trackers import Trackers, open_tracker, require_trackers
 from scope.training.trainer import OVER_DENSE, SAETrainer, StepReport
-from scope.training.workfolder import CHECKPOINT_NAME, LOG_NAME, WorkFolder, folder_beside
+from scope.training.workfolder import CHECKPOINT_NAME, LOG_NAME, WorkFolder, clear_beside, folder_beside
 
 __all__ = ["SingleRun", "is_result_of"]
 
@@ -249,7 +248,7 @@ class SingleRun:
             return None
         assert self.out is not None
         if self.team.leads:
-            shutil.rmtree(folder_beside(self.out), ignore_errors=True)
+            clear_beside(self.out)
         lines = [json.loads(line) for line in (self.out / LOG_NAME).read_text().splitlines()]
         figures = read_manifest(self.out, "sae")["training"]
         named = {name.removeprefix("train_"): value for name, value in figures.items()}

@@ -26,12 +26,20 @@ from scope.training.checkpoints import Progress, load_checkpoint, save_checkpoin
 from scope.training.runs import CHECKPOINT_NAME, LOG_NAME, STOPPED_NAME
 from scope.training.trainer import SAETrainer
 
-__all__ = ["CHECKPOINT_NAME", "LOG_NAME", "WorkFolder", "folder_beside"]
+__all__ = ["CHECKPOINT_NAME", "LOG_NAME", "WorkFolder", "clear_beside", "folder_beside"]
 
 
 def folder_beside(out: Path) -> Path:
     """The working folder of an output folder."""
     return out.with_name(f".{out.name}.training")
+
+
+def clear_beside(out: Path) -> None:
+    """Delete the working folder of an output folder, and what a process that was killed while saving has left."""
+    shutil.rmtree(folder_beside(out), ignore_errors=True)
+    for path in list(out.parent.iterdir()) if out.parent.is_dir() else []:
+        if path.name.startswith(f".{out.name}.tmp-"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class WorkFolder:
@@ -119,7 +127,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the working folder: the run is done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        clear_beside(self.out)
 
     def _require_same_run(self) -> None:
         try:
