@@ -120,13 +120,17 @@ class FeatureIndex:
         min_value, max_value (0 where it never fires), mean_value, std_value, q50, q90, q99: strengths of firings.
         mean_position: place in the window, BOS being 0.
         top_token, top_token_share: the token with the most summed strength, and its share of all.
+        position_bits, token_bits: how far the places and tokens that it fires on depart from those of all rows.
+        special_share: share of its summed strength that lies on BOS and special tokens, which are left out elsewhere.
         token_entropy: bits, of firings over tokens.
+        mean_top_tokens, mean_top_values: lists, by mean strength, of tokens that it fires on five times or more.
         top_tokens, top_token_means, top_token_counts: lists, by summed strength.
         top_logits, top_logit_effects, bottom_logits, bottom_logit_effects: lists; logit per unit of strength.
         neighbours, neighbour_cosines: lists, the nearest decoder rows.
         encoder_decoder_cosine
         top_language, top_source: where its rate is highest, by the lower end of the rate's interval.
         language_entropy, source_entropy: bits, of rates (not counts) over groups.
+        language_neutral (bool), language_specific (the language, or ""): see `scope.features.languages`.
         dead (no firing), over_dense (density above 0.1)
         """
         return self._table
