@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, ParallelBench, QualityBench, TrainBench
-from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._command import Outcome, command, follows, progress_bar, say
 
 __all__ = ["register"]
 
