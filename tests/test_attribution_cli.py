@@ -132,3 +132,14 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     ):
         assert told in scope(*arguments, *common, code=2)["error"]["message"]
     assert not (tmp_path / "g.json").exists()
+
+
+@pytest.mark.real
+def test_the_benchmark_reports_each_length():
+    found = scope("bench", "attribute", "--lengths", "6,9", "--max-features", 5, "--d-sae", 64, "--k", 4, "--json")
+    assert [graph["tokens"] for graph in found["graphs"]] == [6, 9]
+    for graph in found["graphs"]:
+        assert graph["features"] == 5
+        assert graph["active_features"] == 18 * 4 * (graph["tokens"] - 1)
+        assert 0 < graph["build_seconds"] <= graph["seconds"]
+        assert graph["peak_gigabytes"] > 0.1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import one_thread, tiny_model
+from helpers_models import one_thread, real_model, tiny_model
 from helpers_saes import make
 
 from scope.attribution.frozen import freeze
@@ -178,3 +178,34 @@ def test_bad_input():
         build_graph(model, prompt_of(model), [sae])
     with pytest.raises(InvalidInputError, match="max_logits"):
         GraphSettings(max_logits=0)
+
+
+@pytest.mark.real
+def test_on_the_real_model_sums_and_doubling_hold():
+    model = real_model()
+    made = transcoders(model)
+    prompt = model.prompt_tokens("The opposite of hot is")
+    graph = build_graph(model, prompt, made, GraphSettings(max_features=60, edges_per_target=10_000))
+    sums = np.zeros(len(graph.nodes))
+    np.add.at(sums, graph.target, graph.weight)
+    logits = graph.nodes[graph.nodes["kind"] == "logit"]
+    whole = model.run(prompt).logits[-1]
+    centred = (whole[logits["feature"].tolist()] - whole.mean()).numpy()
+    np.testing.assert_allclose(logits["value"], centred, rtol=1e-3, atol=1e-2)
+    everything = build_graph(model, prompt, made, GraphSettings(max_features=10_000, edges_per_target=10_000))
+    expanded = everything.nodes[everything.nodes["kind"].isin(["feature", "logit"])]
+    sums = np.zeros(len(everything.nodes))
+    np.add.at(sums, everything.target, everything.weight)
+    gap = np.abs(sums[expanded["node"]] + expanded["bias"] - expanded["value"])
+    assert (gap < 1e-4 * expanded["total_in"] + 1e-3).all()
+    base, _ = frozen_run(model, prompt, {})
+    edges = {(s, t): w for s, t, w in zip(everything.source, everything.target, everything.weight, strict=True)}
+    features = everything.nodes[everything.nodes["kind"] == "feature"]
+    for source in features[features["layer"] < 12].sample(3, random_state=0).itertuples():
+        added = torch.zeros(len(prompt), model.d_model)
+        added[source.position] = source.activation * made[source.layer].W_dec.detach()[source.feature]
+        reads, _ = frozen_run(model, prompt, {source.layer: added})
+        for target in features[features["layer"] > source.layer].sample(20, random_state=1).itertuples():
+            shift = reads[target.layer][target.position] - base[target.layer][target.position]
+            change = float(shift @ made[target.layer].W_enc.detach()[:, target.feature])
+            assert edges.get((source.node, target.node), 0.0) == pytest.approx(change, rel=1e-2, abs=2e-3)

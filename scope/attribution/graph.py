@@ -19,6 +19,7 @@ the edge's weight. A logit node is a token's logit relative to the mean over the
 What BOS makes of the MLP is an error node: no dictionary is trained on it.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -286,8 +287,7 @@ class _Expansion:
         done = torch.zeros(n_features, dtype=torch.bool, device=places.device)
         while int(done.sum()) < budget:
             tell("expanding features", int(done.sum()), budget)
-            influence = self.influence()[read.n_fixed : read.n_sources]
-            influence = influence.to(done.device).masked_fill(done, -1.0)
+            influence = self.influence()[read.n_fixed : read.n_sources].masked_fill(done, -1.0)
             left = budget - int(done.sum())
             n = min(left, max(settings.batch_size, budget // 8))
             chosen = influence.topk(n).indices.sort().values
@@ -371,24 +371,20 @@ class _Expansion:
         firing, transcoder = self.read.firing[layer], self.read.transcoders[layer]
         rows = gradient.shape[1]
         found = torch.zeros(len(gradient), len(firing.feature), device=gradient.device)
-        # Firing features stand in order of position: those of some positions are a slice.
-        bounds = torch.searchsorted(
-            firing.position, torch.arange(0, rows + POSITION_CHUNK, POSITION_CHUNK).to(firing.position)
-        )
-        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            places = firing.position[start:stop]
-            stop = start + int((places < rows).sum())
+        # Firing features stand in order of position: those of some positions are a slice, padded to the longest.
+        steps = torch.arange(0, rows + POSITION_CHUNK, POSITION_CHUNK, device=firing.position.device).clamp_max(rows)
+        bounds = torch.searchsorted(firing.position, steps).tolist()
+        for first, (start, stop) in zip(steps.tolist(), itertools.pairwise(bounds), strict=False):
             if stop == start:
                 continue
-            places = firing.position[start:stop]
-            decoder = transcoder.W_dec.detach()[firing.feature[start:stop].to(transcoder.W_dec.device)]
-            decoder = decoder.float().to(gradient.device) * firing.activation[start:stop, None]
-            first, counts = places.unique_consecutive(return_counts=True)
-            at = 0
-            for place, count in zip(first.tolist(), counts.tolist(), strict=True):
-                part = slice(start + at, start + at + count)
-                found[:, part] = gradient[:, place] @ decoder[at : at + count].T
-                at += count
+            counts = torch.bincount(firing.position[start:stop] - first)
+            places = torch.arange(int(counts.max()), device=counts.device)
+            is_there = places < counts[:, None]
+            number = ((counts.cumsum(0) - counts)[:, None] + places).clamp_max(stop - start - 1) + start
+            decoder = transcoder.W_dec.detach()[firing.feature[number].to(transcoder.W_dec.device)]
+            decoder = decoder.float().to(gradient.device) * (firing.activation[number] * is_there)[..., None]
+            here = gradient[:, first : first + len(counts)].transpose(0, 1) @ decoder.mT  # (positions, n, firing there)
+            found[:, start:stop] = here.transpose(0, 1)[:, is_there]
         return found
 
     def _keep(self, numbers: list[int], weights: Tensor, values: list[float], biases: list[float]) -> None:
@@ -401,16 +397,17 @@ class _Expansion:
             kept = weights[row, sources]
             nonzero = kept != 0
             self.targets.append(number)
-            self.rows.append((sources[nonzero].cpu(), kept[nonzero].cpu()))
+            self.rows.append((sources[nonzero].to(torch.int32), kept[nonzero]))
             self.totals.append(totals[row])
             self.values.append(values[row])
             self.biases.append(biases[row])
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """(targets, sources, weights) of all edges so far, logits numbered behind the sources."""
-        counts = torch.tensor([len(sources) for sources, _ in self.rows])
+        device = self.activation.device
+        counts = torch.tensor([len(sources) for sources, _ in self.rows], device=device)
         return (
-            torch.tensor(self.targets).repeat_interleave(counts),
+            torch.tensor(self.targets, device=device).repeat_interleave(counts),
             torch.cat([sources for sources, _ in self.rows]),
             torch.cat([weights for _, weights in self.rows]),
         )
@@ -419,10 +416,11 @@ class _Expansion:
         """Of every source on the logits, through what is expanded."""
         targets, sources, weights = self.coo()
         n = self.read.n_sources + len(self.read.logit_ids)
-        totals = torch.ones(n)
-        totals[torch.tensor(self.targets)] = torch.tensor(self.totals).clamp_min(1e-30)
-        start = torch.zeros(n)
-        start[self.read.n_sources :] = (self.read.logit_probabilities / self.read.logit_probabilities.sum()).cpu()
+        totals = torch.ones(n, device=weights.device)
+        own = torch.tensor(self.totals, device=weights.device).clamp_min(1e-30)
+        totals[torch.tensor(self.targets, device=weights.device)] = own
+        start = torch.zeros(n, device=weights.device)
+        start[self.read.n_sources :] = self.read.logit_probabilities / self.read.logit_probabilities.sum()
         return influences(targets, sources, weights.abs() / totals[targets], start, len(self.read.frozen.layers) + 1)
 
     def graph(self, prompt: str) -> CircuitGraph:
@@ -436,9 +434,9 @@ class _Expansion:
         kept = torch.tensor([*range(read.n_fixed), *expanded, *logits])
         new = torch.full((read.n_sources + len(logits),), -1)
         new[kept] = torch.arange(len(kept))
-        targets, sources, weights = self.coo()
+        targets, sources, weights = (part.cpu() for part in self.coo())
         there = new[sources] >= 0
-        influence = self.influence()[kept]
+        influence = self.influence().cpu()[kept]
         place = {number: row for row, number in enumerate(self.targets)}
         texts = [token.text for token in model.token_strings(read.frozen.tokens)]
         chosen = torch.tensor([number - read.n_fixed for number in expanded], dtype=torch.int64)

@@ -10,8 +10,17 @@ D_VOCAB = 49_152
 BYTES = 256
 
 
-def save_random_llama(folder: Path, device: torch.device) -> None:
-    """Save a llama of 1.7B parameters (24 layers, d_model 2048, random bfloat16 weights) with a tokenizer of bytes.
+def save_random_llama(
+    folder: Path,
+    device: torch.device,
+    *,
+    n_layers: int = 24,
+    d_model: int = 2048,
+    n_heads: int = 32,
+    n_key_value_heads: int = 32,
+    head_dim: int = 64,
+) -> None:
+    """Save a llama of random bfloat16 weights, by default of 1.7B parameters, with a tokenizer of bytes.
 
     A token is a byte, so text has about four times the tokens that a real tokenizer gives; a token costs the same.
     """
@@ -20,11 +29,12 @@ def save_random_llama(folder: Path, device: torch.device) -> None:
 
     config = LlamaConfig(
         vocab_size=D_VOCAB,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        num_key_value_heads=32,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_key_value_heads,
+        head_dim=head_dim,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from scope.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CaptureBench", "IndexBench", "IndexBuildBench", "ParallelBench", "QualityBench", "TrainBench"]
+__all__ = [
+    "AttributeBench",
+    "CaptureBench",
+    "IndexBench",
+    "IndexBuildBench",
+    "ParallelBench",
+    "QualityBench",
+    "TrainBench",
+]
 
 COMPARABLE = ("topk", "batchtopk")
 """Architectures whose L0 is k in both trainers."""
@@ -229,3 +237,31 @@ class IndexBench:
             raise InvalidInputError(f"l0 is {self.l0:,}; expected at most a quarter of d_sae, {self.d_sae // 4:,}.")
         if self.tokens > 2**32 - 1:
             raise InvalidInputError(f"tokens is {self.tokens:,}; expected fewer than 2^32.")
+
+
+@dataclass(frozen=True)
+class AttributeBench:
+    """Settings of the benchmark of circuit graphs; what is None follows from the device."""
+
+    lengths: tuple[int, ...] | None = None
+    """Tokens of the prompts. None: 64 on a CPU; 512, 2,048 and 6,000 on a GPU."""
+    max_features: int | None = None
+    """Feature nodes that are expanded. None: 1,024 on a CPU, 7,500 on a GPU."""
+    d_sae: int = 16_384
+    """Features of each layer's transcoder."""
+    k: int = 50
+    """Features that fire on a token in each layer."""
+    batch_size: int = 64
+    """Targets expanded at once."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_sae", "k", "batch_size", "max_features"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name} is {value:,}; expected at least 1.")
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
+            raise InvalidInputError(f"lengths is {self.lengths}; expected prompts of at least 2 tokens.")
+        if self.k > self.d_sae:
+            raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")

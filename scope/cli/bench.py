@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, ParallelBench, QualityBench, TrainBench
+from scope.bench.settings import (
+    AttributeBench,
+    CaptureBench,
+    IndexBench,
+    IndexBuildBench,
+    ParallelBench,
+    QualityBench,
+    TrainBench,
+)
 from scope.cli._command import Outcome, command, follows, progress_bar, say
 
 __all__ = ["register"]
@@ -15,6 +23,15 @@ def register(app: typer.Typer) -> None:
     """Add the command group to `app`."""
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Benchmarks against peers, in one run.")
     app.add_typer(bench, name="bench")
+
+    @command(bench, "attribute", config=AttributeBench)
+    def attribute(config: AttributeBench) -> Outcome:
+        """Time and peak memory of a circuit graph, by the length of the prompt."""
+        from scope.bench.attribute import bench_attribute
+
+        figures = bench_attribute(config, say)
+        lines = "\n".join(_table(graph) + "\n" for graph in figures["graphs"])
+        return Outcome(figures, f"{_table({k: v for k, v in figures.items() if k != 'graphs'})}\n\n{lines}")
 
     @command(bench, "capture", config=CaptureBench)
     def capture(config: CaptureBench) -> Outcome:

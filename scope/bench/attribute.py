@@ -1,0 +1,125 @@
+"""`scope bench attribute`: time and peak memory of a circuit graph against the length of the prompt.
+
+1. *Model*: on a CPU Gemma 3 270M, on a GPU a llama of the size of Gemma 2 2B (26 layers, d_model 2,304) with random
+   weights in bfloat16: a graph's cost depends on shapes alone.
+2. *Dictionaries*: a TopK transcoder for every layer, random weights, so that exactly k features fire on each token.
+3. For each length the whole of it: reading the prompt, expanding, influence, pruning. Peak memory is the card's, or the
+   process's on a CPU.
+
+circuit-tracer runs on the same prompt and dictionaries where it is installed; it is no package of an index, so that
+its figures come from those who have it.
+"""
+
+import gc
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scope.attribution.graph import build_graph
+from scope.attribution.graph_settings import GraphSettings
+from scope.attribution.pruning import prune
+from scope.bench.machine import describe_machine
+from scope.bench.random_model import save_random_llama
+from scope.bench.settings import AttributeBench
+from scope.models import LanguageModel
+from scope.models.loading import pick_device
+from scope.saes import registry
+from scope.saes.base import SAE, SAEMetadata
+
+__all__ = ["bench_attribute"]
+
+GIGABYTE = 1e9
+
+
+def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        config: what to run.
+        say: is told what is measured next.
+
+    Returns:
+        Figures, JSON-able: `graphs`, one for each length: tokens, active_features, features, edges, seconds,
+        peak_gigabytes, kept_nodes.
+    """
+    device = pick_device(config.device)
+    lengths = config.lengths or ((64,) if device.type == "cpu" else (512, 2048, 6000))
+    settings = GraphSettings(
+        max_features=config.max_features or (1024 if device.type == "cpu" else 7500),
+        batch_size=config.batch_size,
+        logit_share=1.0,
+    )
+    say("Making the model and its dictionaries")
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model(device, Path(folder))
+    transcoders = [_transcoder(model, layer, config) for layer in range(model.n_layers)]
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for length in lengths:
+        say(f"A graph of {length:,} tokens")
+        tokens = torch.randint(3, model.d_vocab, (length,), generator=generator).to(device)
+        tokens[0] = model.bos_token_id if model.bos_token_id is not None else 0
+        graphs.append(_measured(model, tokens, transcoders, settings))
+    return {"machine": describe_machine(device), "model": _shape(model, config), "graphs": graphs}
+
+
+def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSettings) -> dict[str, Any]:
+    cuda = model.device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    graph = build_graph(model, tokens, transcoders, settings)
+    built = time.perf_counter() - started
+    pruned = prune(graph)
+    if cuda:
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens": len(tokens),
+        "active_features": graph.n_active,
+        "features": int((graph.nodes["kind"] == "feature").sum()),
+        "edges": len(graph.weight),
+        "kept_nodes": len(pruned.nodes),
+        "build_seconds": built,
+        "seconds": time.perf_counter() - started,
+        "peak_gigabytes": peak / GIGABYTE,
+    }
+
+
+def _model(device: torch.device, folder: Path) -> Any:
+    if device.type == "cpu":
+        return LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
+    save_random_llama(folder, device, n_layers=26, d_model=2304, n_heads=8, n_key_value_heads=4, head_dim=256)
+    return LanguageModel.load(str(folder), device=device, dtype="bfloat16")
+
+
+def _transcoder(model: Any, layer: int, config: AttributeBench) -> SAE:
+    metadata = SAEMetadata(hook_name=f"blocks.{layer}.ln2.hook_out", hook_name_out=f"blocks.{layer}.hook_mlp_out")
+    cfg = registry.config_of("transcoder").for_training(
+        d_in=model.d_model,
+        d_out=model.d_model,
+        d_sae=config.d_sae,
+        k=config.k,
+        activation="topk",
+        metadata=metadata,
+    )
+    made = registry.get("transcoder")(cfg, generator=torch.Generator().manual_seed(layer))
+    return made.to(model.device, model.dtype)
+
+
+def _shape(model: Any, config: AttributeBench) -> dict[str, Any]:
+    return {
+        "name": model.name if model.device.type == "cpu" else "random llama",
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "d_sae": config.d_sae,
+        "k": config.k,
+    }
