@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scope.features.build import build_index, build_indexes
+    from scope.features.conditions import Condition
+    from scope.features.contrast import Contrast
     from scope.features.examples import Example, Examples
     from scope.features.feature import Feature
     from scope.features.grids import feature_grid, write_grid
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from scope.features.prompt import PromptFeatures, features_on_prompt
 
 __all__ = [
+    "Condition",
+    "Contrast",
     "Example",
     "Examples",
     "Feature",
@@ -40,6 +44,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Condition": "conditions",
+    "Contrast": "contrast",
     "Example": "examples",
     "Examples": "examples",
     "Feature": "feature",

@@ -10,14 +10,13 @@ import pandas as pd
 
 from activations.manifest import ID_LENGTH
 from scope.errors import OutOfRangeError, UnknownNameError
-from scope.features import lookup, occurrences, parallel, profile
+from scope.features import description, lookup, occurrences, parallel, profile, text_rows
 from scope.features.conditions import Condition
 from scope.features.contrast import Contrast, contrast, count_condition
 from scope.features.examples import Examples, choose, ranked_firings, sample_band, show
 from scope.features.feature import Feature
 from scope.features.grid import FeatureGrid, QueryResult
 from scope.features.labels import FeatureLabels
-from scope.features.layout import ROW_COLUMNS
 from scope.features.reader import IndexFault, IndexReader
 
 __all__ = ["FeatureIndex", "IndexFault", "QueryResult"]
@@ -136,6 +135,11 @@ class FeatureIndex:
         return self._table
 
     @property
+    def n_bytes(self) -> int:
+        """Size on disk, without the manifest."""
+        return self._reader.n_bytes
+
+    @property
     def array_dtypes(self) -> dict[str, str]:
         """dtype of each flat array on disk."""
         return {name: str(described["dtype"]) for name, described in self.manifest["arrays"].items()}
@@ -166,32 +170,7 @@ class FeatureIndex:
 
     def info(self) -> dict[str, Any]:
         """What `scope info` prints; JSON-able."""
-        table = self.table
-        return {
-            "format": self.manifest["format"],
-            "id": self.id,
-            "name": self.name,
-            "path": str(self.path),
-            "fingerprint": self.fingerprint,
-            "parents": list(self.manifest["parents"]),
-            "created_by": self.manifest["created_by"],
-            "model": self.model_info,
-            "sae": self.sae_info,
-            "hook_name": self.hook_name,
-            "d_sae": self.d_sae,
-            "n_rows": self.n_rows,
-            "n_indexed_rows": self.n_indexed_rows,
-            "n_firings": self.n_firings,
-            "firings_per_row": self.n_firings / max(self.n_indexed_rows, 1),
-            "n_documents": len(self.documents),
-            "dead": int(table["dead"].sum()),
-            "over_dense": int(table["over_dense"].sum()),
-            "languages": dict(self.manifest["languages"]),
-            "sources": dict(self.manifest["sources"]),
-            "bytes": self._reader.n_bytes,
-            "metrics": self.metrics,
-            "allowed_mismatches": list(self.manifest["allowed_mismatches"]),
-        }
+        return description.info(self)
 
     # --- one feature ------------------------------------------------------------------------------------------
 
@@ -320,7 +299,7 @@ class FeatureIndex:
     def tokens(self, start: int, stop: int) -> pd.DataFrame:
         """Columns row, token (display string), token_id, sequence, position, flags."""
         self._reader.check_rows(start, stop)
-        return self._tokens(np.arange(start, stop))
+        return text_rows.tokens(self._reader, np.arange(start, stop))
 
     def document_rows(self, document: int) -> np.ndarray:
         """Row ids of a document's tokens, int64, without BOS."""
@@ -328,12 +307,14 @@ class FeatureIndex:
 
     def document_tokens(self, document: int) -> pd.DataFrame:
         """As `tokens`, for the rows of one document."""
-        return self._tokens(self.document_rows(document))
+        return text_rows.tokens(self._reader, self.document_rows(document))
 
     def document_values(self, feature: int, document: int) -> pd.DataFrame:
         """As `document_tokens`, with a column value: the feature's strength on each token, 0 where it does not fire."""
         rows = self.document_rows(document)
-        return self._tokens(rows).assign(value=self._reader.values_at(self._reader.check_feature(feature), rows))
+        return text_rows.tokens(self._reader, rows).assign(
+            value=self._reader.values_at(self._reader.check_feature(feature), rows)
+        )
 
     def document_text(self, document: int) -> str:
         rows = self.document_rows(document)
@@ -465,13 +446,12 @@ class FeatureIndex:
     ) -> pd.DataFrame:
         """Columns feature, row, value, token, position, document, title, source, language: firings of some
         features, the strongest first within each, from rank `start`."""
-        parts = []
-        for feature in map(self._reader.check_feature, features):
-            part = self.firings(feature, start, None if limit_per_feature is None else start + limit_per_feature)
-            part.insert(0, "feature", feature)
-            parts.append(part)
-        table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})
-        return self._with_provenance(table)
+        if start < 0 or (limit_per_feature is not None and limit_per_feature < 0):
+            raise OutOfRangeError(
+                f"start is {start} and limit_per_feature {limit_per_feature}; expected 0 or more, or no limit."
+            )
+        ids = [self._reader.check_feature(one) for one in features]
+        return text_rows.firings(self._reader, ids, limit_per_feature, start)
 
     def forget(self) -> None:
         """Drop the answers that are kept for the next question. Nothing but memory and time depends on it."""
@@ -517,21 +497,3 @@ class FeatureIndex:
     def _logits(self, side: str, feature: int, n: int) -> pd.DataFrame:
         row = self.table.iloc[self._reader.check_feature(feature)]
         return pd.DataFrame({"token": list(row[f"{side}_logits"]), "effect": row[f"{side}_logit_effects"]}).head(n)
-
-    def _tokens(self, rows: np.ndarray) -> pd.DataFrame:
-        columns = {name: self._reader.row_column(name).take(rows) for name in ROW_COLUMNS}
-        return pd.DataFrame({"row": rows, "token": self._reader.vocabulary.display(columns["token_id"]), **columns})
-
-    def _with_provenance(self, table: pd.DataFrame) -> pd.DataFrame:
-        rows = table["row"].to_numpy(np.int64)
-        windows = self._reader.windows
-        documents = windows.document[windows.place[self._reader.row_column("sequence").take(rows)]]
-        infos = [self._reader.document_info(document) for document in documents.tolist()]
-        return table.assign(
-            token=self._reader.vocabulary.strings(self._reader.row_column("token_id").take(rows)),
-            position=self._reader.row_column("position").take(rows),
-            document=documents,
-            title=[info.title for info in infos],
-            source=[info.source for info in infos],
-            language=[info.language for info in infos],
-        )

@@ -1,0 +1,49 @@
+"""Rows of an index as text: tokens, and firings with where they come from."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scope.features.layout import ROW_COLUMNS
+
+if TYPE_CHECKING:
+    from scope.features.reader import IndexReader
+
+__all__ = ["firings", "tokens"]
+
+
+def tokens(reader: "IndexReader", rows: np.ndarray) -> pd.DataFrame:
+    """Columns row, token (display string), token_id, sequence, position, flags."""
+    columns = {name: reader.row_column(name).take(rows) for name in ROW_COLUMNS}
+    return pd.DataFrame({"row": rows, "token": reader.vocabulary.display(columns["token_id"]), **columns})
+
+
+def firings(
+    reader: "IndexReader", features: Sequence[int], limit_per_feature: int | None, start: int = 0
+) -> pd.DataFrame:
+    """See `FeatureIndex.activations`."""
+    parts = []
+    for feature in features:
+        n = reader.n_firings_of(feature)
+        stop = n if limit_per_feature is None else min(start + limit_per_feature, n)
+        rows, values = reader.firing_arrays(feature, min(start, stop), stop)
+        parts.append(pd.DataFrame({"feature": feature, "row": rows, "value": values}))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"feature": [], "row": [], "value": []})
+    return _with_provenance(reader, table)
+
+
+def _with_provenance(reader: "IndexReader", table: pd.DataFrame) -> pd.DataFrame:
+    rows = table["row"].to_numpy(np.int64)
+    windows = reader.windows
+    documents = windows.document[windows.place[reader.row_column("sequence").take(rows)]]
+    infos = [reader.document_info(document) for document in documents.tolist()]
+    return table.assign(
+        token=reader.vocabulary.strings(reader.row_column("token_id").take(rows)),
+        position=reader.row_column("position").take(rows),
+        document=documents,
+        title=[info.title for info in infos],
+        source=[info.source for info in infos],
+        language=[info.language for info in infos],
+    )
