@@ -121,11 +121,12 @@
       if (current.pathname !== "/compare") return window.dash_clientside.no_update;
       const asked = { a: a || null, b: b || null };
       if (["a", "b"].every((name) => current.searchParams.get(name) === asked[name])) return window.dash_clientside.no_update;
-      for (const [name, value] of Object.entries(asked)) {
-        if (value) current.searchParams.set(name, value);
-        else current.searchParams.delete(name);
+      if (a && b) {
+        for (const [name, value] of Object.entries(asked)) current.searchParams.set(name, value);
+        go(current.href);
+      } else {
+        refine(asked);
       }
-      go(current.href);
       return window.dash_clientside.no_update;
     },
 

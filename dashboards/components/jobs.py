@@ -2,13 +2,22 @@
 
 from typing import Any
 
-from dash import html
+from dash import Output, html
 
 from dashboards.components.controls import button
 from dashboards.format import duration, plural
 from dashboards.worker import Job, JobState, ModelWorker
 
-__all__ = ["progress", "standing"]
+__all__ = ["one_at_a_time", "progress", "standing"]
+
+NOT_NOW = 3_600_000
+"""Milliseconds."""
+
+
+def one_at_a_time(poll: str, interval: int) -> list[Any]:
+    """What `running` of a callback has to be that a `dcc.Interval` drives: it waits until the answer is there. Dash
+    drops the answer to a request that another has followed: a busy server would be asked again and again in vain."""
+    return [(Output(poll, "interval"), NOT_NOW, interval)]
 
 
 def progress(id: Any, share: Any, step: Any, cancel: Any, *, hidden: bool) -> html.Div:

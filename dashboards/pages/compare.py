@@ -135,6 +135,7 @@ def register(app: Dash, context: Context) -> None:
         Input("theme-now", "data"),
         State("compare-about", "data"),
         prevent_initial_call=True,
+        running=jobs.one_at_a_time("compare-poll", POLL_MS),
     )
     def watch(_: int | None, theme: str, about: dict[str, str] | None) -> tuple[Any, ...]:
         if not about:
@@ -149,7 +150,7 @@ def register(app: Dash, context: Context) -> None:
         return True, "", None, drawn, True
 
     @app.callback(
-        Output("compare-poll", "interval"),
+        Output("compare-cancel", "className"),
         Input("compare-cancel", "n_clicks"),
         State("compare-about", "data"),
         prevent_initial_call=True,

@@ -10,7 +10,7 @@ from typing import Any
 from dash import ALL, Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 
-from dashboards.components import states
+from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
 from dashboards.components.controls import define, icon, link_button, panel
 from dashboards.components.stats import stat, stats
@@ -89,6 +89,7 @@ def register(app: Dash, context: Context) -> None:
         State("training-seen", "data"),
         State({"type": "training-curve", "metric": ALL}, "id"),
         prevent_initial_call=True,
+        running=jobs.one_at_a_time("training-poll", POLL_MS),
     )
     def grow(_: int, theme: str, about: dict[str, str] | None, seen: Any, ids: list[dict[str, str]]) -> Any:
         if not about or not ids:

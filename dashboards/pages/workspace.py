@@ -37,7 +37,7 @@ def render(context: Context, view: View) -> Page:
     workspace, verifier = context.workspace, _verifier(context)
     indexes = [_described_index(context, entry) for entry in workspace.indexes()]
     saes = [describe(workspace, entry) for entry in workspace.saes()]
-    stores = [describe(workspace, entry) for entry in workspace.stores()]
+    stores = [_described_store(context, entry) for entry in workspace.stores()]
     runs = workspace.trainings()
     parts: list[Any] = [html.H1("Workspace"), html.P(html.Code(str(workspace.path)), className="muted small")]
     if not (indexes or saes or stores or runs):
@@ -101,6 +101,7 @@ def register(app: Dash, context: Context) -> None:
         Input("verify-poll", "n_intervals"),
         State({"type": "verify-bar", "id": ALL}, "id"),
         prevent_initial_call=True,
+        running=jobs.one_at_a_time("verify-poll", POLL_MS),
     )
     def watch(_: int | None, ids: list[dict[str, str]]) -> tuple[Any, ...]:
         jobs_of = [verifier.job(one["id"]) for one in ids]
@@ -175,6 +176,19 @@ def _described_index(context: Context, entry: Any) -> Artefact:
         except (ScopeError, OSError, KeyError, ValueError) as problem:
             return Artefact(entry, entry.manifest, (), str(problem))
     return describe(context.workspace, entry)
+
+
+def _described_store(context: Context, entry: Any) -> Artefact:
+    """A store's tables take a while to read: once for each state of its ledger."""
+    known: dict[Any, Artefact] = context.once("stores", dict)
+    ledger = entry.path / "ledger"
+    try:
+        state = (entry.id, max(path.stat().st_mtime_ns for path in (ledger, *ledger.iterdir())))
+    except (OSError, ValueError):
+        return describe(context.workspace, entry)
+    if state not in known:
+        known[state] = describe(context.workspace, entry)
+    return known[state]
 
 
 def _indexes(verifier: Verifier, indexes: list[Artefact]) -> Any:
