@@ -9,6 +9,8 @@
   "use strict";
   const { el, number, tokenText } = window.scope;
   const specs = new WeakMap();
+  const left = new Map();
+  let entered = null;
 
   function columnHead(spec, col) {
     const head = el("th", "col");
@@ -89,8 +91,8 @@
     if (known && known.source === source) return;
     const spec = Object.assign(JSON.parse(source), { source });
     specs.set(box, spec);
-    const held = box.contains(document.activeElement) ? position(document.activeElement) : null;
-    const left = box.scrollLeft;
+    const held = entered && entered.id === box.id ? entered : null;
+    entered = null;
     const table = el("table");
     table.setAttribute("role", "grid");
     table.append(el("caption", "visually-hidden", spec.caption));
@@ -117,9 +119,15 @@
     const entry = (held && at_(body, held)) || body.querySelector("[aria-selected]") || (first && first.children[Math.max(0, at) + 1]);
     if (entry) entry.tabIndex = 0;
     if (held && entry) entry.focus({ preventScroll: true });
-    if (known) box.scrollLeft = left;
+    // The page is drawn anew with every choice: what was in sight stays there.
+    const place = left.get(box.id);
+    if (place && place.first === spec.cols[0].n && place.n === spec.cols.length) box.scrollLeft = place.left;
     else if (at > 0) reveal(box, head.children[at + 1]);
   }
+  document.addEventListener("scroll", (event) => {
+    const spec = event.target instanceof HTMLElement && specs.get(event.target);
+    if (spec) left.set(event.target.id, { first: spec.cols[0].n, n: spec.cols.length, left: event.target.scrollLeft });
+  }, { capture: true, passive: true });
 
   /** Bring a column into the part that is seen, beside the names. */
   function reveal(box, head) {
@@ -127,10 +135,6 @@
     box.scrollLeft = Math.max(0, head.offsetLeft - names - (box.clientWidth - names) * 0.6);
   }
 
-  function position(box) {
-    const td = box.closest("td");
-    return td && { row: Array.from(td.closest("tbody").children).indexOf(td.parentElement), place: Number(td.dataset.place) };
-  }
   function at_(body, where) {
     const line = where && body.children[where.row];
     return line && line.children[where.place + 1];
@@ -201,6 +205,8 @@
     if (!at) return;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
+      const box = at.td.closest("[data-grid]");
+      entered = { id: box.id, row: Array.from(at.td.closest("tbody").children).indexOf(at.td.parentElement), place: at.place };
       choose(at);
       return;
     }

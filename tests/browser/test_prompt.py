@@ -66,7 +66,7 @@ def test_the_heatmap_is_a_table_that_arrow_keys_walk_over(visit: Callable) -> No
     page.keyboard.press("Enter")
     page.wait_for_selector("#prompt-heatmap td[aria-selected=true]")
     assert query(page)["token"] == "3"
-    assert page.evaluate("document.activeElement.dataset.place") == "3"
+    opened.until("document.activeElement.dataset.place === '3'")
     opened.check()
 
 
