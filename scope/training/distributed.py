@@ -13,7 +13,8 @@ By rows (`ByRows`, --parallel data):
 
 By features (`ByFeatures`, --parallel features):
 
-1. process r has features r, r + n, r + 2n, … with their weights and Adam's moments, encodes all rows with them;
+1. process r has features r, r + n, r + 2n, … with their weights and Adam's moments, encodes all rows with them (only
+   the random initial weights are drawn by each for all features, on the host, so that they are one process's);
 2. TopK: each sends its k largest values of a row; all choose the same k among the n k candidates. BatchTopK: the k B
    largest are chosen over all processes. JumpReLU, ReLU and gated need nothing. AuxK is TopK among the dead;
 3. the partial reconstructions are added up (batch x d_out); from there each has the gradients of its own features. The
