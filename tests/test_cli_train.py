@@ -1,6 +1,9 @@
 """`scope train` on a tiny model: sweeps, several hooks, options that an architecture does not have."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,11 @@ def test_a_crosscoder_over_two_stores(store: Path, tmp_path: Path) -> None:
         (("--hook", MLP_IN, "--hook-out", MLP_OUT, "--k", 4), "transcoder"),
         (("--hook", MLP_IN, "--hook", RESID, "--hook-out", MLP_OUT, "--k", 4, "--arch", "transcoder"), "one by one"),
         (("--hook", MLP_IN, "--hook", RESID, "--k", 4, "--arch", "crosscoder,topk"), "two sweeps"),
+        (
+            ("--hook", RESID, "--k", 4, "--max-tokens", 100, "--text-column", "text"),
+            "--max-tokens, --text-column belong",
+        ),
+        (("--hook", RESID, "--k", 4, "--parallel", "rows"), "data"),
     ],
 )
 def test_wrong_use_is_answered_before_anything_is_written(
@@ -108,3 +116,48 @@ def test_lists_in_a_file_and_help(store: Path, tmp_path: Path) -> None:
     text = " ".join(scope("train", "--help").stdout.split())
     assert "--hook-out" in text
     assert "make a sweep" in text
+
+
+def test_a_live_run_takes_part_of_a_text_in_a_random_order(store: Path, tmp_path: Path) -> None:
+    """The rows, and so the SAE, are those of a store that is captured with the same options."""
+    with open(tmp_path / "text.jsonl", "w") as file:
+        for number in range(30):
+            file.write(
+                json.dumps({"body": f"page {number} tells of foxes, dogs and the rest. " * 5, "title": f"p{number}"})
+                + "\n"
+            )
+    text = ("--model", helpers_models.tiny_folder("gemma3"), "--data", tmp_path / "text.jsonl", "--text-column", "body")
+    options = (*text, "--max-tokens", 700, "--shuffle-seed", 3, "--context-size", 32)
+    run = ("--hook", RESID, "--d-sae", 32, "--k", 4, "--tokens", 1024, "--batch-size", 128, "--evaluate-tokens", 0)
+    scope("capture", *options, "--hook", RESID, "--out", tmp_path / "part.zarr", "--json")
+    stored = scope("train", tmp_path / "part.zarr", *run, "--out", tmp_path / "stored", "--json")
+    live = scope("train", *options, *run, "--out", tmp_path / "live", "--json")
+    ends = [load(folder["sae"]).cfg.metadata.store_fingerprint for folder in (stored, live)]
+    assert ends[0] == ends[1]
+    assert live["tokens"] == stored["tokens"] == 1024
+    answer = scope("train", *text[:4], *run, "--out", tmp_path / "none", "--json", code=2)
+    assert "body" in answer["error"]["message"] or "text" in answer["error"]["message"]
+
+
+def test_torchrun_starts_one_run_of_two_processes(store: Path, tmp_path: Path) -> None:
+    """One of them speaks, and the SAE is what one process makes."""
+    options = ["--hook", RESID, "--d-sae", "32", "--k", "4", "--tokens", "2560", "--batch-size", "256", "--json"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scope.cli", "train"]
+    done = subprocess.run(
+        [sys.executable, *command, str(store), *options, "--evaluate-tokens", "0", "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    result = json.loads(done.stdout)
+    assert (result["tokens"], Path(result["sae"])) == (2560, tmp_path / "two")
+    assert result["fvu"] > 0
+    one = scope("train", store, *options, "--evaluate-tokens", 0, "--out", tmp_path / "one")
+    assert one["fvu"] == pytest.approx(result["fvu"], rel=1e-4)
+    training = load(tmp_path / "two").cfg.metadata.training
+    assert training is not None
+    assert training["processes"] == 2

@@ -63,9 +63,10 @@ def open_source(
         InvalidInputError: there are both, or neither.
     """
     of_text = {"--max-tokens": max_tokens, "--shuffle-seed": shuffle_seed, "--text-column": text_column}
-    given = ", ".join(flag for flag, value in of_text.items() if value is not None)
+    given = [flag for flag, value in of_text.items() if value is not None]
     if given and not data:
-        raise InvalidInputError(f"{given} belongs to --data; a store's text is what it has captured.")
+        what = f"{given[0]} belongs" if len(given) == 1 else f"{', '.join(given)} belong"
+        raise InvalidInputError(f"{what} to --data; a store's text is what it has captured.")
     if store is not None:
         from activations.store import ActivationStore
 

@@ -13,7 +13,8 @@ By rows (`ByRows`, --parallel data):
 
 By features (`ByFeatures`, --parallel features):
 
-1. process r has features r, r + n, r + 2n, … with their weights and Adam's moments, encodes all rows with them;
+1. process r has features r, r + n, r + 2n, … with their weights and Adam's moments, encodes all rows with them (only
+   the random initial weights are drawn by each for all features, on the host, so that they are one process's);
 2. TopK: each sends its k largest values of a row; all choose the same k among the n k candidates. BatchTopK: the k B
    largest are chosen over all processes. JumpReLU, ReLU and gated need nothing. AuxK is TopK among the dead;
 3. the partial reconstructions are added up (batch x d_out); from there each has the gradients of its own features. The
@@ -65,6 +66,7 @@ DIGIT_BITS = (11, 11, 9)
 """Bits of a float above 0, its sign apart, that each histogram of the selection looks at."""
 
 T = TypeVar("T")
+_failed: list[BaseException] = []
 
 
 class LostProcessError(InterruptedRunError):
@@ -112,7 +114,8 @@ def team_for(parallel: str, device: str = "cpu") -> Team:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    # Where something went wrong the others may never come to say good-bye.
+    if dist.is_initialized() and not _failed:
         dist.destroy_process_group()
 
 
@@ -140,12 +143,15 @@ def watched() -> Iterator[None]:
     try:
         yield
     except LostProcessError as error:
+        _failed.append(error)
         reason = _word() if dist.is_initialized() else None
         why = reason or "It left no word: it was killed, or its machine is out of reach."
         lost = LostProcessError(f"Another process of this run ended. {why}")
         lost.told = reason is not None  # type: ignore[attr-defined]
         raise lost from error
     except Exception as error:
+        if dist.is_initialized():
+            _failed.append(error)
         error.told = dist.is_initialized() and not _leave_word(error)  # type: ignore[attr-defined]
         raise
 

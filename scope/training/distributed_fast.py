@@ -157,6 +157,7 @@ class FastStepByRows(_Shared):
         n = trainer.sae.d_sae // self.team.size
         self._own = slice(self.team.rank * n, (self.team.rank + 1) * n)
         self._summed = {name: torch.empty_like(whole[self._own]) for name, whole in self._gradients.items()}
+        self._of_sums = torch.tensor([1 / self.team.size, 1.0], device=trainer.sae.device)
         self._under_way: dict[str, Any] = {}
         self._others_moved = False
 
@@ -214,7 +215,7 @@ class FastStepByRows(_Shared):
         """Adam on this process's rows of the matrices, and on all of what is small."""
         trainer, config = self.trainer, self.trainer.config
         share = learning_rate_share(trainer.steps_done, config.steps, config.warmup, config.decay)
-        control = control * torch.tensor([1 / self.team.size, 1.0]).to(control.device, non_blocking=True)
+        control = control * self._of_sums
         factors = {group["params"][0]: group["factor"] for group in trainer.optimiser.param_groups}
         for name, weight in self._weights.items():
             state, divided = trainer.optimiser.state[weight], name in self._gradients

@@ -209,7 +209,8 @@ class _Loop:
             return batches
         sample = list(itertools.islice(batches, -(-SAMPLE_ROWS // self.config.batch_size)))
         for run in fresh:
-            values, targets = [], []
+            values: list[Tensor] = []
+            targets: list[Tensor] = []
             for batch in sample:
                 own, target = run.rows_of(batch)
                 values.append(self._whole_of(run, own, batch.rows))

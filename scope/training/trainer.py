@@ -161,7 +161,8 @@ class SAETrainer:
         self.sae.settle(scaled[0], centre_of(scaled[-1], self.config.b_dec_init), self.config.k, self._feature_sharing)
         # All computed the same; but replicas on several devices must not differ by a bit, or they part.
         scales = torch.tensor(self.scales, dtype=torch.float64)
-        whole = [t for name, t in self.sae.state_dict().items() if name not in self._by_feature or not self._divided]
+        replicated = [name for name in self.sae.state_dict() if name not in self._by_feature or not self._divided]
+        whole = [self._own_state(name) for name in replicated]
         self.team.take_over([scales, *whole])
         self.scales = tuple(scales.tolist())
 
