@@ -44,9 +44,11 @@ def same(a: FeatureIndex, b: FeatureIndex) -> None:
     assert [name for name in one if one[name] != other[name]] == []
 
 
-@pytest.mark.parametrize("steps", [(300,), (51, 130, 131, 400), (250,), (1, 2)])
-@pytest.mark.parametrize("kind", ["topk", "wide", "signed"])
-def test_growing_gives_what_a_fresh_build_gives(tmp_path, steps, kind):
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [("topk", (300,)), ("topk", (51, 130, 131)), ("topk", (1, 2)), ("wide", (250,)), ("signed", (51, 400))],
+)
+def test_growing_gives_what_a_fresh_build_gives(tmp_path, kind, steps):
     store = GrowingStore(FakeModel(), steps[0], repeats=3)
     sae = small_sae() if kind == "topk" else WideSAE(60, signed=kind == "signed")
     for rows in (*steps, store.whole):
@@ -144,6 +146,19 @@ def test_the_store_grows_while_a_build_is_interrupted(tmp_path):
     store.rows_so_far = 330
     with pytest.raises(OccupiedError, match=r"rows; the store has 330"):
         build(store, sae, tmp_path / "a.index")
+
+
+def test_who_opened_it_before_it_grew_is_told(tmp_path):
+    store, sae = GrowingStore(FakeModel(), 330, repeats=3), small_sae()
+    build(store, sae, tmp_path / "a.index")
+    old = [FeatureIndex.open(tmp_path / "a.index") for _ in range(3)]
+    store.rows_so_far = store.whole
+    build(store, sae, tmp_path / "a.index")
+    reads = (lambda index: index.table, lambda index: index.top_examples(3), lambda index: index.documents)
+    for index, read in zip(old, reads, strict=True):
+        with pytest.raises(IntegrityError, match="has grown since it was opened"):
+            read(index)
+    assert len(old[0].features_in(0, 330)) > 0, "what is appended to is still there"
 
 
 def test_damage_is_found_before_it_grows(tmp_path):

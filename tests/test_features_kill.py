@@ -12,7 +12,7 @@ from test_features_grow import contents
 from scope.errors import InvalidInputError
 from scope.features import FeatureIndex
 
-KILLS = 36
+KILLS = 24
 STAGES = (330, source(0).whole)
 
 
@@ -55,7 +55,7 @@ def test_kill_9_at_random_moments(tmp_path: Path, monkeypatch) -> None:
             if status == signal.SIGKILL:
                 killed += 1
                 seen.add((stage, *sorted(path.name for path in outs[0].glob("*"))))
-                if killed % 9:
+                if killed % 6:
                     continue
                 nursery.start(list(map(str, outs)), STAGES[stage])
                 status = nursery.wait()  # now and then one is left in peace
@@ -66,6 +66,6 @@ def test_kill_9_at_random_moments(tmp_path: Path, monkeypatch) -> None:
                 assert [contents(FeatureIndex.open(out)) for out in outs] == whole
                 stage, completed = 0, completed + 1
                 outs = [tmp_path / str(completed) / name for name in "ab"]
-    assert completed >= 3
+    assert completed >= 2
     assert {stage for stage, *_ in seen} == {0, 1}, "both were killed while they were built and while they grew"
     assert len(seen) >= 3, seen

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scope.errors import InvalidInputError
 
-__all__ = ["CaptureBench", "IndexBench", "TrainBench"]
+__all__ = ["CaptureBench", "IndexBench", "IndexBuildBench", "TrainBench"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,33 @@ class TrainBench:
         if k > d_sae:
             raise InvalidInputError(f"k is {k:,}; expected at most d_sae, {d_sae:,}.")
         return d_in, d_sae, k, batch_size
+
+
+@dataclass(frozen=True)
+class IndexBuildBench:
+    """Settings of the benchmark of building a feature index; what is None follows from the device."""
+
+    rows: int | None = None
+    """Rows of the store. None: 131,072 on a CPU, 2,097,152 on a GPU."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+    d_in: int = 640
+    """Width of the activations."""
+    d_sae: int = 16_384
+    """Number of features."""
+    k: int = 32
+    """Features that fire on a row."""
+    folder: Path | None = None
+    """Where store and index are written and deleted again. None: the folder for temporary files."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name):,}; expected at least 1.")
+        if self.rows is not None and self.rows < 4096:
+            raise InvalidInputError(f"rows is {self.rows:,}; expected at least 4,096, so that there is work to time.")
+        if self.k > self.d_sae:
+            raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from scope.bench.settings import CaptureBench, IndexBench, TrainBench
+from scope.bench.settings import CaptureBench, IndexBench, IndexBuildBench, TrainBench
 from scope.cli._command import Outcome, command, progress_bar, say
 
 __all__ = ["register"]
@@ -29,6 +29,14 @@ def register(app: typer.Typer) -> None:
         from scope.bench.train import bench_train
 
         figures = bench_train(config, say)
+        return Outcome(figures, _table(figures))
+
+    @command(bench, "index-build", config=IndexBuildBench)
+    def index_build(config: IndexBuildBench) -> Outcome:
+        """How fast a feature index is built, against the SAE's own encode; bytes a firing, and memory."""
+        from scope.bench.index_build import bench_index_build
+
+        figures = bench_index_build(config, say)
         return Outcome(figures, _table(figures))
 
     @command(bench, "index", config=IndexBench)

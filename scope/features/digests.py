@@ -16,12 +16,17 @@ from activations.manifest import write_atomically
 from scope.errors import IntegrityError
 from scope.features.layout import is_appended, place_of
 
-__all__ = ["BLOCK", "CheckedArray", "digest_file", "read_digests", "write_digests"]
+__all__ = ["BLOCK", "CheckedArray", "digest_file", "gone", "read_digests", "write_digests"]
 
 BLOCK = 2**20
 
 Digests = dict[str, dict[str, Any]]
 """Per path inside the index: `bytes` and `blocks`, the digests (hex) of its blocks."""
+
+
+def gone(path: Path) -> str:
+    """What to say of a file that was there when the index was opened."""
+    return f"{path} is missing. If the index has grown since it was opened, open it again; else build it again."
 
 
 def digest_file(
@@ -95,7 +100,10 @@ class CheckedArray:
             raise IntegrityError(f"{path} has {entry['bytes']:,} bytes; an array of shape {self.shape} has not.")
         empty = entry["bytes"] == 0
         # No more of the file than is recorded: it may be growing.
-        mapped = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r", shape=(entry["bytes"],))
+        try:
+            mapped = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r", shape=(entry["bytes"],))
+        except FileNotFoundError as error:
+            raise IntegrityError(gone(path)) from error
         self._bytes = np.asarray(mapped)
         self._array = self._bytes.view(dtype).reshape(self.shape)
         self._digests: list[str] = entry["blocks"]

@@ -120,7 +120,10 @@ class FeatureIndex:
         mean_position: place in the window, BOS being 0.
         special_share, position_bits, token_bits: see `scope.features.table.feature_table`.
         top_token, top_token_share: the token with the most summed strength, and its share of all.
+        position_bits, token_bits: how far the places and tokens that it fires on depart from those of all rows.
+        special_share: share of its summed strength that lies on BOS and special tokens, which are left out elsewhere.
         token_entropy: bits, of firings over tokens.
+        mean_top_tokens, mean_top_values: lists, by mean strength, of tokens that it fires on five times or more.
         top_tokens, top_token_means, top_token_counts: lists, by summed strength.
         mean_top_tokens, mean_top_values: lists, by mean strength.
         top_logits, top_logit_effects, bottom_logits, bottom_logit_effects: lists; logit per unit of strength.

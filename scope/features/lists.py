@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from scope.errors import IntegrityError
+from scope.features.digests import gone
 
 __all__ = ["CHUNK", "SHARD", "ListReader", "ListWriter"]
 
@@ -179,7 +180,7 @@ class ListReader:
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except OSError as error:
-                    raise IntegrityError(f"{path} is missing. Build the index again.") from error
+                    raise IntegrityError(gone(path)) from error
                 size = os.fstat(descriptor).st_size
                 tail = os.pread(descriptor, _INDEX_BYTES + _CRC.size, max(0, size - _INDEX_BYTES - _CRC.size))
                 body = tail[:_INDEX_BYTES]

@@ -7,6 +7,7 @@
 The index is that of the store which a capture of one hook with the same settings makes: row n is row n.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class PlannedText:
         self._plans: Iterator[PlannedGroup] = iter(())
         self._held: dict[str, np.ndarray] = {}
         self._start = self._stop = 0
+        self._lock = threading.Lock()
 
     def fingerprint_of(self, hook: str) -> str:
         """The fingerprint of the store that a capture of this hook alone makes."""
@@ -79,13 +81,14 @@ class PlannedText:
         return self._tables["documents"].copy()
 
     def rows(self, start: int, stop: int) -> TokenRows:
-        """Token columns of the rows `[start, stop)`. Cheap where `start` does not go back."""
-        if start < self._start or not self._held:
-            self._plans, self._held, self._start, self._stop = self._live.plans(), {}, 0, 0
-        while self._stop < stop:
-            self._take(next(self._plans), start)
-        held = slice(start - self._start, stop - self._start)
-        return TokenRows(**{name: self._held[name][held] for name in TOKEN_COLUMNS})
+        """Token columns of the rows `[start, stop)`. Cheap where `start` does not go back. Safe across threads."""
+        with self._lock:
+            if start < self._start or not self._held:
+                self._plans, self._held, self._start, self._stop = self._live.plans(), {}, 0, 0
+            while self._stop < stop:
+                self._take(next(self._plans), start)
+            held = slice(start - self._start, stop - self._start)
+            return TokenRows(**{name: self._held[name][held] for name in TOKEN_COLUMNS})
 
     def _take(self, plan: "PlannedGroup", start: int) -> None:
         """Hold a row group too, and let go of what comes before `start`."""

@@ -15,7 +15,7 @@ import xxhash
 from activations.manifest import read_manifest
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
-from scope.features.digests import BLOCK, CheckedArray, digest_file, read_digests
+from scope.features.digests import BLOCK, CheckedArray, digest_file, gone, read_digests
 from scope.features.layout import FIRINGS, FORMAT, dtype_of, file_of, is_appended, place_of, row_dtype
 from scope.features.lists import ListReader
 
@@ -102,7 +102,10 @@ class IndexReader:
         from pyarrow import parquet
 
         file = place_of(self.path, f"tables/{name}.parquet", self.derived)
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError as error:
+            raise IntegrityError(gone(file)) from error
         blocks = [xxhash.xxh3_128_hexdigest(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
         if blocks != self._digests[f"tables/{name}.parquet"]["blocks"]:
             raise IntegrityError(f"{file} is damaged. Build the index again; `scope verify` lists all faults.")
