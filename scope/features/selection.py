@@ -29,7 +29,7 @@ __all__ = ["MAX_ROWS", "SAMPLE", "Rows", "rows_of", "rows_of_tokens", "rows_with
 
 MAX_ROWS: Final = 250_000
 """A condition that holds on more rows than this is answered from a sample of them."""
-SAMPLE: Final = 2**17
+SAMPLE: Final = 100_000
 """Rows of a sample."""
 FEW_ROWS = 2**20
 CHUNK_ROWS = 2**20
