@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_dashboards as fakes
 
-TIMEOUT = 20_000
+TIMEOUT = 60_000
 """Milliseconds."""
 FLAGS = [
     "--no-sandbox",
