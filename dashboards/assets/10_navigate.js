@@ -73,6 +73,17 @@
 
   Object.assign(window.scope, { go, refine });
 
+  /* Charts come by way of Plotly, which Dash fetches with the first of them and gives up after 30 seconds. It is fetched
+     once the first page stands and nothing else is to be done. */
+  function preparePlotly() {
+    const url = window._dashPlotlyJSURL;
+    if (!url || window.Plotly || Array.from(document.scripts).some((script) => script.getAttribute("src") === url)) return;
+    const script = document.createElement("script");
+    script.src = url;
+    script.async = true;
+    document.body.append(script);
+  }
+
   const clientside = (window.dash_clientside = window.dash_clientside || {});
   clientside.scope = Object.assign(clientside.scope || {}, {
     /** The first view, once the layout stands. */
@@ -86,6 +97,7 @@
         return window.dash_clientside.no_update;
       }
       answered = visits;
+      if (visits === 1) (window.requestIdleCallback || setTimeout)(preparePlotly);
       document.body.classList.remove("navigating");
       document.title = (about && about.title) || "Scope";
       document.body.dataset.page = (about && about.page) || "";

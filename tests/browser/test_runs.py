@@ -95,7 +95,7 @@ def test_two_saes_are_chosen_and_compared(visit: Callable, served: Any) -> None:
     opened.open("/compare", ".compare-form")
     for id, name in (("compare-a", "topk-2"), ("compare-b", "topk-4")):
         page.click(f"#{id}")
-        page.click(f"[role=option]:text-is('{name}'):visible")
+        page.click(f"[role=option]:has-text('{name}'):visible")
         opened.until(f"new URL(location).searchParams.has('{id[-1]}')")
     page.wait_for_selector("#compare-histogram .main-svg")
     page.click(".compare-result .chip:has-text('Only in B')")
