@@ -1,5 +1,6 @@
 """Labels, notes, stars and lists: kept, found again, and safe when several write at once."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_the_version_changes_with_every_edit_and_the_table_follows(labels):
         assert labels.version not in seen
         seen.add(labels.version)
     assert labels.table()["starred"].tolist() == [True]
+
+
+def test_a_version_that_was_read_without_opening_the_database_still_follows_another_writer(tmp_path):
+    path = tmp_path / "workspace.db"
+    labels, other = FeatureLabels(SAE, path), FeatureLabels(SAE, path)
+    for edit in range(1, 4):
+        other.set(3, text=f"edit {edit}")
+        assert labels.version == edit
+        for file in tmp_path.iterdir():
+            os.utime(file, (1, edit))
+        assert [labels.version for _ in range(3)] == [edit] * 3
+    assert labels.table()["label"].tolist() == ["edit 3"]
 
 
 def test_two_saes_in_one_database_know_nothing_of_each_other(tmp_path):

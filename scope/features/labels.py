@@ -37,6 +37,8 @@ MAX_LIST_NAME = 100
 SCHEMA_VERSION = 1
 WAIT = 30.0
 """Seconds that a writer waits for its turn."""
+SETTLED_NS = 2_000_000_000
+"""Age of a file from which on its time tells edits apart, in nanoseconds."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS feature_label (
     sae TEXT NOT NULL, feature INTEGER NOT NULL, source TEXT NOT NULL, key TEXT NOT NULL, text TEXT NOT NULL,
@@ -104,15 +106,38 @@ class FeatureLabels:
         self._lock = threading.RLock()
         self._memory = None if path is not None else _connect(":memory:")
         self._table: tuple[int, pd.DataFrame] | None = None
+        self._seen: tuple[tuple[int, ...], int] | None = None
 
     # --- reading ----------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
-        """Grows with every edit, whichever process made it; 0 where nothing was ever said."""
+        """Grows with every edit, whichever process made it; 0 where nothing was ever said. Asked for all the time: the
+        database is opened only where its files changed since."""
+        stamp = self._stamp()
+        with self._lock:
+            if stamp is not None and self._seen is not None and self._seen[0] == stamp:
+                return self._seen[1]
         with self._reading() as database:
             row = database.execute("SELECT version FROM label_version WHERE sae = ?", (self.sae,)).fetchone()
-        return int(row[0]) if row else 0
+        version = int(row[0]) if row else 0
+        with self._lock:
+            self._seen = None if stamp is None else (stamp, version)
+        return version
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """Sizes and times of the database and its log. None where they are so young that one more edit could leave
+        them as they are, file systems' clocks being coarse."""
+        if self.path is None:
+            return None
+        stamp: list[int] = []
+        for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
+            try:
+                found = path.stat()
+                stamp += [found.st_ino, found.st_size, found.st_mtime_ns]
+            except OSError:
+                stamp += [0, 0, 0]
+        return tuple(stamp) if time.time_ns() - max(stamp[2], stamp[5]) > SETTLED_NS else None
 
     def get(self, feature: int) -> Label:
         """What is said of a feature.

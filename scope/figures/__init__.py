@@ -1,6 +1,8 @@
 """Figures: a DataFrame goes in, a Plotly figure comes out; notebooks and the dashboard share them.
 
-Plotly is imported when the first figure is drawn, not before.
+Plotly is imported when the first figure is drawn, not before. The dashboard saves each figure as PNG and SVG in the
+browser; from Python `figure.write_image("figure.svg")` does, which needs the extra `images` (kaleido) and a Chrome or
+Chromium (`BROWSER_PATH=` where it is not found).
 """
 
 from scope.figures.comparison import cosine_histogram
