@@ -37,7 +37,7 @@ def peak_bytes(folder, n_rows: int) -> int:
     store = long_store(n_rows)
     tracemalloc.start()
     try:
-        index = build_index(store, small_sae(), folder / f"{n_rows}.index", batch_size=512, segment_firings=2**13)
+        index = build_index(store, small_sae(), folder / f"{n_rows}.index", batch_size=512, segment_firings=2**11)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -47,7 +47,7 @@ def peak_bytes(folder, n_rows: int) -> int:
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    peak_bytes(tmp_path, 10_000)  # what is imported late
-    short, long = peak_bytes(tmp_path, 20_000), peak_bytes(tmp_path, 100_000)
-    firings = 80_000 * 4
+    peak_bytes(tmp_path, 3_000)  # what is imported late
+    short, long = peak_bytes(tmp_path, 6_000), peak_bytes(tmp_path, 30_000)
+    firings = 24_000 * 4
     assert long - short < 3 * firings, "the whole lists have 8 bytes a firing, and sorting them takes 24"
