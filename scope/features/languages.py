@@ -46,8 +46,8 @@ def language_facts(firings: np.ndarray, windows: np.ndarray, documents: np.ndarr
     if n_languages < 2:
         return LanguageFacts(np.zeros(d_sae, bool), np.full(d_sae, -1))
     low, high = _interval(firings, windows, rows, firings, windows)
-    others = [a.sum(axis=1, keepdims=True) - a for a in (firings, windows)]
-    _, high_elsewhere = _interval(*others, rows.sum() - rows, firings, windows)
+    elsewhere, windows_elsewhere = (counts.sum(axis=1, keepdims=True) - counts for counts in (firings, windows))
+    _, high_elsewhere = _interval(elsewhere, windows_elsewhere, rows.sum() - rows, firings, windows)
     shown = (low >= SPECIFIC * high_elsewhere) & (documents >= DOCUMENTS)
     specific = np.where(shown.any(axis=1), np.where(shown, low, -1).argmax(axis=1), -1)
     large = rows >= ROWS

@@ -299,7 +299,7 @@ def divergence_bits(counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
     there = counts > 0
     expected = np.where(rows > 0, rows / max(int(rows.sum()), 1), 1.0)
     log = np.log2(share / expected, out=np.zeros_like(share), where=there)
-    return _corrected((share * log).sum(axis=1), np.count_nonzero(rows), total)
+    return _corrected((share * log).sum(axis=1), int(np.count_nonzero(rows)), total)
 
 
 def _corrected(plain: np.ndarray, bins: np.ndarray | int, n: np.ndarray) -> np.ndarray:
