@@ -31,7 +31,7 @@ CHART_HEIGHT = 320
 SHOWN = {
     "": ("Likeliest token", "probability of the likeliest token", "lens"),
     "entropy": ("Entropy", "entropy, nats", "lens_entropy"),
-    "kl": ("KL to the end", "divergence from what the model says in the end, nats", "lens_kl"),
+    "kl": ("KL to the end", "divergence from what the model says in the end, nats (log scale)", "lens_kl"),
     "probability": ("Probability", "probability of the followed token", "lens"),
     "rank": ("Rank", "rank of the followed token", "lens_rank"),
 }
@@ -157,7 +157,9 @@ def _cells(view: LensView) -> tuple[np.ndarray, list[list[str]] | None, np.ndarr
     if show in ("entropy", "kl"):
         values = lens.entropy if show == "entropy" else lens.kl
         scale = max(float(values.max(initial=0.0)), 1e-9)
-        return values, [[number(float(one)) for one in row] for row in values], values / scale, scale, True
+        # The first layers can be a hundred nats away, which would leave all others white.
+        colours = values / scale if show == "entropy" else np.log1p(values) / np.log1p(scale)
+        return values, [[number(float(one)) for one in row] for row in values], colours, scale, True
     values = lens.top_probabilities[..., 0]
     return values, None, values, 1.0, True
 

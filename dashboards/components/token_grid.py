@@ -49,7 +49,7 @@ def grid_saves() -> html.Div:
         button(kind.upper(), label=f"Save this figure as {kind.upper()}", className="save", **{"data-save-grid": kind})
         for kind in kinds
     ]
-    return html.Div(saves, className="saves grid-saves")
+    return html.Div(saves, className="grid-saves")
 
 
 def token_grid(
