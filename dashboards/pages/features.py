@@ -102,7 +102,7 @@ def _grid(id: str, index: "FeatureIndex", view: View, query: FeatureQuery) -> da
         columnDefs=features_view.column_definitions(available(index), shown, dict(query.sort), query.contrasts),
         defaultColDef={"resizable": True, "sortable": False, "suppressMovable": True, "suppressHeaderMenuButton": True},
         columnSize="responsiveSizeToFit",
-        getRowId="params.data.feature",
+        getRowId="params.data.id",
         dashGridOptions={
             "rowHeight": 46,
             "headerHeight": 38,
