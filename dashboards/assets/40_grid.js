@@ -117,6 +117,14 @@
     if (link) window.scope.go(link.href);
   });
 
+  /* Enter keeps what was typed into a label. */
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.isComposing || !event.target.closest(".features-grid .ag-cell-inline-editing")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    grid()?.stopEditing();
+  }, true);
+
   /* The order of the grid, in the address. */
   document.addEventListener("click", (event) => {
     if (!event.target.closest || !event.target.closest(".features-grid .ag-header-cell")) return;
