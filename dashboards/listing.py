@@ -292,6 +292,7 @@ def _grid_row(index: "FeatureIndex", row: Mapping[str, Any], marks: Marks, colum
     feature, dead = int(row["feature"]), bool(row["dead"])
     return {
         **{column.name: column.cell(row) for column in columns},
+        "id": str(feature),
         "feature": feature,
         "label": marks.labels.get(feature, ""),
         "own": feature in marks.own,

@@ -30,6 +30,7 @@ __all__ = [
     "examples",
     "feature_id",
     "feature_name",
+    "random_feature",
     "records",
     "summary",
     "table_row",
@@ -99,11 +100,16 @@ def feature_id(index: "FeatureIndex", text: str) -> int:
     return int(text)
 
 
+def random_feature(index: "FeatureIndex", but: int = -1) -> int:
+    """A feature that fires, drawn anew each time, and another one than `but` where there is one."""
+    alive = np.flatnonzero(~index.table["dead"].to_numpy(bool))
+    others = alive[alive != but]
+    return int(np.random.default_rng().choice(others)) if len(others) else max(but, 0)
+
+
 def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
     """Read everything about a feature but its examples."""
     edges, counts = index.histogram(feature)
-    alive = index.table.loc[~index.table["dead"], "feature"].to_numpy()
-    others = alive[alive != feature]
     return FeatureSummary(
         id=feature,
         row=table_row(index, feature),
@@ -118,7 +124,7 @@ def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
         by_source=index.by_source(feature),
         previous=(feature - 1) % index.d_sae,
         next=(feature + 1) % index.d_sae,
-        random=int(np.random.default_rng().choice(others)) if len(others) else feature,
+        random=random_feature(index, feature),
     )
 
 

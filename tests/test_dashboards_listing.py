@@ -2,21 +2,27 @@
 
 import base64
 import json
+from pathlib import Path
+from typing import Any
 
 import helpers_dashboards as fakes
 import numpy as np
 import pytest
+from helpers_features import tiny_index
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dashboards.areas import Area
 from dashboards.columns import COLUMNS, available
+from dashboards.components.feature_view import python_snippet
 from dashboards.documents import DOCUMENT_PART, document_part
 from dashboards.listing import FeatureQuery, grid_rows, grid_table, listing, parse_sort, spark
 from dashboards.marks import marks_of
 from dashboards.queries import effect_words, summary, token_detail
 from dashboards.streams import kept_bits, points
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.saes.formats import save
+from scope.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +289,36 @@ def test_a_stored_logit_effect_is_known_without_the_model(index: fakes.FakeIndex
 def test_a_feature_is_said_in_words(index: fakes.FakeIndex) -> None:
     assert effect_words(summary(index, 2)).startswith("Fires on 1 in ")
     assert effect_words(summary(index, fakes.DEAD)).startswith("Would make ")
+
+
+def test_the_lines_that_load_a_feature_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, _, sae = tiny_index(tmp_path)
+    workspace = Workspace(tmp_path / "w")
+    workspace.add(built.path)
+    save(sae, workspace.path_for("sae", "own"))
+    monkeypatch.chdir("/")
+    made: dict[str, Any] = {}
+    exec(python_snippet(workspace, workspace.index(built.id), 3), made)  # what is tested is that these lines run
+    assert made["feature"].id == 3
+    assert len(made["firings"]) == int(built.table["n_firings"].iloc[3])
+    assert [one.feature for one in made["examples"]] == [3] * len(made["examples"])
+    assert made["direction"].tolist() == sae.W_dec[3].tolist()
+
+
+def test_an_index_on_disk_lists_what_its_table_says(tmp_path: Path) -> None:
+    index, _, _ = tiny_index(tmp_path)
+    rows, total = grid_rows(index, FeatureQuery.of({"sort": "density:desc"}), 0, 100)
+    json.dumps(rows, allow_nan=False)
+    wanted = index.table.sort_values("density", ascending=False, kind="stable")["feature"].tolist()
+    assert [row["feature"] for row in rows] == wanted
+    assert total == index.d_sae
+    language = index.languages[0]
+    found = listing(index, FeatureQuery.of({"a": f"language:{language}"})).ids.tolist()
+    assert found == index.contrast(f"language:{language}", n=index.d_sae).table["feature"].tolist()
+    row, value = index.firings(int(wanted[0]), 0, 1).iloc[0]
+    document = index.top_examples(int(wanted[0]), 1)[0].document
+    part = document_part(index, int(wanted[0]), document, around=int(row))
+    (run,) = (run for run in part.runs if run.start_row <= row < run.start_row + len(run.tokens))
+    assert run.values[int(row) - run.start_row] == pytest.approx(value, rel=1e-4)
+    example = index.top_examples(int(wanted[0]), 1)[0]
+    assert run.position + example.row - run.start_row == example.document_position

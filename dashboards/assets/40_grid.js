@@ -36,7 +36,12 @@
       const edit = h("button", {
         type: "button", className: "edit", title: "Edit the label", "aria-label": "Edit the label of feature " + feature,
         tabIndex: -1,
-        onClick: () => props.api.startEditingCell({ rowIndex: props.node.rowIndex, colKey: "label" }),
+        // The button goes when the editor comes: were it focused, the grid would take its leaving for the end of editing.
+        onMouseDown: (event) => event.preventDefault(),
+        onClick: () => {
+          props.api.setFocusedCell(props.node.rowIndex, "label");
+          setTimeout(() => props.api.startEditingCell({ rowIndex: props.node.rowIndex, colKey: "label" }), 50);
+        },
       }, "✎");
       return h("div", { className: "cell-name" }, text, edit);
     },
@@ -116,6 +121,14 @@
     const link = row && row.querySelector("a[href]");
     if (link) window.scope.go(link.href);
   });
+
+  /* Enter keeps what was typed into a label. */
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.isComposing || !event.target.closest(".features-grid .ag-cell-inline-editing")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    grid()?.stopEditing();
+  }, true);
 
   /* The order of the grid, in the address. */
   document.addEventListener("click", (event) => {

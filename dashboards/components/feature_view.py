@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -21,6 +20,7 @@ from scope.figures import logit_histogram
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
+    from scope.workspace import Workspace
 
 __all__ = ["all_logits", "feature_head", "feature_side", "feature_statistics", "no_firings", "python_snippet"]
 
@@ -151,11 +151,13 @@ def no_firings(index: "FeatureIndex", feature: FeatureSummary) -> html.Div:
     )
 
 
-def feature_side(workspace: Path, index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any) -> list[Any]:
+def feature_side(
+    workspace: "Workspace", index: "FeatureIndex", feature: FeatureSummary, label: Any, logits: Any
+) -> list[Any]:
     """The column on the right, from what people call the feature to how to load it.
 
     Args:
-        workspace: the folder that is served.
+        workspace: what is served.
         index: the feature's.
         feature: what is known of it.
         label: the panel with its label, notes, star and lists.
@@ -257,12 +259,21 @@ def all_logits(found: AllLogits | None, problem: Any = None) -> list[Any]:
     return [chart(figure, id="logits-histogram", height=LOGITS_HEIGHT, words=words)]
 
 
-def python_snippet(workspace: Path, index: "FeatureIndex", feature: int) -> str:
-    """Lines that load the feature; they run as they stand."""
-    sae = str(index.sae_info["fingerprint"])[:12]
+def _sae_address(workspace: "Workspace", index: "FeatureIndex") -> str:
+    """What `Workspace.sae` finds the SAE by: its id, or the address of a published one that lies outside."""
+    fingerprint = str(index.sae_info["fingerprint"])
+    if any(entry.manifest.get("fingerprint") == fingerprint for entry in workspace.saes()):
+        return fingerprint[:12]
+    source = (index.sae_info.get("metadata") or {}).get("source")
+    return str(source) if source else fingerprint[:12]
+
+
+def python_snippet(workspace: "Workspace", index: "FeatureIndex", feature: int) -> str:
+    """Lines that load the feature; they run as they stand, where a published SAE is on this machine."""
+    sae = _sae_address(workspace, index)
     return (
         "from scope.workspace import Workspace\n\n"
-        f"workspace = Workspace({str(workspace.resolve())!r})\n"
+        f"workspace = Workspace({str(workspace.path.resolve())!r})\n"
         f"index = workspace.index({index.id!r})\n"
         f"feature = index.feature({feature})  # shows itself in a notebook\n"
         f"firings = index.activations([{feature}])  # every firing\n"

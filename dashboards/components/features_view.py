@@ -9,10 +9,10 @@ import numpy as np
 from dash import html
 
 from dashboards.columns import COLUMNS, DEFAULT_COLUMNS, UMAP, Column, available
-from dashboards.components.controls import button, choice, define, icon
+from dashboards.components.controls import button, choice, define, icon, link_button
 from dashboards.components.states import empty
 from dashboards.glossary import GLOSSARY
-from dashboards.links import View
+from dashboards.links import View, feature_link
 from dashboards.listing import FeatureQuery
 
 if TYPE_CHECKING:
@@ -165,19 +165,28 @@ def _contrast(query: FeatureQuery) -> html.Div:
     )
 
 
-def downloads(index: str) -> html.Div:
-    """Links to exactly the list shown; assets/40_grid.js gives them the address's query."""
+def downloads(index: str, random: int) -> html.Div:
+    """A feature by chance, and links to exactly the list shown; assets/40_grid.js gives them the address's query."""
     return html.Div(
         [
-            html.A(
-                [icon("download"), name],
-                href=f"/export/{index}/features.{kind}",
-                download="",
-                className="button",
-                title=f"Download the features that are listed, in this order, as {name}",
-                **{"data-export": kind, "data-index": index},
-            )
-            for kind, name in (("csv", "CSV"), ("parquet", "Parquet"))
+            link_button(
+                icon("shuffle"),
+                href=feature_link(index, random),
+                label="A random feature",
+                className="icon-only",
+                **{"data-key": "r"},
+            ),
+            *(
+                html.A(
+                    [icon("download"), name],
+                    href=f"/export/{index}/features.{kind}",
+                    download="",
+                    className="button",
+                    title=f"Download the features that are listed, in this order, as {name}",
+                    **{"data-export": kind, "data-index": index},
+                )
+                for kind, name in (("csv", "CSV"), ("parquet", "Parquet"))
+            ),
         ],
         className="chips downloads",
     )

@@ -52,7 +52,7 @@ def render(context: Context, view: View) -> Page:
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
     label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
-    side = feature_side(context.workspace.path, index, feature, label, logits)
+    side = feature_side(context.workspace, index, feature, label, logits)
     content = html.Div(
         className="feature-page",
         children=[

@@ -21,6 +21,7 @@ from dashboards.links import View, features_link
 from dashboards.listing import FeatureQuery, grid_rows, listing
 from dashboards.marks import marks_of
 from dashboards.pages import Page
+from dashboards.queries import random_feature
 from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def render(context: Context, view: View) -> Page:
                 children=[
                     html.H1("Features"),
                     html.Span(id="features-count", className="muted", role="status"),
-                    features_view.downloads(entry.id),
+                    features_view.downloads(entry.id, random_feature(index)),
                 ],
             ),
             features_view.toolbar(index, query),
@@ -101,7 +102,7 @@ def _grid(id: str, index: "FeatureIndex", view: View, query: FeatureQuery) -> da
         columnDefs=features_view.column_definitions(available(index), shown, dict(query.sort), query.contrasts),
         defaultColDef={"resizable": True, "sortable": False, "suppressMovable": True, "suppressHeaderMenuButton": True},
         columnSize="responsiveSizeToFit",
-        getRowId="params.data.feature",
+        getRowId="params.data.id",
         dashGridOptions={
             "rowHeight": 46,
             "headerHeight": 38,

@@ -137,8 +137,8 @@ def test_stars_and_labels_are_written_in_the_row(visit: Callable, own: Any) -> N
     page.wait_for_selector(".ag-row[row-id='2'] .star[aria-pressed=true]")
     page.hover(".ag-row[row-id='4'] .cell-tokens")
     page.click(".ag-row[row-id='4'] .edit")
-    page.keyboard.type("<i>weather</i>")
-    page.keyboard.press("Enter")
+    page.fill(".ag-cell-inline-editing input", "<i>weather</i>")
+    page.press(".ag-cell-inline-editing input", "Enter")
     page.wait_for_selector(".ag-row[row-id='4'] .label:has-text('<i>weather</i>')")
     deadline = 200
     while (not index.labels.get(2).starred or not index.labels.get(4).text) and deadline:
