@@ -115,7 +115,8 @@ def run_one(
     dies_at: int | None = None,
     error: str | None = None,
 ) -> Any:
-    """Train one SAE; with `dies_at` the second process is killed after so many steps, or fails with an error."""
+    """Train one SAE; with `dies_at` the second process is killed after so many steps, or fails with an error,
+    or ("nan") gets a spoilt row."""
 
     source = source_of(bad_row)
     config = config_of(**settings)
@@ -124,6 +125,10 @@ def run_one(
 
         def dying(trainer: SAETrainer, *arguments: Any) -> StepReport:
             if trainer.steps_done == dies_at:
+                if error == "nan":
+                    spoilt = arguments[0].clone()
+                    spoilt[3, 5] = torch.nan
+                    return step(trainer, spoilt, *arguments[1:])
                 if error:
                     raise OSError(error)
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -104,15 +104,3 @@ def test_kill_9_of_two_processes(trainers: Trainers, tmp_path: Path, parallel: s
     said, _ = killed_and_resumed(trainers, 4, tmp_path, "one", 2, settings=settings)
     for each in said:
         assert without_where(each) == without_where(whole)
-
-
-def test_a_nan_leaves_the_last_good_checkpoint(trainers: Trainers, tmp_path: Path) -> None:
-    """The run stops at the bad row, says where the checkpoint lies, and a repaired source goes on from there."""
-    settings = {**SETTINGS, "max_norm_ratio": 0.0, "shuffle_bytes": 2**13}
-    whole = trainers.run("one", out=tmp_path / "whole", settings=settings)[0].said
-    ended = trainers.run("one", out=tmp_path / "one", settings=settings, bad_row=990)[0].said
-    assert ended["error"] == "NonFiniteError"
-    assert "The last checkpoint stays in" in ended["message"]
-    resumed = trainers.run("one", out=tmp_path / "one", settings=settings)[0].said
-    assert resumed["resumed_at"] > 0
-    assert without_where(resumed) == without_where(whole)

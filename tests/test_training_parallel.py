@@ -84,14 +84,14 @@ def test_a_process_that_is_killed_ends_the_others(trainers: Trainers, tmp_path: 
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-def test_a_nan_stops_all(trainers: Trainers, tmp_path: Path, parallel: str) -> None:
-    """A bad row, which one of the processes has under --parallel data, after a good checkpoint."""
-    settings = {"parallel": parallel, "max_norm_ratio": 0.0, "shuffle_bytes": 2**13}
-    ended = trainers.run("one", 2, out=tmp_path / "one", settings=settings, bad_row=990)
+def test_a_nan_on_one_process_stops_all(trainers: Trainers, tmp_path: Path, parallel: str) -> None:
+    """All name the row, none moves its weights, and the checkpoint of before stays."""
+    settings = {"parallel": parallel, "arch": "jumprelu"}
+    ended = trainers.run("one", 2, out=tmp_path / "one", settings=settings, dies_at=9, error="nan")
     assert [end.said["error"] for end in ended] == ["NonFiniteError"] * 2
-    assert all("rows 990 " in end.said["message"] for end in ended)
-    assert "document 9" in ended[0].said["message"]
-    assert len({end.said["told"] for end in ended}) == 2
+    assert all("1 rows of a batch hold a NaN" in end.said["message"] for end in ended)
+    assert "The last checkpoint stays in" in ended[0].said["message"]
+    assert trainers.run("one", 2, out=tmp_path / "one", settings=settings)[0].said["resumed_at"] == 8
 
 
 def test_an_occupied_folder_is_said_to_all(trainers: Trainers, tmp_path: Path) -> None:

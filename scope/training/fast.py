@@ -472,7 +472,7 @@ class FastStep:
         trainer.steps_done, trainer.tokens_done, trainer.firing_tokens = pending.before
         self._pending.clear()
         self._healthy.fill_(1.0)
-        if not rows_finite:
+        if not rows_finite or trainer.team.size > 1:  # all members look, or none
             trainer.require_finite(pending.batch, pending.rows)
         raise trainer.gradient_error()
 

@@ -329,8 +329,11 @@ class SAETrainer:
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Take over `state_tensors` and `counters` of another trainer with the same settings, however many processes
         it had."""
-        share = self.team.features
-        tensors = {name: share.of(part) if self._has_features(name, part) else part for name, part in tensors.items()}
+        if self._divided:  # Adam's fused step takes its moments to be contiguous
+            own = self.team.features.of
+            tensors = {
+                n: own(part).contiguous() if self._has_features(n, part) else part for n, part in tensors.items()
+            }
         self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         self.firings.copy_(tensors["firings"])
         for name, row in self._rows.items():
