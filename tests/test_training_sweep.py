@@ -110,10 +110,10 @@ def test_trainers_at_different_steps_are_brought_together(
     whole = [report.sae.fingerprint for report in train_sweep(source, runs)]
     write = WorkFolder.checkpoint
 
-    def die_on_the_second(self: WorkFolder, trainer: object, seconds: float) -> None:
-        if trainer.steps_done == 20 and trainer.config.k == 3:  # type: ignore[attr-defined]
+    def die_on_the_second(self: WorkFolder, tensors: object, counters: dict[str, int], seconds: float) -> None:
+        if counters["steps_done"] == 20 and self.path.name.startswith(runs[1].name):
             raise CrashError
-        write(self, trainer, seconds)  # type: ignore[arg-type]
+        write(self, tensors, counters, seconds)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "checkpoint", die_on_the_second)

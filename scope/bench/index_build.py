@@ -161,8 +161,8 @@ def _json(title: str, language: str, text: str) -> str:
 
 def _sae(made: DictionaryLike, k: int, device: torch.device) -> TopKSAE:
     d_sae, d_in = made.W_dec.shape
-    known = {"hook_name": HOOK, "model_name": "made rows", "weight_hash": "made", "tokenizer_hash": "bytes"}
-    config = TopKConfig(d_in=d_in, d_sae=d_sae, k=k, metadata=SAEMetadata(**known))
+    metadata = SAEMetadata(hook_name=HOOK, model_name="made rows", weight_hash="made", tokenizer_hash="bytes")
+    config = TopKConfig(d_in=d_in, d_sae=d_sae, k=k, metadata=metadata)
     sae = TopKSAE(config, device=device)
     with torch.no_grad():
         sae.W_enc.copy_(made.W_enc.T)

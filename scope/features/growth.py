@@ -128,6 +128,6 @@ def clear_leftovers(out: Path) -> None:
         if folder.name != derived:
             shutil.rmtree(folder, ignore_errors=True)
     if derived:
-        for part in DERIVED_PARTS:
-            shutil.rmtree(out / part, ignore_errors=True)
+        for name in DERIVED_PARTS:
+            shutil.rmtree(out / name, ignore_errors=True)
         (out / "digests.json").unlink(missing_ok=True)
