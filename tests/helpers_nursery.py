@@ -189,5 +189,6 @@ class _Server:
 if __name__ == "__main__":
     assert "torch" not in sys.modules
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # it matters when the power fails, not here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     ledger.RECORDS_PER_SEGMENT = int(sys.argv[2])
     _Server(Path(sys.argv[1])).serve()

@@ -68,8 +68,8 @@ def test_walk(visit: Callable, walked: Any) -> None:
     page.click(".firing-label >> nth=0")
     page.wait_for_selector(".firing-label[aria-pressed=true]")
     strength = page.locator(".firing-bar.strength .number").first.text_content()
-    feature = page.locator(".firing > a").first.text_content()
-    page.click(".firing > a >> nth=0")
+    feature = page.locator(".firing-id a").first.text_content()
+    page.click(".firing-id a >> nth=0")
 
     page.wait_for_selector(f"h1:has-text('Feature {feature}')")
     page.go_back()
