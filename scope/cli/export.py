@@ -58,13 +58,12 @@ def register(app: typer.Typer) -> None:
         workspace: Annotated[Path | None, typer.Option(help="Where the index and its labels lie.")] = None,
     ) -> Outcome:
         """Write a store's activations, or an index's features, firings and labels, for other tools."""
-        from scope.errors import InvalidInputError
+        from scope.errors import UnknownNameError
 
         if format in STORE_FORMATS:
             return _export_store(what, format, out, hook, dtype, file_mb)
         if format not in GRID_FORMATS + FEATURE_FORMATS:
-            known = ", ".join(STORE_FORMATS + FEATURE_FORMATS + GRID_FORMATS)
-            raise InvalidInputError(f"There is no format {format!r}. There are: {known}.")
+            raise UnknownNameError("format", format, STORE_FORMATS + FEATURE_FORMATS + GRID_FORMATS)
         from scope.workspace import open_index
 
         index = open_index(what, workspace)

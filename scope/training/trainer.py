@@ -226,7 +226,7 @@ class SAETrainer:
         with torch.enable_grad(), self._autocast():
             loss = self.sae.training_loss(x, context, None if raw_target is None else y)
         weight = len(x) / n_rows
-        (loss.total * weight).backward()
+        loss.total.backward(torch.full_like(loss.total, weight))
         learning_rate = config.peak_lr * learning_rate_share(self.steps_done, config.steps, config.warmup, config.decay)
         grad_norm = self._move(learning_rate)
         terms = {"loss": loss.total.detach(), "error": loss.squared_error, **loss.parts}
