@@ -106,7 +106,9 @@ class _Demo:
         from scope.cli._steps import measure_sae
         from scope.training.evaluate import read_quality
 
-        return read_quality(path) or measure_sae(sae, path, store, self.model, self.config.evaluate_tokens).to_dict()
+        kept = read_quality(path)
+        # Splicing the baselines in too would double the time; `scope evaluate` does it.
+        return kept or measure_sae(sae, path, store, self.model, self.config.evaluate_tokens, baselines=False).to_dict()
 
     def index(self, store: "ActivationStore", sae_folder: Path) -> tuple[Path, dict[str, Any]]:
         from scope.cli._steps import index_sae
