@@ -286,6 +286,6 @@ def test_a_crash_at_any_write_loses_nothing(
         run(texts[1], out, append=True, max_tokens=40)
         assert tree(out) == expected
         shutil.rmtree(out)
-        point += 5
+        point += 2  # the writes while only whole groups are there are seven in a row: threads shift which
     assert point > 40
     assert seen >= {start.n_rows, 4 * R, start.n_rows + 40}

@@ -303,5 +303,5 @@ def test_an_index_is_exported_by_the_command_line(index, tmp_path):
         assert scope("export", index.path, "--format", "csv", "--out", tmp_path / "x.csv", *wrong)[0] == 2
     assert (
         scope("export", index.path, "--format", "docx", "--out", tmp_path / "x")[1]["error"]["type"]
-        == "InvalidInputError"
+        == "UnknownNameError"
     )

@@ -1,6 +1,7 @@
 """Kill -9 at random moments: a run that is taken up again ends with the weights and the log of one never killed."""
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from helpers_ranks import Ended, Trainers
+
+from scope.saes import formats
 
 SETTINGS = {"d_sae": 32, "checkpoint_steps": 2, "log_steps": 1, "tokens": 24 * 64, "arch": "topk"}
 KILLS = 30
@@ -25,11 +28,13 @@ def killed_and_resumed(
 ) -> tuple[list[Any], int]:
     """Kill a job at random moments, and give it again until so many were killed; every one that ends begins a new one.
 
-    A moment is drawn from a run's whole length, or is one at which a file has just appeared or gone. Returns what the
-    jobs that ended said, and how many were killed.
+    A moment is drawn from a run's whole length, or is one at which a file has just appeared or gone. One that was
+    killed after it published what it made counts as killed, and the next begins a new one. Returns what the jobs that
+    ended said, and how many were killed.
     """
     rng = random.Random(0)
-    killed, said = 0, []
+    killed = 0
+    said: list[Any] = []
     begun = time.monotonic()
     whole = trainers.run(job, processes, out=folder / "timed", **arguments)[0]
     lasts = time.monotonic() - begun
@@ -43,6 +48,9 @@ def killed_and_resumed(
         ended: list[Ended] = ranks.wait()
         if ended[0].status == signal.SIGKILL:
             killed += 1
+            if job == "one" and out.exists():
+                assert formats.load(out).fingerprint == whole.said["fingerprint"]
+                shutil.rmtree(out)
             continue
         assert ended[0].status == 0, ended
         said.append(ended[0].said)
