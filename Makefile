@@ -1,10 +1,11 @@
 # make demo            everything from text to the dashboard at http://127.0.0.1:8050 (SERVE=0: stop before serving)
-# make test            every test and check; sets up what it lacks
+# make test            every test and check, in TEST_PROCESSES=2 processes; sets up what it lacks
 # make install         .venv with what the demo needs
 # make check           formatting, lint, types and layers only
 SHELL := /bin/bash
 PYTHON ?= python3
 SERVE ?= 1
+TEST_PROCESSES ?= 2
 WORKSPACE ?= workspace
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,7 +48,7 @@ chromium:
 	else echo "No Chromium: install it or give CHROMIUM=/path; the browser tests will be skipped (in CI they fail)."; fi
 
 test: check chromium
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -69,6 +69,7 @@ class Workspace:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InvalidInputError(f"{self.path} is a file; a workspace is a folder.")
+        self._known: dict[Path, tuple[tuple[int, int], Entry]] = {}
 
     @property
     def database(self) -> Path:
@@ -225,11 +226,19 @@ class Workspace:
                 continue
             seen.add(path.resolve())
             try:
-                yield _entry(path, read_manifest(path))
+                yield self._read(path)
             except ScopeError as error:
                 kind = next((kind for kind, folder in FOLDERS.items() if path.parent.name == folder), None)
                 if kind is not None:
                     yield Entry(kind, "", path.name, path, {}, problem=str(error))
+
+    def _read(self, path: Path) -> Entry:
+        """The artefact in a folder, read anew when its manifest was replaced: a page asks for it many times."""
+        stat = (path / "manifest.json").stat()
+        version = (stat.st_ino, stat.st_mtime_ns)
+        if self._known.get(path, (None,))[0] != version:
+            self._known[path] = version, _entry(path, read_manifest(path))
+        return self._known[path][1]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.entries(kind))} {folder}" for kind, folder in FOLDERS.items())

@@ -1,6 +1,7 @@
 """Shared fixtures: no network, run-time shape checks, and the demo's workspace made once a run."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,9 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace that `scope demo` makes from the real model, at a small size."""
+    """The workspace that `scope demo` makes from the real model, at a small size; the test processes' own copy."""
+    from filelock import FileLock
+
     from scope.cli.demo import DemoConfig, make_demo
 
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all the processes
+    made = shared / "demo-made"
+    with FileLock(shared / "demo.lock"):
+        if not made.exists():
+            make_demo(
+                shared / "demo" / "workspace", DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600)
+            )
+            made.touch()
     folder = tmp_path_factory.mktemp("demo") / "workspace"
-    make_demo(folder, DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600))
+    shutil.copytree(shared / "demo" / "workspace", folder)
     return folder

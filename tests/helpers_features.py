@@ -180,7 +180,7 @@ class WideSAE:
     """Every feature whose pre-activation passes a threshold fires: rows have unlike numbers of firings, some of them
     negative, and ids may pass 65,536."""
 
-    def __init__(self, d_sae: int, threshold: float = 4.0, signed: bool = False) -> None:
+    def __init__(self, d_sae: int, threshold: float = 1.5, signed: bool = False) -> None:
         base = small_sae(d_sae)
         self.cfg = replace(base.cfg, k=1)
         self.W_enc, self.W_dec = base.W_enc.detach(), base.W_dec.detach()
@@ -206,6 +206,7 @@ def dense_strengths(store: FakeStore, sae: Any) -> np.ndarray:
         dense = sae.encode(torch.from_numpy(store.x)) * sae.decoder_norms
     strengths = dense.to(torch.bfloat16).float().numpy()
     strengths[store.columns["flags"] > 0] = 0
+    assert strengths.any(), "a comparison with nothing shows nothing"
     return strengths
 
 

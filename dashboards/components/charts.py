@@ -23,10 +23,9 @@ def theme_of_request() -> Theme:
 def strength_histogram(edges: np.ndarray, counts: np.ndarray, theme: Theme) -> Any:
     """`FeatureIndex.histogram` as a figure. Each bar gets its colour by name: Plotly's browser half warns about every
     bar whose colour is a number on a scale."""
-    figure = activation_histogram(histogram_frame(edges, counts), theme=theme)
     middles = (edges[:-1] + edges[1:]) / 2
     colours = [activation_colour(middle, float(edges[-1]), theme) for middle in middles.tolist()]
-    figure.update_traces(marker={"color": colours, "colorscale": None, "cmin": None})
+    figure = activation_histogram(histogram_frame(edges, counts), theme=theme, colours=colours)
     return figure.update_layout(height=HISTOGRAM_HEIGHT)
 
 

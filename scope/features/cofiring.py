@@ -57,17 +57,23 @@ def count_features(rows: np.ndarray, indptr: np.ndarray, feature: np.ndarray) ->
 
 
 class _Ahead:
-    """Reads a list of rows from one end to the other, many features at a time."""
+    """Reads a list of rows from one end to the other, `READ_AHEAD` at a time."""
 
     def __init__(self, rows_of: Callable[[int, int], np.ndarray], end: int) -> None:
         self._rows_of, self._end = rows_of, end
         self._start, self._rows = 0, np.empty(0, np.int64)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        if stop > self._start + len(self._rows):
-            self._start = start
-            self._rows = self._rows_of(start, min(max(stop, start + READ_AHEAD), self._end))
-        return self._rows[start - self._start : stop - self._start]
+    def sample(self, start: int, stop: int, step: int) -> np.ndarray:
+        """Every `step`-th row from `start` to `stop`, int64."""
+        parts = []
+        while start < stop:
+            if start >= self._start + len(self._rows):
+                self._start, self._rows = start, self._rows_of(start, min(start + READ_AHEAD, self._end))
+            here = min(stop, self._start + len(self._rows))
+            part = self._rows[start - self._start : here - self._start : step]
+            parts.append(part.astype(np.int64))
+            start += len(part) * step
+        return np.concatenate(parts)
 
 
 def cofiring_features(
@@ -92,7 +98,7 @@ def cofiring_features(
     lists = _Ahead(rows_of, int(list_indptr[-1]))
     for one in np.flatnonzero(n):
         step = -(-int(n[one]) // SAMPLE)
-        rows = lists.read(int(list_indptr[one]), int(list_indptr[one + 1]))[::step].astype(np.int64)
+        rows = lists.sample(int(list_indptr[one]), int(list_indptr[one + 1]), step)
         rows.sort()
         others, counts = count_features(rows, indptr, feature)
         kept = others != one

@@ -34,10 +34,17 @@ def histogram_frame(edges: np.ndarray, counts: np.ndarray) -> "pd.DataFrame":
 
 
 def activation_histogram(
-    frame: "pd.DataFrame", *, theme: Theme = "light", title: str = "How strongly it fires", log: bool = True
+    frame: "pd.DataFrame",
+    *,
+    theme: Theme = "light",
+    title: str = "How strongly it fires",
+    log: bool = True,
+    colours: list[str] | None = None,
 ) -> "go.Figure":
-    """Columns low, high, n_firings: one bar per bin, coloured as tokens of that strength are. Empty bins stay empty
-    on the logarithmic axis."""
+    """Columns low, high, n_firings: one bar per bin, coloured as tokens of that strength are, or by `colours`. Empty
+    bins stay empty on the logarithmic axis."""
+    import plotly.graph_objects as go
+
     palette = PALETTES[theme]
     counts = frame["n_firings"].to_numpy(dtype=float)
     low, high = frame["low"].to_numpy(dtype=float), frame["high"].to_numpy(dtype=float)
@@ -46,25 +53,32 @@ def activation_histogram(
         f"{short_number(a)} to {short_number(b)}<br>{c:,.0f} firings ({short_number(100 * c / total if total else 0)}%)"
         for a, b, c in zip(low, high, counts, strict=True)
     ]
-    figure = _figure(theme, title)
-    figure.add_bar(
-        x=(low + high) / 2,
-        y=np.where(counts > 0, counts, np.nan) if log else counts,
-        width=high - low,
-        marker={
-            "color": (low + high) / 2,
-            "colorscale": palette.sequential,
-            "cmin": 0,
+    scale = {"color": (low + high) / 2, "colorscale": palette.sequential, "cmin": 0}
+    bars = {
+        "type": "bar",
+        "x": (low + high) / 2,
+        "y": np.where(counts > 0, counts, np.nan) if log else counts,
+        "width": high - low,
+        "marker": {
+            **(scale if colours is None else {"color": colours}),
             "line": {"color": palette.accent_text, "width": 0.5},
         },
-        hovertext=hover,
-        hoverinfo="text",
-    )
-    figure.update_xaxes(title_text=STRENGTH, rangemode="tozero")
-    figure.update_yaxes(title_text="firings" + (" (log scale)" if log else ""))
+        "hovertext": hover,
+        "hoverinfo": "text",
+    }
+    up = {"title": {"text": "firings" + (" (log scale)" if log else "")}}
     if log:
-        figure.update_yaxes(type="log", range=_log_range(counts), dtick=1, tickformat=",d")
-    figure.update_layout(bargap=0)
+        up |= {"type": "log", "range": _log_range(counts), "dtick": 1, "tickformat": ",d"}
+    layout = {
+        "template": template(theme).to_plotly_json(),
+        "title": {"text": title},
+        "showlegend": False,
+        "xaxis": {"title": {"text": STRENGTH}, "rangemode": "tozero"},
+        "yaxis": up,
+        "bargap": 0,
+    }
+    # Every page of a feature draws it, and checking what is written here takes most of the time.
+    figure = go.Figure({"data": [bars], "layout": layout}, _validate=False)
     if not total:
         _say(figure, "It never fires on this text.", theme)
     return figure
