@@ -66,7 +66,7 @@ def activation_histogram(
         "hovertext": hover,
         "hoverinfo": "text",
     }
-    up = {"title": {"text": "firings" + (" (log scale)" if log else "")}}
+    up: dict[str, Any] = {"title": {"text": "firings" + (" (log scale)" if log else "")}}
     if log:
         up |= {"type": "log", "range": _log_range(counts), "dtick": 1, "tickformat": ",d"}
     layout = {
