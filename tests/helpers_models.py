@@ -30,6 +30,8 @@ WRONG_TYPE = (InvalidInputError, TypeCheckError)
 """What a value of another type gets: our error, or jaxtyping's where the run-time check is on."""
 KINDS = ("gemma3", "llama", "gpt2")
 MORE_KINDS = ("gemma2", "gemma3_multimodal", "mistral", "qwen2", "qwen3")
+PER_LAYER_KINDS = ("gemma3n", "gemma4")
+"""Models with per-layer embeddings."""
 TEXT = (
     "The cat sat on the mat and looked at the moon. She thinks that the river is deep, but it is not.\n"
     "In 1905 the old mill by the river burned down; nobody knew why. Le café était fermé à midi.\n"
@@ -112,6 +114,36 @@ def _gemma3_multimodal(d_vocab: int) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def _gemma3n(d_vocab: int) -> Any:
+    """Two AltUp streams, sparse and plain MLPs, and two layers that share the keys and values of the first two."""
+    config = _rotary_config(
+        d_vocab, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=12,
+        sliding_window=8, vocab_size_per_layer_input=d_vocab, hidden_size_per_layer_input=6, altup_num_inputs=2,
+        laurel_rank=4, num_kv_shared_layers=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0],
+    )  # fmt: skip
+    return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**config))
+
+
+def _gemma4(d_vocab: int, **more: Any) -> Any:
+    """Heads of two widths, and layer scalars that are not 1."""
+    config = _rotary_config(
+        d_vocab, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=12,
+        global_head_dim=16, sliding_window=8, vocab_size_per_layer_input=d_vocab, **more,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**config))
+    for index, layer in enumerate(model.model.layers):
+        layer.layer_scalar.fill_(0.7 + 0.2 * index)
+    return model
+
+
+def _gemma4_experts(d_vocab: int) -> Any:
+    """Keys that are values too on full attention, and experts beside the MLP."""
+    return _gemma4(
+        d_vocab, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+    )  # fmt: skip
+
+
 def _llama(d_vocab: int) -> Any:
     config = _rotary_config(d_vocab, tie_word_embeddings=False)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
@@ -139,6 +171,12 @@ _BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenize
     "gpt2": (_gpt2, _byte_level_tokenizer),
     "gemma2": (functools.partial(_gemma, 2), _sentencepiece_tokenizer),
     "gemma3_multimodal": (_gemma3_multimodal, _sentencepiece_tokenizer),
+    "gemma3n": (_gemma3n, _sentencepiece_tokenizer),
+    "gemma4": (
+        functools.partial(_gemma4, hidden_size_per_layer_input=6, num_kv_shared_layers=2),
+        _sentencepiece_tokenizer,
+    ),
+    "gemma4_experts": (_gemma4_experts, _sentencepiece_tokenizer),
     "mistral": (_mistral, _sentencepiece_tokenizer),
     "qwen2": (functools.partial(_qwen, 2), functools.partial(_byte_level_tokenizer, bos=False)),
     "qwen3": (functools.partial(_qwen, 3), functools.partial(_byte_level_tokenizer, bos=False)),
@@ -173,7 +211,8 @@ def tiny_folder(kind: str) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 spread = 0.3 * torch.randn(parameter.shape)
-                centre = 1.0 if name.endswith("weight") and not kind.startswith("gemma") else 0.0
+                offset = kind in ("gemma2", "gemma3", "gemma3_multimodal")  # norms of 1 + weight
+                centre = 0.0 if offset or name.endswith("bias") else 1.0
                 parameter.data.copy_(centre + spread)
             else:
                 parameter.data.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5))

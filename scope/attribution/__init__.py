@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scope.attribution.graph_settings import GraphSettings
     from scope.attribution.lens import LogitLens, logit_lens
     from scope.attribution.methods import Attribution, attribute
+    from scope.attribution.per_layer import PerLayerReport, per_layer_writes
     from scope.attribution.pruning import prune, scores
     from scope.attribution.targets import feature, log_probability, logit, logit_difference, loss, projection
     from scope.attribution.verification import verify
@@ -29,6 +30,7 @@ __all__ = [
     "CircuitGraph",
     "GraphSettings",
     "LogitLens",
+    "PerLayerReport",
     "attribute",
     "build_graph",
     "compare_methods",
@@ -44,6 +46,7 @@ __all__ = [
     "logit_lens",
     "loss",
     "mean",
+    "per_layer_writes",
     "projection",
     "prune",
     "qk_pairs",
@@ -63,6 +66,7 @@ _HOMES = {
     "graph_settings": ("GraphSettings",),
     "lens": ("LogitLens", "logit_lens"),
     "methods": ("Attribution", "attribute"),
+    "per_layer": ("PerLayerReport", "per_layer_writes"),
     "pruning": ("prune", "scores"),
     "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection"),
     "verification": ("verify",),

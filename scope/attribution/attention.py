@@ -62,6 +62,7 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
         raise InvalidInputError(f"No edge goes from a node of kind {start['kind']} to one of kind {end['kind']}.")
     read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
     frozen = read.frozen
+    frozen.require_plain_attention("The split of an edge over heads")
     place, at = int(start["position"]), int(end["position"])
     layer, until = int(start["layer"]), int(end["layer"])
     if start["kind"] == "embedding":
@@ -157,6 +158,7 @@ def qk_pairs(
         if not 0 <= value < end:
             raise OutOfRangeError(f"{name} is {value}; expected 0 to {end - 1}.")
     read = read_prompt(model, tokens, transcoders)
+    read.frozen.require_plain_attention("The score of a head as pairs of nodes")
     block = f"blocks.{layer}."
     hooks = [f"{block}attn.hook_q", f"{block}attn.hook_k"] + [f"blocks.{i}.hook_attn_out" for i in range(layer)]
     rotation, seen = _rotation(model, tokens, layer, hooks)

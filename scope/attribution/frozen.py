@@ -12,6 +12,16 @@ section 3, whose local replacement model this is the linear part of):
 gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
 gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
 
+
+
+`FrozenModel.pull_back` runs this map backwards: from a direction at what a layer reads (or at the logits) to the
+gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
+gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
+
+Where a layer has an embedding table of its own (Gemma 4 E2B, E4B; `scope.models.per_layer`), its gate is held fixed too,
+so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it is on
+the way of. A norm on values, values that a later layer shares, and the scalar at a layer's end are parts of the map.
+
 1. `freeze` runs the prompt once. An attention function of our own records rotated queries and keys; handlers record
    the denominators of norms and what every layer wrote.
 2. The pattern of a layer is made from queries and keys when it is needed, in chunks of queries, and kept where it is
@@ -31,6 +41,7 @@ from torch import Tensor
 from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
 from scope.models.losses import final_norm_gain
+from scope.models.per_layer import PerLayerWrites, layer_scale, write_hooks, write_parts
 from scope.models.taps import tapped
 
 __all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen", "freeze"]
@@ -79,6 +90,8 @@ class FrozenAttention:
     W_O: Float[Tensor, "n_heads d_model d_head"]
     output_bias: Float[Tensor, " d_model"] | None
     keep: bool = False
+    value_denominator: Float[Tensor, "n_kv_heads seq"] | None = None
+    """What each head's values are divided by, where a norm is on them."""
     """Whether the pattern is kept once made."""
     _pattern: Tensor | None = None
 
@@ -107,6 +120,8 @@ class FrozenAttention:
         found = []
         for head, W_O in enumerate(self.W_O):
             values = normed[..., : rows.stop, :] @ self.W_V[head // self.group].T
+            if self.value_denominator is not None:
+                values = values / self.value_denominator[head // self.group, : rows.stop, None]
             pattern = self.pattern(rows)[head].to(values.dtype)
             found.append(pattern @ values @ W_O.T)
         return torch.stack(found)
@@ -125,6 +140,8 @@ class FrozenAttention:
             heads = into_heads[:, :, rows].permute(0, 2, 1, 3).flatten(2)  # (h, q, b e)
             grouped = (pattern.mT @ heads).unflatten(0, (len(self.key), self.group)).sum(1)
             at_values[:, : rows.stop] += grouped
+        if self.value_denominator is not None:
+            at_values /= self.value_denominator[:, :n, None]
         values = at_values.view(len(self.key), n, batch, -1)
         return torch.einsum("hkbe,hed->bkd", values, self.W_V)
 
@@ -153,6 +170,12 @@ class FrozenLayer:
     ln2: FrozenNorm
     mlp_out: Float[Tensor, "seq d_model"]
     """What the layer's MLP added to the residual stream."""
+    values_from: int
+    """The layer whose keys and values it attends to: its own, or the earlier one that it shares them with."""
+    per_layer: PerLayerWrites | None = None
+    """What the layer's own embedding table and the projection of the main embedding wrote."""
+    scale: float = 1.0
+    """What the residual stream is multiplied by at the layer's end."""
 
 
 class Pulled(NamedTuple):
@@ -160,7 +183,7 @@ class Pulled(NamedTuple):
 
     layer: int
     """-1 for the embeddings."""
-    where: Literal["mlp_out", "attn_out", "embedding"]
+    where: Literal["ple_out", "mlp_out", "attn_out", "embedding"]
     """What was written there."""
     gradient: Float[Tensor, "n rows d_model"]
     """On the first `rows` positions."""
@@ -184,6 +207,19 @@ class FrozenModel:
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
+
+    def require_plain_attention(self, what: str) -> None:
+        """Refuse what does not know shared or normed values, or layers that scale the stream.
+
+        Raises:
+            InvalidInputError: the model has one of these (Gemma 4).
+        """
+        for index, layer in enumerate(self.layers):
+            if layer.values_from != index or layer.attention.value_denominator is not None or layer.scale != 1:
+                raise InvalidInputError(
+                    f"{what} is not made for models with normed or shared values or scaled layers, such as "
+                    f"{type(self.model.hf).__name__}."
+                )
 
     def at_mlp_input(self, layer: int, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Tensor:
         """Directions at what the MLP of a layer reads, as gradients at the residual stream before its norm."""
@@ -212,14 +248,16 @@ class FrozenModel:
                 final norm (`at_logits`).
 
         Yields:
-            From the last layer to the first the gradients at what its MLP wrote, then at what its attention wrote, and
-            last of all at the embeddings. A tensor that was given is overwritten when the next is asked for.
+            From the last layer to the first the gradients at what its per-layer embedding wrote, where it has one, at
+            what its MLP wrote, then at what its attention wrote, and last of all at the embeddings. A tensor that was
+            given is overwritten when the next is asked for.
         """
         rows = int(positions.max()) + 1
         n = len(self.layers)
         now = gradients.new_zeros(len(gradients), rows, gradients.shape[1])
         runs = torch.arange(len(gradients), device=gradients.device)
         top = int(layers.max())
+        shared: dict[int, Tensor] = {}
 
         def inject(layer: int) -> None:
             here = layers == layer
@@ -229,13 +267,16 @@ class FrozenModel:
         inject(n)
         for layer in range(min(top, n - 1), -1, -1):
             if layer < top:
+                now *= self.layers[layer].scale
+                if self.layers[layer].per_layer is not None:
+                    yield Pulled(layer, "ple_out", now)
                 yield Pulled(layer, "mlp_out", now)
             if layer in self.skips:
                 part = slice(0, rows)
                 now += self.layers[layer].ln2.backward(now @ self.skips[layer], part)
             inject(layer)
             yield Pulled(layer, "attn_out", now)
-            self._through_attention(layer, now)
+            self._through_attention(layer, now, shared)
         yield Pulled(-1, "embedding", now)
 
     def push_forward(
@@ -255,20 +296,37 @@ class FrozenModel:
         now = vectors.new_zeros(len(vectors), self.n_tokens, vectors.shape[1])
         now[torch.arange(len(vectors), device=vectors.device), positions] = vectors
         rows = slice(0, self.n_tokens)
+        if layer >= 0:
+            now = now * self.layers[layer].scale
+        read: dict[int, Tensor] = {}
         for index in range(layer + 1, min(until + 1, len(self.layers))):
             yield index, now
             frozen = self.layers[index]
-            written = frozen.attention.heads(frozen.ln1(now, rows), rows).sum(0)
+            read[index] = frozen.ln1(now, rows)
+            # What an earlier layer read before anything was written is not changed by it.
+            values = read.get(frozen.values_from, torch.zeros_like(now))
+            written = frozen.attention.heads(values, rows).sum(0)
             now = now + (written if frozen.ln1_post is None else frozen.ln1_post(written, rows))
             if index in self.skips and index < until:
                 now = now + frozen.ln2(now, rows) @ self.skips[index].T
+            now = now * frozen.scale
 
-    def _through_attention(self, layer: int, gradient: Float[Tensor, "n rows d_model"]) -> None:
-        """Add what reaches the residual stream before a layer's attention through it."""
+    def _through_attention(
+        self, layer: int, gradient: Float[Tensor, "n rows d_model"], shared: dict[int, Tensor]
+    ) -> None:
+        """Add what reaches the residual stream before a layer's attention through it, and through those that share
+        its values. What reaches an earlier layer's stream through shared values waits in `shared`."""
         part = slice(0, gradient.shape[1])
         frozen = self.layers[layer]
         written = gradient if frozen.ln1_post is None else frozen.ln1_post.backward(gradient, part)
-        gradient += frozen.ln1.backward(frozen.attention.backward(written), part)
+        reached = frozen.attention.backward(written)
+        owner = frozen.values_from
+        if owner != layer:
+            shared[owner] = shared[owner] + reached if owner in shared else reached
+            return
+        if layer in shared:
+            reached = reached + shared.pop(layer)
+        gradient += frozen.ln1.backward(reached, part)
 
     def attention_constants(self) -> list[Float[Tensor, "seq d_model"]]:
         """Per layer what the biases of its attention, and of the norm before it, add to the residual stream.
@@ -309,9 +367,15 @@ def freeze(
         The frozen model, and the activations of `extra_hooks`, float32.
 
     Raises:
-        InvalidInputError: an architecture whose attention is not transformers' attention interface.
+        InvalidInputError: an architecture whose attention is not transformers' attention interface, or whose residual
+            stream is a stack (AltUp).
     """
     layout = model.layout
+    if layout.n_streams > 1:
+        raise InvalidInputError(
+            f"{type(model.hf).__name__} has {layout.n_streams} residual streams (AltUp), which are mixed by what they "
+            "hold: there is no graph of exact linear effects. attribute() works on its hooks."
+        )
     recorded: dict[int, dict[str, Any]] = {}
     seen: dict[str, Tensor] = {}
     denominators: dict[str, Tensor] = {}
@@ -323,6 +387,9 @@ def freeze(
     last = f"blocks.{layout.n_layers - 1}.hook_resid_post"
     names = [f"blocks.{i}.{name}" for i in range(layout.n_layers) for name in norms]
     table = model.hook_table
+    owners = _value_layers(model)
+    value_hooks = _value_hooks(model, owners)
+    per_layer = [name for i in range(layout.n_layers if layout.d_per_layer else 0) for name in write_hooks(i)]
 
     def handler(name: str) -> Any:
         def at(value: Tensor) -> None:
@@ -334,7 +401,7 @@ def freeze(
 
         return at
 
-    keep = {*wanted, last, *(table[name].name for name in extra_hooks)}
+    keep = {*wanted, last, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
     ordered = sorted({*names, *keep}, key=table.rank)
     handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in ordered}
     with torch.no_grad(), model.lock, _recording(model, recorded), tapped(model.hf, handlers, stop=False):
@@ -346,7 +413,7 @@ def freeze(
         )
     size = 4 * layout.n_layers * layout.n_heads * len(tokens) ** 2
     layers = tuple(
-        _layer(model, index, recorded[index], denominators, seen, size <= PATTERN_BYTES)
+        _layer(model, index, owners[index], value_hooks, recorded[index], denominators, seen, size <= PATTERN_BYTES)
         for index in range(layout.n_layers)
     )
     embedding = seen["hook_embed"] + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
@@ -366,15 +433,46 @@ def _eps(model: Any, name: str) -> float:
     return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
-def _denominator(x: Float[Tensor, "seq d_model"], centred: bool, eps: float) -> Float[Tensor, " seq"]:
+def _denominator(x: Float[Tensor, "*rows width"], centred: bool, eps: float) -> Float[Tensor, "*rows"]:
     x = x.float()
     if centred:
         x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1) + eps).sqrt()
 
 
+def _value_layers(model: Any) -> list[int]:
+    """Per layer the one whose values it attends to: its own, or the last of its kind of attention that has any."""
+    layout = model.layout
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["attention"] * layout.n_layers
+    owners: list[int] = []
+    last: dict[str, int] = {}
+    for index, kind in enumerate(kinds):
+        if "k" in layout.sizes[index].projections:
+            last[kind] = index
+        owners.append(last[kind])
+    return owners
+
+
+def _value_hooks(model: Any, owners: Sequence[int]) -> dict[int, str]:
+    """Per layer with a norm on its values the hook of what goes into that: values, or keys where these are values."""
+    found = {}
+    for layer in sorted(set(owners)):
+        attention = model.hf.get_submodule(model.layout.layer(layer, model.layout.family.attention))
+        if hasattr(attention, "v_norm"):
+            letter = "v" if "v" in model.layout.sizes[layer].projections else "k"
+            found[layer] = f"blocks.{layer}.attn.hook_{letter}"
+    return found
+
+
 def _layer(
-    model: Any, index: int, recorded: dict[str, Any], denominators: Mapping[str, Tensor], seen: Any, keep: bool
+    model: Any,
+    index: int,
+    owner: int,
+    value_hooks: Mapping[int, str],
+    recorded: dict[str, Any],
+    denominators: Mapping[str, Tensor],
+    seen: Any,
+    keep: bool,
 ) -> FrozenLayer:
     layout, family = model.layout, model.layout.family
     block = f"blocks.{index}."
@@ -385,30 +483,49 @@ def _layer(
         bias = getattr(module, "bias", None)
         return FrozenNorm(gain, denominators[block + hook], family.centred_norm, None if bias is None else bias.float())
 
-    W_V, value_bias = _projection(model, index, "v")
+    sizes = layout.sizes[owner]
+    W_V, value_bias = _projection(model, owner, "v")
     W_O, output_bias = _projection(model, index, "o")
+    value_denominator = None
+    if owner in value_hooks:
+        norm_of_values = model.hf.get_submodule(layout.layer(owner, family.attention)).v_norm
+        values = seen[value_hooks[owner]].unflatten(-1, (sizes.n_key_value_heads, sizes.d_head))
+        value_denominator = _denominator(values, False, norm_of_values.eps).T
+        if value_bias is not None:
+            raise InvalidInputError("A bias on values that are normed afterwards is not supported by graphs.")
     attention = FrozenAttention(
         recorded["query"],
         recorded["key"],
         recorded["mask"],
         recorded["scaling"],
         recorded["softcap"],
-        W_V.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
-        None if value_bias is None else value_bias.unflatten(0, (layout.n_key_value_heads, layout.d_head)),
-        W_O.unflatten(1, (layout.n_heads, layout.d_head)).permute(1, 0, 2).contiguous(),
+        W_V.unflatten(0, (sizes.n_key_value_heads, sizes.d_head)),
+        None if value_bias is None else value_bias.unflatten(0, (sizes.n_key_value_heads, sizes.d_head)),
+        W_O.unflatten(1, (layout.n_heads, sizes.d_head)).permute(1, 0, 2).contiguous(),
         output_bias,
         keep,
+        value_denominator,
     )
     post = norm(family.ln1_post, "attn.hook_out") if family.ln1_post else None
     mlp_out = seen[f"{block}hook_mlp_out"]
-    return FrozenLayer(norm(family.ln1, "hook_resid_pre"), attention, post, norm(family.ln2, "hook_mlp_in"), mlp_out)
+    return FrozenLayer(
+        norm(family.ln1, "hook_resid_pre"),
+        attention,
+        post,
+        norm(family.ln2, "hook_mlp_in"),
+        mlp_out,
+        owner,
+        write_parts(model, index, seen) if layout.d_per_layer else None,
+        layer_scale(model, index),
+    )
 
 
 def _projection(model: Any, index: int, which: str) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias of v or o, float32: Linear's, or GPT-2's Conv1D's, which is transposed."""
     layout, family = model.layout, model.layout.family
     fused = which == "v" and len(family.qkv) == 1
-    path = family.o if which == "o" else family.qkv[0 if fused else 2]
+    value = 0 if fused else 2 if "v" in layout.sizes[index].projections else 1
+    path = family.o if which == "o" else family.qkv[value]
     module = model.hf.get_submodule(layout.layer(index, path))
     weight = module.weight.detach().float()
     weight = weight if isinstance(module, torch.nn.Linear) else weight.T

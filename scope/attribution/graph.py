@@ -17,6 +17,10 @@ the edge's weight. A logit node is a token's logit relative to the mean over the
 3. Edges are kept by target, the largest first, `edges_per_target` of them: there is never a dense matrix.
 
 What BOS makes of the MLP is an error node: no dictionary is trained on it.
+
+Where layers have embedding tables of their own (Gemma 4 E2B, E4B), what a layer's table wrote for a token is a source
+too, a "table" node of that layer and position; what the projection of the main embedding wrote there is counted to the
+"embedding" node of the token. The gate between the two and the residual stream is held fixed, as attention is.
 """
 
 import itertools
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CircuitGraph", "Prompt", "build_graph", "read_prompt"]
 
-KINDS = ("embedding", "error", "feature", "logit")
+KINDS = ("embedding", "error", "table", "feature", "logit")
 Progress = Callable[[str, int, int | None], None]
 POSITION_CHUNK = 256
 """Positions whose decoder rows are gathered at once."""
@@ -56,11 +60,12 @@ class CircuitGraph:
     """The prompt's tokens as they read."""
     token_ids: tuple[int, ...]
     nodes: "pd.DataFrame"
-    """node, kind ("embedding", "error", "feature", "logit"), layer (-1 for embeddings, n_layers for logits), position,
-    feature (the feature's id, a logit's token id, else -1), activation (a feature's, in its transcoder's units; a
-    logit's centred value; the norm of an error or embedding), label, probability (of logits), influence (share of the
-    logits that goes through the node), total_in (Σ |edge| of all incoming edges, kept or not), bias (what biases
-    add to the node), value (what it was: pre-activation without b_enc, or centred logit)."""
+    """node, kind ("embedding", "error", "table", "feature", "logit"), layer (-1 for embeddings, n_layers for
+    logits), position, feature (the feature's id, a logit's token id, else -1), activation (a feature's, in its
+    transcoder's units; a logit's centred value; the norm of an error, an embedding or what a table wrote), label,
+    probability (of logits), influence (share of the logits that goes through the node), total_in (Σ |edge| of all
+    incoming edges, kept or not), bias (what biases add to the node), value (what it was: pre-activation without
+    b_enc, or centred logit)."""
     source: "np.ndarray"
     """int32 `(n_edges,)`: node that an edge comes from."""
     target: "np.ndarray"
@@ -109,7 +114,8 @@ class Prompt:
     firing: Mapping[int, Firing]
     errors: Mapping[int, Float[Tensor, "seq d_model"]]
     first_feature: Mapping[int, int]
-    """Number of a layer's first feature source; sources are embeddings, errors by layer, features by layer."""
+    """Number of a layer's first feature source; sources are embeddings, errors by layer, tables by layer (where the
+    model has them), features by layer."""
     attention_biases: list[Float[Tensor, "seq d_model"]]
     mlp_biases: Mapping[int, Float[Tensor, " d_model"]]
     """Per transcoder what it writes whatever fires."""
@@ -124,8 +130,16 @@ class Prompt:
 
     @property
     def n_fixed(self) -> int:
-        """Embeddings and errors."""
-        return self.frozen.n_tokens * (1 + len(self.frozen.layers))
+        """Embeddings, errors and tables."""
+        return _n_fixed(self.frozen)
+
+    def first_table(self, layer: int) -> int:
+        """Number of a layer's first table source."""
+        return self.frozen.n_tokens * (1 + len(self.frozen.layers) + layer)
+
+
+def _n_fixed(frozen: FrozenModel) -> int:
+    return frozen.n_tokens * (1 + len(frozen.layers) + sum(layer.per_layer is not None for layer in frozen.layers))
 
 
 def build_graph(
@@ -212,7 +226,7 @@ def _read(
                 mlp_biases[layer] = mlp_biases[layer] + skips[layer] @ norm_bias
         position, feature = features.nonzero(as_tuple=True)
         firing[layer] = Firing(position, feature, features[position, feature])
-    first, number = {}, len(tokens) * (1 + len(frozen.layers))
+    first, number = {}, _n_fixed(frozen)
     for layer, there in firing.items():
         first[layer] = number
         number += len(there.feature)
@@ -354,7 +368,11 @@ class _Expansion:
         rows = int(places.max()) + 1
         for layer, where, gradient in read.frozen.pull_back(layers, places, gradients):
             if where == "embedding":
-                weights[:, :rows] = (gradient * read.frozen.embedding[:rows]).sum(-1)
+                weights[:, :rows] += (gradient * read.frozen.embedding[:rows]).sum(-1)
+            elif where == "ple_out":
+                written, first = read.frozen.layers[layer].per_layer, read.first_table(layer)
+                weights[:, first : first + rows] = (gradient * written.table[:rows]).sum(-1)
+                weights[:, :rows] += (gradient * written.projection[:rows]).sum(-1)
             elif where == "attn_out":
                 bias += (gradient * read.attention_biases[layer][:rows]).sum((1, 2))
             else:
@@ -440,27 +458,29 @@ class _Expansion:
         place = {number: row for row, number in enumerate(self.targets)}
         texts = [token.text for token in model.token_strings(read.frozen.tokens)]
         chosen = torch.tensor([number - read.n_fixed for number in expanded], dtype=torch.int64)
-        norms = torch.cat(
-            [read.frozen.embedding.norm(dim=-1), *(read.errors[layer].norm(dim=-1) for layer in range(n_layers))]
-        ).cpu()
+        tables = [layer.per_layer.table for layer in read.frozen.layers if layer.per_layer is not None]
+        fixed = [read.frozen.embedding, *(read.errors[layer] for layer in range(n_layers)), *tables]
+        norms = torch.cat([written.norm(dim=-1) for written in fixed]).cpu()
         picked = chosen.to(self.layer.device)
         nodes = pd.DataFrame(
             {
                 "node": range(len(kept)),
                 "kind": ["embedding"] * seq
                 + ["error"] * (seq * n_layers)
+                + ["table"] * (seq * len(tables))
                 + ["feature"] * len(expanded)
                 + ["logit"] * len(logits),
                 "layer": [-1] * seq
                 + [layer for layer in range(n_layers) for _ in range(seq)]
+                + [layer for layer in range(len(tables)) for _ in range(seq)]
                 + self.layer[picked].tolist()
                 + [n_layers] * len(logits),
-                "position": list(range(seq)) * (1 + n_layers)
+                "position": list(range(seq)) * (1 + n_layers + len(tables))
                 + self.position[picked].tolist()
                 + [seq - 1] * len(logits),
                 "feature": [-1] * read.n_fixed + self.feature[picked].tolist() + read.logit_ids.tolist(),
                 "activation": norms.tolist() + self.activation[picked].tolist() + read.logit_values.tolist(),
-                "label": texts * (1 + n_layers)
+                "label": texts * (1 + n_layers + len(tables))
                 + [texts[position] for position in self.position[picked].tolist()]
                 + model.vocabulary_strings(read.logit_ids.tolist()),
                 "probability": [None] * (read.n_fixed + len(expanded)) + read.logit_probabilities.tolist(),

@@ -5,10 +5,11 @@
     nodes     node_id, feature, layer, ctx_idx, feature_type, token_prob, is_target_logit, influence, activation, …
     links     source, target (node ids), weight
 
-Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node, E_TOKEN_POSITION
-for an embedding; a logit has the number of layers plus one for its layer. A feature's field `feature` is the Cantor
-pairing of its layer and number, as Neuronpedia expects. What the schema has no field for (`SCOPE`) lies under a name of
-our own, which other readers leave out.
+Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node,
+E_TOKEN_POSITION for an embedding, LAYER_-2_POSITION for what a layer's own table wrote; a logit has the number of
+layers plus one for its layer. A feature's field `feature` is the Cantor pairing of its layer and number, as
+Neuronpedia expects. What the schema has no field for (`SCOPE`) lies under a name of our own, which other readers leave
+out.
 """
 
 import json
@@ -30,6 +31,7 @@ TYPES = {
     "feature": "cross layer transcoder",
     "error": "mlp reconstruction error",
     "embedding": "embedding",
+    "table": "per-layer embedding",
     "logit": "logit",
 }
 OWN_COLUMNS = ("total_in", "bias", "value")
@@ -50,6 +52,8 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
         js_id, number = f"{layer}_{feature}-0", _cantor(row.layer, feature)
     elif row.kind == "error":
         js_id = f"{layer}_-1-{position}"
+    elif row.kind == "table":
+        feature, js_id = -2, f"{layer}_-2-{position}"
     elif row.kind == "embedding":
         layer, feature, number = "E", token_ids[position], position
         js_id = f"E_{feature}-{position}"
@@ -173,7 +177,7 @@ def _parsed(node: dict[str, Any]) -> dict[str, Any]:
         "kind": kind,
         "layer": -1 if layer == "E" else int(layer),
         "position": int(position),
-        "feature": -1 if kind in ("embedding", "error") else int(feature),
+        "feature": -1 if kind in ("embedding", "error", "table") else int(feature),
         "activation": float("nan") if node.get("activation") is None else float(node["activation"]),
         "label": own.get("label", node.get("clerp", "")),
         "probability": float(node["token_prob"]) if kind == "logit" else float("nan"),

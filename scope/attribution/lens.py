@@ -271,7 +271,7 @@ def _streams(
     layers: list[int],
 ) -> tuple[Float[Tensor, "layers n d_model"], Float[Tensor, "n d_model"]]:
     """The residual stream after the layers that are read, and the plain model's after the last one."""
-    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    last = model.layout.final_residual
     spliced = sae is not None and mode == "splice"
     plain = model.run(ids, hooks=list(dict.fromkeys([last] if spliced else [*hooks, last])), logits=False)
     run = model.run(ids, hooks=hooks, saes=[sae], splice="without_error", logits=False) if spliced else plain

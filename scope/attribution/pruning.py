@@ -57,7 +57,8 @@ def scores(graph: "CircuitGraph") -> Scores:
     share = shares(graph)
     influence = _influence(graph, share)
     kinds = graph.nodes["kind"].to_numpy()
-    embedding, error = influence[kinds == "embedding"].sum(), influence[kinds == "error"].sum()
+    embedding = influence[(kinds == "embedding") | (kinds == "table")].sum()
+    error = influence[kinds == "error"].sum()
     explained = np.bincount(graph.target, weights=share * (kinds[graph.source] != "error"), minlength=len(graph.nodes))
     has_inputs = np.bincount(graph.target, minlength=len(graph.nodes)) > 0
     weight = (influence + graph.logit_weights) * has_inputs
@@ -92,7 +93,7 @@ def prune(graph: "CircuitGraph", node_share: float = 0.8, edge_share: float = 0.
     share = shares(graph)
     reach = _influence(graph, share) + graph.logit_weights
     graph = _subgraph(graph, _most(share * reach[graph.target], edge_share))
-    is_feature, is_error = kinds == "feature", kinds == "error"
+    is_feature, is_error = kinds == "feature", (kinds == "error") | (kinds == "table")
     while True:
         leads = np.bincount(graph.source, minlength=len(kinds)) > 0
         fed = np.bincount(graph.target, minlength=len(kinds)) > 0

@@ -92,7 +92,7 @@ def features_on_prompt(
 
     if index is not None:
         _check(model, sae, index)
-    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    last = model.layout.final_residual
     run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])), logits=logits)
     token_ids = run.tokens.cpu().numpy().astype(np.int64)
     flags = _flags(token_ids, model)

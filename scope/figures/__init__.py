@@ -15,6 +15,7 @@ from scope.figures.features import (
     rate_bars,
     token_feature_heatmap,
 )
+from scope.figures.per_layer import per_layer_bars, per_layer_heatmap
 from scope.figures.template import (
     CONFIG,
     FONT,
@@ -49,6 +50,8 @@ __all__ = [
     "metric_curve",
     "pareto_front",
     "pareto_scatter",
+    "per_layer_bars",
+    "per_layer_heatmap",
     "rate_bars",
     "short_number",
     "template",

@@ -47,6 +47,12 @@ class Family:
     """The norms subtract the mean (LayerNorm)."""
     gain_offset: bool = False
     """The norms multiply by 1 + weight."""
+    per_layer_argument: int | None = None
+    """Where in a layer's arguments its per-layer input stands, in families that know per-layer embeddings."""
+    altup: bool = False
+    """The residual stream is a stack of streams (AltUp), the first dimension of what layers pass on."""
+    delegated: bool = False
+    """TransformerLens leaves attention and norms to transformers: attention can be read there and not edited."""
 
 
 LLAMA = Family(
@@ -74,6 +80,8 @@ GEMMA = replace(
     ln2_post="post_feedforward_layernorm",
     gain_offset=True,
 )
+GEMMA4 = replace(GEMMA, gain_offset=False, per_layer_argument=1, delegated=True)
+GEMMA3N = replace(GEMMA4, per_layer_argument=2, altup=True)
 GPT2 = Family(
     backbones=("transformer",),
     embed="wte",
@@ -95,7 +103,13 @@ GPT2 = Family(
     centred_norm=True,
 )
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA}
+FAMILIES: dict[str, Family] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "gemma": GEMMA,
+    "gemma3n": GEMMA3N,
+    "gemma4": GEMMA4,
+}
 MODEL_TYPES: dict[str, str] = {
     "gpt2": "gpt2",
     "llama": "llama",
@@ -105,8 +119,24 @@ MODEL_TYPES: dict[str, str] = {
     "gemma2": "gemma",
     "gemma3_text": "gemma",
     "gemma3": "gemma",
+    "gemma3n_text": "gemma3n",
+    "gemma3n": "gemma3n",
+    "gemma4_text": "gemma4",
+    "gemma4": "gemma4",
 }
 """transformers' `config.model_type` -> layout. Each has been held equal to TransformerLens in a test."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Widths that may differ from layer to layer (Gemma 3n, Gemma 4)."""
+
+    d_mlp: int
+    d_head: int
+    n_key_value_heads: int
+    """0 where the layer has no keys of its own."""
+    projections: str
+    """Those of "qkv" that the layer has: a layer may take keys and values from an earlier one, or values from keys."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,19 @@ class Layout:
     query_key_norms: bool
     max_context_size: int
     final_logit_softcapping: float | None
+    sizes: tuple[LayerSizes, ...]
+    """Of each layer; `d_mlp`, `d_head` and `n_key_value_heads` above are those of the first."""
+    d_per_layer: int = 0
+    """Width of a layer's row in the per-layer embedding table; 0 where the model has none."""
+    n_streams: int = 1
+    """Streams of the residual stack (AltUp); 1 everywhere else."""
+    active_stream: int = 0
+    """The one that attention and MLP read."""
+
+    @property
+    def final_residual(self) -> str:
+        """Hook name of what goes into the final norm: the last layer's residual stream, or what AltUp makes of it."""
+        return "ln_final.hook_in" if self.n_streams > 1 else f"blocks.{self.n_layers - 1}.hook_resid_post"
 
     def module(self, relative: str) -> str:
         """Path of a module that lies directly in the backbone."""
@@ -166,22 +209,51 @@ def find_layout(model: nn.Module) -> Layout:
     weight: Tensor = model.get_submodule(head).weight  # type: ignore[assignment]
     n_heads = config.num_attention_heads
     d_model = config.hidden_size
+    layers = f"{backbone}.{family.layers}"
+    sizes = tuple(_sizes(model, f"{layers}.{index}", family, config) for index in range(config.num_hidden_layers))
+    per_layer = family.per_layer_argument is not None and config.hidden_size_per_layer_input
     return Layout(
         family=family,
         backbone=backbone,
-        layers=f"{backbone}.{family.layers}",
+        layers=layers,
         head=head,
         n_layers=config.num_hidden_layers,
         d_model=d_model,
-        d_mlp=_width_in(model.get_submodule(f"{first}.{family.mlp_out}")),
+        d_mlp=sizes[0].d_mlp,
         d_vocab=weight.shape[0],
         n_heads=n_heads,
-        n_key_value_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        d_head=getattr(config, "head_dim", None) or d_model // n_heads,
+        n_key_value_heads=sizes[0].n_key_value_heads,
+        d_head=sizes[0].d_head,
         query_key_norms=_has(model, f"{first}.{family.attention}.q_norm"),
         max_context_size=config.max_position_embeddings,
         final_logit_softcapping=getattr(config, "final_logit_softcapping", None),
+        sizes=sizes,
+        d_per_layer=config.hidden_size_per_layer_input if per_layer else 0,
+        n_streams=config.altup_num_inputs if family.altup else 1,
+        active_stream=config.altup_active_idx if family.altup else 0,
     )
+
+
+def _sizes(model: nn.Module, layer: str, family: Family, config: Any) -> LayerSizes:
+    """A layer's widths, read off its modules."""
+    n_heads = config.num_attention_heads
+    d_head = _width_in(model.get_submodule(f"{layer}.{family.o}")) // n_heads
+    n_key_value_heads, projections = n_heads, "qkv"
+    if len(family.qkv) > 1:
+        there = {letter: _projection(model, f"{layer}.{path}") for letter, path in zip("qkv", family.qkv, strict=True)}
+        projections = "".join(letter for letter, module in there.items() if module is not None)
+        keys: Any = there["k"]
+        n_key_value_heads = 0 if keys is None else keys.weight.shape[0] // d_head
+    return LayerSizes(
+        _width_in(model.get_submodule(f"{layer}.{family.mlp_out}")), d_head, n_key_value_heads, projections
+    )
+
+
+def _projection(model: nn.Module, path: str) -> nn.Module | None:
+    """A projection, or None where the layer has none (the attribute is missing, or None)."""
+    parent, name = path.rsplit(".", 1)
+    found = getattr(model.get_submodule(parent), name, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -29,6 +29,7 @@ class BridgeHook(NamedTuple):
     name: str
     shape: tuple[str | int, ...]
     aliases: tuple[str, ...] = ()
+    read_only: bool = False
 
 
 def bridge_hooks(layout: Layout) -> Iterator[BridgeHook]:
@@ -38,9 +39,14 @@ def bridge_hooks(layout: Layout) -> Iterator[BridgeHook]:
     if family.pos_embed:
         yield BridgeHook("pos_embed.hook_in", ("batch", "seq"))
     for index in range(layout.n_layers):
-        for name, shape, aliases in _layer(layout):
-            yield BridgeHook(f"blocks.{index}.{name}", shape, tuple(f"blocks.{index}.{alias}" for alias in aliases))
-    yield from _norm("ln_final", layout.d_model)
+        hooks = _delegated_layer(layout, index) if family.delegated else _layer(layout)
+        for name, shape, aliases, read_only in hooks:
+            also = tuple(f"blocks.{index}.{alias}" for alias in aliases)
+            yield BridgeHook(f"blocks.{index}.{name}", shape, also, read_only)
+    if family.delegated:
+        yield BridgeHook("ln_final.hook_in", ("batch", "seq", layout.d_model))
+    else:
+        yield from _norm("ln_final", layout.d_model)
 
 
 def _norm(name: str, width: int) -> Iterator[BridgeHook]:
@@ -84,3 +90,31 @@ def _layer(layout: Layout) -> Iterator[BridgeHook]:
         yield BridgeHook("mlp.gate.hook_in", row)
     if family.ln2_post:
         yield from _norm("ln2_post", d_model)
+
+
+def _delegated_layer(layout: Layout, index: int) -> Iterator[BridgeHook]:
+    """Where transformers computes attention and norms: their inside cannot be seen, scores are patterns."""
+    sizes = layout.sizes[index]
+    row = ("batch", "seq", layout.d_model)
+    yield BridgeHook("ln1.hook_in", row)
+    for letter in sizes.projections:
+        yield BridgeHook(f"attn.{letter}.hook_in", row)
+    # A layer whose values are its keys norms them both.
+    for letter in "qkv" if "k" in sizes.projections else "q":
+        n_heads = layout.n_heads if letter == "q" else sizes.n_key_value_heads
+        per_head = ("batch", "seq", n_heads, sizes.d_head)
+        yield BridgeHook(f"attn.{letter}_norm.hook_in", per_head)
+        yield BridgeHook(f"attn.{letter}_norm.hook_out", per_head)
+    pattern = ("batch", layout.n_heads, "seq", "seq")
+    yield BridgeHook("attn.hook_pattern", pattern, ("attn.hook_attn_scores",), read_only=True)
+    yield BridgeHook("ln1_post.hook_in", row)
+    if layout.n_streams > 1:
+        yield BridgeHook("attn.hook_in", row)
+        yield BridgeHook("laurel.hook_in", row)
+        yield BridgeHook("laurel.hook_out", row)
+    yield BridgeHook("mlp.in.hook_in", row)
+    yield BridgeHook("mlp.gate.hook_in", row)
+    yield BridgeHook("ln2_post.hook_in", row)
+    if layout.d_per_layer:
+        yield BridgeHook("per_layer_input_gate.hook_in", row)
+        yield BridgeHook("post_per_layer_input_norm.hook_in", row)

@@ -7,6 +7,12 @@ names that TransformerBridge calls canonical (`blocks.8.hook_out`) are aliases a
 Where a name has two meanings in TransformerLens, ours is the one of `HookedTransformer`: `hook_resid_mid` *is* the
 residual stream, so an edit there changes both what the MLP reads and what it is added to, while `hook_mlp_in` is
 only what the MLP branch reads. (TransformerBridge 3.9 treats an edit of `hook_resid_mid` like one of `hook_mlp_in`.)
+
+Where the residual stream is a stack of streams (Gemma 3n's AltUp), `hook_resid_pre` and `hook_resid_post` are its
+active stream, as in TransformerBridge, and `hook_streams_pre` and `hook_streams_post` are all of them, (batch, seq,
+n_streams, d_model). What the final norm reads is then a hook of its own, `ln_final.hook_in`.
+
+The hooks of per-layer embeddings are described in `scope.models.per_layer`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,9 +25,9 @@ from scope.models.bridge_hooks import bridge_hooks
 
 __all__ = ["HookKind", "HookPoint", "HookTable", "Site", "build_hook_table"]
 
-HookKind = Literal["embedding", "residual", "attention", "mlp", "norm"]
+HookKind = Literal["embedding", "per_layer", "residual", "attention", "mlp", "norm"]
 Where = Literal["input", "output"]
-HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "residual", "attention", "mlp", "norm")
+HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "per_layer", "residual", "attention", "mlp", "norm")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,12 @@ class Site:
     """(n_heads, d_head) that the last dimension is split into."""
     part: tuple[int, int] | None = None
     """(start, width) of a slice of the last dimension, where one module computes q, k and v."""
+    argument: int = 0
+    """Which of the module's arguments, where the tensor goes in."""
+    select: int | None = None
+    """A place in the third dimension, where the tensor is (batch, seq, several, width)."""
+    stacked: bool = False
+    """The tensor is (streams, batch, seq, d_model), a stack of streams; shown as (batch, seq, streams, ...)."""
     stream: bool = False
     """The tensor is the residual stream itself: an edit is written into it, for all who read it."""
 
@@ -54,6 +66,8 @@ class HookPoint:
     aliases: tuple[str, ...] = ()
     """Further names of the same place."""
     site: Site | None = field(default=None, repr=False)
+    read_only: bool = False
+    """An edit here would change nothing: the model does not go on with this tensor."""
 
     @property
     def row_shape(self) -> tuple[int, ...] | None:
@@ -124,7 +138,7 @@ def build_hook_table(layout: Layout) -> HookTable:
     fast = [*_first(layout), *(point for i in range(layout.n_layers) for point in _layer(layout, i)), *_last(layout)]
     taken = {name for point in fast for name in (point.name, *point.aliases)}
     bridge = [
-        HookPoint(hook.name, _kind_of(hook.name), hook.shape, "bridge", hook.aliases)
+        HookPoint(hook.name, _kind_of(hook.name), hook.shape, "bridge", hook.aliases, read_only=hook.read_only)
         for hook in bridge_hooks(layout)
         if hook.name not in taken
     ]
@@ -138,6 +152,8 @@ def _kind_of(name: str) -> HookKind:
     inside = parts[2]
     if inside.startswith("ln"):
         return "norm"
+    if "per_layer" in inside:
+        return "per_layer"
     return "mlp" if inside.startswith("mlp") else "attention"
 
 
@@ -152,10 +168,26 @@ def _first(layout: Layout) -> Iterator[HookPoint]:
     if family.pos_embed:
         positions = Site(layout.module(family.pos_embed), "output")
         yield _point("hook_pos_embed", "embedding", row, positions, "pos_embed.hook_out")
+    yield from _per_layer_inputs(layout)
+
+
+def _per_layer_inputs(layout: Layout) -> Iterator[HookPoint]:
+    """What the look-ups and the projection make for each layer, all before the first layer runs."""
+    width = layout.d_per_layer
+    table, norm = layout.module("embed_tokens_per_layer"), layout.module("per_layer_projection_norm")
+    for index in range(layout.n_layers if width else 0):
+        looked_up = Site(table, "output", part=(index * width, width))
+        yield _point(f"blocks.{index}.ple.hook_table", "per_layer", (width,), looked_up)
+    for index in range(layout.n_layers if width else 0):
+        projected = Site(norm, "output", select=index)
+        yield _point(f"blocks.{index}.ple.hook_projection", "per_layer", (width,), projected)
 
 
 def _last(layout: Layout) -> Iterator[HookPoint]:
-    norm = Site(layout.module(layout.family.final_norm), "output")
+    path = layout.module(layout.family.final_norm)
+    norm = Site(path, "output")
+    if layout.n_streams > 1:
+        yield _point("ln_final.hook_in", "residual", (layout.d_model,), Site(path, "input"))
     yield _point("ln_final.hook_out", "norm", (layout.d_model,), norm, "unembed.hook_in")
     yield _point("hook_unembed", "embedding", (layout.d_vocab,), Site(layout.head, "output"), "unembed.hook_out")
 
@@ -171,10 +203,21 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
         place = Site(layout.layer(index, module), where, **site)
         return _point(block + name, kind, row, place, *(block + alias for alias in aliases))
 
-    yield point("hook_resid_pre", "residual", row, "", "input", "hook_in")
-    yield point("ln1.hook_out", "norm", row, family.ln1, "output", "attn.hook_in")
+    if layout.n_streams > 1:
+        streams = (layout.n_streams, layout.d_model)
+        yield point("hook_streams_pre", "residual", streams, "", "input", "hook_in", stacked=True)
+        active = {"stacked": True, "select": layout.active_stream}
+        yield point("hook_resid_pre", "residual", row, "", "input", **active)
+    else:
+        yield point("hook_resid_pre", "residual", row, "", "input", "hook_in")
+    if layout.d_per_layer:
+        argument = family.per_layer_argument
+        yield point("ple.hook_input", "per_layer", (layout.d_per_layer,), "", "input", argument=argument)
+    # With AltUp a low-rank branch (Laurel) reads the norm's output beside attention.
+    reads = () if layout.n_streams > 1 else ("attn.hook_in",)
+    yield point("ln1.hook_out", "norm", row, family.ln1, "output", *reads)
     yield from _queries_keys_values(layout, index)
-    heads = (layout.n_heads, layout.d_head)
+    heads = (layout.n_heads, layout.sizes[index].d_head)
     yield point("attn.hook_z", "attention", heads, family.o, "input", "attn.o.hook_in", heads=heads)
     if family.ln1_post:
         yield point("attn.hook_out", "attention", row, family.o, "output", "attn.o.hook_out")
@@ -184,7 +227,7 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
     yield point("hook_resid_mid", "residual", row, family.ln2, "input", stream=True)
     yield point("hook_mlp_in", "mlp", row, family.ln2, "input", "ln2.hook_in")
     yield point("ln2.hook_out", "norm", row, family.ln2, "output", "mlp.hook_in")
-    wide = (layout.d_mlp,)
+    wide = (layout.sizes[index].d_mlp,)
     if family.mlp_gate:
         yield point("mlp.hook_pre", "mlp", wide, family.mlp_gate, "output", "mlp.gate.hook_out")
         yield point("mlp.hook_pre_linear", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
@@ -196,6 +239,18 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
         yield point("hook_mlp_out", "mlp", row, family.ln2_post, "output", "ln2_post.hook_out")
     else:
         yield point("hook_mlp_out", "mlp", row, family.mlp_out, "output", "mlp.hook_out", "mlp.out.hook_out")
+    if layout.d_per_layer:
+        narrow = (layout.d_per_layer,)
+        gate, out, post = "per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"
+        yield point("ple.hook_pre", "per_layer", narrow, gate, "output", f"{gate}.hook_out")
+        yield point("ple.hook_gate", "per_layer", narrow, "act_fn", "output")
+        yield point("ple.hook_product", "per_layer", narrow, out, "input", f"{out}.hook_in")
+        yield point("ple.hook_out", "per_layer", row, out, "output", f"{out}.hook_out")
+        yield point("hook_ple_out", "per_layer", row, post, "output", f"{post}.hook_out")
+    if layout.n_streams > 1:
+        yield point("hook_resid_post", "residual", row, "", "output", **active)
+        yield point("hook_streams_post", "residual", streams, "", "output", "hook_out", stacked=True)
+        return
     last = index == layout.n_layers - 1
     final = Site(layout.layer(index), "output")
     aliases = (f"{block}hook_out", *(["ln_final.hook_in"] if last else []))
@@ -203,12 +258,15 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
 
 
 def _queries_keys_values(layout: Layout, index: int) -> Iterator[HookPoint]:
-    """q, k and v per head, before rotation and before query and key norms, as TransformerLens has them."""
-    start = 0
+    """q, k and v per head, before rotation and before query and key norms, as TransformerLens has them. A layer that
+    takes keys and values from elsewhere lacks them."""
+    start, sizes = 0, layout.sizes[index]
     for position, letter in enumerate("qkv"):
-        n_heads = layout.n_heads if letter == "q" else layout.n_key_value_heads
-        heads = (n_heads, layout.d_head)
-        width = n_heads * layout.d_head
+        if letter not in sizes.projections:
+            continue
+        n_heads = layout.n_heads if letter == "q" else sizes.n_key_value_heads
+        heads = (n_heads, sizes.d_head)
+        width = n_heads * sizes.d_head
         fused = len(layout.family.qkv) == 1
         module = layout.layer(index, layout.family.qkv[0 if fused else position])
         site = Site(module, "output", heads=heads, part=(start, width) if fused else None)

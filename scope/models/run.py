@@ -177,6 +177,11 @@ def resolve_edits(
         point = table[name]
         if not callable(edit):
             raise InvalidInputError(f"The edit at {name} is a {type(edit).__name__}; expected a function.")
+        if point.read_only:
+            raise InvalidInputError(
+                f"{point.name} can be read but not edited on this architecture: the model does not go on with it. "
+                "Edit the attention's output (attn.hook_z) instead."
+            )
         check = getattr(edit, "check", None)
         if check is not None:
             check(point, n_tokens)

@@ -8,9 +8,10 @@
 No hook stays behind, whatever happens in between.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from scope.models.hooks import HookPoint, Site
 
-__all__ = ["Countdown", "Handler", "StopForward", "tapped"]
+__all__ = ["Countdown", "Handler", "StopForward", "apply_handler", "attached", "tapped"]
 
 Handler = Callable[[Tensor], Tensor | None]
 """From the tensor at a hook, (batch, seq, *row_shape), to its replacement, or None to leave it as it is."""
@@ -37,23 +38,28 @@ def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) 
         handlers: fast-path hook points and their handlers, in model order.
         stop: break the pass off after the last handler; the body's remaining statements are then skipped.
     """
-    countdown = Countdown(len(handlers), stop)
-    taps: dict[tuple[str, str], _Tap] = {}
+    with contextlib.suppress(StopForward), attached(model, handlers, Countdown(len(handlers), stop)):
+        yield
+
+
+@contextmanager
+def attached(model: nn.Module, handlers: Mapping[HookPoint, Handler], countdown: "Countdown") -> Iterator[None]:
+    """Run the body with a handler at each hook point; `StopForward` passes through when the countdown ends."""
+    taps: dict[tuple[str, str, int], _Tap] = {}
     for point, handler in handlers.items():
         site = point.site
         assert site is not None, f"{point.name} is not on the fast path"
-        taps.setdefault((site.module, site.where), _Tap(countdown, [])).handlers.append((site, handler))
+        key = (site.module, site.where, site.argument)
+        taps.setdefault(key, _Tap(countdown, site.argument, [])).handlers.append((site, handler))
     handles = []
     try:
-        for (path, where), tap in taps.items():
+        for (path, where, _), tap in taps.items():
             module = model.get_submodule(path)
             if where == "input":
                 handles.append(module.register_forward_pre_hook(tap.on_input))
             else:
                 handles.append(module.register_forward_hook(tap.on_output))
         yield
-    except StopForward:
-        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -77,10 +83,12 @@ class _Tap:
     """The handlers on one side of one module."""
 
     countdown: Countdown
+    argument: int
     handlers: list[tuple[Site, Handler]]
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._through(args[0]), *args[1:])
+        place = self.argument
+        return (*args[:place], self._through(args[place]), *args[place + 1 :])
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
@@ -96,6 +104,11 @@ class _Tap:
 
 def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
     """Show the handler the site's part of `tensor`, and put its replacement back."""
+    if site.stacked:
+        return _in_stack(site, handler, tensor)
+    if site.select is not None:
+        new = apply_handler(replace(site, select=None), handler, tensor[:, :, site.select])
+        return _with(tensor, site.select, new)
     start, width = site.part or (0, tensor.shape[-1])
     value = tensor[..., start : start + width] if site.part else tensor
     if site.heads:
@@ -111,3 +124,18 @@ def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
     if site.part:
         new = torch.cat([tensor[..., :start], new, tensor[..., start + width :]], dim=-1)
     return new
+
+
+def _in_stack(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
+    """(streams, batch, seq, d_model), shown as (batch, seq, streams, d_model) or one stream of it."""
+    shown = tensor.movedim(0, 2)
+    new = apply_handler(replace(site, stacked=False), handler, shown)
+    return tensor if new is shown else new.movedim(2, 0).contiguous()
+
+
+def _with(tensor: Tensor, place: int, new: Tensor) -> Tensor:
+    """`tensor` with `new` at a place of its third dimension."""
+    old = tensor[:, :, place]
+    if new.data_ptr() == old.data_ptr() and new.shape == old.shape:
+        return tensor
+    return torch.cat([tensor[:, :, :place], new.unsqueeze(2), tensor[:, :, place + 1 :]], dim=2)
