@@ -32,6 +32,8 @@ KINDS = ("gemma3", "llama", "gpt2")
 MORE_KINDS = ("gemma2", "gemma3_multimodal", "mistral", "qwen2", "qwen3")
 PER_LAYER_KINDS = ("gemma3n", "gemma4")
 """Models with per-layer embeddings."""
+EXPERT_KINDS = ("mixtral", "qwen3_moe", "gemma4_experts")
+"""Models with experts."""
 TEXT = (
     "The cat sat on the mat and looked at the moon. She thinks that the river is deep, but it is not.\n"
     "In 1905 the old mill by the river burned down; nobody knew why. Le café était fermé à midi.\n"
@@ -144,6 +146,20 @@ def _gemma4_experts(d_vocab: int) -> Any:
     )  # fmt: skip
 
 
+def _mixtral(d_vocab: int) -> Any:
+    config = _rotary_config(d_vocab, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
+
+
+def _qwen3_moe(d_vocab: int) -> Any:
+    """Its second layer has a dense MLP."""
+    config = _rotary_config(
+        d_vocab, head_dim=12, bos_token_id=None, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        mlp_only_layers=[1],
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**config))
+
+
 def _llama(d_vocab: int) -> Any:
     config = _rotary_config(d_vocab, tie_word_embeddings=False)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
@@ -177,6 +193,8 @@ _BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenize
         _sentencepiece_tokenizer,
     ),
     "gemma4_experts": (_gemma4_experts, _sentencepiece_tokenizer),
+    "mixtral": (_mixtral, _sentencepiece_tokenizer),
+    "qwen3_moe": (_qwen3_moe, functools.partial(_byte_level_tokenizer, bos=False)),
     "mistral": (_mistral, _sentencepiece_tokenizer),
     "qwen2": (functools.partial(_qwen, 2), functools.partial(_byte_level_tokenizer, bos=False)),
     "qwen3": (functools.partial(_qwen, 3), functools.partial(_byte_level_tokenizer, bos=False)),

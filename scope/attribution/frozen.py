@@ -12,15 +12,9 @@ section 3, whose local replacement model this is the linear part of):
 gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
 gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
 
-
-
-`FrozenModel.pull_back` runs this map backwards: from a direction at what a layer reads (or at the logits) to the
-gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
-gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
-
-Where a layer has an embedding table of its own (Gemma 4 E2B, E4B; `scope.models.per_layer`), its gate is held fixed too,
-so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it is on
-the way of. A norm on values, values that a later layer shares, and the scalar at a layer's end are parts of the map.
+Where a layer has an embedding table of its own (Gemma 4 E2B and E4B; `scope.models.per_layer`), its gate is held fixed
+too, so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it
+is on the way of. A norm on values, values that later layers share, and the scalar at a layer's end belong to the map.
 
 1. `freeze` runs the prompt once. An attention function of our own records rotated queries and keys; handlers record
    the denominators of norms and what every layer wrote.

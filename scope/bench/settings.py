@@ -8,6 +8,7 @@ from scope.errors import InvalidInputError, UnknownNameError
 __all__ = [
     "AttributeBench",
     "CaptureBench",
+    "EmbeddingsBench",
     "IndexBench",
     "IndexBuildBench",
     "ParallelBench",
@@ -51,6 +52,31 @@ class CaptureBench:
             raise InvalidInputError(
                 f"tokens is {self.tokens:,}; expected at least 1,024, so that there is work to time."
             )
+
+
+@dataclass(frozen=True)
+class EmbeddingsBench:
+    """Settings of the benchmark of lookup tables on the host."""
+
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+    n_layers: int = 8
+    """Layers of the model; each has a table of `d_vocab` rows of 256. Eight of them in bfloat16 are 1.07 GB."""
+    d_model: int = 1024
+    """Width of the residual stream."""
+    d_vocab: int = 262_144
+    """Rows of each table."""
+    batch: int = 4
+    """Windows that run at once."""
+    tokens: int = 256
+    """Tokens of a window."""
+    rounds: int = 3
+    """How often each runs; the best counts."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_vocab", "batch", "tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name):,}; expected at least 1.")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import typer
 from scope.bench.settings import (
     AttributeBench,
     CaptureBench,
+    EmbeddingsBench,
     IndexBench,
     IndexBuildBench,
     ParallelBench,
@@ -39,6 +40,14 @@ def register(app: typer.Typer) -> None:
         from scope.bench.capture import bench_capture
 
         figures = bench_capture(config, say)
+        return Outcome(figures, _table(figures))
+
+    @command(bench, "embeddings", config=EmbeddingsBench)
+    def embeddings(config: EmbeddingsBench) -> Outcome:
+        """Memory saved and time lost where lookup tables lie on the host, on a random model with per-layer tables."""
+        from scope.bench.embeddings import bench_embeddings
+
+        figures = bench_embeddings(config, say)
         return Outcome(figures, _table(figures))
 
     @command(bench, "parallel", config=ParallelBench)

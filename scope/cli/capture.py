@@ -103,6 +103,13 @@ def register(app: typer.Typer) -> None:
         ] = None,
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
+        embeddings: Annotated[
+            str,
+            typer.Option(
+                help="Where lookup tables lie: device, or host, which saves the accelerator's memory (Gemma 3n and "
+                "Gemma 4 E2B, E4B); activations are the same."
+            ),
+        ] = "device",
         compute_dtype: Annotated[
             str | None,
             typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32; auto, or the store's."),
@@ -181,6 +188,7 @@ def register(app: typer.Typer) -> None:
                 dtype=compute_dtype or kept["compute_dtype"],
                 compile=compile or kept["compile"],
                 allow_download=allow_download,
+                embeddings=embeddings,  # type: ignore[arg-type]  # checked there
             )
 
         if follows:

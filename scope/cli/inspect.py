@@ -11,6 +11,8 @@ from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["register"]
 
+EMBEDDINGS_HELP = "Of a model: host keeps lookup tables in the host's memory, the rest on the device."
+
 
 def _open(what: str) -> Any:
     """The store or index at a path, or the store at an address."""
@@ -31,7 +33,7 @@ def _open(what: str) -> Any:
     )
 
 
-def _describe(what: str, allow_download: bool) -> dict[str, Any]:
+def _describe(what: str, allow_download: bool, device: str | None, embeddings: str) -> dict[str, Any]:
     """JSON-able facts about a store, an SAE, an index folder or a model."""
     from activations.manifest import read_manifest
     from activations.storage import is_address
@@ -50,7 +52,7 @@ def _describe(what: str, allow_download: bool) -> dict[str, Any]:
     from scope.models import LanguageModel
 
     try:
-        model = LanguageModel.load(what)
+        model = LanguageModel.load(what, device=device, embeddings=embeddings)  # type: ignore[arg-type]  # checked there
     except UnknownNameError as error:
         if not path.exists() and formats.is_release(what):
             return _describe_sae(what, allow_download)
@@ -96,9 +98,15 @@ def register(app: typer.Typer) -> None:
             ),
         ],
         allow_download: DownloadOption = False,
+        device: Annotated[
+            str | None,
+            typer.Option(help="Of a model: where it lies, such as cpu or cuda; by default the best there is."),
+        ] = None,
+        embeddings: Annotated[str, typer.Option(help=EMBEDDINGS_HELP)] = "device",
     ) -> Outcome:
-        """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality."""
-        facts = _describe(what, allow_download)
+        """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality; of a model how many
+        parameters a token uses, and where they lie."""
+        facts = _describe(what, allow_download, device, embeddings)
         return Outcome(facts, "\n".join(_lines(facts)))
 
     @command(app, "verify")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
     from scope.interventions.edit import Edit, combine
+    from scope.interventions.experts import forbid_expert, force_expert, swap_experts
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
     from scope.interventions.steering import Steering, steer, steering_edit
 
@@ -20,6 +21,8 @@ __all__ = [
     "ablate_features",
     "add_direction",
     "combine",
+    "forbid_expert",
+    "force_expert",
     "patch",
     "project_out",
     "scale",
@@ -30,11 +33,13 @@ __all__ = [
     "splice_edits",
     "steer",
     "steering_edit",
+    "swap_experts",
 ]
 
 _HOMES = {
     "edit": ("Edit", "combine"),
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
+    "experts": ("forbid_expert", "force_expert", "swap_experts"),
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
     "steering": ("Steering", "steer", "steering_edit"),
 }

@@ -51,6 +51,13 @@ class Family:
     """Where in a layer's arguments its per-layer input stands, in families that know per-layer embeddings."""
     altup: bool = False
     """The residual stream is a stack of streams (AltUp), the first dimension of what layers pass on."""
+    router: str | None = None
+    """In layers with experts: what chooses them."""
+    router_logits: str | None = None
+    """The module that gives the router's logits, where there is one; else the router's first output."""
+    experts: str | None = None
+    experts_norm: str | None = None
+    """The norm that experts read the residual stream through, where it is not `ln2`."""
     delegated: bool = False
     """TransformerLens leaves attention and norms to transformers: attention can be read there and not edited."""
 
@@ -80,7 +87,17 @@ GEMMA = replace(
     ln2_post="post_feedforward_layernorm",
     gain_offset=True,
 )
-GEMMA4 = replace(GEMMA, gain_offset=False, per_layer_argument=1, delegated=True)
+MIXTURE = replace(LLAMA, router="mlp.gate", experts="mlp.experts")
+GEMMA4 = replace(
+    GEMMA,
+    gain_offset=False,
+    per_layer_argument=1,
+    delegated=True,
+    router="router",
+    router_logits="router.proj",
+    experts="experts",
+    experts_norm="pre_feedforward_layernorm_2",
+)
 GEMMA3N = replace(GEMMA4, per_layer_argument=2, altup=True)
 GPT2 = Family(
     backbones=("transformer",),
@@ -109,6 +126,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     "gemma3n": GEMMA3N,
     "gemma4": GEMMA4,
+    "mixture": MIXTURE,
 }
 MODEL_TYPES: dict[str, str] = {
     "gpt2": "gpt2",
@@ -116,6 +134,8 @@ MODEL_TYPES: dict[str, str] = {
     "mistral": "llama",
     "qwen2": "llama",
     "qwen3": "llama",
+    "mixtral": "mixture",
+    "qwen3_moe": "mixture",
     "gemma2": "gemma",
     "gemma3_text": "gemma",
     "gemma3": "gemma",
@@ -137,6 +157,10 @@ class LayerSizes:
     """0 where the layer has no keys of its own."""
     projections: str
     """Those of "qkv" that the layer has: a layer may take keys and values from an earlier one, or values from keys."""
+    n_experts: int = 0
+    experts_per_token: int = 0
+    dense: bool = True
+    """Whether the layer has an MLP that every token goes through; else its MLP is experts alone, and `d_mlp` theirs."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +226,11 @@ def find_layout(model: nn.Module) -> Layout:
         raise InvalidInputError(f"{type(model).__name__} has none of the modules {', '.join(family.backbones)}.")
     head = _path_of(model, model.get_output_embeddings())  # type: ignore[operator]
     first = f"{backbone}.{family.layers}.0"
-    parts = (family.ln1, family.o, *family.qkv, family.ln2, family.mlp_in, family.mlp_out)
+    mixed = family.experts is not None and _has(model, f"{first}.{family.experts}")
+    mlp = (
+        (family.experts,) if mixed and not _has(model, f"{first}.{family.mlp_out}") else (family.mlp_in, family.mlp_out)
+    )
+    parts = (family.ln1, family.o, *family.qkv, family.ln2, *mlp)
     missing = [path for path in (f"{first}.{part}" for part in parts) if not _has(model, path)]
     if missing:
         raise InvalidInputError(f"{type(model).__name__} lacks the modules {', '.join(missing)}.")
@@ -244,9 +272,22 @@ def _sizes(model: nn.Module, layer: str, family: Family, config: Any) -> LayerSi
         projections = "".join(letter for letter, module in there.items() if module is not None)
         keys: Any = there["k"]
         n_key_value_heads = 0 if keys is None else keys.weight.shape[0] // d_head
-    return LayerSizes(
-        _width_in(model.get_submodule(f"{layer}.{family.mlp_out}")), d_head, n_key_value_heads, projections
-    )
+    dense = _has(model, f"{layer}.{family.mlp_out}")
+    n_experts, chosen = 0, 0
+    if family.experts is not None and _has(model, f"{layer}.{family.experts}"):
+        experts: Any = model.get_submodule(f"{layer}.{family.experts}")
+        n_experts, chosen = experts.down_proj.shape[0], experts_of(config)[1]
+    d_mlp = _width_in(model.get_submodule(f"{layer}.{family.mlp_out}")) if dense else experts.down_proj.shape[-1]
+    return LayerSizes(d_mlp, d_head, n_key_value_heads, projections, n_experts, chosen, dense)
+
+
+def experts_of(config: Any) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token goes to; 0 and 0 where the model has none."""
+
+    def first(*names: str) -> int:
+        return int(next((value for name in names if (value := getattr(config, name, None))), 0))
+
+    return first("num_experts", "num_local_experts"), first("top_k_experts", "num_experts_per_tok")
 
 
 def _projection(model: nn.Module, path: str) -> nn.Module | None:

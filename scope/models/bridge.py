@@ -32,7 +32,14 @@ def boot_bridge(model: "LanguageModel") -> Any:
 
     Raises:
         MissingDependencyError: transformer_lens is not installed.
+        InvalidInputError: the model's lookup tables lie on the host, where a bridge would not leave them.
     """
+    elsewhere = {str(parameter.device) for parameter in model.hf.parameters()} - {str(model.device)}
+    if elsewhere:
+        raise InvalidInputError(
+            f"A part of the model lies on {', '.join(sorted(elsewhere))}, and the rest on {model.device}; the bridge "
+            'needs all of it in one place. Load the model with embeddings="device".'
+        )
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ModuleNotFoundError as error:

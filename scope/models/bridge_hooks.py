@@ -39,7 +39,7 @@ def bridge_hooks(layout: Layout) -> Iterator[BridgeHook]:
     if family.pos_embed:
         yield BridgeHook("pos_embed.hook_in", ("batch", "seq"))
     for index in range(layout.n_layers):
-        hooks = _delegated_layer(layout, index) if family.delegated else _layer(layout)
+        hooks = _delegated_layer(layout, index) if family.delegated else _layer(layout, layout.sizes[index].dense)
         for name, shape, aliases, read_only in hooks:
             also = tuple(f"blocks.{index}.{alias}" for alias in aliases)
             yield BridgeHook(f"blocks.{index}.{name}", shape, also, read_only)
@@ -55,7 +55,7 @@ def _norm(name: str, width: int) -> Iterator[BridgeHook]:
     yield BridgeHook(f"{name}.hook_scale", ("batch", "seq", 1))
 
 
-def _layer(layout: Layout) -> Iterator[BridgeHook]:
+def _layer(layout: Layout, dense: bool) -> Iterator[BridgeHook]:
     family, d_model = layout.family, layout.d_model
     heads, key_heads, d_head = layout.n_heads, layout.n_key_value_heads, layout.d_head
     row = ("batch", "seq", d_model)
@@ -85,8 +85,9 @@ def _layer(layout: Layout) -> Iterator[BridgeHook]:
     if family.ln1_post:
         yield from _norm("ln1_post", d_model)
     yield from _norm("ln2", d_model)
-    yield BridgeHook("mlp.in.hook_in", row)
-    if family.mlp_gate:
+    if dense:
+        yield BridgeHook("mlp.in.hook_in", row)
+    if dense and family.mlp_gate:
         yield BridgeHook("mlp.gate.hook_in", row)
     if family.ln2_post:
         yield from _norm("ln2_post", d_model)

@@ -61,9 +61,12 @@ def hook_table_html(table: "HookTable") -> str:
 
 def model_html(model: "LanguageModel") -> str:
     """Name and sizes of a model."""
-    parameters = sum(parameter.numel() for parameter in model.hf.parameters())
+    count = model.parameter_count()
     facts = {
-        "parameters": f"{parameters / 1e6:,.1f} million",
+        "parameters": f"{count.total / 1e6:,.1f} million, {count.active_per_token / 1e6:,.1f} million active per token",
+        "lookup tables": f"{sum(count.lookup_tables.values()) / 1e6:,.1f} million",
+        **({"experts": f"{count.experts / 1e6:,.1f} million"} if count.experts else {}),
+        "lie on": ", ".join(f"{device}: {place.bytes / 1e6:,.1f} MB" for device, place in count.devices.items()),
         "layers": f"{model.n_layers}",
         "residual width": f"{model.d_model:,}",
         "vocabulary": f"{model.d_vocab:,}",

@@ -12,7 +12,8 @@ Where the residual stream is a stack of streams (Gemma 3n's AltUp), `hook_resid_
 active stream, as in TransformerBridge, and `hook_streams_pre` and `hook_streams_post` are all of them, (batch, seq,
 n_streams, d_model). What the final norm reads is then a hook of its own, `ln_final.hook_in`.
 
-The hooks of per-layer embeddings are described in `scope.models.per_layer`.
+The hooks of per-layer embeddings are described in `scope.models.per_layer`, those of mixtures of experts in
+`scope.models.experts`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,9 +26,9 @@ from scope.models.bridge_hooks import bridge_hooks
 
 __all__ = ["HookKind", "HookPoint", "HookTable", "Site", "build_hook_table"]
 
-HookKind = Literal["embedding", "per_layer", "residual", "attention", "mlp", "norm"]
+HookKind = Literal["embedding", "per_layer", "residual", "attention", "mlp", "experts", "norm"]
 Where = Literal["input", "output"]
-HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "per_layer", "residual", "attention", "mlp", "norm")
+HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "per_layer", "residual", "attention", "mlp", "experts", "norm")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Site:
     """(start, width) of a slice of the last dimension, where one module computes q, k and v."""
     argument: int = 0
     """Which of the module's arguments, where the tensor goes in."""
+    item: int = 0
+    """Which of the module's outputs, where it gives several."""
+    rows_of: str | None = None
+    """The tensor is (batch * seq, width): the module, the layer, whose input says how many are in a batch."""
+    experts: Literal["reroute", "outputs"] | None = None
+    """What an edit entails: of a router's logits that it chooses anew; or the tensor is what each chosen expert of the
+    module writes, computed again, and an edit takes the place of their sum. See `scope.models.experts`."""
     select: int | None = None
     """A place in the third dimension, where the tensor is (batch, seq, several, width)."""
     stacked: bool = False
@@ -227,14 +235,21 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
     yield point("hook_resid_mid", "residual", row, family.ln2, "input", stream=True)
     yield point("hook_mlp_in", "mlp", row, family.ln2, "input", "ln2.hook_in")
     yield point("ln2.hook_out", "norm", row, family.ln2, "output", "mlp.hook_in")
-    wide = (layout.sizes[index].d_mlp,)
-    if family.mlp_gate:
+    yield from _experts(layout, index)
+    sizes = layout.sizes[index]
+    wide = (sizes.d_mlp,)
+    if not sizes.dense:
+        pass
+    elif family.mlp_gate:
         yield point("mlp.hook_pre", "mlp", wide, family.mlp_gate, "output", "mlp.gate.hook_out")
         yield point("mlp.hook_pre_linear", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
     else:
         yield point("mlp.hook_pre", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
-    yield point("mlp.hook_post", "mlp", wide, family.mlp_out, "input", "mlp.out.hook_in")
-    if family.ln2_post:
+    if sizes.dense:
+        yield point("mlp.hook_post", "mlp", wide, family.mlp_out, "input", "mlp.out.hook_in")
+    if not sizes.dense:
+        yield point("hook_mlp_out", "mlp", row, family.mlp, "output", "mlp.hook_out")
+    elif family.ln2_post:
         yield point("mlp.hook_out", "mlp", row, family.mlp_out, "output", "mlp.out.hook_out")
         yield point("hook_mlp_out", "mlp", row, family.ln2_post, "output", "ln2_post.hook_out")
     else:
@@ -255,6 +270,28 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
     final = Site(layout.layer(index), "output")
     aliases = (f"{block}hook_out", *(["ln_final.hook_in"] if last else []))
     yield _point(f"{block}hook_resid_post", "residual", row, final, *aliases)
+
+
+def _experts(layout: Layout, index: int) -> Iterator[HookPoint]:
+    """The router's and the experts' hooks of one layer; described in `scope.models.experts`."""
+    family, sizes = layout.family, layout.sizes[index]
+    if not sizes.n_experts or family.router is None or family.experts is None:
+        return
+    chosen = (sizes.experts_per_token,)
+
+    def point(name: str, row: tuple[int, ...], module: str, where: Where, **site: Any) -> HookPoint:
+        place = Site(layout.layer(index, module), where, rows_of=layout.layer(index), **site)
+        return _point(f"blocks.{index}.moe.{name}", "experts", row, place)
+
+    if family.router_logits:
+        yield point("hook_logits", (sizes.n_experts,), family.router_logits, "output")
+    else:
+        yield point("hook_logits", (sizes.n_experts,), family.router, "output", experts="reroute")
+    yield point("hook_weights", chosen, family.router, "output", item=1)
+    yield point("hook_experts", chosen, family.router, "output", item=2)
+    yield point("hook_in", (layout.d_model,), family.experts, "input")
+    yield point("hook_expert_out", (*chosen, layout.d_model), family.experts, "output", experts="outputs")
+    yield point("hook_out", (layout.d_model,), family.experts, "output")
 
 
 def _queries_keys_values(layout: Layout, index: int) -> Iterator[HookPoint]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from activations.source import ModelIdentity
 from scope.models.conversion import MANIFEST
 from scope.models.hashing import remembered, tokenizer_digest, weight_digest
+from scope.models.parameters import count_parameters
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
@@ -56,6 +57,7 @@ def describe(model: "LanguageModel") -> dict[str, Any]:
         "revision": model.files.revision,
         "architecture": type(model.hf).__name__,
         "parameters": sum(parameter.numel() for parameter in model.hf.parameters()),
+        "parameter_use": count_parameters(model).to_dict(),
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
         "d_mlp": layout.d_mlp,

@@ -26,6 +26,8 @@ from scope.models.chats import encode_chats, own_template
 from scope.models.compiled import CompiledLayers
 from scope.models.dictionaries import Saes
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
+from scope.models.parameters import ParameterCount, count_parameters
+from scope.models.placement import EmbeddingPlace
 from scope.models.rows import HostCopy, check_windows, collect_rows
 from scope.models.run import EditFunction, Generation, RunResult, SpliceMode, continuations, run
 from scope.models.taps import Handler, tapped
@@ -66,6 +68,7 @@ class LanguageModel:
         attention: Literal["sdpa", "eager"] | None = None,
         compile: bool = False,
         allow_download: bool = False,
+        embeddings: EmbeddingPlace = "device",
     ) -> "LanguageModel":
         """Load a model.
 
@@ -80,6 +83,8 @@ class LanguageModel:
                 activations then differ in their last digits, so that a store remembers it (`compute_dtype`). A layer
                 with a hook inside, and everything but capture, runs uncompiled.
             allow_download: get what is not on this machine from the Hugging Face hub.
+            embeddings: "host" keeps lookup tables in the host's memory and the rest on the device, with equal outputs:
+                per-layer embeddings, and the main one where it is not the unembedding too.
 
         Raises:
             UnknownNameError: there is no such model here; near misses are suggested.
@@ -89,7 +94,7 @@ class LanguageModel:
         target = loading.pick_device(device)
         compute = loading.pick_dtype(dtype, target)
         files = loading.find_model(name, revision, allow_download)
-        return cls(loading.load_causal_lm(files, target, compute, attention), files, compile)
+        return cls(loading.load_causal_lm(files, target, compute, attention, embeddings), files, compile)
 
     # What it is
 
@@ -139,6 +144,10 @@ class LanguageModel:
     def identity(self) -> ModelIdentity:
         """What stores and SAEs remember of the model. Hashes are computed on first use and cached on disk."""
         return identity.identify(self)
+
+    def parameter_count(self) -> ParameterCount:
+        """Parameters in all, active per token, in lookup tables and experts, and where they lie."""
+        return count_parameters(self)
 
     def info(self) -> dict[str, Any]:
         """The model's name, sizes, hashes and hooks, JSON-able."""

@@ -17,6 +17,7 @@ import torch
 from scope.errors import InvalidInputError, MissingDependencyError, UnknownNameError
 from scope.models.conversion import converted_model
 from scope.models.hashing import file_digest, remembered
+from scope.models.placement import EmbeddingPlace, place
 
 __all__ = ["PACKAGED_MODELS", "ModelFiles", "find_model", "load_causal_lm", "pick_device", "pick_dtype"]
 
@@ -192,11 +193,17 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_causal_lm(files: ModelFiles, device: torch.device, dtype: torch.dtype, attention: str | None) -> Any:
+def load_causal_lm(
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+    embeddings: EmbeddingPlace = "device",
+) -> Any:
     """The Hugging Face model, ready to run: on its device, frozen, in evaluation mode.
 
     Raises:
-        InvalidInputError: transformers cannot load it.
+        InvalidInputError: transformers cannot load it, or its tables cannot lie where `embeddings` says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -212,4 +219,4 @@ def load_causal_lm(files: ModelFiles, device: torch.device, dtype: torch.dtype, 
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidInputError(f"{files.folder} holds no causal language model that can be loaded: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    return place(model, device, embeddings).eval().requires_grad_(False)

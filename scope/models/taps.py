@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scope.models.experts import expert_outputs, rerouted, summed
 from scope.models.hooks import HookPoint, Site
 
 __all__ = ["Countdown", "Handler", "StopForward", "apply_handler", "attached", "tapped"]
@@ -46,13 +47,18 @@ def tapped(model: nn.Module, handlers: Mapping[HookPoint, Handler], stop: bool) 
 def attached(model: nn.Module, handlers: Mapping[HookPoint, Handler], countdown: "Countdown") -> Iterator[None]:
     """Run the body with a handler at each hook point; `StopForward` passes through when the countdown ends."""
     taps: dict[tuple[str, str, int], _Tap] = {}
+    shapes = {site.rows_of: _Shape() for point in handlers if (site := point.site) is not None and site.rows_of}
     for point, handler in handlers.items():
         site = point.site
         assert site is not None, f"{point.name} is not on the fast path"
         key = (site.module, site.where, site.argument)
-        taps.setdefault(key, _Tap(countdown, site.argument, [])).handlers.append((site, handler))
+        shape = shapes[site.rows_of] if site.rows_of else None
+        taps.setdefault(key, _Tap(countdown, site.argument, shape, [])).handlers.append((site, handler))
     handles = []
     try:
+        for path, shape in shapes.items():
+            assert path is not None
+            handles.append(model.get_submodule(path).register_forward_pre_hook(shape.on_input))
         for (path, where, _), tap in taps.items():
             module = model.get_submodule(path)
             if where == "input":
@@ -84,6 +90,7 @@ class _Tap:
 
     countdown: Countdown
     argument: int
+    shape: "_Shape | None"
     handlers: list[tuple[Site, Handler]]
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -91,15 +98,52 @@ class _Tap:
         return (*args[:place], self._through(args[place]), *args[place + 1 :])
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self._through(output[0]), *output[1:])
-        return self._through(output)
+        for site, handler in self.handlers:
+            if site.experts == "outputs":
+                output = self._through_experts(module, args, output, handler)
+                continue
+            outputs = output if isinstance(output, tuple) else (output,)
+            new = self._seen(site, handler, outputs[site.item])
+            if site.experts == "reroute" and new is not outputs[site.item]:
+                output = rerouted(module, new)
+            elif isinstance(output, tuple):
+                output = (*outputs[: site.item], new, *outputs[site.item + 1 :])
+            else:
+                output = new
+        return output
 
     def _through(self, tensor: Tensor) -> Tensor:
         for site, handler in self.handlers:
-            tensor = apply_handler(site, handler, tensor)
-            self.countdown.tick()
+            tensor = self._seen(site, handler, tensor)
         return tensor
+
+    def _seen(self, site: Site, handler: Handler, tensor: Tensor) -> Tensor:
+        if self.shape is not None:
+            shown = tensor.unflatten(0, self.shape.batch_and_seq)
+            new = apply_handler(site, handler, shown)
+            tensor = tensor if new is shown else new.flatten(0, 1)
+        else:
+            tensor = apply_handler(site, handler, tensor)
+        self.countdown.tick()
+        return tensor
+
+    def _through_experts(self, module: nn.Module, args: tuple[Any, ...], output: Tensor, handler: Handler) -> Tensor:
+        """Show the handler what each chosen expert writes; without an edit the module's own sum stands."""
+        x, chosen, weights = args
+        assert self.shape is not None
+        shown = expert_outputs(module, x, chosen).unflatten(0, self.shape.batch_and_seq)
+        new = handler(shown)
+        self.countdown.tick()
+        return output if new is None else summed(new.flatten(0, 1), weights).to(output.dtype)
+
+
+class _Shape:
+    """Batch and sequence of a layer's input, for modules that see tokens without them."""
+
+    batch_and_seq: tuple[int, int] = (0, 0)
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.batch_and_seq = (args[0].shape[0], args[0].shape[1])
 
 
 def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
