@@ -14,6 +14,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.features.experts import expert_load, expert_specialisation, feature_experts, feature_flips, read_routing
+from scope.figures.experts import expert_heatmap
 from scope.interventions import combine, forbid_expert
 from scope.saes.base import SAEMetadata
 
@@ -68,6 +69,8 @@ def test_load_is_what_the_router_chose(case):
         there = np.concatenate([one for _, one, _, lang in own if lang == language])
         for expert in range(4):
             assert by_language.loc[(language, expert), "tokens"] == (there == expert).any(1).sum()
+    figure = expert_heatmap(by_language.reset_index(), "lift", theme="dark")
+    assert np.shape(figure.data[0].z) == (2, 4)
     by_token = expert_load(store, LAYER, "token")
     tokens = np.concatenate([one for one, _, _, _ in own])
     assert by_token["tokens"].sum() == 2 * len(tokens)

@@ -7,15 +7,18 @@ import pytest
 import torch
 from helpers_models import EXPERT_KINDS, TEXT, tiny_model
 from helpers_models import one_thread as one_thread
+from helpers_saes import make
 from torch import Tensor
 
 from activations.capture import capture
 from activations.store import ActivationStore
 from activations.text import TextSource
+from scope.attribution import attribute, router_logit
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions import combine, forbid_expert, force_expert, swap_experts
 from scope.models import HookPoint, LanguageModel
 from scope.models.bridge import bridge_forward
+from scope.saes.base import SAEMetadata
 
 TOKENS = torch.arange(4, 24)
 LAYER = 2
@@ -226,3 +229,16 @@ def test_a_store_keeps_what_the_router_chose(tmp_path: Path) -> None:
     np.testing.assert_array_equal(chosen, seen[NAMES[2]].numpy())
     for name in (NAMES[0], NAMES[1], NAMES[4], OUT):
         np.testing.assert_allclose(store.read_float32(name, 0, len(tokens)), seen[name].numpy(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_router_logit_is_attributed_to_features() -> None:
+    model = tiny_model("mixtral")
+    sae = make("topk", d_in=32, d_sae=60, k=6, seed=1, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_pre"))
+    target = router_logit(model, LAYER, 1, position=9)
+    exact = attribute(model, TOKENS, target, [sae], "activation_patching")
+    logits = model.run(TOKENS, hooks=[NAMES[0]], logits=False).activations[NAMES[0]][9]
+    assert exact.value == pytest.approx(float(logits[1] - logits.mean()), rel=1e-4)
+    assert (exact.table["effect"] != 0).any()
+    assert exact.table["position"].max() <= 9
+    with pytest.raises(OutOfRangeError):
+        router_logit(model, LAYER, 4)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from scope.attribution.methods import Attribution, attribute
     from scope.attribution.per_layer import PerLayerReport, per_layer_writes
     from scope.attribution.pruning import prune, scores
-    from scope.attribution.targets import feature, log_probability, logit, logit_difference, loss, projection
+    from scope.attribution.targets import (
+        feature,
+        log_probability,
+        logit,
+        logit_difference,
+        loss,
+        projection,
+        router_logit,
+    )
     from scope.attribution.verification import verify
 
 __all__ = [
@@ -50,6 +58,7 @@ __all__ = [
     "projection",
     "prune",
     "qk_pairs",
+    "router_logit",
     "save_graph",
     "scores",
     "verify",
@@ -68,7 +77,7 @@ _HOMES = {
     "methods": ("Attribution", "attribute"),
     "per_layer": ("PerLayerReport", "per_layer_writes"),
     "pruning": ("prune", "scores"),
-    "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection"),
+    "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection", "router_logit"),
     "verification": ("verify",),
 }
 

@@ -23,7 +23,7 @@ is on the way of. A norm on values, values that later layers share, and the scal
 3. `pull_back` takes many directions at once, each from its own position, and never looks at later positions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scope.attribution.frozen_attention import FrozenAttention, attended, own_attention, recording
 from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
 from scope.models.losses import final_norm_gain
@@ -40,11 +41,8 @@ from scope.models.taps import tapped
 
 __all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen", "freeze"]
 
-IMPLEMENTATION = "scope_frozen"
-"""Under this name transformers knows the attention function that records."""
 PATTERN_BYTES = 2**28
 """Attention patterns of all layers together that are kept; more are made anew each time."""
-QUERY_CHUNK = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,92 +64,6 @@ class FrozenNorm:
         """The gradient at the norm's input."""
         gradient = gradient * self.gain / self.denominator[rows, None]
         return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
-
-
-@dataclass(eq=False)
-class FrozenAttention:
-    """One layer's attention with its pattern fixed."""
-
-    query: Float[Tensor, "n_heads seq d_head"]
-    """As they meet the keys: normed and rotated."""
-    key: Float[Tensor, "n_kv_heads seq d_head"]
-    mask: Float[Tensor, "seq seq"] | None
-    """What is added to the scores; None for causal attention without a window."""
-    scaling: float
-    softcap: float | None
-    W_V: Float[Tensor, "n_kv_heads d_head d_model"]
-    value_bias: Float[Tensor, "n_kv_heads d_head"] | None
-    W_O: Float[Tensor, "n_heads d_model d_head"]
-    output_bias: Float[Tensor, " d_model"] | None
-    keep: bool = False
-    value_denominator: Float[Tensor, "n_kv_heads seq"] | None = None
-    """What each head's values are divided by, where a norm is on them."""
-    """Whether the pattern is kept once made."""
-    _pattern: Tensor | None = None
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key head."""
-        return len(self.query) // len(self.key)
-
-    def scores(self, rows: slice) -> Float[Tensor, "n_heads n seq"]:
-        """Pre-softmax scores of some queries with every key up to the last of them, mask included, float32."""
-        return _scores(self.query, self.key, self.mask, self.scaling, self.softcap, rows)
-
-    def pattern(self, rows: slice) -> Float[Tensor, "n_heads n seq"]:
-        """Attention from some positions to every one up to the last of them."""
-        if self._pattern is not None:
-            return self._pattern[:, rows, : rows.stop]
-        made = self.scores(rows).softmax(-1)
-        if self.keep and rows.start == 0 and rows.stop == self.query.shape[1]:
-            self._pattern = made
-        return made
-
-    def heads(
-        self, normed: Float[Tensor, "*batch seq d_model"], rows: slice
-    ) -> Float[Tensor, "n_heads *batch n d_model"]:
-        """What each head writes at some positions (before a norm behind attention), without biases."""
-        found = []
-        for head, W_O in enumerate(self.W_O):
-            values = normed[..., : rows.stop, :] @ self.W_V[head // self.group].T
-            if self.value_denominator is not None:
-                values = values / self.value_denominator[head // self.group, : rows.stop, None]
-            pattern = self.pattern(rows)[head].to(values.dtype)
-            found.append(pattern @ values @ W_O.T)
-        return torch.stack(found)
-
-    def backward(self, gradient: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n d_model"]:
-        """From the gradient at W_O's output on the first n positions to that at W_V's input there."""
-        n = gradient.shape[1]
-        batch = len(gradient)
-        into_heads = torch.einsum("bqd,hde->hbqe", gradient, self.W_O)
-        at_values = into_heads.new_zeros(len(self.key), n, batch * into_heads.shape[-1])
-        if self.keep and self._pattern is None:
-            self.pattern(slice(0, self.query.shape[1]))
-        for start in range(0, n, QUERY_CHUNK):
-            rows = slice(start, min(n, start + QUERY_CHUNK))
-            pattern = self.pattern(rows).to(gradient.dtype)  # (h, q, k)
-            heads = into_heads[:, :, rows].permute(0, 2, 1, 3).flatten(2)  # (h, q, b e)
-            grouped = (pattern.mT @ heads).unflatten(0, (len(self.key), self.group)).sum(1)
-            at_values[:, : rows.stop] += grouped
-        if self.value_denominator is not None:
-            at_values /= self.value_denominator[:, :n, None]
-        values = at_values.view(len(self.key), n, batch, -1)
-        return torch.einsum("hkbe,hed->bkd", values, self.W_V)
-
-
-def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, rows: slice
-) -> Float[Tensor, "n_heads n seq"]:
-    end = rows.stop
-    scores = (query[:, rows] @ key[:, :end].repeat_interleave(len(query) // len(key), 0).mT).float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        return scores + mask[rows, :end].float()
-    places = torch.arange(rows.start, end, device=scores.device)
-    later = torch.arange(end, device=scores.device)[None] > places[:, None]
-    return scores.masked_fill(later, float("-inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +310,7 @@ def freeze(
     keep = {*wanted, last, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
     ordered = sorted({*names, *keep}, key=table.rank)
     handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in ordered}
-    with torch.no_grad(), model.lock, _recording(model, recorded), tapped(model.hf, handlers, stop=False):
+    with torch.no_grad(), model.lock, recording(model, recorded), tapped(model.hf, handlers, stop=False):
         model.hidden_states(tokens[None])
     if len(recorded) != layout.n_layers:
         raise InvalidInputError(
@@ -531,34 +443,6 @@ def _projection(model: Any, index: int, which: str) -> tuple[Tensor, Tensor | No
 
 
 @contextmanager
-def _recording(model: Any, into: dict[int, dict[str, Any]]) -> Iterator[None]:
-    """Within it the model's attention keeps its queries, keys and masks in `into`, by layer."""
-    masks: dict[int, Tensor] = {}
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        scaling, softcap = options.get("scaling"), options.get("softcap")
-        mask = None
-        if attention_mask is not None:
-            mask = masks.setdefault(id(attention_mask), attention_mask[0, 0, :, : key.shape[2]])
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # The mask as it came is kept too, so that no other gets its id.
-        into[module.layer_idx] = {
-            "query": query[0],
-            "key": key[0],
-            "mask": mask,
-            "scaling": scaling,
-            "softcap": softcap,
-            "given": attention_mask,
-        }
-        return _attended(lambda rows: _scores(query[0], key[0], mask, scaling, softcap, rows).softmax(-1), value), None
-
-    with _own_attention(model, attention):
-        yield
-
-
-@contextmanager
 def attention_as_frozen(frozen: FrozenModel) -> Iterator[None]:
     """Within it the model attends as it did on the frozen prompt, whatever queries and keys it has; values are live.
 
@@ -568,35 +452,7 @@ def attention_as_frozen(frozen: FrozenModel) -> Iterator[None]:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        return _attended(frozen.layers[module.layer_idx].attention.pattern, value), None
+        return attended(frozen.layers[module.layer_idx].attention.pattern, value), None
 
-    with frozen.model.lock, _own_attention(frozen.model, attention):
+    with frozen.model.lock, own_attention(frozen.model, attention):
         yield
-
-
-def _attended(pattern: Callable[[slice], Tensor], value: Float[Tensor, "batch n_kv_heads seq d_head"]) -> Tensor:
-    """pattern @ value, as transformers wants it: (batch, seq, n_heads, d_head)."""
-    n = value.shape[2]
-    parts = []
-    for start in range(0, n, QUERY_CHUNK):
-        rows = slice(start, min(n, start + QUERY_CHUNK))
-        made = pattern(rows).to(value.dtype)
-        values = value[:, :, : rows.stop].repeat_interleave(len(made) // value.shape[1], 1)
-        parts.append(made @ values)
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-@contextmanager
-def _own_attention(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Within it the model's attention is a function of ours, of transformers' attention interface."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(IMPLEMENTATION, function)
-    AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
-    before = model.hf.config._attn_implementation
-    model.hf.set_attn_implementation(IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.hf.set_attn_implementation(before)

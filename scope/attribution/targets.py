@@ -10,6 +10,7 @@ activation there, so that a pass ends as early as it can and gradients flow from
     loss()                               mean next-token cross-entropy of the prompt, in nats
     feature(sae, 123, position=4)        the feature's pre-activation, times ‖W_dec row‖
     projection("blocks.8.hook_resid_post", direction)
+    router_logit(model, 3, 17)           what the router of layer 3 gives expert 17
 
 Positions count from 0, the start of the prompt with its BOS; -1 is the last token, and no other is negative.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
 from scope.models.dictionaries import hook_of
+from scope.models.experts import require_experts
 
 __all__ = [
     "FINAL",
@@ -34,6 +36,7 @@ __all__ = [
     "loss",
     "place_of",
     "projection",
+    "router_logit",
     "single_token",
 ]
 
@@ -266,3 +269,21 @@ class _Projection:
 def projection(hook: str, direction: Float[Tensor, "*row"], position: int = -1) -> Target:
     """A hook's activation projected on a direction, which is taken as long as it is."""
     return _Projection(f"projection of {hook}", hook, torch.as_tensor(direction).detach(), position)
+
+
+def router_logit(model: Any, layer: int, expert: int, position: int = -1) -> Target:
+    """What the router of a layer gives an expert, relative to the mean over the experts: only differences choose.
+
+    Raises:
+        InvalidInputError: the model or the layer has no experts.
+        OutOfRangeError: the layer has no such expert.
+    """
+    require_experts(model, layer)
+    n_experts = model.layout.sizes[layer].n_experts
+    if not 0 <= expert < n_experts:
+        raise OutOfRangeError(f"Layer {layer} has no expert {expert}: it has 0 to {n_experts - 1}.")
+    direction = torch.full((n_experts,), -1 / n_experts)
+    direction[expert] += 1
+    return _Projection(
+        f"router logit of expert {expert} in layer {layer}", f"blocks.{layer}.moe.hook_logits", direction, position
+    )

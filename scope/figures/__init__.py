@@ -6,6 +6,7 @@ Chromium (`BROWSER_PATH=` where it is not found).
 """
 
 from scope.figures.comparison import cosine_histogram
+from scope.figures.experts import expert_heatmap
 from scope.figures.features import (
     activation_histogram,
     feature_scatter,
@@ -43,6 +44,7 @@ __all__ = [
     "cosine_histogram",
     "css_variables",
     "effect_colour",
+    "expert_heatmap",
     "feature_scatter",
     "histogram_frame",
     "logit_bars",

@@ -236,24 +236,10 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
     yield point("hook_mlp_in", "mlp", row, family.ln2, "input", "ln2.hook_in")
     yield point("ln2.hook_out", "norm", row, family.ln2, "output", "mlp.hook_in")
     yield from _experts(layout, index)
-    sizes = layout.sizes[index]
-    wide = (sizes.d_mlp,)
-    if not sizes.dense:
-        pass
-    elif family.mlp_gate:
-        yield point("mlp.hook_pre", "mlp", wide, family.mlp_gate, "output", "mlp.gate.hook_out")
-        yield point("mlp.hook_pre_linear", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
+    if layout.sizes[index].dense:
+        yield from _dense_mlp(layout, index)
     else:
-        yield point("mlp.hook_pre", "mlp", wide, family.mlp_in, "output", "mlp.in.hook_out")
-    if sizes.dense:
-        yield point("mlp.hook_post", "mlp", wide, family.mlp_out, "input", "mlp.out.hook_in")
-    if not sizes.dense:
         yield point("hook_mlp_out", "mlp", row, family.mlp, "output", "mlp.hook_out")
-    elif family.ln2_post:
-        yield point("mlp.hook_out", "mlp", row, family.mlp_out, "output", "mlp.out.hook_out")
-        yield point("hook_mlp_out", "mlp", row, family.ln2_post, "output", "ln2_post.hook_out")
-    else:
-        yield point("hook_mlp_out", "mlp", row, family.mlp_out, "output", "mlp.hook_out", "mlp.out.hook_out")
     if layout.d_per_layer:
         narrow = (layout.d_per_layer,)
         gate, out, post = "per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"
@@ -270,6 +256,28 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
     final = Site(layout.layer(index), "output")
     aliases = (f"{block}hook_out", *(["ln_final.hook_in"] if last else []))
     yield _point(f"{block}hook_resid_post", "residual", row, final, *aliases)
+
+
+def _dense_mlp(layout: Layout, index: int) -> Iterator[HookPoint]:
+    """The hook points of an MLP that every token goes through, and of the norm behind it."""
+    family, row, wide = layout.family, (layout.d_model,), (layout.sizes[index].d_mlp,)
+    block = f"blocks.{index}."
+
+    def point(name: str, row: tuple[int, ...], module: str, where: Where, *aliases: str) -> HookPoint:
+        place = Site(layout.layer(index, module), where)
+        return _point(block + name, "mlp", row, place, *(block + alias for alias in aliases))
+
+    if family.mlp_gate:
+        yield point("mlp.hook_pre", wide, family.mlp_gate, "output", "mlp.gate.hook_out")
+        yield point("mlp.hook_pre_linear", wide, family.mlp_in, "output", "mlp.in.hook_out")
+    else:
+        yield point("mlp.hook_pre", wide, family.mlp_in, "output", "mlp.in.hook_out")
+    yield point("mlp.hook_post", wide, family.mlp_out, "input", "mlp.out.hook_in")
+    if family.ln2_post:
+        yield point("mlp.hook_out", row, family.mlp_out, "output", "mlp.out.hook_out")
+        yield point("hook_mlp_out", row, family.ln2_post, "output", "ln2_post.hook_out")
+    else:
+        yield point("hook_mlp_out", row, family.mlp_out, "output", "mlp.hook_out", "mlp.out.hook_out")
 
 
 def _experts(layout: Layout, index: int) -> Iterator[HookPoint]:

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,7 +53,7 @@ class WindowBatch:
         self.rows: Int[Tensor, " n"] = _to_device(rows, device)
         """Where each real token stands among the rows of all windows."""
 
-    def pick(self, values: Float[Tensor, "batch seq *row"]) -> Float[Tensor, "n *row"]:
+    def pick(self, values: Num[Tensor, "batch seq *row"]) -> Num[Tensor, "n *row"]:
         """The real tokens' values."""
         batch, seq = self.tokens.shape
         flat = values.expand(batch, seq, *values.shape[2:]).flatten(0, 1)
@@ -137,7 +137,7 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def as_rows(values: Float[Tensor, "n *row"], dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, " n"]]:
+def as_rows(values: Num[Tensor, "n *row"], dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, " n"]]:
     """The values in the storage dtype, and the L2 norm of each row in float32, taken before rounding."""
     norms = torch.linalg.vector_norm(values.flatten(1).float(), dim=1)
     return values.to(dtype), norms
