@@ -146,6 +146,19 @@ def _gemma4_experts(d_vocab: int) -> Any:
     )  # fmt: skip
 
 
+def _gemma4_multimodal(d_vocab: int) -> Any:
+    """As Gemma 4 E2B is published: the text model inside a model with a vision tower."""
+    text = _gemma4(d_vocab, hidden_size_per_layer_input=6, num_kv_shared_layers=2).config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma4Config(
+        text_config=text,
+        vision_config={**vision, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
+        boi_token_id=380, eoi_token_id=381, image_token_id=382, video_token_id=383, boa_token_id=384,
+        eoa_token_index=385, audio_token_id=386,
+    )  # fmt: skip
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
 def _mixtral(d_vocab: int) -> Any:
     config = _rotary_config(d_vocab, num_local_experts=4, num_experts_per_tok=2)
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
@@ -193,6 +206,7 @@ _BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenize
         _sentencepiece_tokenizer,
     ),
     "gemma4_experts": (_gemma4_experts, _sentencepiece_tokenizer),
+    "gemma4_multimodal": (_gemma4_multimodal, _sentencepiece_tokenizer),
     "mixtral": (_mixtral, _sentencepiece_tokenizer),
     "qwen3_moe": (_qwen3_moe, functools.partial(_byte_level_tokenizer, bos=False)),
     "mistral": (_mistral, _sentencepiece_tokenizer),

@@ -101,7 +101,7 @@ def test_features_and_experts_are_counted_together(case):
     table = feature_experts(store, sae, LAYER, min_firings=5)
     routing = read_routing(store, LAYER)
     x = torch.from_numpy(store.read(HOOK, 0, store.n_rows)[routing.rows])
-    fires = sae.encode(x).numpy() > 0
+    fires = sae.encode(x).detach().numpy() > 0
     goes = (routing.chosen[:, :, None] == np.arange(4)).any(1)
     together = fires.T.astype(int) @ goes.astype(int)
     kept = np.flatnonzero(fires.sum(0) >= 5)

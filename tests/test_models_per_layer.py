@@ -45,7 +45,7 @@ def through_bridge(model: LanguageModel, edits: dict[str, Tensor] | None = None)
     return logits[0], seen
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", [*ALL_KINDS, "gemma4_multimodal"])
 def test_the_fast_path_equals_the_analysis_path_at_every_hook(kind: str) -> None:
     model = tiny_model(kind, "eager")
     result = model.run(TOKENS, hooks=[point.name for point in fast_points(model)])

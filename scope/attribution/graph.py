@@ -371,6 +371,7 @@ class _Expansion:
                 weights[:, :rows] += (gradient * read.frozen.embedding[:rows]).sum(-1)
             elif where == "ple_out":
                 written, first = read.frozen.layers[layer].per_layer, read.first_table(layer)
+                assert written is not None
                 weights[:, first : first + rows] = (gradient * written.table[:rows]).sum(-1)
                 weights[:, :rows] += (gradient * written.projection[:rows]).sum(-1)
             elif where == "attn_out":

@@ -52,12 +52,13 @@ class PerLayerReport:
     def of_token(self, position: int) -> "pd.DataFrame":
         """The writes at one position, a row for each layer: layer, table, projection (norms), share_table,
         share_projection."""
+        import pandas as pd
+
         rows = self.writes[self.writes["position"] == position]
         wide = rows.pivot(index="layer", columns="part", values=["norm", "share"])
-        flat = wide.reset_index(drop=True)
-        flat.columns = [part if kind == "norm" else f"share_{part}" for kind, part in flat.columns]
-        flat.insert(0, "layer", wide.index.to_numpy())
-        return flat[["layer", *PARTS, *(f"share_{part}" for part in PARTS)]]
+        columns = {part: wide["norm", part] for part in PARTS}
+        columns |= {f"share_{part}": wide["share", part] for part in PARTS}
+        return pd.DataFrame(columns).rename_axis("layer").reset_index()
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def _know_gemma3n() -> None:
     if name in SUPPORTED_ARCHITECTURES:
         return
 
-    class TextAdapter(Gemma3nArchitectureAdapter):  # type: ignore[misc]
+    class TextAdapter(Gemma3nArchitectureAdapter):
         required_libraries: ClassVar[list[str]] = []
 
         def __init__(self, cfg: Any) -> None:
@@ -101,9 +101,9 @@ def bridge_forward(
     countdown = Countdown(len(handlers), stop=not logits)
     names = {point: _name_in(bridge, point, model.layout) for point in handlers}
     hooks = [
-        (names[point], partial(_hook, point=point, handler=handler, countdown=countdown))
+        (name, partial(_hook, point=point, handler=handler, countdown=countdown))
         for point, handler in handlers.items()
-        if names[point] is not None
+        if (name := names[point]) is not None
     ]
     unnamed = {point: handler for point, handler in handlers.items() if names[point] is None}
     output = None
@@ -121,7 +121,7 @@ def bridge_forward(
 def _hook(tensor: Tensor, hook: Any, point: HookPoint, handler: Handler, countdown: Countdown) -> Tensor | None:
     """A hook function as the bridge calls it."""
     if point.site is not None and point.site.stacked and tensor.ndim == 4:
-        new = apply_handler(point.site, handler, tensor)
+        new: Tensor | None = apply_handler(point.site, handler, tensor)
     else:
         new = handler(tensor)
         if new is not None and point.site is not None and point.site.stream:

@@ -151,8 +151,8 @@ def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
     if site.stacked:
         return _in_stack(site, handler, tensor)
     if site.select is not None:
-        new = apply_handler(replace(site, select=None), handler, tensor[:, :, site.select])
-        return _with(tensor, site.select, new)
+        selected = apply_handler(replace(site, select=None), handler, tensor[:, :, site.select])
+        return _with(tensor, site.select, selected)
     start, width = site.part or (0, tensor.shape[-1])
     value = tensor[..., start : start + width] if site.part else tensor
     if site.heads:
