@@ -13,7 +13,14 @@ from activations.capture import capture
 from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.errors import InvalidInputError, UnknownNameError
-from scope.features.experts import expert_load, expert_specialisation, feature_experts, feature_flips, read_routing
+from scope.features.experts import (
+    dense_against_experts,
+    expert_load,
+    expert_specialisation,
+    feature_experts,
+    feature_flips,
+    read_routing,
+)
 from scope.figures.experts import expert_heatmap
 from scope.interventions import combine, forbid_expert
 from scope.saes.base import SAEMetadata
@@ -136,3 +143,24 @@ def test_what_is_not_there_is_refused(case):
     coarse = type("Coarse", (), {"__getattr__": lambda self, name: getattr(store, name), "dtype": "bfloat16"})()
     with pytest.raises(InvalidInputError, match="float32"):
         read_routing(coarse, LAYER, n_experts=300)
+
+
+def test_dense_and_experts_side_by_side_are_what_the_layer_adds():
+    model = tiny_model("gemma4_experts")
+    prompt = "The cat sat on the mat."
+    table = dense_against_experts(model, prompt)
+    assert set(table["layer"]) == set(range(model.n_layers))
+    ln2_post = model.hf.model.layers[2].post_feedforward_layernorm
+    names = [
+        f"blocks.2.{name}" for name in ("moe.hook_dense_normed", "moe.hook_normed", "hook_mlp_out", "moe.hook_out")
+    ]
+    dense, experts, added, raw = model.run(prompt, hooks=names).activations.values()
+    torch.testing.assert_close(ln2_post(dense + experts), added)
+    torch.testing.assert_close(model.hf.model.layers[2].post_feedforward_layernorm_2(raw), experts)
+    own = table[table["layer"] == 2]
+    np.testing.assert_allclose(own["dense"], dense.norm(dim=-1), rtol=1e-5)
+    np.testing.assert_allclose(own["experts"], experts.norm(dim=-1), rtol=1e-5)
+    other = ((experts * (dense + experts)).sum(-1) / (dense + experts).square().sum(-1)).numpy()
+    np.testing.assert_allclose(own["dense_share"] + other, 1, rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="beside a dense MLP"):
+        dense_against_experts(tiny_model("mixtral"), prompt)

@@ -11,6 +11,7 @@ from torch import Tensor
 from activations.capture import capture
 from activations.store import ActivationStore
 from activations.text import TextSource
+from scope.attribution import logit_lens
 from scope.errors import InvalidInputError
 from scope.models import HookPoint, LanguageModel
 from scope.models.bridge import bridge_forward
@@ -182,3 +183,16 @@ def test_attention_that_only_the_bridge_shows_cannot_be_edited() -> None:
     assert model.run(TOKENS, hooks=[name], logits=False).activations[name].sum(-1).allclose(torch.ones(4, len(TOKENS)))
     with pytest.raises(InvalidInputError, match="read but not edited"):
         model.run(TOKENS, edits={name: lambda value, context: value * 0})
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_the_lens_after_the_last_layer_is_the_model(kind: str) -> None:
+    """For AltUp's streams too, which the model itself merges behind its last layer."""
+    model = tiny_model(kind)
+    lens = logit_lens(model, TOKENS, k=3)
+    logits = model.run(TOKENS).logits
+    assert logits is not None
+    best = logits.log_softmax(-1).exp().topk(3, dim=-1)
+    assert lens.top_ids.shape == (model.n_layers, len(TOKENS), 3)
+    assert (torch.from_numpy(lens.top_ids[-1]) == best.indices).all()
+    torch.testing.assert_close(torch.from_numpy(lens.top_probabilities[-1]), best.values, rtol=1e-4, atol=1e-6)

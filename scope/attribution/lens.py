@@ -36,6 +36,7 @@ from torch import Tensor
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.models.dictionaries import as_read, require_same_output, resolve_dictionaries
 from scope.models.losses import CHUNK_BYTES, residual_logits
+from scope.models.streams import merged_streams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +194,8 @@ def logit_lens(
     followed = [_followed(model, token) for token in follow]
     if not 1 <= k <= model.d_vocab:
         raise OutOfRangeError(f"k is {k}; expected 1 to {model.d_vocab:,}.")
-    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in chosen}
+    after = "hook_streams_post" if model.layout.n_streams > 1 else "hook_resid_post"
+    hooks = {layer: f"blocks.{layer}.{after}" for layer in chosen}
     sae_layer = None
     if sae is not None:
         sae_layer = _check_sae(model, sae, sae_mode, hooks)
@@ -244,7 +246,8 @@ def _check_sae(model: Any, sae: Any, mode: str, hooks: dict[int, str]) -> int | 
     if mode not in ("read", "splice"):
         raise UnknownNameError("way to put the SAE in", mode, ["read", "splice"])
     (name,) = resolve_dictionaries(model.hook_table, {"sae": sae}, splice=True)
-    for layer in range(model.n_layers):
+    several = model.layout.n_streams > 1
+    for layer in range(0 if several else model.n_layers):
         after = [f"blocks.{layer}.hook_resid_post"]
         after += [f"blocks.{layer + 1}.hook_resid_pre"] if layer + 1 < model.n_layers else []
         for place in after:
@@ -276,6 +279,8 @@ def _streams(
     plain = model.run(ids, hooks=list(dict.fromkeys([last] if spliced else [*hooks, last])), logits=False)
     run = model.run(ids, hooks=hooks, saes=[sae], splice="without_error", logits=False) if spliced else plain
     streams = torch.stack([run.activations[hook][places] for hook in hooks])
+    if model.layout.n_streams > 1:
+        streams = merged_streams(model, streams)
     if sae is not None and not spliced and sae_layer in layers:
         row = layers.index(sae_layer)
         streams[row] = _reconstruction(model, sae, ids, run.activations[hooks[row]])[places]

@@ -301,3 +301,50 @@ def feature_flips(model: Any, sae: Any, prompt: Any, edits: "Mapping[str, EditFu
     )
     size = (table["after"] - table["before"]).abs()
     return table.loc[size.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+
+
+def dense_against_experts(model: Any, prompt: Any) -> "pd.DataFrame":
+    """The dense MLP and the experts of each layer side by side, token by token (Gemma 4, where they stand in parallel).
+
+    Args:
+        model: a `scope.models.LanguageModel` whose layers have both.
+        prompt: a text, chat messages or token ids.
+
+    Returns:
+        Columns layer, position, token, dense and experts (norms of what each adds, behind its own norm), cosine (of the
+        two), dense_share (of the sum's norm, along the sum: 1 where it is the dense MLP's alone), experts_chosen
+        (numbers, the likeliest first).
+
+    Raises:
+        InvalidInputError: the model has no layer with both.
+    """
+    import pandas as pd
+    import torch
+
+    layers = [index for index, sizes in enumerate(model.layout.sizes) if sizes.n_experts and sizes.dense]
+    if not layers:
+        raise InvalidInputError(f"{model.name} has no layer with experts beside a dense MLP; Gemma 4 26B-A4B has.")
+    names = ("hook_dense_normed", "hook_normed", "hook_experts")
+    tokens = model.prompt_tokens(prompt)
+    seen = model.run(tokens, hooks=[f"blocks.{i}.moe.{name}" for i in layers for name in names], logits=False)
+    texts = [token.display for token in model.token_strings(tokens)]
+    parts = []
+    for layer in layers:
+        dense, experts, chosen = (seen.activations[f"blocks.{layer}.moe.{name}"].float().cpu() for name in names)
+        total = dense + experts
+        along = (dense * total).sum(-1) / total.square().sum(-1).clamp_min(1e-30)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "position": range(len(texts)),
+                    "token": texts,
+                    "dense": dense.norm(dim=-1).numpy(),
+                    "experts": experts.norm(dim=-1).numpy(),
+                    "cosine": torch.cosine_similarity(dense, experts, dim=-1).numpy(),
+                    "dense_share": along.numpy(),
+                    "experts_chosen": [tuple(map(int, row)) for row in chosen.tolist()],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)

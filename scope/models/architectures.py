@@ -56,8 +56,10 @@ class Family:
     router_logits: str | None = None
     """The module that gives the router's logits, where there is one; else the router's first output."""
     experts: str | None = None
-    experts_norm: str | None = None
-    """The norm that experts read the residual stream through, where it is not `ln2`."""
+    dense_post: str | None = None
+    """Where experts stand beside a dense MLP: the norm behind the MLP, before both are added."""
+    experts_post: str | None = None
+    """The same behind the experts."""
     delegated: bool = False
     """TransformerLens leaves attention and norms to transformers: attention can be read there and not edited."""
 
@@ -96,7 +98,8 @@ GEMMA4 = replace(
     router="router",
     router_logits="router.proj",
     experts="experts",
-    experts_norm="pre_feedforward_layernorm_2",
+    dense_post="post_feedforward_layernorm_1",
+    experts_post="post_feedforward_layernorm_2",
 )
 GEMMA3N = replace(GEMMA4, per_layer_argument=2, altup=True)
 GPT2 = Family(

@@ -10,6 +10,8 @@ what the experts read and E_j the experts,
     y = sum_j w_j E_j(x)                    blocks.l.moe.hook_out         (batch, seq, d_model)
 
     x                                       blocks.l.moe.hook_in          (batch, seq, d_model)
+    y normed, as it is added to the MLP's   blocks.l.moe.hook_normed      (batch, seq, d_model)  Gemma 4
+    the dense MLP's output, normed          blocks.l.moe.hook_dense_normed (batch, seq, d_model)  Gemma 4
 
 Slots are in the router's order, the likeliest expert first. Mixtral always norms the chosen weights to sum to 1,
 Qwen3-MoE where its configuration says so, and Gemma 4 always, times a scale of each expert. In Mixtral and Qwen3-MoE

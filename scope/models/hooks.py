@@ -300,6 +300,11 @@ def _experts(layout: Layout, index: int) -> Iterator[HookPoint]:
     yield point("hook_in", (layout.d_model,), family.experts, "input")
     yield point("hook_expert_out", (*chosen, layout.d_model), family.experts, "output", experts="outputs")
     yield point("hook_out", (layout.d_model,), family.experts, "output")
+    for name, path in (("hook_dense_normed", family.dense_post), ("hook_normed", family.experts_post)):
+        if path:
+            post = Site(layout.layer(index, path), "output")
+            alias = f"blocks.{index}.{path}.hook_out"
+            yield _point(f"blocks.{index}.moe.{name}", "experts", (layout.d_model,), post, alias)
 
 
 def _queries_keys_values(layout: Layout, index: int) -> Iterator[HookPoint]:
