@@ -49,6 +49,7 @@ def test_the_counts_are_those_of_the_shapes(kind):
     one_row_each = sum(rows[path][1] for path in tables)
     rest = count.total - towers - experts - sum(tables.values())
     assert count.active_per_token == rest + experts // 2 + one_row_each
+    assert f"{count.active_per_token:,} active per token" in count._repr_html_()
     (place_,) = count.devices.values()
     assert (place_.parameters, place_.bytes) == (count.total, 4 * count.total)
     assert place_.lookup_tables == sum(count.lookup_tables.values())

@@ -28,7 +28,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["expert_outputs", "rerouted", "summed"]
+from scope.errors import InvalidInputError
+
+__all__ = ["expert_outputs", "require_experts", "rerouted", "summed"]
 
 
 def expert_outputs(
@@ -66,8 +68,6 @@ def require_experts(model: Any, layer: int | None = None) -> None:
     Raises:
         InvalidInputError: there are none.
     """
-    from scope.errors import InvalidInputError
-
     with_experts = [index for index, sizes in enumerate(model.layout.sizes) if sizes.n_experts]
     if not with_experts:
         raise InvalidInputError(

@@ -23,7 +23,7 @@ from scope.models.architectures import Layout, experts_of
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["ParameterCount", "Place", "count_parameters", "parameter_text"]
+__all__ = ["ParameterCount", "Place", "count_parameters"]
 
 PER_LAYER_TABLE = "embed_tokens_per_layer"
 
@@ -60,6 +60,11 @@ class ParameterCount:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(parameter_text(self))}</pre>"
 
 
 def count_parameters(model: "LanguageModel") -> ParameterCount:
