@@ -14,7 +14,7 @@ from torch import Tensor
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions.edit import Edit, Integers, Positions, as_integers, as_positions
 from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same_output
-from scope.models.run import EditContext
+from scope.models.edits import EditContext
 from scope.saes.base import SAE
 
 __all__ = ["ablate_features", "scale_features", "set_features", "splice", "splice_edits"]
@@ -33,7 +33,7 @@ def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) 
             reconstruction = reconstruction + (x - reconstruction).detach()
         return reconstruction.to(value.device, value.dtype).view(value.shape)
 
-    return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in)
+    return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in, by_token=True)
 
 
 def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
@@ -71,7 +71,7 @@ def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
             seen.append(as_read(sae, value))
             return value
 
-        return Edit(str(ports.inputs[number].hook), read, width=ports.inputs[number].width)
+        return Edit(str(ports.inputs[number].hook), read, width=ports.inputs[number].width, by_token=True)
 
     def writer(number: int) -> Edit:
         start = sum(port.width for port in ports.outputs[:number])
@@ -84,7 +84,7 @@ def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
             written = sae(torch.cat([*seen, *later], dim=-1))[..., start : start + width]
             return written.to(value.device, value.dtype).view(value.shape)
 
-        return Edit(str(ports.outputs[number].hook), write, None, keep_bos, width=width)
+        return Edit(str(ports.outputs[number].hook), write, None, keep_bos, width=width, by_token=True)
 
     edits = [make(number) for number in range(len(ports.inputs)) for make in (reader, writer)]
     return {edit.hook: edit for edit in edits}
@@ -160,7 +160,7 @@ def _edit(
             new = x + sae.decode(after) - sae.decode(before)
         return new.to(value.device, value.dtype).view(value.shape)
 
-    return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in)
+    return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in, by_token=True)
 
 
 def _checked_ids(sae: Dictionary, ids: Integers) -> list[int]:

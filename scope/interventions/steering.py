@@ -24,7 +24,7 @@ from scope.models.dictionaries import hook_of
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scope.models.run import Generation
+    from scope.models.generation import Generation
 
 __all__ = ["Continuation", "Steering", "steer", "steering_direction", "steering_edit"]
 
