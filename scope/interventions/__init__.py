@@ -3,6 +3,13 @@
 from scope.interventions import ablate_features, add_direction, combine
 edits = combine(ablate_features(sae, [17]), add_direction("blocks.12.hook_resid_post", direction, 4.0))
 model.run("The opposite of hot is", edits=edits)
+
+The same as data, which the command line and the dashboard read too:
+
+from scope.interventions import InterventionSpec, intervene
+spec = InterventionSpec.load("no_sentiment.json")
+with intervene(model, spec, sae):
+    model.generate("The opposite of hot is")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,15 +18,21 @@ if TYPE_CHECKING:
     from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
     from scope.interventions.edit import Edit, combine
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
+    from scope.interventions.resolving import control, intervene
+    from scope.interventions.spec import Intervention, InterventionSpec
     from scope.interventions.steering import Steering, steer, steering_edit
 
 __all__ = [
     "Edit",
+    "Intervention",
+    "InterventionSpec",
     "Steering",
     "ablate",
     "ablate_features",
     "add_direction",
     "combine",
+    "control",
+    "intervene",
     "patch",
     "project_out",
     "scale",
@@ -36,6 +49,8 @@ _HOMES = {
     "edit": ("Edit", "combine"),
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
+    "resolving": ("control", "intervene"),
+    "spec": ("Intervention", "InterventionSpec"),
     "steering": ("Steering", "steer", "steering_edit"),
 }
 

@@ -17,7 +17,15 @@ from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same
 from scope.models.edits import EditContext
 from scope.saes.base import SAE
 
-__all__ = ["ablate_features", "scale_features", "set_features", "splice", "splice_edits"]
+__all__ = [
+    "ablate_features",
+    "changed_features",
+    "checked_ids",
+    "scale_features",
+    "set_features",
+    "splice",
+    "splice_edits",
+]
 
 
 def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) -> Edit:
@@ -99,7 +107,7 @@ def ablate_features(
     keep_bos: bool = True,
 ) -> Edit:
     """f_i -> 0 for each feature `i` of `ids`."""
-    return _edit(sae, ids, torch.zeros_like, positions, error_term, keep_bos)
+    return _edit(sae, ids, lambda f, context: torch.zeros_like(f), positions, error_term, keep_bos)
 
 
 def set_features(
@@ -117,7 +125,7 @@ def set_features(
     if new.ndim and tuple(new.shape) != (n,):
         raise InvalidInputError(f"values have shape {tuple(new.shape)}; expected a number, or {n} of them.")
 
-    def change(f: Tensor) -> Tensor:
+    def change(f: Tensor, context: EditContext) -> Tensor:
         return new.to(f.device, f.dtype).expand_as(f)
 
     return _edit(sae, ids, change, positions, error_term, keep_bos)
@@ -133,25 +141,25 @@ def scale_features(
     keep_bos: bool = True,
 ) -> Edit:
     """f_i -> `factor` f_i for each feature `i` of `ids`."""
-    return _edit(sae, ids, lambda f: factor * f, positions, error_term, keep_bos)
+    return _edit(sae, ids, lambda f, context: factor * f, positions, error_term, keep_bos)
 
 
 def _edit(
     sae: Dictionary,
     ids: Integers,
-    change: Callable[[Tensor], Tensor],
+    change: Callable[[Tensor, EditContext], Tensor],
     positions: Positions,
     error_term: bool,
     keep_bos: bool,
 ) -> Edit:
     """The edit that changes features `ids`; `change` is given their values, (batch, seq, n)."""
-    chosen = _checked_ids(sae, ids)
+    chosen = checked_ids(sae, ids)
 
     def through(value: Tensor, context: EditContext) -> Tensor:
         x = as_read(sae, value)
         before = sae.encode(x)
         after = before.clone()
-        after[..., chosen] = change(before[..., chosen]).to(before.dtype)
+        after[..., chosen] = change(before[..., chosen], context).to(before.dtype)
         if not error_term:
             new = sae.decode(after)
         elif isinstance(sae, SAE):  # the decoder is linear: only the rows of what changed are needed
@@ -163,7 +171,48 @@ def _edit(
     return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in, by_token=True)
 
 
-def _checked_ids(sae: Dictionary, ids: Integers) -> list[int]:
+def changed_features(
+    sae: SAE, ids: Integers, change: Callable[[Tensor, EditContext], Tensor], *, error_term: bool = True
+) -> tuple[Edit, ...]:
+    """Edits that change features of an SAE or a transcoder: of an SAE one, of a transcoder one that reads and one that
+    adds to what is written (f' - f) W_dec.
+
+    Args:
+        sae: an SAE, or a transcoder of one layer.
+        ids: features.
+        change: from their values, (batch, seq, n), to what takes their place.
+        error_term: keep what the dictionary misses of what it writes to.
+    """
+    chosen = checked_ids(sae, ids)
+    ports = sae.cfg.ports
+    reads = hook_of(sae)
+    if not ports.outputs or ports.outputs[0].hook == reads:
+        return (_edit(sae, ids, change, None, error_term, False),)
+    seen: list[Tensor] = []
+
+    def read(value: Tensor, context: EditContext) -> Tensor:
+        seen[:] = [sae.encode(as_read(sae, value))]
+        return value
+
+    def write(value: Tensor, context: EditContext) -> Tensor:
+        if not seen:
+            raise InvalidInputError(f"{ports.outputs[0].hook} comes before {reads}.")
+        before = seen.pop()
+        after = before.clone()
+        after[..., chosen] = change(before[..., chosen], context).to(before.dtype)
+        if error_term:
+            moved = (after[..., chosen] - before[..., chosen]) @ sae.W_dec[chosen]
+            return value + moved.to(value.device, value.dtype).view(value.shape)
+        return sae.decode(after).to(value.device, value.dtype).view(value.shape)
+
+    written = str(ports.outputs[0].hook)
+    return (
+        Edit(reads, read, width=sae.d_in, by_token=True),
+        Edit(written, write, width=ports.outputs[0].width, by_token=True),
+    )
+
+
+def checked_ids(sae: Dictionary, ids: Integers) -> list[int]:
     chosen = as_integers(ids, "Feature ids")
     if not chosen or len(set(chosen)) < len(chosen):
         raise InvalidInputError(f"Feature ids must be at least one and all different; got {chosen}.")
