@@ -1,4 +1,4 @@
-"""Declared interventions do what hooks written by hand do, and what is wrong with them is said before the model runs."""
+"""Declared interventions do what hooks written by hand do; what is wrong with them is said before the model runs."""
 
 import json
 from dataclasses import replace
@@ -28,6 +28,14 @@ def sae_of(model: LanguageModel):
     return make("topk", d_in=model.d_model, metadata=SAEMetadata(hook_name=HOOK))
 
 
+def firing(model: LanguageModel, sae) -> list[int]:
+    """Two features that fire where the tests change them."""
+    f = sae.encode(model.run(PROMPT, hooks=[HOOK]).activations[HOOK]).detach()
+    first = int(f[4].argmax())
+    f[2, first] = -1
+    return [first, int(f[2].argmax())]
+
+
 def spec(**fields) -> InterventionSpec:
     return InterventionSpec(interventions=(Intervention(**fields),))
 
@@ -37,12 +45,13 @@ def by_hand(model: LanguageModel, name: str):
     sae = sae_of(model)
     rows = sae.W_dec.detach()
     norms = rows.norm(dim=-1)
+    a, b = firing(model, sae)
     other = model.run(OTHER, hooks=[HOOK, Z, "blocks.1.hook_mlp_out"]).activations
 
     def features(new):
         def change(x: Tensor) -> Tensor:
             f = sae.encode(x).detach()
-            for i in (3, 7):
+            for i in (a, b):
                 x = x + (new(f, i) - f[..., i])[..., None] * rows[i]
             return x
 
@@ -55,7 +64,7 @@ def by_hand(model: LanguageModel, name: str):
 
         return change
 
-    on = {"features": (3, 7)}
+    on = {"features": (a, b)}
     at = {"layer": 1, "heads": (0, 2)}
     along = {"component": "residual", "layer": 1, "direction": DIRECTION}
     return {
@@ -63,13 +72,13 @@ def by_hand(model: LanguageModel, name: str):
         "set features": (
             {"kind": "set", **on, "value": (4.0, 9.0)},
             HOOK,
-            features(lambda f, i: {3: 4.0, 7: 9.0}[i] / norms[i] + 0 * f[..., i]),
+            features(lambda f, i: {a: 4.0, b: 9.0}[i] / norms[i] + 0 * f[..., i]),
         ),
         "scale features": ({"kind": "scale", **on, "value": -2.0}, HOOK, features(lambda f, i: -2 * f[..., i])),
         "add features": (
             {"kind": "add", **on, "value": (2.0, -3.0)},
             HOOK,
-            lambda x: x + 2 * rows[3] / norms[3] - 3 * rows[7] / norms[7],
+            lambda x: x + 2 * rows[a] / norms[a] - 3 * rows[b] / norms[b],
         ),
         "patch features": (
             {"kind": "patch", **on, "prompt": OTHER},
@@ -77,9 +86,9 @@ def by_hand(model: LanguageModel, name: str):
             features(lambda f, i: sae.encode(other[HOOK]).detach()[None, :, i]),
         ),
         "project features out": (
-            {"kind": "project_out", "features": (3,)},
+            {"kind": "project_out", "features": (a,)},
             HOOK,
-            lambda x: x - (x @ rows[3] / norms[3])[..., None] * rows[3] / norms[3],
+            lambda x: x - (x @ rows[a] / norms[a])[..., None] * rows[a] / norms[a],
         ),
         "ablate heads": ({"kind": "ablate", **at}, Z, heads(torch.zeros_like)),
         "set heads": ({"kind": "set", **at, "value": 0.5}, Z, heads(lambda z: torch.full_like(z, 0.5))),
@@ -178,7 +187,7 @@ def test_multiples_of_a_maximum_and_a_control_of_the_same_norm() -> None:
     moved = edits[HOOK](x, context)
     torch.testing.assert_close(moved, plain[HOOK](x, context))
     assert moved[:, :2].abs().max() == 0
-    pushed = control(declared, model, {"demo": sae}, maxima, seed=1)[HOOK](x, context)
+    pushed = control(declared, model, {"demo": sae}, maxima, seed=1).edits[HOOK](x, context)
     torch.testing.assert_close(pushed.norm(dim=-1), moved.norm(dim=-1))
     assert torch.nn.functional.cosine_similarity(pushed[0, 4], moved[0, 4], dim=0).abs() < 0.9
     assert control(spec(kind="ablate", hook=HOOK), model) is None
@@ -240,7 +249,7 @@ def test_another_model_or_sae_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"kind": "ablate"}, "none of them"),
         ({"kind": "ablate", "hook": HOOK, "features": [1]}, "features and hook"),
         ({"kind": "set", "hook": HOOK}, "needs a value"),
-        ({"kind": "ablate", "hook": HOOK, "value": 1.0}, "takes no value"),
+        ({"kind": "ablate", "hook": HOOK, "value": 1}, "takes no value"),
         ({"kind": "set", "hook": HOOK, "value": float("nan")}, "finite"),
         ({"kind": "set", "hook": HOOK, "value": "1"}, "finite"),
         ({"kind": "ablate", "component": "mlp"}, "layer goes with"),

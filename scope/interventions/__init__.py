@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
     from scope.interventions.resolving import control, intervene
     from scope.interventions.spec import Intervention, InterventionSpec
-    from scope.interventions.steering import Steering, steer, steering_edit
+    from scope.interventions.steering import Steering, steer, steer_with, steering_edit
 
 __all__ = [
     "Edit",
@@ -42,6 +42,7 @@ __all__ = [
     "splice",
     "splice_edits",
     "steer",
+    "steer_with",
     "steering_edit",
 ]
 
@@ -51,7 +52,7 @@ _HOMES = {
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
     "resolving": ("control", "intervene"),
     "spec": ("Intervention", "InterventionSpec"),
-    "steering": ("Steering", "steer", "steering_edit"),
+    "steering": ("Steering", "steer", "steer_with", "steering_edit"),
 }
 
 

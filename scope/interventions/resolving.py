@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,22 @@ from scope.interventions.edit import Edit, as_positions, combine
 from scope.interventions.features import changed_features, checked_ids
 from scope.interventions.spec import COMPONENTS, Intervention, InterventionSpec
 from scope.models.dictionaries import as_read, hook_of
-from scope.models.edits import EditContext, Edits
+from scope.models.edits import EditContext, EditFunction, Edits
 
-__all__ = ["Maxima", "SaesByName", "control", "intervene", "resolve"]
+__all__ = ["Control", "Maxima", "SaesByName", "control", "intervene", "resolve"]
 
 SaesByName = Any
 """An SAE for all interventions, a mapping from names to SAEs, or a function from a name to one."""
 Maxima = Callable[[str, int], float] | None
 """From an SAE's name and a feature to the feature's largest firing strength."""
+
+
+class Control(NamedTuple):
+    """Random directions of the norm of what is added."""
+
+    edits: Mapping[str, EditFunction]
+    norm: float
+    """Euclidean, over all that is added."""
 
 
 def resolve(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima: Maxima = None) -> Edits:
@@ -55,19 +63,21 @@ def resolve(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima:
 
 def control(
     spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima: Maxima = None, seed: int = 0
-) -> Edits | None:
+) -> Control | None:
     """The same with a random direction of equal norm in the place of each that is added: much of what a strong push
     does, any push of that size does. None where something else than adding is done."""
     if any(one.kind != "add" for one in spec.interventions):
         return None
     generator = torch.Generator().manual_seed(seed)
     edits: list[Edit] = []
+    squares = 0.0
     for one in spec.interventions:
         plan = _Plan(one, model, saes, maxima)
         hook, pushed = plan.added()
         noise = torch.randn(pushed.shape, generator=generator)
+        squares += float(pushed.norm()) ** 2
         edits.append(plan.placed(activations.add_direction(hook, noise * (pushed.norm().cpu() / noise.norm()))))
-    return combine(*edits, freeze_attention=spec.freeze_attention)
+    return Control(combine(*edits, freeze_attention=spec.freeze_attention), squares**0.5)
 
 
 @contextmanager

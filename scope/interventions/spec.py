@@ -85,46 +85,15 @@ class Intervention:
     """Of features: keep what the SAE misses of x; without it x becomes the SAE's reconstruction."""
 
     def __post_init__(self) -> None:
-        for name in ("features", "heads", "direction", "positions", "value"):
-            given = getattr(self, name)
-            if isinstance(given, Sequence) and not isinstance(given, str | tuple):
-                object.__setattr__(self, name, tuple(given))
-        self._check_words()
-        self._check_numbers()
+        _check_types({field.name: getattr(self, field.name) for field in fields(self)})
         self._check_target()
 
     @property
     def values(self) -> tuple[float, ...]:
         """The value of each feature."""
         n = len(self.features)
-        return tuple(self.value) if isinstance(self.value, tuple) else (float(self.value or 0.0),) * n
-
-    def _check_words(self) -> None:
-        for name, known in (("kind", get_args(Kind)), ("unit", get_args(Unit)), ("during", get_args(During))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(f"{name} of intervention", str(getattr(self, name)), known)
-        if self.component and self.component not in COMPONENTS:
-            raise UnknownNameError("component", self.component, COMPONENTS)
-        for name in ("sae", "component", "hook", "prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise InvalidInputError(f"{name} of an intervention is text; got {getattr(self, name)!r}.")
-        for name in ("keep_bos", "error_term"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInputError(f"{name} of an intervention is true or false; got {getattr(self, name)!r}.")
-
-    def _check_numbers(self) -> None:
-        for name in ("features", "heads", "positions"):
-            wrong = [one for one in getattr(self, name) or () if isinstance(one, bool) or not isinstance(one, int)]
-            if wrong:
-                raise InvalidInputError(f"{name} of an intervention are whole numbers; got {wrong[0]!r}.")
-        given = (self.value if isinstance(self.value, tuple) else (self.value,)) if self.value is not None else ()
-        for number in (*given, *self.direction):
-            fine = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= MAX_VALUE
-            if not fine:
-                raise InvalidInputError(f"Values and directions are finite numbers; got {number!r}.")
-        if (self.value is not None) != (self.kind in VALUED):
-            wanted = "needs a value" if self.kind in VALUED else "takes no value"
-            raise InvalidInputError(f"An intervention of kind {self.kind!r} {wanted}.")
+        several = self.value if isinstance(self.value, tuple) else (self.value or 0.0,) * n
+        return tuple(float(one) for one in several)
 
     def _check_target(self) -> None:
         targets = [name for name in ("features", "heads", "component", "hook") if getattr(self, name)]
@@ -139,6 +108,9 @@ class Intervention:
         if self.direction and target in ("features", "heads"):
             raise InvalidInputError("A direction is one at a component or hook; features and heads take none.")
         along = bool(self.direction) or target == "features"
+        if (self.value is not None) != (self.kind in VALUED):
+            wanted = "needs a value" if self.kind in VALUED else "takes no value"
+            raise InvalidInputError(f"An intervention of kind {self.kind!r} {wanted}.")
         if self.kind in ("add", "project_out") and not along:
             raise InvalidInputError(f"{self.kind} needs features, or a direction at the component or hook.")
         if self.direction and self.kind in ("ablate", "patch"):
@@ -169,7 +141,10 @@ class Intervention:
             UnknownNameError: a field or a word in it is unknown; near misses are suggested.
             InvalidInputError: it is no intervention.
         """
-        return cls(**_known_fields(cls, content, "an intervention", needed=("kind",)))
+        given = _known_fields(cls, content, "an intervention", needed=("kind",))
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        _check_types(given)
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +161,8 @@ class InterventionSpec:
     """Let the model attend where it attends without the interventions; values are live."""
 
     def __post_init__(self) -> None:
-        if not self.interventions or not all(isinstance(one, Intervention) for one in self.interventions):
+        if not self.interventions:
             raise InvalidInputError("A set of interventions holds at least one.")
-        if not isinstance(self.freeze_attention, bool):
-            raise InvalidInputError(f"freeze_attention is true or false; got {self.freeze_attention!r}.")
 
     def resolve(self, model: Any, saes: "SaesByName" = None, maxima: "Maxima" = None) -> "Edits":
         """The edits that `model.run`, `generate`, `cross_entropy` and `intervene` take: see
@@ -222,6 +195,11 @@ class InterventionSpec:
         given = _known_fields(cls, content, "a set of interventions", needed=("interventions",))
         if not isinstance(given["interventions"], list):
             raise InvalidInputError("interventions is a list.")
+        for name in ("name", "model"):
+            if not isinstance(given.get(name, ""), str):
+                raise InvalidInputError(f"{name} of a set of interventions is text; got {given[name]!r}.")
+        if not isinstance(given.get("freeze_attention", False), bool):
+            raise InvalidInputError(f"freeze_attention is true or false; got {given['freeze_attention']!r}.")
         given["interventions"] = tuple(Intervention.from_dict(one) for one in given["interventions"])
         return cls(**given)
 
@@ -245,6 +223,35 @@ class InterventionSpec:
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Refuse fields of an intervention that hold something of another kind."""
+    for name, known in (("kind", get_args(Kind)), ("unit", get_args(Unit)), ("during", get_args(During))):
+        if name in given and given[name] not in known:
+            raise UnknownNameError(f"{name} of intervention", str(given[name]), known)
+    if given.get("component") and given["component"] not in COMPONENTS:
+        raise UnknownNameError("component", str(given["component"]), COMPONENTS)
+    for name in ("sae", "component", "hook", "prompt"):
+        if not isinstance(given.get(name, ""), str):
+            raise InvalidInputError(f"{name} of an intervention is text; got {given[name]!r}.")
+    for name in ("keep_bos", "error_term"):
+        if not isinstance(given.get(name, True), bool):
+            raise InvalidInputError(f"{name} of an intervention is true or false; got {given[name]!r}.")
+    for name in ("features", "heads", "positions", "layer"):
+        held = given.get(name)
+        several = held if isinstance(held, tuple) else () if held is None else (held,)
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in several):
+            raise InvalidInputError(f"{name} of an intervention: expected whole numbers; got {held!r}.")
+        if held is not None and isinstance(held, tuple) == (name == "layer"):
+            raise InvalidInputError(f"{name} of an intervention: got {held!r}; a layer is a number, the others lists.")
+    direction, value = given.get("direction", ()), given.get("value")
+    if not isinstance(direction, tuple):
+        raise InvalidInputError(f"A direction is a list of numbers; got {direction!r}.")
+    for number in (*direction, *(value if isinstance(value, tuple) else () if value is None else (value,))):
+        fine = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= MAX_VALUE
+        if not fine:
+            raise InvalidInputError(f"Values and directions are finite numbers; got {number!r}.")
 
 
 def _read(path: Path) -> Any:

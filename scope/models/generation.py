@@ -44,6 +44,8 @@ class NewToken(NamedTuple):
     """What it adds to the text: "" for a special token, or while a character is not complete."""
     log_probability: float
     """Of this token, as the model with its edits had it, in nats."""
+    logits: Float[Tensor, " d_vocab"]
+    """What it was chosen by, float32, on the CPU."""
 
 
 class Generation(NamedTuple):
@@ -147,7 +149,8 @@ def _written(
         last = ids[-1] in ends or step == max_new_tokens - 1
         text = _text(model, ids)
         complete = text if last else text.rstrip("\ufffd")
-        yield NewToken(n_prompt + step, ids[-1], complete[len(said) :], float(scores[new] - scores.logsumexp(-1)))
+        chosen = float(scores[new] - scores.logsumexp(-1))
+        yield NewToken(n_prompt + step, ids[-1], complete[len(said) :], chosen, scores)
         said = complete
         if last:
             return
