@@ -225,7 +225,7 @@ class SteerJobs:
         for name, part in (("plain", found.plain), ("steered", found.steered), ("random", found.random)):
             if part is not None:
                 texts = model.token_strings(part.generation.tokens.tolist())
-                tokens[name] = [one.text for one in texts[part.generation.n_prompt :]]
+                tokens[name] = [one.display for one in texts[part.generation.n_prompt :]]
         return Steered(found, tokens)
 
     def _index_of(self, sae: str) -> str:

@@ -573,7 +573,7 @@ class FakeModel:
 
     def token_strings(self, ids: Any) -> list[SimpleNamespace]:
         n = len(ids) - len(self.written["plain"])
-        return [SimpleNamespace(text=word) for word in ["?"] * n + self.written["steered"]]
+        return [SimpleNamespace(display=word) for word in ["?"] * n + self.written["steered"]]
 
     def logit_effects(self, directions: Any) -> Any:
         import torch

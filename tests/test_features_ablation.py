@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from helpers_models import TEXT, one_thread, tiny_model
 from test_features_prompt import make_sae
 
@@ -69,9 +68,7 @@ def test_what_cannot_be_ablated_is_said(made):
     with pytest.raises(InvalidInputError, match="n is 0"):
         ablation_effect(index, model, sae, 0, n=0)
     with pytest.raises(MismatchError, match="another SAE"):
-        with torch.no_grad():
-            other = make_sae(model, HOOK, d_sae=64)
-        ablation_effect(index, model, other, 0)
+        ablation_effect(index, model, make_sae(model, HOOK, d_sae=64), 0)
     dead = np.flatnonzero(index.table["dead"].to_numpy(bool))
     if len(dead):
         with pytest.raises(InvalidInputError, match="never fires"):
