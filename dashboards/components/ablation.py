@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 
-from dashboards.components.controls import button, define
+from dashboards.components.controls import button, define, link_button
 from dashboards.components.progress import Asked, progress_box, register_progress
 from dashboards.components.strip import legend, token_strip
 from dashboards.context import Context
 from dashboards.format import exact, number, plural
+from dashboards.links import steer_link
 from dashboards.prompts import prompt_jobs
 from dashboards.worker import Job
 from scope.errors import ScopeError
@@ -38,6 +39,7 @@ def ablation_box(context: Context, index: str, feature: int, asked: bool) -> htm
                     html.H2("What it does for the loss"),
                     define("ablation"),
                     html.Span(f"ablated on its {EXAMPLES} strongest examples", className="unit"),
+                    link_button("Steer with it", href=steer_link(index, push=f"{feature}:1"), className="push"),
                 ]
             ),
             progress_box("ablation"),
@@ -146,11 +148,13 @@ def _line(found: "AblationEffect", place: int, scale: float) -> html.Div:
         className="example",
         children=[
             strip,
-            html.Div(f"{sign}{number(change)}", className="value number", title=f"{exact(change)} nats a token"),
             html.Div(
-                f"{example['title']} · next token {number(float(example['next_change']))} nats",
+                html.Div(f"{sign}{number(change)}", className="value number", title=f"{exact(change)} nats a token"),
+                className="example-side",
+            ),
+            html.Div(
+                [html.Bdi(example["title"]), f" · next token {number(float(example['next_change']))} nats"],
                 className="from",
-                dir="auto",
             ),
         ],
     )

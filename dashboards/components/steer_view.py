@@ -24,7 +24,7 @@ __all__ = ["draw_controls", "draw_result", "draw_writing", "suggestions"]
 SIDES = {
     "plain": ("By itself", None),
     "steered": ("Steered", None),
-    "random": ("Random direction of the same norm", "steer_control"),
+    "random": ("Random direction", "steer_control"),
 }
 WHERE = (("all", "Prompt and new text"), ("prompt", "Prompt"), ("generated", "New text"))
 
@@ -290,7 +290,7 @@ def _side(name: str, *children: Any) -> html.Article:
     title, term = SIDES[name]
     return html.Article(
         [html.H2([title, *([define(term)] if term else [])]), *children],
-        className="steer-side main" if name == "steered" else "steer-side",
+        className="steer-side is-steered" if name == "steered" else "steer-side",
         **{"data-side": name},
     )
 

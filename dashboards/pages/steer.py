@@ -57,15 +57,20 @@ def render(context: Context, view: View) -> Page:
             html.Div(
                 className="steer-top",
                 children=[
-                    html.Div(prompt_form(asked, run="steer-run")),
+                    html.Div(
+                        className="steer-main",
+                        children=[
+                            prompt_form(asked, run="steer-run"),
+                            progress_bar("steer"),
+                            html.Div(id="steer-status"),
+                            html.Div(_invitation() if asked.empty else [], id="steer-result"),
+                        ],
+                    ),
                     html.Aside(
                         _controls(context, entry.id, view.query), id="steer-controls", **{"aria-label": "What is done"}
                     ),
                 ],
             ),
-            progress_bar("steer"),
-            html.Div(id="steer-status"),
-            html.Div(_invitation() if asked.empty else [], id="steer-result"),
             dcc.Store(id="steer-request", data=request),
             dcc.Store(id="steer-selection", data=view.query),
             dcc.Store(id="steer-drawn", data=_signature(view.query)),

@@ -26,6 +26,7 @@ from scope.interventions.edit import Edit, combine
 from scope.interventions.resolving import Control
 from scope.models.dictionaries import hook_of
 from scope.models.generation import NewToken, collect
+from scope.models.losses import unembed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["Continuation", "Listener", "Steering", "steer", "steer_with", "steering_direction", "steering_edit"]
 
 N_CHANGES = 10
+CHUNK = 16
+"""Tokens whose distributions are compared at once: with a vocabulary of 262,144 each takes a megabyte."""
+LARGEST_LOSS = 700.0
+"""Whose exp is still finite."""
 Listener = Callable[[int, Mapping[str, str]], None]
 """Told how many tokens there are, and per condition the text so far; what it raises ends the work."""
 
@@ -198,20 +203,23 @@ def _write(
 
 @torch.no_grad()
 def _weighed(model: Any, tokens: Tensor, new: list[NewToken], changed: bool) -> Continuation:
-    """What a condition wrote, and what the plain model makes of it."""
-    from scope.models.losses import unembed
-
+    """What a condition wrote, and what the plain model makes of it; the plain one's own text it has just read."""
     generation = collect(model, tokens, iter(new))
-    final = model.run(generation.tokens, hooks=["ln_final.hook_out"], logits=False).activations["ln_final.hook_out"]
-    kls, losses = [], []
-    for row, token in zip(final[len(tokens) - 1 : -1], new, strict=True):
-        with model.lock:
-            plain = unembed(model, row[None])[0].float().cpu().log_softmax(-1)
-        own = token.logits.log_softmax(-1) if changed else plain
-        kls.append(float((own.exp() * (own - plain)).sum().clamp_min(0.0)))
-        losses.append(-float(plain[token.token_id]))
-    mean = sum(losses) / len(losses)
-    return Continuation(generation, kls[0], sum(kls) / len(kls), math.exp(min(mean, 700.0)), tuple(kls))
+    kls, losses = [0.0] * len(new), [-token.log_probability for token in new]
+    if changed:
+        final = model.run(generation.tokens, hooks=["ln_final.hook_out"], logits=False).activations["ln_final.hook_out"]
+        rows = final[len(tokens) - 1 : -1]
+        kls, losses = [], []
+        for start in range(0, len(rows), CHUNK):
+            part = new[start : start + CHUNK]
+            with model.lock:
+                plain = unembed(model, rows[start : start + CHUNK]).float().cpu().log_softmax(-1)
+            own = torch.stack([token.logits for token in part]).log_softmax(-1)
+            kls += (own.exp() * (own - plain)).sum(-1).clamp_min(0.0).tolist()
+            chosen = torch.tensor([token.token_id for token in part])
+            losses += (-plain.gather(1, chosen[:, None])[:, 0]).tolist()
+    perplexity = math.exp(min(sum(losses) / len(losses), LARGEST_LOSS))
+    return Continuation(generation, kls[0], sum(kls) / len(kls), perplexity, tuple(kls))
 
 
 def _changes(model: Any, first: Mapping[str, Tensor]) -> "pd.DataFrame":
