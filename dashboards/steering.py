@@ -119,6 +119,8 @@ class Steered:
     steering: "Steering"
     tokens: dict[str, list[str]]
     """By condition."""
+    wanted: Steer
+    """What was asked for."""
 
 
 class SteerJobs:
@@ -226,7 +228,7 @@ class SteerJobs:
             if part is not None:
                 texts = model.token_strings(part.generation.tokens.tolist())
                 tokens[name] = [one.display for one in texts[part.generation.n_prompt :]]
-        return Steered(found, tokens)
+        return Steered(found, tokens, wanted)
 
     def _index_of(self, sae: str) -> str:
         """An index of the SAE with this id or name."""

@@ -279,7 +279,17 @@ def draw_result(prompt: str, found: Steered) -> html.Div:
         [legend(scale, "activation", "KL from the model by itself, nats"), define("steer_kl")],
         className="legend-with-help",
     )
-    return html.Div([_sides(sides), about, _changes(found)], className="steer-result")
+    return html.Div([_done(found.wanted), _sides(sides), about, _changes(found)], className="steer-result")
+
+
+def _done(wanted: Steer) -> html.P:
+    """What the texts were written under: the sliders may have moved since."""
+    pushes = [push for push in wanted.pushes if push.times]
+    said = ", ".join(f"feature {push.feature} by {push.times:+g} × its maximum" for push in pushes)
+    where = {"all": "", "prompt": ", on the prompt alone", "generated": ", on the new text alone"}[wanted.during]
+    held = "; attention as without the push" if wanted.freeze else ""
+    pushed = f"Pushed: {said.replace('-', '−')}{where}{held}."
+    return html.P(f"Under “{wanted.named}”." if wanted.named else pushed, className="small muted", dir="auto")
 
 
 def _sides(sides: list[html.Article]) -> html.Div:

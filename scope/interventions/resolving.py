@@ -248,7 +248,7 @@ def _from_source(before: Tensor, other: Tensor, context: EditContext, positions:
 
 
 def _sources(model: Any, plans: list[_Plan]) -> dict[tuple[int, ...], dict[str, Tensor]]:
-    """What every prompt that is patched from has at the hooks that are wanted of it. Nothing in force counts there."""
+    """What every prompt that is patched from has at the hooks that are wanted of it, with what is in force there."""
     wanted: dict[tuple[int, ...], set[str]] = {}
     for plan in plans:
         if plan.tokens is not None:
