@@ -26,7 +26,7 @@ from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, compare, feature, features, lens, prompt, training, workspace
+from dashboards.pages import Page, compare, feature, features, lens, prompt, steer, training, workspace
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -47,15 +47,16 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "feature": feature.render,
     "prompt": prompt.render,
     "lens": lens.render,
+    "steer": steer.render,
     "training": training.render,
     "compare": compare.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
-REGISTERED = (workspace, features, feature, prompt, lens, training, compare)
+REGISTERED = (workspace, features, feature, prompt, lens, steer, training, compare)
 """Pages with callbacks of their own."""
-ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens")
+ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer")
 """Pages that show the first index where their address names none."""
-ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/training", "/training/ID", "/compare"]
+ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/steer", "/training", "/training/ID", "/compare"]
 INDEX = """<!DOCTYPE html>
 <html lang="en">
   <head>

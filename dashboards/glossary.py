@@ -150,6 +150,47 @@ GLOSSARY: dict[str, Definition] = {
         "The same over all rows but BOS, attention sinks included: a few rows of huge norm decide it.",
         "fvu = Σ‖x − x̂‖² / Σ‖x − mean‖²",
     ),
+    "ablation": Definition(
+        "change of the loss without the feature",
+        "The model reads the example twice, as it is and with the feature at 0 on every token; what the SAE misses of "
+        "the activation stays. Above 0 the feature helped to predict the token. Before its first firing nothing "
+        "changes. The interval comes from bootstrapping documents.",
+        "change = loss without the feature − loss with it, nats",
+    ),
+    "steering": Definition(
+        "steering",
+        "A feature's direction is added while the model reads and writes, on every token but BOS. How much is told in "
+        "multiples of the strongest firing that the index knows: at 1 × the feature is as strong everywhere as it ever "
+        "is, below 0 it is pushed the other way.",
+        "x → x + times · maximum · unit decoder row",
+    ),
+    "steer_control": Definition(
+        "random direction",
+        "A random direction, as long as what is pushed, added at the same place. What it does as well, any push of "
+        "that size does: the feature has no part in it.",
+    ),
+    "steer_kl": Definition(
+        "KL divergence",
+        "How far the distribution that each new token was taken from has moved from the one that the model by itself "
+        "has after the same text; the mean over the new tokens.",
+        "KL(steered ‖ by itself), nats",
+    ),
+    "steer_perplexity": Definition(
+        "perplexity",
+        "How odd the model by itself finds what was written: 1 for what it was sure of. A push that costs much "
+        "perplexity has broken the model rather than steered it.",
+        "exp(mean loss of the plain model on the new tokens)",
+    ),
+    "held_attention": Definition(
+        "attention as without the push",
+        "The model attends where it attends by itself on the same text; what it reads there is changed. What is left "
+        "of an effect did not come about by looking elsewhere.",
+    ),
+    "named_intervention": Definition(
+        "named intervention",
+        "What is pushed, kept in the workspace as a file: scope steer --spec NAME and InterventionSpec.load take it "
+        "too. A file may hold what the sliders cannot: ablated heads, patches, directions.",
+    ),
     "l0": Definition("l0", "Features that fire on a token, on average.", "l0 = firings / indexed tokens"),
     "delta_ce": Definition(
         "delta CE",
@@ -213,6 +254,30 @@ GLOSSARY: dict[str, Definition] = {
         "How far the feature's firing on this token moves the logit of the chosen next token, along the residual "
         "stream alone, later layers left out. The final norm's scale is held as it is in this run.",
         "strength × (unit decoder row × gain / rms) · (W_U[target] − mean)",
+    ),
+    "gradient_x_activation": Definition(
+        "gradient × activation",
+        "What the logit would lose without the firing if the model were linear from here on: one forward and one "
+        "backward pass. The baseline is that the feature does not fire.",
+        "effect = activation · ∂logit/∂activation",
+    ),
+    "attribution_patching": Definition(
+        "attribution patching",
+        "As gradient × activation, with the gradient taken where no feature fires: how the logit would rise if the "
+        "feature began to fire there.",
+        "effect = activation · ∂logit/∂activation, at the baseline",
+    ),
+    "integrated_gradients": Definition(
+        "integrated gradients",
+        "The gradient averaged over ten steps between no feature firing and the prompt as it is. The effects of all "
+        "firings and errors add up to the whole change of the logit.",
+        "effect = activation · mean over α of ∂logit/∂activation",
+    ),
+    "activation_patching": Definition(
+        "exact effect",
+        "What the logit loses when this one firing is taken out and everything after it reacts: a run of the model "
+        "for each firing. The yardstick of the other methods, and by far the slowest.",
+        "effect = logit − logit without the firing",
     ),
     "corrected": Definition(
         "density-corrected strength",

@@ -15,6 +15,7 @@ __all__ = [
     "lens_link",
     "parse",
     "prompt_link",
+    "steer_link",
     "training_link",
     "workspace_link",
 ]
@@ -25,8 +26,8 @@ class View:
     """What an address asks for."""
 
     page: str
-    """ "workspace", "features", "feature", "prompt", "lens", "training", "compare", or "" where no page has this
-    address."""
+    """ "workspace", "features", "feature", "prompt", "lens", "steer", "training", "compare", or "" where no page has
+    this address."""
     path: str = "/"
     target: str = ""
     """What follows the page's name in the path: the id of a feature or of a training, as it was written."""
@@ -48,7 +49,7 @@ def parse(path: str | None, search: str | None) -> View:
     query = dict(parse_qsl((search or "").lstrip("?"), keep_blank_values=True))
     if path == "/":
         return View("workspace", path, "", query)
-    match = re.fullmatch(r"/(features|prompt|lens|training|compare)/?", path)
+    match = re.fullmatch(r"/(features|prompt|lens|steer|training|compare)/?", path)
     if match:
         return View(match[1], path, "", query)
     match = re.fullmatch(r"/(feature|training)/([^/]+)/?", path)
@@ -85,6 +86,11 @@ def prompt_link(index: str, **query: object) -> str:
 def lens_link(index: str, **query: object) -> str:
     """The logit lens; `query` as in its address."""
     return _link("/lens", {"index": index, **query})
+
+
+def steer_link(index: str, **query: object) -> str:
+    """The steering page; `query` as in its address (text, push, named, n, t, during, freeze)."""
+    return _link("/steer", {"index": index, **query})
 
 
 def training_link(training: str = "", **query: object) -> str:

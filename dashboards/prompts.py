@@ -5,10 +5,9 @@ imported there.
    chat template.
 2. `analyse` runs the model on it and encodes what the SAE's hook sees: which features fire on each token, and the
    likeliest next tokens after each, a few positions' logits at a time.
-3. `push` takes such an analysis and one next token, and says how far each firing moves that token's logit.
-4. `distributions` puts two analyses' next-token distributions beside each other.
-5. `lens` reads the residual stream after every layer.
-6. `typed` finds the vocabulary's token for what someone typed.
+3. `distributions` puts two analyses' next-token distributions beside each other.
+4. `lens` reads the residual stream after every layer.
+5. `typed` finds the vocabulary's token for what someone typed.
 """
 
 import json
@@ -40,7 +39,6 @@ __all__ = [
     "LensMode",
     "Prediction",
     "PromptJobs",
-    "Push",
     "TypedToken",
     "prompt_jobs",
 ]
@@ -127,16 +125,6 @@ class Analysis:
 
 
 @dataclass(frozen=True, eq=False)
-class Push:
-    """How far every firing of a prompt moves the logit of one next token, along the residual stream alone."""
-
-    token_id: int
-    text: str
-    table: "pd.DataFrame"
-    """Columns feature, position, strength, effect."""
-
-
-@dataclass(frozen=True, eq=False)
 class Distributions:
     """What may come next after a position of each of two prompts."""
 
@@ -169,11 +157,6 @@ class PromptJobs:
         asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
         return self.context.worker.submit(_analysis_key(index, asked), lambda job: self._analyse(job, index, asked))
 
-    def submit_push(self, index: str, asked: Asked, token_id: int) -> Job:
-        """Queue the direct effects on one next token; the job's result is a `Push`."""
-        key = _push_key(index, asked, token_id)
-        return self.context.worker.submit(key, lambda job: self._push(job, index, asked, token_id))
-
     def submit_distributions(self, index: str, a: Asked, at_a: int, b: Asked, at_b: int) -> Job:
         """Queue the comparison of what comes next after two positions; the job's result is a `Distributions`."""
         key = ("distributions", index, a, at_a, b, at_b)
@@ -196,10 +179,6 @@ class PromptJobs:
         """The analysis of a prompt, where it is done."""
         asked = prompt if isinstance(prompt, Asked) else Asked(prompt)
         return self.context.worker.result(_analysis_key(index, asked))
-
-    def push(self, index: str, asked: Asked, token_id: int | None) -> Push | None:
-        """The direct effects on a next token, where they are done."""
-        return None if token_id is None else self.context.worker.result(_push_key(index, asked, token_id))
 
     def distributions(self, index: str, a: Asked, at_a: int, b: Asked, at_b: int) -> Distributions | None:
         """What comes next after two positions, where that is done."""
@@ -236,17 +215,6 @@ class PromptJobs:
 
         found = features_on_prompt(model, sae, prompt, index=self.context.index(index), logits=False)
         return Analysis(asked, found, _predictions(model, found.final_residual, job), turns)
-
-    def _push(self, job: Job, index: str, asked: Asked, token_id: int) -> Push:
-        from scope.attribution.direct import direct_logit_effects
-
-        analysis = self.analysis(index, asked) or self._analyse(job, index, asked)
-        model, sae = self._loaded(job, index)
-        if not 0 <= token_id < model.d_vocab:
-            raise UnknownNameError("token", token_id, hint=f"The vocabulary has tokens 0 to {model.d_vocab - 1:,}.")
-        job.report("tracing the direct paths")
-        table = direct_logit_effects(model, sae, analysis.features, None, token_id)
-        return Push(token_id, model.vocabulary_strings([token_id])[0], table)
 
     def _distributions(self, job: Job, index: str, *sides: tuple[Asked, int]) -> Distributions:
         import pandas as pd
@@ -311,6 +279,20 @@ class PromptJobs:
         """The model and the SAE of an index, for other jobs of the same worker; called in its thread only."""
         return self._loaded(job, index)
 
+    def analysed(self, job: Job, index: str, asked: Asked) -> Analysis:
+        """The analysis of a prompt, known or made now, for other jobs of the same worker; called in its thread only."""
+        return self.analysis(index, asked) or self._analyse(job, index, asked)
+
+    def prompt_of(self, model: Any, asked: Asked, most: int = MAX_TOKENS) -> Any:
+        """What the model is given for a prompt of at most `most` tokens: a text or token ids.
+
+        Raises:
+            InvalidInputError: it is too long, or a chat for a tokenizer that has no template.
+        """
+        prompt, n_tokens, _ = _prompt(model, asked)
+        _check_length(model, n_tokens, most)
+        return prompt
+
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
         opened = self.context.index(index)
@@ -337,10 +319,6 @@ def prompt_jobs(context: Context) -> PromptJobs:
 
 def _analysis_key(index: str, asked: Asked) -> tuple[Any, ...]:
     return ("analyse", index, asked)
-
-
-def _push_key(index: str, asked: Asked, token_id: int) -> tuple[Any, ...]:
-    return ("push", index, asked, token_id)
 
 
 def _check_length(model: Any, n_tokens: int, most: int) -> None:

@@ -57,6 +57,8 @@ class Job:
     done: int = 0
     total: int | None = None
     """Progress within the step, where it can be counted."""
+    partial: Any = None
+    """What is known already, of a job whose result comes piece by piece."""
     result: Any = None
     error: Exception | None = None
     submitted_at: float = field(default_factory=time.monotonic)

@@ -6,12 +6,14 @@
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
       graphs/NAME           circuit graphs
+      interventions/NAME.json  named interventions (scope.interventions.spec)
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
 path ever comes from a request. Artefacts that lie elsewhere are taken in with `Workspace.add`.
 """
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.features.labels import FeatureLabels
     from scope.features.neuronpedia import SAEAddress
+    from scope.interventions.spec import InterventionSpec
     from scope.saes.base import SAE
     from scope.training.runs import Run
 
@@ -37,6 +40,9 @@ Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
 FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
 SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
 GRAPHS = "graphs"
+INTERVENTIONS = "interventions"
+NAME = re.compile(r"[^\W_]([\w .-]{0,58}[^\W_])?")
+"""Names of interventions, which are names of files too."""
 SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
 
 
@@ -184,6 +190,42 @@ class Workspace:
         metadata = sae.cfg.metadata
         address = SAEAddress.of(metadata.model_name, metadata.hook_name, metadata.extra)
         return FeatureLabels(sae.fingerprint, self.database, d_sae=sae.d_sae), address
+
+    def interventions(self) -> list[str]:
+        """The names of the interventions that are kept, in alphabetical order."""
+        return sorted(path.stem for path in (self.path / INTERVENTIONS).glob("*.json") if NAME.fullmatch(path.stem))
+
+    def intervention(self, name: str) -> "InterventionSpec":
+        """The named interventions.
+
+        Raises:
+            UnknownNameError: there are none of this name.
+            InvalidInputError: their file cannot be read.
+        """
+        from scope.interventions.spec import InterventionSpec
+
+        if name not in self.interventions():
+            raise UnknownNameError(
+                "named intervention", name, self.interventions(), hint=f"The workspace is {self.path}."
+            )
+        return InterventionSpec.load(self.path / INTERVENTIONS / f"{name}.json")
+
+    def save_intervention(self, spec: "InterventionSpec") -> None:
+        """Keep interventions under their name; others of that name are replaced.
+
+        Raises:
+            InvalidInputError: the name is not one to 60 letters, digits, blanks, dots, dashes and underscores.
+        """
+        if not NAME.fullmatch(spec.name):
+            raise InvalidInputError(
+                f"{spec.name!r} cannot be a name: take one to 60 letters, digits, blanks, dashes, dots or underscores, "
+                "a letter or digit first and last."
+            )
+        folder = self.path / INTERVENTIONS
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{spec.name}.part"
+        spec.save(part)
+        part.replace(folder / f"{spec.name}.json")
 
     def parents(self, entry: Entry) -> list[Entry]:
         """What an artefact was made from, as far as it lies in this workspace."""

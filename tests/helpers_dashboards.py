@@ -440,6 +440,7 @@ class FakeWorkspace:
 
     def __init__(self, *indexes: FakeIndex) -> None:
         self._indexes = indexes
+        self._interventions: dict[str, Any] = {}
         self.path = Path("/nowhere/workspace")
 
     def entries(self, kind: str | None = None) -> list[SimpleNamespace]:
@@ -473,6 +474,19 @@ class FakeWorkspace:
 
     def graphs(self) -> list[Any]:
         return []
+
+    def interventions(self) -> list[str]:
+        return sorted(self._interventions)
+
+    def intervention(self, name: str) -> Any:
+        if name not in self._interventions:
+            raise UnknownNameError("named intervention", name, self.interventions())
+        return self._interventions[name]
+
+    def save_intervention(self, spec: Any) -> None:
+        if not spec.name:
+            raise InvalidInputError("'' cannot be a name.")
+        self._interventions[spec.name] = spec
 
     def find(self, id: str, kind: str | None = None) -> SimpleNamespace:
         for entry in self.entries(kind):
@@ -534,6 +548,7 @@ class FakeModel:
         self.vocabulary = list(dict.fromkeys(["<bos>", " cold", "cold", " hot", " warm", *index._words]))
         self.d_vocab = len(self.vocabulary)
         self.lock = threading.RLock()
+        self.written: dict[str, list[str]] = {"plain": [], "steered": []}
 
     def residual_logits(self, residual: Any) -> Any:
         """Stands in for `scope.models.losses.residual_logits`."""
@@ -545,6 +560,9 @@ class FakeModel:
     def tokenize(self, text: str) -> list[int]:
         return list(range(1 + len(split(text))))
 
+    def prompt_tokens(self, text: str) -> list[int]:
+        return self.tokenize(text)
+
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         return [
             [self.vocabulary.index(piece) if piece in self.vocabulary else 1 for piece in split(text)] for text in texts
@@ -552,6 +570,10 @@ class FakeModel:
 
     def vocabulary_strings(self, ids: Any) -> list[str]:
         return [self.vocabulary[int(id)] for id in ids]
+
+    def token_strings(self, ids: Any) -> list[SimpleNamespace]:
+        n = len(ids) - len(self.written["plain"])
+        return [SimpleNamespace(display=word) for word in ["?"] * n + self.written["steered"]]
 
     def logit_effects(self, directions: Any) -> Any:
         import torch
@@ -649,6 +671,99 @@ def fake_direct_logit_effects(
             "effect": signs * here["value"] * 0.004,
         }
     )
+
+
+def fake_attribute(
+    model: FakeModel, tokens: list[int], target: Any, sae: Any, method: str, progress: Any = None
+) -> SimpleNamespace:
+    """Stands in for `scope.attribution.methods.attribute`: the later a token, the more it did."""
+    rows = [
+        (place, feature, 2.0, 0.1 * place * (-1) ** feature) for place in range(len(tokens)) for feature in range(96)
+    ]
+    table = pd.DataFrame(rows, columns=["position", "feature", "strength", "effect"])
+    return SimpleNamespace(table=table[table["position"] <= target.position], value=3.25)
+
+
+def fake_ablation_effect(
+    index: "FakeIndex", model: FakeModel, sae: Any, feature: int, n: int, progress: Any = None
+) -> Any:
+    """Stands in for `scope.features.ablation.ablation_effect`."""
+    from scope.features.ablation import AblationEffect
+
+    progress(1, 2)
+    examples = index.top_examples(feature, 3)
+    rng = np.random.default_rng(feature)
+    tokens = pd.concat(
+        pd.DataFrame(
+            {
+                "example": place,
+                "row": np.arange(one.start_row, one.start_row + len(one.tokens)),
+                "token": list(one.tokens),
+                "strength": one.values,
+                "change": rng.normal(0.02, 0.1, len(one.tokens)),
+            }
+        )
+        for place, one in enumerate(examples)
+    )
+    table = pd.DataFrame(
+        {
+            "row": [one.row for one in examples],
+            "title": [one.title for one in examples],
+            "change": 0.02,
+            "next_change": 0.1,
+        }
+    )
+    return AblationEffect(feature, table, tokens, 0.02, (0.01, 0.03))
+
+
+def fake_resolve(spec: Any, model: FakeModel, *_: Any) -> Any:
+    """Stands in for `scope.interventions.resolving.resolve`, and for `control`."""
+    from scope.interventions.resolving import Control
+
+    return Control({}, 4.0)
+
+
+def fake_steer_with(
+    model: FakeModel,
+    edits: Any,
+    control: Any,
+    prompt: str,
+    max_new_tokens: int = 40,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    listen: Any = None,
+) -> Any:
+    """Stands in for `scope.interventions.steering.steer_with`: words of the vocabulary, some of them hard to show."""
+    from scope.interventions.steering import Continuation, Steering
+    from scope.models import Generation
+
+    pieces = [" cold", " <script>alert(1)</script>", "\n", " ملك", "吾", " warm"]
+    written: dict[str, list[str]] = {"plain": [], "steered": [], "random": []}
+    for step in range(max_new_tokens):
+        for place, (name, words) in enumerate(written.items()):
+            words.append(pieces[(step + place) % len(pieces)])
+            listen(step + 1, {name: "".join(words) for name, words in written.items()})
+        if "wait" in prompt and step == 3:
+            GATE.wait(60)
+    model.written = written
+    n = len(split(prompt)) + 1
+    parts = []
+    for place, words in enumerate(written.values()):
+        generation = Generation(np.arange(n + len(words)), n, "".join(words))
+        kls = tuple(0.4 * place * (step % 5) for step in range(len(words)))
+        parts.append(Continuation(generation, 0.3 * place, float(np.mean(kls)), 9.0 + 20 * place, kls))
+    changes = pd.DataFrame(
+        {
+            "token": [" cold", " hot"],
+            "token_id": [1, 3],
+            "plain": [0.6, 0.1],
+            "steered": [0.1, 0.45],
+            "random": [0.58, 0.1],
+            "change": [-0.5, 0.35],
+        }
+    )
+    return Steering(*parts, changes, 4.0)
 
 
 # --- a browser's requests without a browser -----------------------------------------------------------------------

@@ -17,7 +17,8 @@ from dashboards.components.prompt_heatmap import heatmap_rows
 from dashboards.components.prompt_pair import selected_pair
 from dashboards.components.prompt_state import PromptView, Selection
 from dashboards.components.token_grid import column_window, token_grid
-from dashboards.prompts import Analysis, Asked, PromptJobs, Push, _prompt
+from dashboards.prompts import Analysis, Asked, PromptJobs, _prompt
+from dashboards.pushes import Push
 from scope.attribution import logit_lens
 from scope.errors import InvalidInputError
 from scope.figures.lens import lens_heatmap, lens_lines

@@ -10,7 +10,7 @@ from helpers_training import HOOK, MemorySource, one_thread, synthetic, with_fla
 
 from activations.source import RowFlag
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
-from scope.models.run import EditContext
+from scope.models.edits import EditContext
 from scope.saes.base import SAEMetadata
 from scope.saes.topk import TopKConfig, TopKSAE
 from scope.training.metrics import bootstrap, delta_ce, mean_activation, reconstruction_metrics

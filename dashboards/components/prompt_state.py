@@ -1,13 +1,14 @@
 """What is selected on the prompt page, as its address says, and the numbers that follow from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dashboards.prompts import Analysis, Push
+from dashboards.prompts import Analysis
+from dashboards.pushes import METHODS, Push, PushAsked
 from dashboards.queries import feature_name, table_row
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ class Selection:
     feature: int | None = None
     target: int | None = None
     """Id of the chosen next token."""
+    against: int | None = None
+    """Another next token: then the difference of the two logits is attributed."""
+    method: str = "direct"
+    """One of `dashboards.pushes.METHODS`: how."""
+    after: int | None = None
+    """After which position; the last one where none is. The direct effect has one of its own for each token."""
     sort: str = ""
     """One of `MEASURES`; by default the effect where a next token is chosen, else the strength."""
     pins: tuple[int, ...] = ()
@@ -81,12 +88,15 @@ class Selection:
     def of(cls, query: Mapping[str, Any] | None) -> "Selection":
         """The selection of an address."""
         query = query or {}
-        sort = str(query.get("sort", ""))
+        sort, method = str(query.get("sort", "")), str(query.get("method", ""))
         return cls(
             token=whole_number(query, "token"),
             token2=whole_number(query, "token2"),
             feature=whole_number(query, "feature"),
             target=whole_number(query, "target"),
+            against=whole_number(query, "against"),
+            method=method if method in METHODS else "direct",
+            after=whole_number(query, "after"),
             sort=sort if sort in MEASURES else "",
             pins=whole_numbers(query, "pins"),
             at=tuple(sorted(whole_numbers(query, "at"))),
@@ -95,6 +105,14 @@ class Selection:
             rows=min(max(whole_number(query, "rows") or ROWS, 1), 200),
             differs=str(query.get("differs", "")),
         )
+
+    @property
+    def push(self) -> PushAsked | None:
+        """The next token that is attributed, and how."""
+        if self.target is None:
+            return None
+        after = None if self.method == "direct" else self.after
+        return PushAsked(self.target, self.against, self.method, after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +158,10 @@ class PromptView:
     @property
     def measure(self) -> Measure:
         """The measure that orders and colours."""
-        return MEASURES[self.sort or "strength"]
+        found = MEASURES[self.sort or "strength"]
+        if found.column != "effect" or self.push is None:
+            return found
+        return replace(found, words=self.push.how.words, term=self.push.how.term)
 
     @cached_property
     def firings(self) -> "pd.DataFrame":

@@ -10,10 +10,15 @@ from dashboards.components.firings import choice, firing_list, prediction_chips
 from dashboards.components.prompt_heatmap import heatmap_part
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
 from dashboards.components.strip import Kind, legend, token, token_strip
-from dashboards.format import plural
+from dashboards.format import number, plural
 from dashboards.links import feature_link
+from dashboards.prompts import Prediction
+from dashboards.pushes import METHODS, Push
 
 __all__ = ["draw_prompt", "measure_chips", "next_token_field"]
+
+AGAINST = 6
+"""Other next tokens that are offered to set the chosen one against."""
 
 
 def draw_prompt(view: PromptView) -> html.Div:
@@ -144,7 +149,7 @@ def _firings_part(view: PromptView) -> html.Section:
         html.Span(["Corrected " if column == "corrected" else "Strength ", define(first.term)]),
     ]
     if view.push is not None:
-        head.append(html.Span([" Pushes ", token(view.push.text), " ", define("effect")]))
+        head.append(html.Span([" Pushes ", *_pushed(view.push), " ", define(view.push.how.term)]))
     return html.Section(
         className="panel firings-part",
         children=[
@@ -165,6 +170,11 @@ def _firings_part(view: PromptView) -> html.Section:
             ),
         ],
     )
+
+
+def _pushed(push: Push) -> list[Any]:
+    """The next token, or the two whose difference is attributed."""
+    return [token(push.text), *([" rather than ", token(push.against)] if push.against is not None else [])]
 
 
 def next_token_field(prefix: str = "prompt", words: str = "or type another token, then Enter") -> list[Any]:
@@ -207,11 +217,71 @@ def _next_part(view: PromptView) -> html.Section:
             html.P(
                 "Choose one to see how each feature on this token pushes it."
                 if target is None
-                else "The chosen token's push is shown beside each feature. Click it again to let go.",
+                else "What each feature did for the chosen token stands beside it. Click it again to let go.",
                 className="small muted",
             ),
             prediction_chips(predictions, target),
             *chosen,
             *next_token_field(),
+            _attribution_part(view, predictions) if target is not None else None,
         ],
     )
+
+
+def _attribution_part(view: PromptView, predictions: list[Prediction]) -> html.Div:
+    """How the chosen token is attributed: by which method, against which other token, after which position."""
+    selection = view.selection
+    methods = [
+        choice(how.button, {"method": None if name == "direct" else name}, name == selection.method)
+        for name, how in METHODS.items()
+    ]
+    others = [one for one in predictions if one.token_id != selection.target][:AGAINST]
+    if selection.against is not None and all(one.token_id != selection.against for one in others):
+        known = view.push.against if view.push is not None else None
+        others.append(Prediction(selection.against, known or f"token {selection.against}", 0.0))
+    against = [choice("nothing", {"against": None}, selection.against is None)]
+    against += [choice(token(one.text), {"against": one.token_id}, one.token_id == selection.against) for one in others]
+    lines = [
+        html.Div([html.Span("By", className="muted small"), *methods], className="chips", role="group",
+                 **{"aria-label": "Method"}),
+        html.Div([html.Span("Against", className="muted small"), *against], className="chips", role="group",
+                 **{"aria-label": "Against another next token"}),
+    ]  # fmt: skip
+    if selection.method != "direct":
+        last = view.analysis.n_tokens - 1
+        at = last if selection.after is None else min(selection.after, last)
+        places = sorted({last, at, view.position})
+        lines.append(
+            html.Div(
+                className="chips",
+                role="group",
+                **{"aria-label": "After which token"},
+                children=[
+                    html.Span("After", className="muted small"),
+                    *(
+                        choice(
+                            [
+                                token(view.analysis.features.tokens[place]),
+                                html.Span(str(place), className="muted number"),
+                            ],
+                            {"after": None if place == last else place},
+                            place == at,
+                        )
+                        for place in places
+                    ),
+                ],
+            )
+        )
+    if view.push is not None and view.push.value is not None:
+        lines.append(html.P(_value_words(view), className="small muted"))
+    return html.Div(lines, className="attribution")
+
+
+def _value_words(view: PromptView) -> str:
+    """What the effects are of."""
+    push = view.push
+    assert push is not None
+    assert push.value is not None
+    what = "The logit" if push.against is None else "The difference of the logits"
+    total = float(push.table["effect"].sum())
+    return f"{what} is {number(push.value)}; the effects of all firings add up to {number(total)}."

@@ -8,7 +8,15 @@ from dash import dcc, html
 
 from dashboards.artefacts import sae_name
 from dashboards.components.controls import button, icon
-from dashboards.links import compare_link, features_link, lens_link, prompt_link, training_link, workspace_link
+from dashboards.links import (
+    compare_link,
+    features_link,
+    lens_link,
+    prompt_link,
+    steer_link,
+    training_link,
+    workspace_link,
+)
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
@@ -32,10 +40,11 @@ RAIL = (
     ("features", "Features", features_link("")),
     ("prompt", "Prompt", prompt_link("")),
     ("lens", "Lens", lens_link("")),
+    ("steer", "Steer", steer_link("")),
     ("training", "Training", training_link()),
     ("compare", "Compare", compare_link()),
 )
-WITH_INDEX = ("features", "prompt", "lens")
+WITH_INDEX = ("features", "prompt", "lens", "steer")
 """Pages that are about one index: it is carried from one to the next."""
 
 

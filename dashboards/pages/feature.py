@@ -7,7 +7,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html,
 from dash.exceptions import PreventUpdate
 
 from dashboards import streams
-from dashboards.components import live, states
+from dashboards.components import ablation, live, states
 from dashboards.components.charts import LOGITS_HEIGHT, strength_histogram
 from dashboards.components.controls import button, choice, define, icon
 from dashboards.components.examples import example_groups
@@ -51,6 +51,7 @@ def render(context: Context, view: View) -> Page:
     feature = summary(index, feature_id(index, view.target))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
+    worth = ablation.ablation_box(context, entry.id, feature.id, bool(view.get("ablate"))) if feature.fires else None
     label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
     side = feature_side(context.workspace, index, feature, label, logits)
     content = html.Div(
@@ -61,7 +62,9 @@ def render(context: Context, view: View) -> Page:
             html.Div(
                 className="columns",
                 children=[
-                    html.Div([live.live_box(entry.id, feature.id, view.get("try")), main], className="feature-main"),
+                    html.Div(
+                        [live.live_box(entry.id, feature.id, view.get("try")), main, worth], className="feature-main"
+                    ),
                     html.Aside(side),
                 ],
             ),
@@ -182,6 +185,7 @@ def register(app: Dash, context: Context) -> None:
     """What changes within the page: which examples are shown, a text that is tested, all logits, the colours."""
     streams.register(app.server, context)
     live.register(app, context)
+    ablation.register(app, context)
     _register_logits(app, context)
     _register_choice(app, context)
     _register_paging(app)

@@ -13,6 +13,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_u
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
+from dashboards.components.jobs import one_at_a_time
 from dashboards.components.prompt_form import invitation, prompt_form
 from dashboards.components.prompt_pair import PairView, draw_pair, selected_pair
 from dashboards.components.prompt_state import PromptView, Selection
@@ -22,6 +23,7 @@ from dashboards.context import Context
 from dashboards.links import View, prompt_link
 from dashboards.pages import Page
 from dashboards.prompts import Asked, PromptJobs, prompt_jobs
+from dashboards.pushes import PushJobs
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -80,13 +82,14 @@ def _invitation() -> html.Div:
 def register(app: Dash, context: Context) -> None:
     """Running, watching, drawing, and typing a next token."""
     jobs = prompt_jobs(context)
-    _register_running(app, jobs)
+    pushes = PushJobs(context)
+    _register_running(app, jobs, pushes)
     _register_watching(app, context, jobs)
-    _register_drawing(app, context, jobs)
+    _register_drawing(app, context, jobs, pushes)
     _register_typed(app, context, jobs)
 
 
-def _register_running(app: Dash, jobs: PromptJobs) -> None:
+def _register_running(app: Dash, jobs: PromptJobs, pushes: PushJobs) -> None:
     """From the prompts to jobs of the worker."""
     app.clientside_callback(
         ClientsideFunction("scope", "runPrompt"),
@@ -109,7 +112,7 @@ def _register_running(app: Dash, jobs: PromptJobs) -> None:
         if not asked or first.empty:
             return {"asked": None}, True
         index, selection = asked["index"], Selection.of(query)
-        looked_at = [selection.target] if second.empty else [selection.token, selection.token2]
+        looked_at = [*(selection.push or [])] if second.empty else [selection.token, selection.token2]
         wanted: Record = {"asked": asked, "looked_at": looked_at}
         if now and {name: now.get(name) for name in wanted} == wanted:
             raise PreventUpdate
@@ -117,8 +120,8 @@ def _register_running(app: Dash, jobs: PromptJobs) -> None:
             known = {"analysis": jobs.submit_analysis(index, first)}
             if not second.empty:
                 known["second"] = jobs.submit_analysis(index, second)
-            elif selection.target is not None:
-                known["push"] = jobs.submit_push(index, first, selection.target)
+            elif selection.push is not None:
+                known["push"] = pushes.submit(index, first, selection.push)
             wanted["ids"] = {name: job.id for name, job in known.items()}
         except ScopeError as problem:
             wanted["problem"] = str(problem)
@@ -152,6 +155,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
         Input("prompt-jobs", "data"),
         State("prompt-ready", "data"),
         prevent_initial_call=True,
+        running=one_at_a_time("prompt-poll", POLL_MS),
     )
     def watch(_: int | None, now: Record | None, ready: Record | None) -> tuple[Any, ...]:
         if not now:
@@ -194,7 +198,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
         return {**now, "cancelled": True}
 
 
-def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
+def _register_drawing(app: Dash, context: Context, jobs: PromptJobs, pushes: PushJobs) -> None:
     """What is known, for what is selected."""
 
     @app.callback(
@@ -210,7 +214,7 @@ def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
         if not asked or first.empty:
             return _invitation()
         try:
-            drawn = _drawn(context, jobs, asked["index"], first, second, Selection.of(query))
+            drawn = _drawn(context, jobs, pushes, asked["index"], first, second, Selection.of(query))
         except Exception as problem:
             return states.error(problem, "This prompt could not be shown")
         if drawn is not None:
@@ -221,7 +225,13 @@ def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
 
 
 def _drawn(
-    context: Context, jobs: PromptJobs, index: str, first: Asked, second: Asked, selection: Selection
+    context: Context,
+    jobs: PromptJobs,
+    pushes: PushJobs,
+    index: str,
+    first: Asked,
+    second: Asked,
+    selection: Selection,
 ) -> html.Div | None:
     """The result; None while it is not known."""
     a = jobs.analysis(index, first)
@@ -229,7 +239,7 @@ def _drawn(
     if a is None:
         return None
     if second.empty:
-        return draw_prompt(PromptView(opened, a, jobs.push(index, first, selection.target), selection))
+        return draw_prompt(PromptView(opened, a, pushes.found(index, first, selection.push), selection))
     b = jobs.analysis(index, second)
     if b is None:
         return None

@@ -1,11 +1,12 @@
-"""`scope steer`: push features of an SAE while the model writes."""
+"""`scope steer`: let a model write under interventions: features that are pushed, or a file that says what is done."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from scope.cli._command import Outcome, command
+from scope.cli._command import Outcome, command, progress_bar
 from scope.cli.sae import SAE_HELP, DownloadOption
 from scope.errors import InvalidInputError
 
@@ -18,16 +19,26 @@ def register(app: typer.Typer) -> None:
     @command(app, "steer")
     def steer(
         model: Annotated[str, typer.Option(help="A Hugging Face id, a folder, a GGUF file, or gemma-3-270m.")],
-        sae: Annotated[str, typer.Option(help=SAE_HELP)],
-        feature: Annotated[list[int], typer.Option(help="The feature to push; may be repeated.")],
+        prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+        sae: Annotated[str | None, typer.Option(help=f"The features' SAE. {SAE_HELP}")] = None,
+        feature: Annotated[list[int] | None, typer.Option(help="The feature to push; may be repeated.")] = None,
         strength: Annotated[
-            list[float],
+            list[float] | None,
             typer.Option(
                 help="Firing strength to add, one for each --feature; with --index in multiples of the feature's "
                 "largest. Negative ones suppress."
             ),
-        ],
-        prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+        ] = None,
+        spec: Annotated[
+            str | None,
+            typer.Option(
+                help="In place of features: a file of interventions (JSON, YAML or TOML), or the name of one that the "
+                "workspace keeps."
+            ),
+        ] = None,
+        workspace: Annotated[
+            Path, typer.Option(help="Where named interventions lie, and the SAEs that they name.")
+        ] = Path("workspace"),
         index: Annotated[
             Path | None, typer.Option(help="An index of the SAE: says how strongly features fire.")
         ] = None,
@@ -37,38 +48,110 @@ def register(app: typer.Typer) -> None:
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Let the model go on from a prompt with features pushed, without, and along a random direction as long."""
-        if len(feature) != len(strength):
+        """Let the model go on from a prompt under interventions, without, and along a random direction as long."""
+        given = dict(zip(feature or (), strength or (), strict=False))
+        if len(feature or ()) != len(strength or ()):
             raise InvalidInputError(
-                f"{len(feature)} features and {len(strength)} strengths were given; expected one for each."
+                f"{len(feature or ())} features and {len(strength or ())} strengths were given; expected one for each."
             )
-        from scope.interventions.steering import steer as run
+        if bool(given) == (spec is not None):
+            raise InvalidInputError(
+                "Give features with --feature and --strength and --sae, or interventions with --spec."
+            )
+        if given and sae is None:
+            raise InvalidInputError("Whose features are these? Give the SAE with --sae.")
+        from scope.interventions.resolving import control
+        from scope.interventions.spec import Intervention
+        from scope.interventions.steering import steer_with
         from scope.models import LanguageModel
-        from scope.saes.formats import load
 
-        loaded = load(sae, allow_download=allow_download)
-        strengths = dict(zip(feature, strength, strict=True))
-        if index is not None:
-            from scope.features.index import FeatureIndex
-
-            table = FeatureIndex.open(index)
-            strengths = {
-                number: size * float(table.feature(number).statistics["max_value"])
-                for number, size in strengths.items()
-            }
+        declared = _declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
+        saes, maxima = _saes(sae, workspace, allow_download), _maxima(index)
+        for one in declared.interventions:
+            assert isinstance(one, Intervention)
+            if one.features:
+                saes(one.sae)
         opened = LanguageModel.load(model, device=device, allow_download=allow_download)
-        found = run(opened, loaded, strengths, prompt, max_new_tokens, temperature=temperature, seed=seed)
-        parts = {"plain": found.plain, "steered": found.steered, "random": found.random}
-        data = {
-            name: {"text": part.generation.text, "kl": part.kl, "perplexity": part.perplexity}
-            for name, part in parts.items()
-        }
-        text = "\n".join(
-            f"{name:<8} (kl {part.kl:.3f} nats, perplexity {part.perplexity:.1f})  {prompt}{part.generation.text}"
-            for name, part in parts.items()
-        )
-        changes = found.changes.to_dict("records")
-        return Outcome(
-            {**data, "norm": found.norm, "strengths": strengths, "changes": changes},
-            f"{text}\nNext token, the largest changes:\n{found.changes.to_string(index=False)}",
-        )
+        edits = declared.resolve(opened, saes, maxima)
+        beside = control(declared, opened, saes, maxima, seed)
+        with progress_bar("Writing (tokens)") as progress:
+            found = steer_with(
+                opened,
+                edits,
+                beside,
+                prompt,
+                max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                listen=lambda done, texts: progress(done, max_new_tokens),
+            )
+        return _outcome(found, declared, prompt)
+
+
+def _declared(spec: str, workspace: Path) -> Any:
+    from scope.interventions.spec import InterventionSpec
+    from scope.workspace import Workspace
+
+    path = Path(spec)
+    return InterventionSpec.load(path) if path.suffix or path.is_file() else Workspace(workspace).intervention(spec)
+
+
+def _pushes(strengths: Mapping[int, float], relative: bool) -> Any:
+    from scope.interventions.spec import Intervention, InterventionSpec
+
+    pushed = Intervention(
+        kind="add",
+        features=tuple(strengths),
+        value=tuple(map(float, strengths.values())),
+        unit="maximum" if relative else "strength",
+    )
+    return InterventionSpec(interventions=(pushed,))
+
+
+def _saes(given: str | None, workspace: Path, allow_download: bool) -> Callable[[str], Any]:
+    """Finds SAEs: the one that was given for all, else those that the interventions name."""
+    from scope.saes.formats import load
+    from scope.workspace import Workspace
+
+    loaded: dict[str, Any] = {}
+
+    def find(name: str) -> Any:
+        address = given or name
+        if not address:
+            raise InvalidInputError("These interventions do not name the SAE of their features; give it with --sae.")
+        if address not in loaded:
+            inside = given is None and not Path(address).exists()
+            loaded[address] = (
+                Workspace(workspace).sae(address) if inside else load(address, allow_download=allow_download)
+            )
+        return loaded[address]
+
+    return find
+
+
+def _maxima(index: Path | None) -> Callable[[str, int], float] | None:
+    if index is None:
+        return None
+    from scope.features.index import FeatureIndex
+
+    table = FeatureIndex.open(index)
+    return lambda sae, feature: float(table.feature(feature).statistics["max_value"])
+
+
+def _outcome(found: Any, declared: Any, prompt: str) -> Outcome:
+    parts = {"plain": found.plain, "steered": found.steered, "random": found.random}
+    known = {name: part for name, part in parts.items() if part is not None}
+    data = {
+        name: {"text": part.generation.text, "kl": part.kl, "mean_kl": part.mean_kl, "perplexity": part.perplexity}
+        for name, part in known.items()
+    }
+    text = "\n".join(
+        f"{name:<8} (kl {part.mean_kl:.3f} nats a token, perplexity {part.perplexity:.1f})  "
+        f"{prompt}{part.generation.text}"
+        for name, part in known.items()
+    )
+    changes = found.changes.drop(columns=[] if found.random is not None else ["random"])
+    return Outcome(
+        {**data, "norm": found.norm, "spec": declared.to_dict(), "changes": changes.to_dict("records")},
+        f"{text}\nNext token, the largest changes:\n{changes.to_string(index=False)}",
+    )

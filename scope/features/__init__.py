@@ -10,6 +10,7 @@ Names are resolved on first use, so that importing the package costs nothing and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scope.features.ablation import AblationEffect, ablation_effect
     from scope.features.build import build_index, build_indexes
     from scope.features.conditions import Condition
     from scope.features.contrast import Contrast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from scope.features.prompt import PromptFeatures, features_on_prompt
 
 __all__ = [
+    "AblationEffect",
     "Condition",
     "Contrast",
     "Example",
@@ -33,6 +35,7 @@ __all__ = [
     "Label",
     "NeuronpediaNames",
     "PromptFeatures",
+    "ablation_effect",
     "build_index",
     "build_indexes",
     "export_neuronpedia",
@@ -44,6 +47,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AblationEffect": "ablation",
+    "ablation_effect": "ablation",
     "Condition": "conditions",
     "Contrast": "contrast",
     "Example": "examples",

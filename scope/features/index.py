@@ -301,6 +301,13 @@ class FeatureIndex:
         self._reader.check_rows(start, stop)
         return text_rows.tokens(self._reader, np.arange(start, stop))
 
+    def window_start(self, row: int) -> int:
+        """Row id of the first token, BOS included, of the window that a row belongs to."""
+        self._reader.check_row(row)
+        reader = self._reader
+        sequence = int(reader.row_column("sequence").slice(row, row + 1)[0])
+        return int(reader.windows.start_row[int(reader.windows.place[sequence])])
+
     def document_rows(self, document: int) -> np.ndarray:
         """Row ids of a document's tokens, int64, without BOS."""
         return self._reader.document_rows(document)

@@ -17,7 +17,7 @@ from scope.errors import MismatchError, OutOfRangeError
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
 
-__all__ = ["PromptFeatures", "features_on_prompt"]
+__all__ = ["PromptFeatures", "features_on_prompt", "require_same"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def features_on_prompt(
     from scope.features.encode import encode_rows
 
     if index is not None:
-        _check(model, sae, index)
+        require_same(model, sae, index)
     last = model.layout.final_residual
     run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])), logits=logits)
     token_ids = run.tokens.cpu().numpy().astype(np.int64)
@@ -133,7 +133,8 @@ def _flags(token_ids: np.ndarray, model: Any) -> np.ndarray:
     return flags
 
 
-def _check(model: Any, sae: Any, index: "FeatureIndex") -> None:
+def require_same(model: Any, sae: Any, index: "FeatureIndex") -> None:
+    """Raise `MismatchError` unless an index is of this SAE and was built from this model."""
     if sae.fingerprint != index.sae_info["fingerprint"]:
         raise MismatchError(
             f"The index {index.name} is of another SAE ({index.sae_info['fingerprint'][:12]}) than the one given "

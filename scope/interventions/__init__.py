@@ -3,6 +3,13 @@
 from scope.interventions import ablate_features, add_direction, combine
 edits = combine(ablate_features(sae, [17]), add_direction("blocks.12.hook_resid_post", direction, 4.0))
 model.run("The opposite of hot is", edits=edits)
+
+The same as data, which the command line and the dashboard read too:
+
+from scope.interventions import InterventionSpec, intervene
+spec = InterventionSpec.load("no_sentiment.json")
+with intervene(model, spec, sae):
+    model.generate("The opposite of hot is")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,17 +19,23 @@ if TYPE_CHECKING:
     from scope.interventions.edit import Edit, combine
     from scope.interventions.experts import forbid_expert, force_expert, swap_experts
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
-    from scope.interventions.steering import Steering, steer, steering_edit
+    from scope.interventions.resolving import control, intervene
+    from scope.interventions.spec import Intervention, InterventionSpec
+    from scope.interventions.steering import Steering, steer, steer_with, steering_edit
 
 __all__ = [
     "Edit",
+    "Intervention",
+    "InterventionSpec",
     "Steering",
     "ablate",
     "ablate_features",
     "add_direction",
     "combine",
+    "control",
     "forbid_expert",
     "force_expert",
+    "intervene",
     "patch",
     "project_out",
     "scale",
@@ -32,6 +45,7 @@ __all__ = [
     "splice",
     "splice_edits",
     "steer",
+    "steer_with",
     "steering_edit",
     "swap_experts",
 ]
@@ -41,7 +55,9 @@ _HOMES = {
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
     "experts": ("forbid_expert", "force_expert", "swap_experts"),
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
-    "steering": ("Steering", "steer", "steering_edit"),
+    "resolving": ("control", "intervene"),
+    "spec": ("Intervention", "InterventionSpec"),
+    "steering": ("Steering", "steer", "steer_with", "steering_edit"),
 }
 
 

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
 from scope.interventions.edit import Edit, Positions, as_positions
-from scope.models.run import EditContext
+from scope.models.edits import EditContext
 
 __all__ = ["ablate", "add_direction", "patch", "project_out", "scale", "set_"]
 
 
 def ablate(hook: str, positions: Positions = None, *, keep_bos: bool = False) -> Edit:
     """x -> 0."""
-    return Edit(hook, lambda value, context: torch.zeros_like(value), as_positions(positions), keep_bos)
+    return Edit(hook, lambda value, context: torch.zeros_like(value), as_positions(positions), keep_bos, by_token=True)
 
 
 def set_(hook: str, new: float | Float[Tensor, "*row"], positions: Positions = None, *, keep_bos: bool = False) -> Edit:
@@ -25,12 +25,13 @@ def set_(hook: str, new: float | Float[Tensor, "*row"], positions: Positions = N
         as_positions(positions),
         keep_bos,
         shape,
+        by_token=True,
     )
 
 
 def scale(hook: str, factor: float, positions: Positions = None, *, keep_bos: bool = False) -> Edit:
     """x -> `factor` x."""
-    return Edit(hook, lambda value, context: factor * value, as_positions(positions), keep_bos)
+    return Edit(hook, lambda value, context: factor * value, as_positions(positions), keep_bos, by_token=True)
 
 
 def add_direction(
@@ -47,7 +48,7 @@ def add_direction(
     def steer(value: Tensor, context: EditContext) -> Tensor:
         return value + strength * row.to(value.device, value.dtype)
 
-    return Edit(hook, steer, as_positions(positions), keep_bos, shape)
+    return Edit(hook, steer, as_positions(positions), keep_bos, shape, by_token=True)
 
 
 def project_out(
@@ -71,7 +72,7 @@ def project_out(
         axes = basis.to(flat.device, flat.dtype)
         return (flat - (flat @ axes) @ axes.T).view(value.shape)
 
-    return Edit(hook, project, as_positions(positions), keep_bos, width=rows.shape[1])
+    return Edit(hook, project, as_positions(positions), keep_bos, width=rows.shape[1], by_token=True)
 
 
 def patch(hook: str, source: Float[Tensor, "seq *row"], positions: Positions = None) -> Edit:
@@ -80,7 +81,8 @@ def patch(hook: str, source: Float[Tensor, "seq *row"], positions: Positions = N
     Args:
         hook: the hook's name.
         source: such as `other_run.activations[hook]`.
-        positions: which positions; None for all, and then both texts must have the same number of tokens.
+        positions: which positions; None for all, and then both texts must have the same number of tokens. While a text
+            is being written, the prompt is what must have as many, and new tokens keep their activations.
 
     Raises:
         OutOfRangeError: a position that the source does not have.
@@ -92,18 +94,18 @@ def patch(hook: str, source: Float[Tensor, "seq *row"], positions: Positions = N
         raise OutOfRangeError(f"Position {beyond[0]} is out of range: the source has {len(source)} tokens.")
 
     def replace(value: Tensor, context: EditContext) -> Tensor:
-        there = source.to(value.device, value.dtype)
-        if chosen is None:
-            if len(there) != value.shape[1]:
-                raise MismatchError(
-                    f"The source has {len(there)} tokens, the text {value.shape[1]}; say which positions to patch."
-                )
-            return there.expand_as(value)
+        start, n = context.start, value.shape[1]
+        length = n if context.n_prompt is None else context.n_prompt
+        if chosen is None and len(source) != length:
+            raise MismatchError(
+                f"The source has {len(source)} tokens, the text {length}; say which positions to patch."
+            )
+        places = [place for place in (range(len(source)) if chosen is None else chosen) if start <= place < start + n]
         new = value.clone()
-        new[:, list(chosen)] = there[list(chosen)]
+        new[:, [place - start for place in places]] = source[places].to(value.device, value.dtype)
         return new
 
-    return Edit(hook, replace, chosen, row_shape=tuple(source.shape[1:]))
+    return Edit(hook, replace, chosen, row_shape=tuple(source.shape[1:]), by_token=True)
 
 
 def _row(new: float | Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

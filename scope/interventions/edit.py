@@ -1,8 +1,8 @@
 """What an intervention is: a hook, a function of the activation there, and the positions where it counts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -10,15 +10,18 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
+from scope.models.edits import EditContext, EditFunction, Edits, Several
 from scope.models.hooks import HookPoint
-from scope.models.run import EditContext, EditFunction
 
-__all__ = ["Edit", "Integers", "Positions", "as_integers", "as_positions", "combine"]
+__all__ = ["During", "Edit", "Integers", "Positions", "as_integers", "as_positions", "combine"]
 
 Integers = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor
 """One integer or several."""
 Positions = Integers | None
 """One token position, several, or None for all. Position 0 is BOS where the tokenizer has one."""
+During = Literal["all", "prompt", "generated"]
+"""Which part of a text that is being written counts: all of it, the prompt's tokens, or those after them. Where
+nothing is written, everything is prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Edit:
     """Shape that a token's activation must have; None where any will do."""
     width: int | None = None
     """Number of entries that a token's activation must have; None where any will do."""
+    during: During = "all"
+    """Which part of a text that is being written counts."""
+    by_token: bool = False
+    """Whether the function finds what takes a token's place from that token's activation alone."""
 
     def __call__(self, value: Tensor, context: EditContext) -> Tensor:
         """The activation with the change made where it counts.
@@ -51,13 +58,19 @@ class Edit:
         return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), new.to(value.dtype), value)
 
     def _where(self, value: Tensor, context: EditContext) -> Bool[Tensor, "batch seq"] | None:
-        if self.positions is None and not self.keep_bos:
+        if self.positions is None and not self.keep_bos and self.during == "all":
             return None
+        n = value.shape[1]
         where = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
         if self.positions is not None:
-            self._check_positions(value.shape[1])
+            if context.n_prompt is None:
+                self._check_positions(n)
             where.zero_()
-            where[:, list(self.positions)] = True
+            where[:, [place - context.start for place in self.positions if 0 <= place - context.start < n]] = True
+        if self.during != "all":
+            written = torch.arange(context.start, context.start + n, device=value.device)
+            written = written >= (context.start + n if context.n_prompt is None else context.n_prompt)
+            where = where & (written if self.during == "generated" else ~written)
         return where & ~context.bos if self.keep_bos else where
 
     def check(self, point: HookPoint, n_tokens: int) -> None:
@@ -109,31 +122,16 @@ def as_integers(values: Integers, what: str) -> list[int]:
     return [int(value) for value in tensor.flatten()]
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """Several edits of one hook, in order."""
-
-    edits: tuple[Edit, ...]
-
-    def __call__(self, value: Tensor, context: EditContext) -> Tensor:
-        for edit in self.edits:
-            value = edit(value, context)
-        return value
-
-    def check(self, point: HookPoint, n_tokens: int) -> None:
-        for edit in self.edits:
-            edit.check(point, n_tokens)
-
-
-def combine(*edits: Edit) -> dict[str, EditFunction]:
+def combine(*edits: Edit, freeze_attention: bool = False) -> Edits:
     """Edits as `model.run` takes them. Those of one hook are made in the order given; hooks are reached in model
-    order whatever the order here."""
-    by_hook: dict[str, list[Edit]] = {}
+    order whatever the order here.
+
+    Args:
+        edits: any number of them.
+        freeze_attention: let the model attend where it attends without the edits; values are live.
+    """
+    by_hook: dict[str, list[EditFunction]] = {}
     for edit in edits:
         by_hook.setdefault(edit.hook, []).append(edit)
-    return {hook: _chained(there) for hook, there in by_hook.items()}
-
-
-def _chained(edits: Iterable[Edit]) -> EditFunction:
-    several = tuple(edits)
-    return several[0] if len(several) == 1 else _Chain(several)
+    joined = {hook: there[0] if len(there) == 1 else Several(tuple(there)) for hook, there in by_hook.items()}
+    return Edits(joined, freeze_attention)

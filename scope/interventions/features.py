@@ -14,10 +14,18 @@ from torch import Tensor
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions.edit import Edit, Integers, Positions, as_integers, as_positions
 from scope.models.dictionaries import Dictionary, as_read, hook_of, require_same_output
-from scope.models.run import EditContext
+from scope.models.edits import EditContext
 from scope.saes.base import SAE
 
-__all__ = ["ablate_features", "scale_features", "set_features", "splice", "splice_edits"]
+__all__ = [
+    "ablate_features",
+    "changed_features",
+    "checked_ids",
+    "scale_features",
+    "set_features",
+    "splice",
+    "splice_edits",
+]
 
 
 def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) -> Edit:
@@ -33,7 +41,7 @@ def splice(sae: Dictionary, error_term: bool = False, *, keep_bos: bool = True) 
             reconstruction = reconstruction + (x - reconstruction).detach()
         return reconstruction.to(value.device, value.dtype).view(value.shape)
 
-    return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in)
+    return Edit(_hook_to_write(sae), reconstruct, None, keep_bos, width=sae.d_in, by_token=True)
 
 
 def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
@@ -71,7 +79,7 @@ def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
             seen.append(as_read(sae, value))
             return value
 
-        return Edit(str(ports.inputs[number].hook), read, width=ports.inputs[number].width)
+        return Edit(str(ports.inputs[number].hook), read, width=ports.inputs[number].width, by_token=True)
 
     def writer(number: int) -> Edit:
         start = sum(port.width for port in ports.outputs[:number])
@@ -84,7 +92,7 @@ def splice_edits(sae: SAE, *, keep_bos: bool = True) -> dict[str, Edit]:
             written = sae(torch.cat([*seen, *later], dim=-1))[..., start : start + width]
             return written.to(value.device, value.dtype).view(value.shape)
 
-        return Edit(str(ports.outputs[number].hook), write, None, keep_bos, width=width)
+        return Edit(str(ports.outputs[number].hook), write, None, keep_bos, width=width, by_token=True)
 
     edits = [make(number) for number in range(len(ports.inputs)) for make in (reader, writer)]
     return {edit.hook: edit for edit in edits}
@@ -99,7 +107,7 @@ def ablate_features(
     keep_bos: bool = True,
 ) -> Edit:
     """f_i -> 0 for each feature `i` of `ids`."""
-    return _edit(sae, ids, torch.zeros_like, positions, error_term, keep_bos)
+    return _edit(sae, ids, lambda f, context: torch.zeros_like(f), positions, error_term, keep_bos)
 
 
 def set_features(
@@ -117,7 +125,7 @@ def set_features(
     if new.ndim and tuple(new.shape) != (n,):
         raise InvalidInputError(f"values have shape {tuple(new.shape)}; expected a number, or {n} of them.")
 
-    def change(f: Tensor) -> Tensor:
+    def change(f: Tensor, context: EditContext) -> Tensor:
         return new.to(f.device, f.dtype).expand_as(f)
 
     return _edit(sae, ids, change, positions, error_term, keep_bos)
@@ -133,25 +141,25 @@ def scale_features(
     keep_bos: bool = True,
 ) -> Edit:
     """f_i -> `factor` f_i for each feature `i` of `ids`."""
-    return _edit(sae, ids, lambda f: factor * f, positions, error_term, keep_bos)
+    return _edit(sae, ids, lambda f, context: factor * f, positions, error_term, keep_bos)
 
 
 def _edit(
     sae: Dictionary,
     ids: Integers,
-    change: Callable[[Tensor], Tensor],
+    change: Callable[[Tensor, EditContext], Tensor],
     positions: Positions,
     error_term: bool,
     keep_bos: bool,
 ) -> Edit:
     """The edit that changes features `ids`; `change` is given their values, (batch, seq, n)."""
-    chosen = _checked_ids(sae, ids)
+    chosen = checked_ids(sae, ids)
 
     def through(value: Tensor, context: EditContext) -> Tensor:
         x = as_read(sae, value)
         before = sae.encode(x)
         after = before.clone()
-        after[..., chosen] = change(before[..., chosen]).to(before.dtype)
+        after[..., chosen] = change(before[..., chosen], context).to(before.dtype)
         if not error_term:
             new = sae.decode(after)
         elif isinstance(sae, SAE):  # the decoder is linear: only the rows of what changed are needed
@@ -160,10 +168,51 @@ def _edit(
             new = x + sae.decode(after) - sae.decode(before)
         return new.to(value.device, value.dtype).view(value.shape)
 
-    return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in)
+    return Edit(_hook_to_write(sae), through, as_positions(positions), keep_bos, width=sae.d_in, by_token=True)
 
 
-def _checked_ids(sae: Dictionary, ids: Integers) -> list[int]:
+def changed_features(
+    sae: SAE, ids: Integers, change: Callable[[Tensor, EditContext], Tensor], *, error_term: bool = True
+) -> tuple[Edit, ...]:
+    """Edits that change features of an SAE or a transcoder: of an SAE one, of a transcoder one that reads and one that
+    adds to what is written (f' - f) W_dec.
+
+    Args:
+        sae: an SAE, or a transcoder of one layer.
+        ids: features.
+        change: from their values, (batch, seq, n), to what takes their place.
+        error_term: keep what the dictionary misses of what it writes to.
+    """
+    chosen = checked_ids(sae, ids)
+    ports = sae.cfg.ports
+    reads = hook_of(sae)
+    if not ports.outputs or ports.outputs[0].hook == reads:
+        return (_edit(sae, ids, change, None, error_term, False),)
+    seen: list[Tensor] = []
+
+    def read(value: Tensor, context: EditContext) -> Tensor:
+        seen[:] = [sae.encode(as_read(sae, value))]
+        return value
+
+    def write(value: Tensor, context: EditContext) -> Tensor:
+        if not seen:
+            raise InvalidInputError(f"{ports.outputs[0].hook} comes before {reads}.")
+        before = seen.pop()
+        after = before.clone()
+        after[..., chosen] = change(before[..., chosen], context).to(before.dtype)
+        if error_term:
+            moved = (after[..., chosen] - before[..., chosen]) @ sae.W_dec[chosen]
+            return value + moved.to(value.device, value.dtype).view(value.shape)
+        return sae.decode(after).to(value.device, value.dtype).view(value.shape)
+
+    written = str(ports.outputs[0].hook)
+    return (
+        Edit(reads, read, width=sae.d_in, by_token=True),
+        Edit(written, write, width=ports.outputs[0].width, by_token=True),
+    )
+
+
+def checked_ids(sae: Dictionary, ids: Integers) -> list[int]:
     chosen = as_integers(ids, "Feature ids")
     if not chosen or len(set(chosen)) < len(chosen):
         raise InvalidInputError(f"Feature ids must be at least one and all different; got {chosen}.")

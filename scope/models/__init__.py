@@ -11,34 +11,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scope.models.dictionaries import Dictionary
+    from scope.models.edits import EditContext, EditFunction, Edits
+    from scope.models.generation import Generation, NewToken
     from scope.models.hooks import HookPoint, HookTable
     from scope.models.language_model import LanguageModel
     from scope.models.live import LiveActivations
-    from scope.models.run import EditContext, EditFunction, Generation, RunResult
+    from scope.models.run import RunResult
     from scope.models.token_text import TokenText
 
 __all__ = [
     "Dictionary",
     "EditContext",
     "EditFunction",
+    "Edits",
     "Generation",
     "HookPoint",
     "HookTable",
     "LanguageModel",
     "LiveActivations",
+    "NewToken",
     "RunResult",
     "TokenText",
 ]
 
 _HOMES = {
     "Dictionary": "dictionaries",
-    "EditContext": "run",
-    "EditFunction": "run",
-    "Generation": "run",
+    "EditContext": "edits",
+    "EditFunction": "edits",
+    "Edits": "edits",
+    "Generation": "generation",
     "HookPoint": "hooks",
     "HookTable": "hooks",
     "LanguageModel": "language_model",
     "LiveActivations": "live",
+    "NewToken": "generation",
     "RunResult": "run",
     "TokenText": "token_text",
 }

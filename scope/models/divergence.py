@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from scope.errors import InvalidInputError
+from scope.models.edits import EditContext, EditFunction, apply_edits, freezes_attention, resolve_edits
 from scope.models.losses import CHUNK_BYTES, unembed
 from scope.models.rows import WindowBatch, check_windows
-from scope.models.run import EditContext, EditFunction, apply_edits, resolve_edits
 from scope.models.taps import tapped
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def kl_divergence(
         UnknownNameError, InvalidInputError, OutOfRangeError: as `cross_entropy`.
     """
     check_windows(windows, 1, model.max_context_size, model.d_vocab)
+    if freezes_attention(edits):
+        raise InvalidInputError("kl_divergence does not hold attention; leave freeze_attention off.")
     changes = resolve_edits(model.hook_table, edits, min(map(len, windows)))
     batch = WindowBatch(windows, [0] * len(windows), model.device)
     bos = model.bos_mask(batch.tokens)

@@ -6,8 +6,8 @@ it can and the bridge where only that can see what was asked for.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +25,13 @@ from scope.models.architectures import Layout, find_layout
 from scope.models.chats import encode_chats, own_template
 from scope.models.compiled import CompiledLayers
 from scope.models.dictionaries import Saes
+from scope.models.edits import EditFunction, Standing, resolve_edits
+from scope.models.generation import Generation, NewToken, collect, stream
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
 from scope.models.parameters import ParameterCount, count_parameters
 from scope.models.placement import EmbeddingPlace
 from scope.models.rows import HostCopy, check_windows, collect_rows
-from scope.models.run import EditFunction, Generation, RunResult, SpliceMode, continuations, run
+from scope.models.run import RunResult, SpliceMode, run
 from scope.models.taps import Handler, tapped
 from scope.models.tokens import TokenReader, TokenText, prompt_ids
 
@@ -53,6 +55,8 @@ class LanguageModel:
         self.hook_table: HookTable = build_hook_table(self.layout)
         self.lock = threading.RLock()
         """Held during every pass: hooks of one pass must not fire in another."""
+        self.standing = Standing()
+        """The edits in force, by thread: see `intervene`."""
         layers = {self.layout.layer(i): hf.get_submodule(self.layout.layer(i)) for i in range(self.layout.n_layers)}
         self.compiled_layers = CompiledLayers(layers) if compile else None
         """What `forward_rows` runs in the layers' place, where the model was loaded with `compile`."""
@@ -271,7 +275,11 @@ class LanguageModel:
     # Forward passes
 
     def forward(
-        self, tokens: Int[Tensor, "batch seq"], handlers: Mapping[HookPoint, Handler], logits: bool | Literal["last"]
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        handlers: Mapping[HookPoint, Handler],
+        logits: bool | Literal["last"],
+        cache: Any = None,
     ) -> Float[Tensor, "batch n d_vocab"] | None:
         """One pass with a handler at each hook point: the common ground of `run`, `cross_entropy` and capture.
 
@@ -280,6 +288,7 @@ class LanguageModel:
             handlers: what to do at which hook points, in model order.
             logits: whether to compute the logits of all positions, of the last one, or none; without them the pass
                 ends after the last handler.
+            cache: transformers' cache of the tokens before these, which these are added to; None for whole windows.
         """
         if not logits and not handlers:
             return None
@@ -289,15 +298,20 @@ class LanguageModel:
             return bridge_forward(self, tokens, handlers, logits)
         output = None
         with self.lock, tapped(self.hf, handlers, stop=not logits):
-            hidden = self.hidden_states(tokens)
+            hidden = self.hidden_states(tokens, cache)
             if logits or any(point.name == "hook_unembed" for point in handlers):
                 output = losses.unembed(self, hidden[:, -1:] if logits == "last" else hidden)
         return output if logits else None
 
-    def hidden_states(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
-        """The output of the final norm."""
+    def hidden_states(self, tokens: Int[Tensor, "batch seq"], cache: Any = None) -> Float[Tensor, "batch seq d_model"]:
+        """The output of the final norm; `cache` as for `forward`.
+
+        Raises:
+            InvalidInputError: an intervention is in force that the caller does not take part in.
+        """
+        self.standing.require_taken_in()
         backbone = self.hf.get_submodule(self.layout.backbone)
-        return backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        return backbone(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def forward_rows(
         self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
@@ -362,7 +376,25 @@ class LanguageModel:
         Raises:
             UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
         """
-        return run(self, self.prompt_tokens(prompt), hooks, saes, splice, edits, grad, logits)
+        tokens, edits = self.prompt_tokens(prompt), self.standing.with_these(self.hook_table, edits)
+        with self.standing.taken_in():
+            return run(self, tokens, hooks, saes, splice, edits, grad, logits)
+
+    @contextmanager
+    def intervene(self, edits: Mapping[str, EditFunction]) -> Iterator["LanguageModel"]:
+        """Have edits in force within a `with` block, for this thread: in `run`, `generate`, `stream` and
+        `cross_entropy`, before those that these are given. Blocks nest, the outer one's edits come first. Whatever
+        else runs the model, such as a capture, is refused there.
+
+        Args:
+            edits: as for `run`; a declared set of interventions becomes edits by `spec.resolve(model, saes)`.
+
+        Raises:
+            UnknownNameError, InvalidInputError: an edit that no text could be run with.
+        """
+        resolve_edits(self.hook_table, edits, self.max_context_size)
+        with self.standing.hold(edits):
+            yield self
 
     def generate(
         self,
@@ -371,33 +403,38 @@ class LanguageModel:
         edits: Mapping[str, EditFunction] | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        cache: bool = True,
     ) -> Generation:
         """Let the model go on from a prompt, with edits in force at every step.
 
         Args:
             prompt: as for `run`.
             max_new_tokens: how many tokens to add, at most; an end-of-text token ends the text.
-            edits: as for `run`.
+            edits: as for `run`. Positions may lie in the text that is yet to be written.
             temperature: 0 takes the likeliest token, 1 samples as the model says.
             seed: of the sampling.
+            cache: keep keys and values from step to step, where every edit works token by token (all of
+                `scope.interventions` do). The text is the same without, and each step runs all of it again.
+
+        Raises:
+            UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
         """
         tokens = self.prompt_tokens(prompt)
-        if temperature < 0 or max_new_tokens < 1:
-            raise InvalidInputError(
-                f"temperature is {temperature} and max_new_tokens {max_new_tokens}; expected at least 0 and 1."
-            )
-        if len(tokens) + max_new_tokens > self.max_context_size:
-            raise InvalidInputError(
-                f"The prompt has {len(tokens):,} tokens; {max_new_tokens} more do not fit the context of "
-                f"{self.max_context_size:,}."
-            )
-        every = continuations(self, tokens, max_new_tokens, edits, temperature, seed, self._stop_ids())
-        text = self.tokenizer.decode(every[len(tokens) :].tolist(), skip_special_tokens=True)
-        return Generation(every, len(tokens), text)
+        return collect(self, tokens, self.stream(tokens, max_new_tokens, edits, temperature, seed, cache))
 
-    def _stop_ids(self) -> frozenset[int]:
-        ends = [self.tokenizer.eos_token_id, self.hf.generation_config.eos_token_id]
-        return frozenset(id for end in ends for id in (end if isinstance(end, list) else [end]) if id is not None)
+    def stream(
+        self,
+        prompt: str | Sequence[Any] | Int[Tensor, " seq"],
+        max_new_tokens: int = 20,
+        edits: Mapping[str, EditFunction] | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        cache: bool = True,
+    ) -> Iterator[NewToken]:
+        """As `generate`, token by token: what can be wrong is raised at once, the model runs as tokens are asked for.
+        The edits in force are those of the moment of the call."""
+        edits = self.standing.with_these(self.hook_table, edits)
+        return stream(self, self.prompt_tokens(prompt), max_new_tokens, edits, temperature, seed, cache)
 
     # Unembedding
 
@@ -423,7 +460,9 @@ class LanguageModel:
         progress: Callable[[int, int | None], None] | None = None,
     ) -> list[Float[np.ndarray, " n"]]:
         """Next-token loss in nats at each position of each window; see `scope.models.losses`."""
-        return losses.cross_entropy(self, windows, edits, batch_size, progress)
+        edits = self.standing.with_these(self.hook_table, edits)
+        with self.standing.taken_in():
+            return losses.cross_entropy(self, windows, edits, batch_size, progress)
 
     # TransformerLens
 

@@ -4,6 +4,7 @@ A vocabulary of 262,144 makes a megabyte of float32 logits per token, so everyth
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.errors import MismatchError
+from scope.models.attention import attention_of_the_plain_run
+from scope.models.edits import EditContext, EditFunction, apply_edits, freezes_attention, resolve_edits
 from scope.models.rows import WindowBatch, check_windows, pack_windows
-from scope.models.run import EditContext, EditFunction, apply_edits, resolve_edits
 from scope.models.taps import tapped
 
 if TYPE_CHECKING:
@@ -161,7 +163,8 @@ def cross_entropy(
             model.hook_table[name]: partial(apply_edits, changes[name], context=EditContext(name, batch.tokens, bos))
             for name in names
         }
-        with torch.no_grad(), model.lock, tapped(model.hf, handlers, stop=False):
+        held = attention_of_the_plain_run(model, batch.tokens) if freezes_attention(edits) else nullcontext()
+        with torch.no_grad(), model.lock, held, tapped(model.hf, handlers, stop=False):
             hidden = model.hidden_states(batch.tokens)
             nats = _token_losses(model, hidden[:, :-1], batch.tokens[:, 1:]).cpu().numpy()
         for row, index in enumerate(indices):

@@ -7,49 +7,27 @@ At each hook, in this order:
 Hooks are reached in model order. The pass ends after the last hook that anything depends on.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+from scope.errors import InvalidInputError, UnknownNameError
+from scope.models.attention import attention_of_the_plain_run
 from scope.models.dictionaries import Dictionary, Saes, as_read, resolve_dictionaries
+from scope.models.edits import EditContext, EditFunction, apply_edits, freezes_attention, resolve_edits
 from scope.models.hooks import HookPoint, HookTable
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = [
-    "EditContext",
-    "EditFunction",
-    "Generation",
-    "RunResult",
-    "SpliceMode",
-    "resolve_edits",
-    "run",
-]
+__all__ = ["RunResult", "SpliceMode", "run"]
 
 SpliceMode = Literal["without_error", "with_error"]
-
-
-class EditContext(NamedTuple):
-    """What an edit is told besides the activation."""
-
-    name: str
-    """The hook's name."""
-    tokens: Int[Tensor, "batch seq"]
-    """Token ids of the windows; shorter windows are padded on the right."""
-    bos: Bool[Tensor, "batch seq"]
-    """Where the BOS token that starts a window stands."""
-
-
-EditFunction = Callable[[Tensor, EditContext], Tensor | None]
-"""From the activation at a hook, (batch, seq, *row_shape), to what takes its place, of the same shape. The tensor is
-the function's own: it may be changed in place, and then None may be returned. A function with a method
-`check(point: HookPoint, n_tokens: int)` has it called before anything is computed."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,17 +52,6 @@ class RunResult:
             f"RunResult({len(self.tokens)} tokens, logits={logits}, activations={shapes(self.activations)}, "
             f"features={shapes(self.features)})"
         )
-
-
-class Generation(NamedTuple):
-    """A prompt and how the model went on."""
-
-    tokens: Int[Tensor, " seq"]
-    """The prompt's tokens and the new ones."""
-    n_prompt: int
-    """How many of them are the prompt's."""
-    text: str
-    """The new text."""
 
 
 @dataclass
@@ -144,51 +111,6 @@ def _grown(value: Tensor) -> tuple[Tensor, Tensor]:
     return inner.unsqueeze(0), inner
 
 
-def apply_edits(edits: Iterable[EditFunction], value: Tensor, context: EditContext) -> Tensor:
-    """The activation after each edit in turn.
-
-    Raises:
-        MismatchError: an edit returned something else than a tensor of the activation's shape.
-    """
-    for edit in edits:
-        own = value.clone()
-        new = edit(own, context)
-        new = own if new is None else new
-        if not isinstance(new, Tensor) or new.shape != value.shape:
-            got = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
-            raise MismatchError(
-                f"The edit at {context.name} returned {got}; expected a tensor of shape {tuple(value.shape)}."
-            )
-        value = new.to(value.device, value.dtype)
-    return value
-
-
-def resolve_edits(
-    table: HookTable, edits: Mapping[str, EditFunction] | None, n_tokens: int
-) -> dict[str, list[EditFunction]]:
-    """Edits by canonical hook name, checked as far as that is possible before the model runs.
-
-    Raises:
-        UnknownNameError: there is no such hook.
-        InvalidInputError: an edit is not callable, or refuses this hook or prompt.
-    """
-    resolved: dict[str, list[EditFunction]] = {}
-    for name, edit in (edits or {}).items():
-        point = table[name]
-        if not callable(edit):
-            raise InvalidInputError(f"The edit at {name} is a {type(edit).__name__}; expected a function.")
-        if point.read_only:
-            raise InvalidInputError(
-                f"{point.name} can be read but not edited on this architecture: the model does not go on with it. "
-                "Edit the attention's output (attn.hook_z) instead."
-            )
-        check = getattr(edit, "check", None)
-        if check is not None:
-            check(point, n_tokens)
-        resolved.setdefault(point.name, []).append(edit)
-    return resolved
-
-
 def run(
     model: "LanguageModel",
     tokens: Int[Tensor, " seq"],
@@ -227,7 +149,11 @@ def run(
         )
         for name in names
     }
-    with torch.set_grad_enabled(grad):
+    freeze = freezes_attention(edits)
+    if freeze and any(point.path == "bridge" for point in handlers):
+        raise InvalidInputError("Attention cannot be held beside hooks that only the bridge sees; ask for others.")
+    held = attention_of_the_plain_run(model, batch) if freeze and handlers else nullcontext()
+    with model.lock, held, torch.set_grad_enabled(grad):
         output = model.forward(batch, handlers, logits)
     return RunResult(
         tokens=tokens,
@@ -242,27 +168,3 @@ def _early_enough(table: HookTable, changes: Iterable[str], wanted: Iterable[str
     last = max((table.rank(name) for name in wanted), default=-1)
     ordered = all(table[name].path == "fast" for name in (*changes, *wanted))
     return [name for name in changes if not ordered or table.rank(name) <= last]
-
-
-def continuations(
-    model: "LanguageModel",
-    tokens: Int[Tensor, " seq"],
-    max_new_tokens: int,
-    edits: Mapping[str, EditFunction] | None,
-    temperature: float,
-    seed: int | None,
-    stop_ids: frozenset[int],
-) -> Int[Tensor, " longer"]:
-    """The prompt and what follows: each step runs the whole text again, so that edits see it as `run` shows it."""
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    for _ in range(max_new_tokens):
-        result: Any = run(model, tokens, (), (), None, edits, grad=False, logits="last")
-        scores = result.logits[-1].float().cpu()
-        if temperature == 0:
-            new = scores.argmax()
-        else:
-            new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[0]
-        tokens = torch.cat([tokens, new[None].to(tokens.device)])
-        if int(new) in stop_ids:
-            break
-    return tokens

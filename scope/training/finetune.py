@@ -31,7 +31,7 @@ from scope.interventions import splice_edits
 from scope.interventions.edit import Edit
 from scope.models import LanguageModel
 from scope.models.divergence import kl_divergence
-from scope.models.run import EditContext
+from scope.models.edits import EditContext
 from scope.saes import formats
 from scope.saes.base import SAE
 from scope.saes.formats.saelens import require_free

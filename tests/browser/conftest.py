@@ -134,7 +134,11 @@ def fake_model() -> Iterator[None]:
     import dashboards.prompts as prompts
     import scope.attribution.direct as direct
     import scope.attribution.lens as lens
+    import scope.attribution.methods as methods
+    import scope.features.ablation as ablation
     import scope.features.prompt as prompt
+    import scope.interventions.resolving as resolving
+    import scope.interventions.steering as steering
     import scope.models.losses as losses
 
     real_load = prompts._load_model
@@ -157,6 +161,29 @@ def fake_model() -> Iterator[None]:
         fake = isinstance(model, fakes.FakeModel)
         return model.residual_logits(residual) if fake else real_logits(model, residual)
 
+    real_resolve, real_control, real_steer = resolving.resolve, resolving.control, steering.steer_with
+
+    def resolve(spec: Any, model: Any, *rest: Any) -> Any:
+        fake = isinstance(model, fakes.FakeModel)
+        return fakes.fake_resolve(spec, model).edits if fake else real_resolve(spec, model, *rest)
+
+    def control(spec: Any, model: Any, *rest: Any) -> Any:
+        return (fakes.fake_resolve if isinstance(model, fakes.FakeModel) else real_control)(spec, model, *rest)
+
+    def steer(model: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_steer_with if isinstance(model, fakes.FakeModel) else real_steer
+        return answer(model, *rest, **more)
+
+    real_attribute, real_ablation = methods.attribute, ablation.ablation_effect
+
+    def attribute(model: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_attribute if isinstance(model, fakes.FakeModel) else real_attribute
+        return answer(model, *rest, **more)
+
+    def ablate(index: Any, *rest: Any, **more: Any) -> Any:
+        answer = fakes.fake_ablation_effect if isinstance(index, fakes.FakeIndex) else real_ablation
+        return answer(index, *rest, **more)
+
     def load(index: Any) -> Any:
         return fakes.FakeModel(index) if isinstance(index, fakes.FakeIndex) else real_load(index)
 
@@ -166,6 +193,11 @@ def fake_model() -> Iterator[None]:
         patch.setattr(direct, "direct_logit_effects", effects)
         patch.setattr(lens, "logit_lens", look)
         patch.setattr(losses, "residual_logits", logits)
+        patch.setattr(methods, "attribute", attribute)
+        patch.setattr(ablation, "ablation_effect", ablate)
+        patch.setattr(resolving, "resolve", resolve)
+        patch.setattr(resolving, "control", control)
+        patch.setattr(steering, "steer_with", steer)
         yield
 
 

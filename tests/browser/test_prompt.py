@@ -86,6 +86,27 @@ def test_order_by_corrected_strength(visit: Callable) -> None:
     opened.check()
 
 
+def test_features_are_ordered_by_what_they_did_for_a_chosen_token(visit: Callable) -> None:
+    opened = visit()
+    page = opened.open(PROMPT + "&token=3", GRID)
+    page.click("#prompt-result aside .chips .chip >> nth=0")
+    page.wait_for_selector(".firing-head:has-text('Pushes')")
+    assert {"target"} <= query(page).keys()
+    page.click(".attribution button:text-is('Attribution patching')")
+    page.wait_for_selector(".attribution p:has-text('3.25')")
+    assert query(page)["method"] == "attribution_patching"
+    assert "attribution patching" in page.text_content(".prompt-strip-part .legend")
+    page.click(".attribution [aria-label='Against another next token'] .chip >> nth=1")
+    page.wait_for_selector(".attribution p:has-text('The difference of the logits is')")
+    assert "rather than" in page.text_content(".firing-head")
+    page.click(".attribution [aria-label='After which token'] .chip:has-text('3')")
+    opened.until("new URL(location).searchParams.get('after') === '3'")
+    page.wait_for_selector(".attribution [aria-label='After which token'] [aria-pressed=true]:has-text('3')")
+    page.reload()
+    page.wait_for_selector(".attribution p:has-text('3.25')")
+    opened.check()
+
+
 def test_two_prompts_beside_each_other(visit: Callable) -> None:
     opened = visit()
     page = opened.open(PROMPT, GRID)
@@ -208,6 +229,7 @@ def test_accessible_and_not_wider_than_a_phone(visit: Callable, theme: str) -> N
     texts = "مرحبا بالعالم 東京は👩‍👩‍👧 日本\nfor line in server:\n    del line " + "x" * 90
     for path, ready in (
         ("/prompt?text=" + quote(texts) + "&token=3&target=2&pins=5&at=2", GRID),
+        (PROMPT + "&token=3&target=2&method=integrated_gradients&against=4", ".attribution p"),
         (PROMPT + "&text2=" + quote("The opposite of cold is"), ".next-rows .next-row"),
         ("/lens?text=" + quote(texts) + "&sae=read&show=kl", "#lens-chart .main-svg"),
     ):
