@@ -4,6 +4,7 @@
     attribute(model, prompt, logit_difference(" cold", " small"), sae, baseline=counterfactual(other_prompt)).table
     graph = prune(build_graph(model, prompt, transcoders))
     verify(graph, model, transcoders).model
+    graph_faithfulness(graph, model, transcoders, baseline=counterfactual(other_prompt)).table
 
 Names are loaded when they are first used.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scope.attribution.attention import edge_heads, qk_pairs
     from scope.attribution.baselines import counterfactual, mean, zero
+    from scope.attribution.circuit_curves import GraphFaithfulness, graph_faithfulness
     from scope.attribution.comparison import compare_methods, faithfulness
     from scope.attribution.direct import direct_logit_effects
     from scope.attribution.graph import CircuitGraph, build_graph
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "CircuitGraph",
+    "GraphFaithfulness",
     "GraphSettings",
     "LogitLens",
     "attribute",
@@ -37,6 +40,7 @@ __all__ = [
     "edge_heads",
     "faithfulness",
     "feature",
+    "graph_faithfulness",
     "load_graph",
     "log_probability",
     "logit",
@@ -56,6 +60,7 @@ __all__ = [
 _HOMES = {
     "attention": ("edge_heads", "qk_pairs"),
     "baselines": ("counterfactual", "mean", "zero"),
+    "circuit_curves": ("GraphFaithfulness", "graph_faithfulness"),
     "direct": ("direct_logit_effects",),
     "comparison": ("compare_methods", "faithfulness"),
     "graph": ("CircuitGraph", "build_graph"),

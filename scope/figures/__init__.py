@@ -5,6 +5,7 @@ browser; from Python `figure.write_image("figure.svg")` does, which needs the ex
 Chromium (`BROWSER_PATH=` where it is not found).
 """
 
+from scope.figures.circuits import faithfulness_curves
 from scope.figures.comparison import cosine_histogram
 from scope.figures.features import (
     activation_histogram,
@@ -42,6 +43,7 @@ __all__ = [
     "cosine_histogram",
     "css_variables",
     "effect_colour",
+    "faithfulness_curves",
     "feature_scatter",
     "histogram_frame",
     "logit_bars",
