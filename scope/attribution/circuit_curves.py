@@ -124,8 +124,8 @@ def graph_faithfulness(
 
     if any(size < 0 for size in sizes) or n_random < 0 or batch_size < 1:
         raise InvalidInputError(
-            f"sizes are {list(sizes)}, n_random {n_random} and batch_size {batch_size}; expected 0 or more, and a batch "
-            "of 1 or more."
+            f"sizes are {list(sizes)}, n_random {n_random} and batch_size {batch_size}; expected 0 or more, and a "
+            "batch of 1 or more."
         )
     features = graph.nodes[graph.nodes["kind"] == "feature"].sort_values("influence", ascending=False, kind="stable")
     if features.empty:

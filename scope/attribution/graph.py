@@ -9,7 +9,8 @@ node's value is then a sum over everything written before it:
 
 with a_s the activation of feature s, d_s its decoder row, and g_ts the encoder column of t pulled back through the
 frozen model to what the layer of s writes at the position of s (`scope.attribution.frozen`). A feature of a cross-layer
-transcoder writes several layers; its edge is the sum over those before t. Doubling s changes t by the edge's weight. A logit node is a token's logit relative to the mean over the vocabulary.
+transcoder writes several layers; its edge is the sum over those before t. Doubling s changes t by the edge's weight. A
+logit node is a token's logit relative to the mean over the vocabulary.
 
 1. `_read` runs the prompt once: all firing features, their decoder rows, errors, embeddings, the likeliest next tokens.
 2. Logits are expanded first, that is, all their edges are computed. Then, in rounds, the features with the most
@@ -32,6 +33,7 @@ from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
 from scope.attribution.frozen import FrozenModel, freeze
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
+from scope.attribution.memory import graph_needs, require_graph_fits
 from scope.attribution.targets import single_token
 
 if TYPE_CHECKING:
@@ -148,7 +150,8 @@ def build_graph(
         progress: called with (what is done, how much, of how much).
 
     Raises:
-        InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere.
+        InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere; or the graph
+            takes more memory than `settings.memory_gb`, or than is free.
         MismatchError: a transcoder has another width than the model.
     """
     settings = settings or GraphSettings()
@@ -156,9 +159,12 @@ def build_graph(
     tokens = model.prompt_tokens(prompt)
     dictionaries = mlp_dictionaries(model, transcoders)
     wanted = [single_token(model, token) for token in targets]
+    require_graph_fits(graph_needs(model, len(tokens), dictionaries), settings, model.device)
     tell("reading the prompt", 0, None)
     with torch.no_grad():
         read = _read(model, tokens, dictionaries, settings, wanted)
+        l0 = (read.n_sources - read.n_fixed) / len(tokens)
+        require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
         work = _Expansion(read, settings)
         work.run(tell)
         return work.graph(prompt if isinstance(prompt, str) else "")
@@ -217,7 +223,8 @@ def _logits(
     hidden = frozen.final_norm(frozen.final[-1:], slice(frozen.n_tokens - 1, frozen.n_tokens))[0]
     if frozen.final_norm.bias is not None:
         hidden = hidden + frozen.final_norm.bias
-    logits = torch.nn.functional.linear(hidden, model.W_U.float())
+    rows = max(1, CHUNK_BYTES // (4 * model.d_model))
+    logits = torch.cat([hidden @ part.float().T for part in model.W_U.split(rows)], dim=-1)
     head = model.hf.get_submodule(model.layout.head)
     if getattr(head, "bias", None) is not None:
         logits = logits + head.bias.float()

@@ -50,6 +50,10 @@ def register(app: typer.Typer) -> None:
         ] = "integrated_gradients",
         position: Annotated[int, typer.Option(help="After which token; -1 is the last.")] = -1,
         steps: Annotated[int, typer.Option(help="Of the methods that integrate.")] = 10,
+        batch_size: Annotated[int, typer.Option(help="Runs at once.")] = 32,
+        memory_gb: Annotated[
+            float | None, typer.Option(help="Memory that it may take beside the model, in GB; by default what is free.")
+        ] = None,
         top: Annotated[int, typer.Option(help="Rows to show.")] = 20,
         device: DeviceOption = None,
         allow_download: DownloadOption = False,
@@ -64,7 +68,18 @@ def register(app: typer.Typer) -> None:
         asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
         with progress_bar("Attributing (runs)") as progress:
-            found = run(opened, prompt, asked, saes, method, baseline, steps=steps, progress=progress)
+            found = run(
+                opened,
+                prompt,
+                asked,
+                saes,
+                method,
+                baseline,
+                steps=steps,
+                batch_size=batch_size,
+                memory_gb=memory_gb,
+                progress=progress,
+            )
         rows = found.table.head(top)
         data = {
             "target": found.target,

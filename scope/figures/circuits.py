@@ -35,14 +35,12 @@ def faithfulness_curves(
         colour, words = palette.categories[number], _WORDS[str(errors)]
         for kind, points in own[own["nodes"] != "all"].sort_values("size").groupby("nodes"):
             is_random = kind == "random"
-            around = {"symmetric": False, "thickness": 1} if is_random else None
-            if around is not None:
-                around["array"] = points["high"] - points["faithfulness"]
-                around["arrayminus"] = points["faithfulness"] - points["low"]
+            above, below = points["high"] - points["faithfulness"], points["faithfulness"] - points["low"]
+            around = {"symmetric": False, "thickness": 1, "array": above, "arrayminus": below}
             figure.add_scatter(
                 x=points["size"],
                 y=points["faithfulness"],
-                error_y=around,
+                error_y=around if is_random else None,
                 mode="lines+markers",
                 line={"color": colour, "width": 1.6, "dash": "dot" if is_random else "solid"},
                 marker={"size": 5},
