@@ -86,9 +86,9 @@ def test_an_attribution_over_the_budget_is_refused(tmp_path):
     sae = make("topk", d_in=model.d_model, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post"))
     prompt = prompt_of(model)
     with pytest.raises(InvalidInputError, match=r"fits with --batch-size (\d+)") as caught:
-        attribute(model, prompt, logit(300), sae, steps=32, memory_gb=0.004)
+        attribute(model, prompt, logit(300), sae, steps=32, memory_gb=0.0015)
     most = int(re.search(r"--batch-size (\d+)", str(caught.value)).group(1))
-    attribute(model, prompt, logit(300), sae, steps=32, batch_size=most, memory_gb=0.004)
+    attribute(model, prompt, logit(300), sae, steps=32, batch_size=most, memory_gb=0.0015)
     with pytest.raises(InvalidInputError, match="shorter prompt"):
         attribute(model, prompt, logit(300), sae, memory_gb=1e-6)
     save(sae, tmp_path / "sae")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scope.attribution.baselines import counterfactual, mean, zero
     from scope.attribution.circuit_curves import GraphFaithfulness, graph_faithfulness
     from scope.attribution.comparison import compare_methods, faithfulness
+    from scope.attribution.components import LogitComponents, logit_components
     from scope.attribution.direct import direct_logit_effects
     from scope.attribution.graph import CircuitGraph, build_graph
     from scope.attribution.graph_json import load_graph, save_graph
@@ -31,6 +32,7 @@ __all__ = [
     "CircuitGraph",
     "GraphFaithfulness",
     "GraphSettings",
+    "LogitComponents",
     "LogitLens",
     "attribute",
     "build_graph",
@@ -44,6 +46,7 @@ __all__ = [
     "load_graph",
     "log_probability",
     "logit",
+    "logit_components",
     "logit_difference",
     "logit_lens",
     "loss",
@@ -61,6 +64,7 @@ _HOMES = {
     "attention": ("edge_heads", "qk_pairs"),
     "baselines": ("counterfactual", "mean", "zero"),
     "circuit_curves": ("GraphFaithfulness", "graph_faithfulness"),
+    "components": ("LogitComponents", "logit_components"),
     "direct": ("direct_logit_effects",),
     "comparison": ("compare_methods", "faithfulness"),
     "graph": ("CircuitGraph", "build_graph"),

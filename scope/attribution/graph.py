@@ -35,6 +35,7 @@ from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
 from scope.attribution.memory import graph_needs, require_graph_fits
 from scope.attribution.targets import single_token
+from scope.models.losses import CHUNK_BYTES
 
 if TYPE_CHECKING:
     import numpy as np

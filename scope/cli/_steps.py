@@ -113,10 +113,13 @@ def _rows_together(model: "LanguageModel", hooks: "Sequence[str]") -> int | None
     groups are in memory at a time."""
     import math
 
+    from activations.spec import rows_per_group_for
+
     if len(hooks) <= FEW_HOOKS:
         return None
-    size = 2 * sum(math.prod(model.hook_shape(hook)) for hook in hooks)
-    return int(1 << max(8, (GROUP_BYTES // size).bit_length() - 1))
+    sizes = [2 * math.prod(model.hook_shape(hook)) for hook in hooks]
+    fitting = max(1, GROUP_BYTES // sum(sizes))
+    return int(min(rows_per_group_for(max(sizes)), 1 << (fitting.bit_length() - 1)))
 
 
 def has_held_out(source: "Source") -> bool:

@@ -172,7 +172,7 @@ def register(app: typer.Typer) -> None:
         spliced = held_out and evaluate_tokens and not beside
         language_model = optional_model_of(first, model, config.device) if spliced else None
         if is_set(runs) and language_model is not None:
-            folders = {layer_of(str(sae.hook_name)): folder for sae, folder, _, _ in done}
+            folders = {layer_of(str(sae.hook_name)) or 0: folder for sae, folder, _, _ in done}
             found = measure_set(folders, first, language_model, evaluate_tokens, out)
             trained_runs = [
                 {"sae": str(folder), "id": sae.fingerprint[:12], **figures} for sae, folder, figures, _ in done

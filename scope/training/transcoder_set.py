@@ -225,7 +225,6 @@ def evaluate_transcoders(
     """
     by_layer = _by_layer(transcoders)
     tell, steps = progress or (lambda done, total: None), len(by_layer) + 2
-    live = isinstance(source, LiveActivations)
     measured = source.held_out(LIVE_ROWS) if isinstance(source, LiveActivations) else source
     windows, documents = held_out_windows(measured, tokens, seed)
     tell(1, steps)
@@ -239,7 +238,10 @@ def evaluate_transcoders(
     for sae in by_layer.values():
         edits |= splice_edits(sae, keep_bos=True)
     written = [str(sae.cfg.ports.outputs[0].hook) for sae in by_layer.values()]
-    means = _means(source, written) if live else {hook: mean_activation(source, hook) for hook in written}
+    if isinstance(source, LiveActivations):
+        means = _means(source, written)
+    else:
+        means = {hook: mean_activation(source, hook) for hook in written}
     flat = {hook: set_(hook, mean.to(model.device), keep_bos=True) for hook, mean in means.items()}
     spliced, mean, ce = _replacements(model, windows, documents, [edits, flat], seed)
     tell(steps, steps)
