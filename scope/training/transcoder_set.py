@@ -153,8 +153,7 @@ class SetQuality(NamedTuple):
         return f"<pre>{escape(self.summary())}</pre>"
 
     def save(self, folder: Path) -> None:
-        """Write `card.json` and a `README.md` that says the same to a person into the set's folder, and each layer's
-        figures beside its transcoder."""
+        """Write `card.json`, and a `README.md` that says the same to a person, into the set's folder."""
         write_atomically(folder / CARD_NAME, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         write_atomically(folder / "README.md", self.readme(folder.name).encode())
 
