@@ -96,3 +96,9 @@ def test_an_attribution_over_the_budget_is_refused(tmp_path):
     common = ("--model", tiny_folder("gemma3"), "--prompt", "The cat sat", "--sae", tmp_path / "sae", "--json")
     told = scope("attribute", "--target", token, "--memory-gb", 1e-6, *common, code=2)["error"]["message"]
     assert "takes about" in told
+    for layer, transcoder in enumerate(transcoders(model)):
+        save(transcoder, tmp_path / "all" / f"layer_{layer}")
+    options = (*common[:4], "--transcoders", tmp_path / "all", "--out", tmp_path / "graph.json", "--json")
+    told = scope("graph", *options, "--memory-gb", 1e-6, code=2)["error"]["message"]
+    assert "A graph of" in told
+    assert not (tmp_path / "graph.json").exists()
