@@ -90,6 +90,7 @@ def test_a_crosscoder_over_two_stores(store: Path, tmp_path: Path) -> None:
         (("--hook", RESID, "--k", 4, "--arch", "transcoder"), "hook_out"),
         (("--hook", MLP_IN, "--hook-out", MLP_OUT, "--k", 4), "transcoder"),
         (("--hook", MLP_IN, "--hook", RESID, "--hook-out", MLP_OUT, "--k", 4, "--arch", "transcoder"), "one by one"),
+        (("--hook", "blocks.*.nothing", "--k", 4), "stands for a layer"),
         (("--hook", MLP_IN, "--hook", RESID, "--k", 4, "--arch", "crosscoder,topk"), "two sweeps"),
         (
             ("--hook", RESID, "--k", 4, "--max-tokens", 100, "--text-column", "text"),

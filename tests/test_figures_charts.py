@@ -41,6 +41,9 @@ def all_figures(theme):
     curves = pd.DataFrame({"tokens": [0, 10], "fvu": [1.0, 0.1], "l0": [3.0, 4.0]})
     yield figures.training_curves(curves, theme=theme)
     yield figures.training_curves(pd.concat([curves.assign(run=EVIL), curves.assign(run="b")]), theme=theme)
+    rows = [("graph", 1, 0.2), ("random", 1, 0.1), ("graph", 200, 0.9), ("all", 300, 1.0)]
+    curve = pd.DataFrame(rows, columns=["nodes", "size", "faithfulness"]).assign(errors="kept", low=0.0, high=0.2)
+    yield figures.faithfulness_curves(pd.concat([curve, curve.assign(errors="ablated")]), theme=theme)
     heat = pd.DataFrame({"position": [0, 1], "feature": [7, 3], "value": [1.0, 2.0]})
     yield figures.token_feature_heatmap(heat, [EVIL, " x"], labels={7: EVIL}, theme=theme)
 

@@ -4,6 +4,7 @@
     attribute(model, prompt, logit_difference(" cold", " small"), sae, baseline=counterfactual(other_prompt)).table
     graph = prune(build_graph(model, prompt, transcoders))
     verify(graph, model, transcoders).model
+    graph_faithfulness(graph, model, transcoders, baseline=counterfactual(other_prompt)).table
 
 Names are loaded when they are first used.
 """
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scope.attribution.attention import edge_heads, qk_pairs
     from scope.attribution.baselines import counterfactual, mean, zero
+    from scope.attribution.circuit_curves import GraphFaithfulness, graph_faithfulness
     from scope.attribution.comparison import compare_methods, faithfulness
+    from scope.attribution.components import LogitComponents, logit_components
     from scope.attribution.direct import direct_logit_effects
     from scope.attribution.graph import CircuitGraph, build_graph
     from scope.attribution.graph_json import load_graph, save_graph
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "CircuitGraph",
+    "GraphFaithfulness",
     "GraphSettings",
+    "LogitComponents",
     "LogitLens",
     "PerLayerReport",
     "attribute",
@@ -47,9 +52,11 @@ __all__ = [
     "edge_heads",
     "faithfulness",
     "feature",
+    "graph_faithfulness",
     "load_graph",
     "log_probability",
     "logit",
+    "logit_components",
     "logit_difference",
     "logit_lens",
     "loss",
@@ -68,6 +75,8 @@ __all__ = [
 _HOMES = {
     "attention": ("edge_heads", "qk_pairs"),
     "baselines": ("counterfactual", "mean", "zero"),
+    "circuit_curves": ("GraphFaithfulness", "graph_faithfulness"),
+    "components": ("LogitComponents", "logit_components"),
     "direct": ("direct_logit_effects",),
     "comparison": ("compare_methods", "faithfulness"),
     "graph": ("CircuitGraph", "build_graph"),

@@ -66,28 +66,38 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
     place, at = int(start["position"]), int(end["position"])
     layer, until = int(start["layer"]), int(end["layer"])
     if start["kind"] == "embedding":
-        written = frozen.embedding[place]
+        written = {layer: frozen.embedding[place]}
     elif start["kind"] == "error":
-        written = read.errors[layer][place]
+        written = {layer: read.errors[layer][place]}
     else:
-        written = float(start["activation"]) * read.transcoders[layer].W_dec.detach()[int(start["feature"])].float()
-    places = torch.tensor([at], device=written.device)
+        ids = torch.tensor([int(start["feature"])])
+        written = {
+            index: float(start["activation"]) * read.dictionaries.decoder(layer, ids, index)[0].to(model.device)
+            for index in read.dictionaries.written_from(layer)
+            if index < until
+        }
+    places = torch.tensor([at], device=model.device)
     if end["kind"] == "logit":
         row = model.W_U[int(end["feature"])].float() - model.W_U.mean(0, dtype=torch.float32)
         gradient = frozen.at_logits(row[None], places)[0]
     else:
-        column = read.transcoders[until].W_enc.detach()[:, int(end["feature"])].float()
-        gradient = frozen.at_mlp_input(until, column[None], places)[0]
+        column = read.dictionaries.encoder(until, torch.tensor([int(end["feature"])])).to(model.device)
+        gradient = frozen.at_mlp_input(until, column, places)[0]
     before_mlp, behind_mlp = _along_the_stream(frozen, gradient, at, layer, until)
-    rows = [(-1, -1, float(behind_mlp[layer] @ written) if at == place else 0.0)]
+    weights = {
+        (-1, -1): sum(float(behind_mlp[index] @ what) for index, what in written.items()) if at == place else 0.0
+    }
     everywhere = slice(0, frozen.n_tokens)
-    start_at = torch.tensor([place], device=written.device)
-    for index, stream in frozen.push_forward(layer, start_at, written[None], until):
-        block = frozen.layers[index]
-        per_head = block.attention.heads(block.ln1(stream, everywhere), everywhere)[:, 0, at]
-        if block.ln1_post is not None:
-            per_head = block.ln1_post(per_head[:, None], slice(at, at + 1))[:, 0]
-        rows += [(index, head, float(weight)) for head, weight in enumerate(per_head @ before_mlp[index])]
+    start_at = torch.tensor([place], device=model.device)
+    for first, what in written.items():
+        for index, stream in frozen.push_forward(first, start_at, what[None], until):
+            block = frozen.layers[index]
+            per_head = block.attention.heads(block.ln1(stream, everywhere), everywhere)[:, 0, at]
+            if block.ln1_post is not None:
+                per_head = block.ln1_post(per_head[:, None], slice(at, at + 1))[:, 0]
+            for head, weight in enumerate((per_head @ before_mlp[index]).tolist()):
+                weights[index, head] = weights.get((index, head), 0.0) + weight
+    rows = [(*key, weight) for key, weight in weights.items()]
     table = pd.DataFrame(rows, columns=["layer", "head", "weight"])
     return table.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
 
@@ -206,21 +216,24 @@ def _written(
 ) -> tuple[list[str], Float[Tensor, "n d_model"]]:
     """Everything that was written to the residual stream at a position in front of a layer."""
     names, parts = ["embedding"], [read.frozen.embedding[position][None]]
-    for index in range(layer):
-        names.append(f"L{index} attention")
-        parts.append(attention_out[index][position][None])
-        rest = read.frozen.layers[index].mlp_out[position]
-        if index in read.firing:
-            firing = read.firing[index]
-            here = firing.position == position
-            ids = firing.feature[here]
-            decoder = read.transcoders[index].W_dec.detach()[ids.to(read.transcoders[index].W_dec.device)]
-            written = decoder.float().to(rest.device) * firing.activation[here, None]
-            names += [f"L{index} feature {feature}" for feature in ids.tolist()]
-            parts.append(written)
-            rest = rest - written.sum(0)
-        names.append(f"L{index} error")
-        parts.append(rest[None])
+    rests = [frozen.mlp_out[position] for frozen in read.frozen.layers[:layer]]
+    for index, firing in read.firing.items():
+        if index >= layer:
+            continue
+        here = firing.position == position
+        ids, total = firing.feature[here], None
+        for written in read.dictionaries.written_from(index):
+            if written < layer:
+                rows = read.dictionaries.decoder(index, ids, written).to(rests[written].device)
+                rows = rows * firing.activation[here, None]
+                rests[written] = rests[written] - rows.sum(0)
+                total = rows if total is None else total + rows
+        assert total is not None
+        names += [f"L{index} feature {feature}" for feature in ids.tolist()]
+        parts.append(total)
+    for index, rest in enumerate(rests):
+        names += [f"L{index} attention", f"L{index} error"]
+        parts += [attention_out[index][position][None], rest[None]]
     return names, torch.cat(parts)
 
 

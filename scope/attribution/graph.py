@@ -8,8 +8,9 @@ node's value is then a sum over everything written before it:
     edge s -> t                 = a_s d_s . g_ts
 
 with a_s the activation of feature s, d_s its decoder row, and g_ts the encoder column of t pulled back through the
-frozen model to what the layer of s writes at the position of s (`scope.attribution.frozen`). Doubling s changes t by
-the edge's weight. A logit node is a token's logit relative to the mean over the vocabulary.
+frozen model to what the layer of s writes at the position of s (`scope.attribution.frozen`). A feature of a cross-layer
+transcoder writes several layers; its edge is the sum over those before t. Doubling s changes t by the edge's weight. A
+logit node is a token's logit relative to the mean over the vocabulary.
 
 1. `_read` runs the prompt once: all firing features, their decoder rows, errors, embeddings, the likeliest next tokens.
 2. Logits are expanded first, that is, all their edges are computed. Then, in rounds, the features with the most
@@ -32,12 +33,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.baselines import hooks_of, node_values
+from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
 from scope.attribution.frozen import FrozenModel, freeze
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
+from scope.attribution.memory import graph_needs, require_graph_fits
 from scope.attribution.targets import single_token
-from scope.errors import InvalidInputError
+from scope.models.losses import CHUNK_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +112,7 @@ class Prompt:
     """A prompt, read once: everything that edges are made of."""
 
     frozen: FrozenModel
-    transcoders: Mapping[int, Any]
+    dictionaries: MlpDictionaries
     firing: Mapping[int, Firing]
     errors: Mapping[int, Float[Tensor, "seq d_model"]]
     first_feature: Mapping[int, int]
@@ -118,7 +120,7 @@ class Prompt:
     model has them), features by layer."""
     attention_biases: list[Float[Tensor, "seq d_model"]]
     mlp_biases: Mapping[int, Float[Tensor, " d_model"]]
-    """Per transcoder what it writes whatever fires."""
+    """Per layer that a dictionary writes, what it writes whatever fires."""
     logit_ids: Int[Tensor, " n"]
     logit_probabilities: Float[Tensor, " n"]
     logit_values: Float[Tensor, " n"]
@@ -156,23 +158,28 @@ def build_graph(
     Args:
         model: a `scope.models.LanguageModel`.
         prompt: a text, chat messages or token ids.
-        transcoders: from `ln2.hook_out` to `hook_mlp_out` of a layer, each; a layer without one has an error node only.
+        transcoders: from `ln2.hook_out` to `hook_mlp_out` of a layer, each; or one cross-layer transcoder between these
+            hooks of several layers. A layer without one has an error node only.
         settings: see `GraphSettings`.
         targets: next tokens to explain; by default the likeliest.
         progress: called with (what is done, how much, of how much).
 
     Raises:
-        InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere.
+        InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere; or the graph
+            takes more memory than `settings.memory_gb`, or than is free.
         MismatchError: a transcoder has another width than the model.
     """
     settings = settings or GraphSettings()
     tell = progress or (lambda step, done, total: None)
     tokens = model.prompt_tokens(prompt)
-    by_layer = _by_layer(model, transcoders)
+    dictionaries = mlp_dictionaries(model, transcoders)
     wanted = [single_token(model, token) for token in targets]
+    require_graph_fits(graph_needs(model, len(tokens), dictionaries), settings, model.device)
     tell("reading the prompt", 0, None)
     with torch.no_grad():
-        read = _read(model, tokens, by_layer, settings, wanted)
+        read = _read(model, tokens, dictionaries, settings, wanted)
+        l0 = (read.n_sources - read.n_fixed) / len(tokens)
+        require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
         work = _Expansion(read, settings)
         work.run(tell)
         return work.graph(prompt if isinstance(prompt, str) else "")
@@ -181,49 +188,35 @@ def build_graph(
 def read_prompt(model: Any, tokens: Int[Tensor, " seq"], transcoders: Sequence[Any]) -> Prompt:
     """A prompt read once: the frozen model, firing features, errors, biases."""
     with torch.no_grad():
-        return _read(model, tokens, _by_layer(model, transcoders), GraphSettings(), [])
-
-
-def _by_layer(model: Any, transcoders: Sequence[Any]) -> dict[int, Any]:
-    found: dict[int, Any] = {}
-    for transcoder in transcoders:
-        reads, writes = hooks_of(model, transcoder)
-        layer = int(reads.split(".")[1]) if reads.startswith("blocks.") else -1
-        if (reads, writes) != (f"blocks.{layer}.ln2.hook_out", f"blocks.{layer}.hook_mlp_out"):
-            raise InvalidInputError(
-                f"A graph takes transcoders from an MLP's input to its output, such as blocks.3.ln2.hook_out to "
-                f"blocks.3.hook_mlp_out; this one reads {reads} and writes {writes}."
-            )
-        if layer in found:
-            raise InvalidInputError(f"Two transcoders are of layer {layer}; give one a layer.")
-        found[layer] = transcoder
-    if not found:
-        raise InvalidInputError("A graph needs at least one transcoder, better one for every layer.")
-    return dict(sorted(found.items()))
+        return _read(model, tokens, mlp_dictionaries(model, transcoders), GraphSettings(), [])
 
 
 def _read(
-    model: Any, tokens: Int[Tensor, " seq"], transcoders: Mapping[int, Any], settings: GraphSettings, wanted: list[int]
+    model: Any, tokens: Int[Tensor, " seq"], dictionaries: MlpDictionaries, settings: GraphSettings, wanted: list[int]
 ) -> Prompt:
-    frozen, seen = freeze(model, tokens, [f"blocks.{layer}.ln2.hook_out" for layer in transcoders])
-    has_bos = bool(model.bos_mask(tokens[None])[0, 0])
-    firing, errors, skips = {}, {}, {}
-    mlp_biases = {}
-    for layer, frozen_layer in enumerate(frozen.layers):
-        errors[layer] = frozen_layer.mlp_out
-        if layer not in transcoders:
-            continue
-        transcoder = transcoders[layer]
-        x = seen[f"blocks.{layer}.ln2.hook_out"]
-        features, errors[layer] = node_values(transcoder, x, frozen_layer.mlp_out, has_bos)
-        mlp_biases[layer] = transcoder.b_dec.detach().float().to(x.device)
-        skip = getattr(transcoder, "W_skip", None)
+    hooks = {layer: f"blocks.{layer}.ln2.hook_out" for layer in dictionaries.layers}
+    frozen, seen = freeze(model, tokens, list(hooks.values()))
+    reads = {layer: seen[hook] for layer, hook in hooks.items()}
+    errors = {layer: frozen_layer.mlp_out for layer, frozen_layer in enumerate(frozen.layers)}
+    firing, skips, mlp_biases = {}, {}, {}
+    for layer in dictionaries.layers:
+        mlp_biases[layer] = dictionaries.b_dec(layer).to(tokens.device)
+        errors[layer] = errors[layer] - mlp_biases[layer]
+        skip = dictionaries.skip(layer)
         if skip is not None:
-            skips[layer] = skip.detach().float().to(x.device)
-            errors[layer] = errors[layer] - x @ skips[layer].T
-            norm_bias = frozen_layer.ln2.bias
+            skips[layer] = skip.to(tokens.device)
+            errors[layer] = errors[layer] - reads[layer] @ skips[layer].T
+            norm_bias = frozen.layers[layer].ln2.bias
             if norm_bias is not None:
                 mlp_biases[layer] = mlp_biases[layer] + skips[layer] @ norm_bias
+    has_bos = bool(model.bos_mask(tokens[None])[0, 0])
+    together = {} if dictionaries.clt is None else dictionaries.encode(reads)
+    for layer in dictionaries.layers:
+        features = together[layer] if together else dictionaries.encode_layer(layer, reads[layer])
+        if has_bos:
+            features[0] = 0.0
+        for written in dictionaries.written_from(layer):
+            errors[written] = errors[written] - dictionaries.decode(layer, features, written)
         position, feature = features.nonzero(as_tuple=True)
         firing[layer] = Firing(position, feature, features[position, feature])
     first, number = {}, _n_fixed(frozen)
@@ -234,7 +227,7 @@ def _read(
     ids, probabilities, values, mean = _logits(model, frozen, settings, wanted)
     attention_biases = frozen.attention_constants()
     return Prompt(
-        frozen, transcoders, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
+        frozen, dictionaries, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
     )
 
 
@@ -245,7 +238,8 @@ def _logits(
     hidden = frozen.final_norm(frozen.final[-1:], slice(frozen.n_tokens - 1, frozen.n_tokens))[0]
     if frozen.final_norm.bias is not None:
         hidden = hidden + frozen.final_norm.bias
-    logits = torch.nn.functional.linear(hidden, model.W_U.float())
+    rows = max(1, CHUNK_BYTES // (4 * model.d_model))
+    logits = torch.cat([hidden @ part.float().T for part in model.W_U.split(rows)], dim=-1)
     head = model.hf.get_submodule(model.layout.head)
     if getattr(head, "bias", None) is not None:
         logits = logits + head.bias.float()
@@ -327,13 +321,13 @@ class _Expansion:
         offsets = torch.zeros(len(chosen), device=places.device)
         for layer in layers.unique().tolist():
             here = layers == layer
-            transcoder = read.transcoders[layer]
-            columns[here] = transcoder.W_enc.detach().T[ids[here].to(transcoder.W_enc.device)].float().to(places.device)
+            columns[here] = read.dictionaries.encoder(layer, ids[here]).to(places.device)
             norm_bias = read.frozen.layers[layer].ln2.bias
             if norm_bias is not None:
                 offsets[here] = columns[here] @ norm_bias
-            if transcoder.cfg.apply_b_dec_to_input:
-                offsets[here] -= columns[here] @ transcoder.b_dec.detach().float().to(places.device)
+            taken = read.dictionaries.b_dec_read(layer)
+            if taken is not None:
+                offsets[here] -= columns[here] @ taken.to(places.device)
         gradients = torch.empty_like(columns)
         for layer in layers.unique().tolist():
             here = layers == layer
@@ -346,9 +340,7 @@ class _Expansion:
         values = self.activation[chosen].clone()
         for layer in self.layer[chosen].unique().tolist():
             here = self.layer[chosen] == layer
-            transcoder = self.read.transcoders[layer]
-            bias = transcoder.activation.bias_of(transcoder).detach().float().to(values.device)
-            values[here] -= bias[self.feature[chosen][here]]
+            values[here] -= self.read.dictionaries.b_enc(layer, self.feature[chosen][here]).to(values.device)
         return values.tolist()
 
     def _expand(
@@ -379,15 +371,19 @@ class _Expansion:
             else:
                 errors = (gradient * read.errors[layer][:rows]).sum(-1)
                 weights[:, seq * (1 + layer) : seq * (1 + layer) + rows] = errors
-                if layer in read.firing:
+                if layer in read.mlp_biases:
                     bias += (gradient.sum(1) * read.mlp_biases[layer]).sum(-1)
-                    first = read.first_feature[layer]
-                    weights[:, first : first + len(read.firing[layer].feature)] = self._from_features(layer, gradient)
+                for source in read.dictionaries.writers_of(layer):
+                    first = read.first_feature[source]
+                    part = slice(first, first + len(read.firing[source].feature))
+                    weights[:, part] += self._from_features(source, layer, gradient)
         self._keep(numbers, weights, values, bias.tolist())
 
-    def _from_features(self, layer: int, gradient: Float[Tensor, "n rows d_model"]) -> Float[Tensor, "n firing"]:
-        """a_s d_s . g for every firing feature of a layer."""
-        firing, transcoder = self.read.firing[layer], self.read.transcoders[layer]
+    def _from_features(
+        self, layer: int, written: int, gradient: Float[Tensor, "n rows d_model"]
+    ) -> Float[Tensor, "n firing"]:
+        """a_s d_s . g for every firing feature of a layer and what it writes to the output of the layer `written`."""
+        firing, dictionaries = self.read.firing[layer], self.read.dictionaries
         rows = gradient.shape[1]
         found = torch.zeros(len(gradient), len(firing.feature), device=gradient.device)
         # Firing features stand in order of position: those of some positions are a slice, padded to the longest.
@@ -400,8 +396,8 @@ class _Expansion:
             places = torch.arange(int(counts.max()), device=counts.device)
             is_there = places < counts[:, None]
             number = ((counts.cumsum(0) - counts)[:, None] + places).clamp_max(stop - start - 1) + start
-            decoder = transcoder.W_dec.detach()[firing.feature[number].to(transcoder.W_dec.device)]
-            decoder = decoder.float().to(gradient.device) * (firing.activation[number] * is_there)[..., None]
+            decoder = dictionaries.decoder(layer, firing.feature[number], written).to(gradient.device)
+            decoder = decoder * (firing.activation[number] * is_there)[..., None]
             here = gradient[:, first : first + len(counts)].transpose(0, 1) @ decoder.mT  # (positions, n, firing there)
             found[:, start:stop] = here.transpose(0, 1)[:, is_there]
         return found

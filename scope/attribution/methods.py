@@ -39,6 +39,7 @@ from torch import Tensor
 
 from scope.attribution.baselines import Baseline, NodeValues, hooks_of, node_values, zero
 from scope.attribution.evaluate import check_targets, evaluate
+from scope.attribution.memory import attribution_needs, require_attribution_fits
 from scope.attribution.targets import Target
 from scope.errors import InvalidInputError, UnknownNameError
 
@@ -177,6 +178,7 @@ def attribute(
     steps: int = 10,
     batch_size: int = BATCH,
     nodes: "Sequence[tuple[str, int, int]] | None" = None,
+    memory_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Attribute one target, or several, to the features and error nodes of some SAEs.
@@ -191,6 +193,7 @@ def attribute(
         steps: of the methods that integrate: the number of midpoints between baseline and prompt.
         batch_size: runs at once.
         nodes: for activation patching, which nodes to patch, as (hook, position, feature); None for all.
+        memory_gb: memory that it may take beside the model and the SAEs, in GB; None for what is free.
         progress: called with (runs done, runs in all).
 
     Returns:
@@ -200,7 +203,8 @@ def attribute(
         UnknownNameError: there is no such method or hook.
         OutOfRangeError: a position, token or feature that does not exist.
         MismatchError: an SAE or a counterfactual prompt does not fit.
-        InvalidInputError: something else that was given is wrong. All before anything but the nodes is computed.
+        InvalidInputError: something else that was given is wrong, or it takes more memory than there is. All before
+            anything but the nodes is computed.
     """
     if isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt):
         return [
@@ -214,6 +218,7 @@ def attribute(
                 steps=steps,
                 batch_size=batch_size,
                 nodes=nodes,
+                memory_gb=memory_gb,
                 progress=progress,
             )
             for text in prompt
@@ -223,7 +228,13 @@ def attribute(
     if steps < 1 or batch_size < 1:
         raise InvalidInputError(f"steps is {steps} and batch_size {batch_size}; expected 1 or more.")
     targets = list(target) if isinstance(target, Sequence) else [target]
-    check_targets(model, model.prompt_tokens(prompt), targets)
+    tokens = model.prompt_tokens(prompt)
+    check_targets(model, tokens, targets)
+    several = saes if isinstance(saes, Sequence) else [saes]
+    needs = attribution_needs(model, len(tokens), several, method == "eap_ig")
+    at_once = {"activation_patching": batch_size, "integrated_gradients": min(steps, batch_size)}
+    at_once["eap_ig"] = at_once["integrated_gradients"]
+    require_attribution_fits(needs, at_once.get(method, 1), method != "activation_patching", memory_gb, model.device)
     prepared = prepare(model, prompt, saes, baseline or zero())
     found = []
     for one in targets:

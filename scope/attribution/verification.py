@@ -3,7 +3,8 @@
 A graph is exact about a local replacement model. Of the model itself it is a hypothesis, tested here by intervention:
 
 1. Each feature node is set to 0 and to twice its value: a_s d_s is taken from, or added to, what the MLP of its layer
-   wrote at its position. Everything after it reacts: attention, norms and MLPs.
+   wrote at its position (of a cross-layer transcoder's feature: what all MLPs wrote whose outputs it writes).
+   Everything after it reacts: attention, norms and MLPs.
 2. Measured is the change of every node of the graph behind it: pre-activations of features, centred logits.
 3. Predicted is the total effect in the signed graph. With D[t, s] = edge s -> t / a_s, a change δ of feature s changes
    the nodes by (I - D)⁻¹ e_s δ: its edge, and every path through other nodes.
@@ -15,7 +16,7 @@ that the graph does not hold, as strongly; the prediction for s should then fail
 the real one with attention patterns held, which is nearer to how the graph was made and no evidence by itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
 from scope.attribution.frozen import attention_as_frozen, freeze
 from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
@@ -146,9 +148,9 @@ def verify(
     features = _features(graph, max_features)
     if not features:
         raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
-    by_layer = {int(sae.hook_name.split(".")[1]): sae for sae in transcoders}
+    dictionaries = mlp_dictionaries(model, transcoders)
     tokens = torch.tensor(graph.token_ids, device=model.device)
-    bench = _Bench(graph, model, by_layer, tokens)
+    bench = _Bench(graph, model, dictionaries, tokens)
     effects = total_effects(graph)
     frozen, _ = freeze(model, tokens)
     rng = np.random.default_rng(seed)
@@ -159,13 +161,8 @@ def verify(
     for start in range(0, len(runs), batch_size):
         batch = runs[start : start + batch_size]
         sizes = [(factor - 1) * node.activation for node, factor in batch]
-        own = [
-            (node.layer, node.position, size * bench.row(node)) for (node, _), size in zip(batch, sizes, strict=True)
-        ]
-        other = [
-            (node.layer, node.position, size * bench.other(node, rng))
-            for (node, _), size in zip(batch, sizes, strict=True)
-        ]
+        own = [bench.write(node, node.feature, size) for (node, _), size in zip(batch, sizes, strict=True)]
+        other = [bench.write(node, bench.other(node, rng), size) for (node, _), size in zip(batch, sizes, strict=True)]
         measured = bench.measure(own, nullcontext()) - clean
         control = bench.measure(other, nullcontext()) - clean
         fixed = bench.measure(own, attention_as_frozen(frozen)) - clean_frozen
@@ -209,11 +206,15 @@ def _features(graph: "CircuitGraph", n: int) -> list[_FeatureNode]:
     return [_FeatureNode(*values) for values in zip(*columns, strict=True)]
 
 
+Write = list[tuple[int, int, Tensor]]
+"""What one run adds: (layer, position, what its MLP's output gets)."""
+
+
 class _Bench:
     """Runs of the prompt with something added to what MLPs write, and the graph's nodes read off."""
 
-    def __init__(self, graph: "CircuitGraph", model: Any, transcoders: Mapping[int, Any], tokens: Tensor) -> None:
-        self.graph, self.model, self.transcoders, self.tokens = graph, model, transcoders, tokens
+    def __init__(self, graph: "CircuitGraph", model: Any, dictionaries: MlpDictionaries, tokens: Tensor) -> None:
+        self.graph, self.model, self.dictionaries, self.tokens = graph, model, dictionaries, tokens
         targets = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
         self.features = targets[targets["kind"] == "feature"]
         self.logits = targets[targets["kind"] == "logit"]
@@ -227,34 +228,40 @@ class _Bench:
             for layer, own in graph.nodes[graph.nodes["kind"] == "feature"].groupby("layer")
         }
 
-    def row(self, node: _FeatureNode) -> Float[Tensor, " d_model"]:
-        """The decoder row of a feature node."""
-        return self.transcoders[node.layer].W_dec.detach()[node.feature].float()
+    def write(self, node: _FeatureNode, feature: int, size: float) -> Write:
+        """So many units of a node's value, written along the rows of a feature of its layer, as long as its own."""
+        ids = torch.tensor([node.feature, feature])
+        rows = {
+            layer: self.dictionaries.decoder(node.layer, ids, layer)
+            for layer in self.dictionaries.written_from(node.layer)
+        }
+        own, other = torch.stack([torch.cat(list(part)).norm() for part in zip(*rows.values(), strict=True)])
+        scale = size * own / other.clamp_min(1e-12)
+        return [(layer, node.position, scale * row[1]) for layer, row in rows.items()]
 
-    def other(self, node: _FeatureNode, rng: np.random.Generator) -> Float[Tensor, " d_model"]:
-        """The decoder row of a random feature of the same layer, as long as the node's own."""
-        sae = self.transcoders[node.layer]
-        choices = np.setdiff1d(np.arange(sae.d_sae), list(self.held[node.layer]))
-        row = sae.W_dec.detach()[int(rng.choice(choices))].float()
-        return row * (self.row(node).norm() / row.norm().clamp_min(1e-12))
+    def other(self, node: _FeatureNode, rng: np.random.Generator) -> int:
+        """A random feature of the same layer that the graph does not hold."""
+        choices = np.setdiff1d(np.arange(self.dictionaries.width(node.layer)), list(self.held[node.layer]))
+        return int(rng.choice(choices))
 
     def is_behind(self, node: _FeatureNode) -> np.ndarray:
         """Which nodes a feature can change at all."""
         return (self.layers > node.layer) & (self.positions >= node.position)
 
     def measure(
-        self, writes: Sequence[tuple[int, int, Tensor]], attention: AbstractContextManager[None]
+        self, writes: Sequence[Write], attention: AbstractContextManager[None]
     ) -> Float[np.ndarray, "runs nodes"]:
-        """Pre-activations and centred logits of the graph's nodes, each run with one write (layer, position, what)."""
+        """Pre-activations and centred logits of the graph's nodes, each run with what is written in it."""
         model, table = self.model, self.model.hook_table
         runs = max(1, len(writes))
         found = torch.zeros(runs, len(self.nodes), device=model.device)
         handlers: dict[HookPoint, Handler] = {}
-        for layer in sorted({*self.features["layer"].tolist(), *(layer for layer, _, _ in writes)}):
+        written = {layer for write in writes for layer, _, _ in write}
+        for layer in sorted({*self.features["layer"].tolist(), *written}):
             here = self.features["layer"].to_numpy() == layer
             if here.any():
                 handlers[table[f"blocks.{layer}.ln2.hook_out"]] = self._reader(layer, here, found)
-            added = [(run, position, what) for run, (at, position, what) in enumerate(writes) if at == layer]
+            added = [(run, place, what) for run, write in enumerate(writes) for at, place, what in write if at == layer]
             if added:
                 handlers[table[f"blocks.{layer}.hook_mlp_out"]] = _writer(added)
         with model.lock, attention, tapped(model.hf, handlers, stop=False):
@@ -263,10 +270,8 @@ class _Bench:
         return found.cpu().numpy()
 
     def _reader(self, layer: int, here: np.ndarray, found: Tensor) -> Callable[[Tensor], None]:
-        sae = self.transcoders[layer]
-        ids = torch.tensor(self.features["feature"].to_numpy()[here], device=sae.W_enc.device)
-        places = torch.tensor(self.features["position"].to_numpy()[here], device=sae.W_enc.device)
-        columns = sae.W_enc.detach().T[ids].float()
+        columns = self.dictionaries.encoder(layer, torch.tensor(self.features["feature"].to_numpy()[here]))
+        places = torch.tensor(self.features["position"].to_numpy()[here], device=columns.device)
         where = torch.tensor(np.nonzero(here)[0], device=found.device)
 
         def read(value: Tensor) -> None:

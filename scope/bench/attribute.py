@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_settings import GraphSettings
+from scope.attribution.memory import graph_needs
 from scope.attribution.pruning import prune
 from scope.bench.machine import describe_machine
 from scope.bench.random_model import save_random_llama
@@ -45,7 +47,7 @@ def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[
 
     Returns:
         Figures, JSON-able: `graphs`, one for each length: tokens, active_features, features, edges, seconds,
-        peak_gigabytes, kept_nodes.
+        peak_gigabytes, estimated_gigabytes (beside model and dictionaries), kept_nodes.
     """
     device = pick_device(config.device)
     lengths = config.lengths or ((64,) if device.type == "cpu" else (512, 2048, 6000))
@@ -80,6 +82,7 @@ def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSe
     pruned = prune(graph)
     if cuda:
         torch.cuda.synchronize()
+    dictionaries, l0 = mlp_dictionaries(model, transcoders), graph.n_active / len(tokens)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "tokens": len(tokens),
@@ -90,6 +93,7 @@ def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSe
         "build_seconds": built,
         "seconds": time.perf_counter() - started,
         "peak_gigabytes": peak / GIGABYTE,
+        "estimated_gigabytes": graph_needs(model, len(tokens), dictionaries, l0).total(settings) / GIGABYTE,
     }
 
 

@@ -1,6 +1,6 @@
 """What several commands do: open what they were given, find the model that filled a store, train, measure, index."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,23 @@ if TYPE_CHECKING:
     from scope.training import SweepRun, TrainConfig, TrainReport
     from scope.training.aligned import AlignedStores
     from scope.training.evaluate import Quality
+    from scope.training.transcoder_set import SetQuality
 
     Source = ActivationStore | LiveActivations
 
+FEW_HOOKS = 4
+GROUP_BYTES = 2**29
+"""Activations of all hooks together that a model computes ahead at once, where they are many."""
+
 __all__ = [
     "aligned_stores",
+    "every_layer",
     "finished_sae",
     "has_held_out",
     "index_sae",
     "load_model_of",
     "measure_sae",
+    "measure_set",
     "open_source",
     "optional_model_of",
     "train_runs",
@@ -49,7 +56,7 @@ def open_source(
 
     Args:
         store: the store's folder or address.
-        hooks: the hooks, where there is no store.
+        hooks: the hooks, where there is no store; a * stands for every layer.
         model: what to load, where there is no store.
         data: the text's files, where there is no store.
         context_size: tokens in a window, BOS included.
@@ -81,9 +88,38 @@ def open_source(
     text = TextSource(data, text_column=text_column or "text", shuffle_seed=shuffle_seed)
     text.check()
     say(f"Loading {model}")
-    return LanguageModel.load(model, device=model_device).source(
-        text, hooks, context_size=context_size, max_tokens=max_tokens, device=device
+    loaded = LanguageModel.load(model, device=model_device)
+    named = every_layer(hooks, loaded.hook_table.names)
+    return loaded.source(
+        text,
+        named,
+        context_size=context_size,
+        max_tokens=max_tokens,
+        device=device,
+        rows_per_group=_rows_together(loaded, named),
     )
+
+
+def every_layer(hooks: "Sequence[str]", known: "Sequence[str]") -> list[str]:
+    """Hooks with those that a * for the layer stands for, each once."""
+    from scope.training.transcoder_set import hooks_by_layer
+
+    found = [name for hook in hooks for name in (hooks_by_layer(hook, known) if "*" in hook else [hook])]
+    return list(dict.fromkeys(found))
+
+
+def _rows_together(model: "LanguageModel", hooks: "Sequence[str]") -> int | None:
+    """Rows of many hooks that are computed together; None, a store's number, for a few of them. Three or four such
+    groups are in memory at a time."""
+    import math
+
+    from activations.spec import rows_per_group_for
+
+    if len(hooks) <= FEW_HOOKS:
+        return None
+    sizes = [2 * math.prod(model.hook_shape(hook)) for hook in hooks]
+    fitting = max(1, GROUP_BYTES // sum(sizes))
+    return int(min(rows_per_group_for(max(sizes)), 1 << (fitting.bit_length() - 1)))
 
 
 def has_held_out(source: "Source") -> bool:
@@ -223,6 +259,31 @@ def measure_sae(
         )
     if out is not None:
         quality.save(out)
+    return quality
+
+
+def measure_set(
+    folders: "Mapping[int, Path]", store: "Source", model: "LanguageModel", tokens: int, card: Path | None
+) -> "SetQuality":
+    """Measure the transcoders of a set, alone and all at once, with a progress bar.
+
+    Args:
+        folders: where each layer's transcoder lies.
+        store: the activations.
+        model: the store's model.
+        tokens: held-out tokens for the replacement model.
+        card: the folder that gets the card; None writes nothing.
+    """
+    from scope.saes.formats import load
+    from scope.training.transcoder_set import evaluate_transcoders
+
+    saes = [load(folder).to(model.device) for folder in folders.values()]
+    with progress_bar("Measuring the set (steps)") as progress:
+        quality = evaluate_transcoders(
+            saes, store, model, tokens=tokens, folders=folders if card else None, progress=progress
+        )
+    if card is not None:
+        quality.save(card)
     return quality
 
 

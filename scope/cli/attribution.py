@@ -50,6 +50,10 @@ def register(app: typer.Typer) -> None:
         ] = "integrated_gradients",
         position: Annotated[int, typer.Option(help="After which token; -1 is the last.")] = -1,
         steps: Annotated[int, typer.Option(help="Of the methods that integrate.")] = 10,
+        batch_size: Annotated[int, typer.Option(help="Runs at once.")] = 32,
+        memory_gb: Annotated[
+            float | None, typer.Option(help="Memory that it may take beside the model, in GB; by default what is free.")
+        ] = None,
         top: Annotated[int, typer.Option(help="Rows to show.")] = 20,
         device: DeviceOption = None,
         allow_download: DownloadOption = False,
@@ -64,7 +68,18 @@ def register(app: typer.Typer) -> None:
         asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
         with progress_bar("Attributing (runs)") as progress:
-            found = run(opened, prompt, asked, saes, method, baseline, steps=steps, progress=progress)
+            found = run(
+                opened,
+                prompt,
+                asked,
+                saes,
+                method,
+                baseline,
+                steps=steps,
+                batch_size=batch_size,
+                memory_gb=memory_gb,
+                progress=progress,
+            )
         rows = found.table.head(top)
         data = {
             "target": found.target,
@@ -178,6 +193,81 @@ def register(app: typer.Typer) -> None:
             )
         ]
         return Outcome(found.to_dict(), "\n".join(lines))
+
+    @command(graphs, "faithfulness")
+    def faithfulness(
+        graph: Annotated[Path, typer.Argument(help="A graph's file.")],
+        target: Annotated[
+            str | None, typer.Option(help="The next token that is to be kept; by default the graph's likeliest.")
+        ] = None,
+        against: Annotated[
+            str | None, typer.Option(help="Another next token, for the difference of their logits.")
+        ] = None,
+        counterfactual: Annotated[
+            str | None,
+            typer.Option(help="A prompt of as many tokens whose values ablated nodes get; without one they get 0."),
+        ] = None,
+        sizes: Annotated[str | None, typer.Option(help="Features to keep, separated by commas.")] = None,
+        draws: Annotated[int, typer.Option(help="Random circuits of each size.", min=0)] = 10,
+        held: Annotated[
+            bool,
+            typer.Option("--held", help="Hold kept features at what they were, instead of computing them anew."),
+        ] = False,
+        model: Annotated[str | None, typer.Option(help="The model, where the graph does not say.")] = None,
+        transcoders: Annotated[
+            list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
+        ] = None,
+        seed: Annotated[int, typer.Option(help="Of the random circuits.")] = 0,
+        figure: Annotated[Path | None, typer.Option(help="Draw the curves into this HTML file.")] = None,
+        device: DeviceOption = None,
+        allow_download: DownloadOption = False,
+    ) -> Outcome:
+        """Keep a graph's features with the most influence, ablate the rest, and see how much of the target is left:
+        with error nodes kept and ablated, beside random features of the same number."""
+        from scope.attribution.baselines import counterfactual as against_prompt
+        from scope.attribution.baselines import zero
+        from scope.attribution.circuit_curves import SIZES, graph_faithfulness
+        from scope.attribution.graph_json import load_graph
+        from scope.attribution.targets import logit, logit_difference
+        from scope.errors import InvalidInputError
+
+        if against is not None and target is None:
+            raise InvalidInputError("--against needs --target: which token is to be kept.")
+        read = load_graph(graph)
+        paths = _transcoder_paths(transcoders or list(read.transcoders))
+        kept = SIZES if sizes is None else _whole_numbers(sizes)
+        opened, saes = _opened(model or read.model_name, paths, device, allow_download)
+        asked = None if target is None else logit(target) if against is None else logit_difference(target, against)
+        with progress_bar("Ablating (runs)") as progress:
+            found = graph_faithfulness(
+                read,
+                opened,
+                saes,
+                asked,
+                zero() if counterfactual is None else against_prompt(counterfactual),
+                kept,
+                n_random=draws,
+                recompute=not held,
+                seed=seed,
+                progress=progress,
+            )
+        if figure is not None:
+            from scope.figures.circuits import faithfulness_curves
+
+            faithfulness_curves(found.table).write_html(figure)
+        text = f"{found.target} = {found.value:.4g} in the model, {found.baseline} baseline\n" + found.table.to_string(
+            index=False, float_format=lambda number: f"{number:.3f}"
+        )
+        return Outcome(found.to_dict(), text)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    from scope.errors import InvalidInputError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise InvalidInputError(f"sizes is {text!r}; expected whole numbers separated by commas, such as 1,10,100.")
+    return tuple(int(part) for part in parts)
 
 
 def _transcoder_paths(given: list[str]) -> list[str]:

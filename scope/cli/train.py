@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
             list[str],
             typer.Option(
                 help="The hook to train on. Several are what a crosscoder or clt reads, in order; for other "
-                "architectures they make a sweep."
+                "architectures they make a sweep. A * stands for every layer: 'blocks.*.ln2.hook_out'."
             ),
         ],
         out: Annotated[Path, typer.Option(help="The folder for the SAE; for a sweep, the folder of their folders.")],
@@ -39,7 +39,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         hook_out: Annotated[
             list[str] | None,
-            typer.Option(help="The hook that a transcoder writes; those that a clt writes, in order."),
+            typer.Option(
+                help="The hook that a transcoder writes; those that a clt writes, in order. As many as --hook train a "
+                "transcoder for each pair; 'blocks.*.hook_mlp_out' writes every layer."
+            ),
         ] = None,
         beside: Annotated[
             list[str] | None,
@@ -102,7 +105,9 @@ def register(app: typer.Typer) -> None:
         the held-out documents.
 
         Commas in --k, --d-sae, --lr or --arch, and several --hook, train one for each combination, all from one pass
-        over the data.
+        over the data. So are the transcoders of all MLPs:
+        --arch transcoder --hook 'blocks.*.ln2.hook_out' --hook-out 'blocks.*.hook_mlp_out'
+        They are measured as a set, all spliced in at once, and OUT gets a card.
 
         Several GPUs (or CPUs) train one SAE where torchrun starts this command:
         torchrun --nproc-per-node 2 -m scope.cli train STORE --device cuda … They divide each batch, or, with --parallel
@@ -112,9 +117,11 @@ def register(app: typer.Typer) -> None:
         """
         from scope.cli._steps import (
             aligned_stores,
+            every_layer,
             finished_sae,
             has_held_out,
             measure_sae,
+            measure_set,
             open_source,
             optional_model_of,
             train_runs,
@@ -122,6 +129,7 @@ def register(app: typer.Typer) -> None:
         )
         from scope.training.distributed import local_device, own_gpu
         from scope.training.trackers import require_trackers
+        from scope.training.transcoder_set import is_set, layer_of
 
         trackers = require_trackers(tracker or [])
         if beside and store is None:
@@ -142,7 +150,8 @@ def register(app: typer.Typer) -> None:
         held_out = has_held_out(first)
         if not held_out:
             say("No document of this text is held out (one title in ten is): the quality will not be measured.")
-        runs = _runs(config, hook, hook_out or [], swept)
+        hook, hook_out = every_layer(hook, opened.hooks), every_layer(hook_out or [], opened.hooks)
+        runs = _runs(config, hook, hook_out, swept)
         if len(runs) > 1:
             trained = {
                 out / run.name: report
@@ -162,6 +171,13 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit
         spliced = held_out and evaluate_tokens and not beside
         language_model = optional_model_of(first, model, config.device) if spliced else None
+        if is_set(runs) and language_model is not None:
+            folders = {layer_of(str(sae.hook_name)) or 0: folder for sae, folder, _, _ in done}
+            found = measure_set(folders, first, language_model, evaluate_tokens, out)
+            trained_runs = [
+                {"sae": str(folder), "id": sae.fingerprint[:12], **figures} for sae, folder, figures, _ in done
+            ]
+            return Outcome({"runs": trained_runs, **found.to_dict()}, f"{found.summary()}\n{out} has the card.")
         results, texts = [], []
         for sae, folder, figures, text in done:
             result = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}
@@ -177,7 +193,7 @@ def _runs(
     config: TrainConfig, hooks: list[str], hooks_out: list[str], swept: dict[str, tuple[Any, ...]]
 ) -> "list[SweepRun]":
     """What is to be trained: one SAE for each combination and hook; several hooks are one SAE's where it reads many."""
-    from scope.training.sweeps import SweepRun, sweep
+    from scope.training.sweeps import SweepRun, one_for_each_layer, sweep
 
     architectures = swept.get("arch", (config.arch,))
     together = [name in ("crosscoder", "clt") for name in architectures]
@@ -188,9 +204,6 @@ def _runs(
     if not any(together) and not hooks_out:
         return sweep(config, hooks, **swept)
     if not any(together) and (len(hooks) > 1 or len(hooks_out) > 1):
-        raise InvalidInputError(
-            f"The architecture {config.arch} reads one hook and writes one; got {len(hooks)} --hook and "
-            f"{len(hooks_out)} --hook-out. Train them one by one."
-        )
+        return one_for_each_layer(config, hooks, hooks_out, **swept)
     runs = sweep(config, [" ".join(hooks)], **swept)
     return [SweepRun(run.name, tuple(hooks), tuple(hooks_out), run.config) for run in runs]

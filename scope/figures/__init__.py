@@ -5,6 +5,7 @@ browser; from Python `figure.write_image("figure.svg")` does, which needs the ex
 Chromium (`BROWSER_PATH=` where it is not found).
 """
 
+from scope.figures.circuits import faithfulness_curves
 from scope.figures.comparison import cosine_histogram
 from scope.figures.experts import expert_heatmap
 from scope.figures.features import (
@@ -45,6 +46,7 @@ __all__ = [
     "css_variables",
     "effect_colour",
     "expert_heatmap",
+    "faithfulness_curves",
     "feature_scatter",
     "histogram_frame",
     "logit_bars",

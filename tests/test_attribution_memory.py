@@ -1,0 +1,104 @@
+"""What is estimated before a graph or an attribution is begun, and what is said where it does not fit."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_models import one_thread, tiny_folder, tiny_model
+from helpers_saes import make
+from test_attribution_dense import cross_layer
+from test_attribution_graph import prompt_of, transcoders
+from test_cli import scope
+
+from scope.attribution.dictionaries import mlp_dictionaries
+from scope.attribution.graph import build_graph
+from scope.attribution.graph_settings import GraphSettings
+from scope.attribution.memory import GraphNeeds, free_memory, graph_needs
+from scope.attribution.methods import attribute
+from scope.attribution.targets import logit
+from scope.errors import InvalidInputError
+from scope.saes.base import SAEMetadata
+from scope.saes.formats import save
+
+__all__ = ["one_thread"]
+
+LARGE = GraphNeeds(6000, 26, 8, 4, 256, 2304, 16_384, 26 * 50, 2)
+"""Gemma 2 2B with 16,384 features a layer of which 50 fire."""
+
+
+def test_a_long_prompt_of_a_2b_model_fits_on_one_card_and_a_dense_graph_would_not():
+    settings = GraphSettings(max_features=7500)
+    assert 5e9 < LARGE.total(settings) < 80e9
+    dense = replace(settings, edges_per_target=10**9)
+    assert LARGE.total(dense) > 80e9
+
+
+@pytest.mark.parametrize("name", ["max_features", "edges_per_target", "batch_size"])
+def test_every_setting_and_every_token_costs(name):
+    settings = GraphSettings(max_features=2000, edges_per_target=2000, batch_size=32)
+    assert LARGE.total(replace(settings, **{name: 2 * getattr(settings, name)})) > LARGE.total(settings)
+    assert replace(LARGE, n_tokens=8000).total(settings) > LARGE.total(settings)
+
+
+def test_l0_is_what_the_dictionaries_say():
+    model = tiny_model("gemma3")
+    assert graph_needs(model, 9, mlp_dictionaries(model, transcoders(model))).l0 == 6 * model.n_layers
+    assert graph_needs(model, 9, mlp_dictionaries(model, [cross_layer(model)])).l0 == 20
+    assert graph_needs(model, 9, mlp_dictionaries(model, transcoders(model)), 3.5).l0 == 3.5
+    assert free_memory(torch.device("cpu")) > 10**8
+
+
+def test_a_graph_over_the_budget_is_refused_before_the_model_runs(monkeypatch):
+    model = tiny_model("gemma3")
+    made, prompt = transcoders(model), prompt_of(model)
+    settings = GraphSettings(max_features=10_000, edges_per_target=10_000, batch_size=64, memory_gb=0.002)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "hidden_states", lambda *args: pytest.fail("the model ran"))
+        with pytest.raises(InvalidInputError, match=r"9 tokens takes about .* MB .* budget") as caught:
+            build_graph(model, prompt, made, settings)
+    flags = dict(re.findall(r"--([a-z-]+) (\d+)", str(caught.value)))
+    named = {name.replace("-", "_"): int(value) for name, value in flags.items()}
+    assert named
+    build_graph(model, prompt, made, replace(settings, **named))
+    with pytest.raises(InvalidInputError, match="No settings"):
+        build_graph(model, prompt, made, replace(settings, memory_gb=1e-6))
+    with pytest.raises(InvalidInputError, match="memory_gb"):
+        GraphSettings(memory_gb=0)
+
+
+def test_more_features_than_were_promised_are_noticed_before_expanding():
+    """A dictionary that says k = 6 but fires on everything."""
+    model = tiny_model("gemma3")
+    made, prompt = transcoders(model, "transcoder"), prompt_of(model, 40)
+    dictionaries = mlp_dictionaries(model, made)
+    settings = GraphSettings(max_features=4000, edges_per_target=4000)
+    promised = graph_needs(model, 40, dictionaries, 0.5 * model.n_layers).total(settings)
+    for sae in made:
+        object.__setattr__(sae.cfg.metadata, "training", {"k": 1})
+    tight = replace(settings, memory_gb=promised / 1e9)
+    with pytest.raises(InvalidInputError, match="40 tokens"):
+        build_graph(model, prompt, made, tight)
+
+
+def test_an_attribution_over_the_budget_is_refused(tmp_path):
+    model = tiny_model("gemma3")
+    sae = make("topk", d_in=model.d_model, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post"))
+    prompt = prompt_of(model)
+    with pytest.raises(InvalidInputError, match=r"fits with --batch-size (\d+)") as caught:
+        attribute(model, prompt, logit(300), sae, steps=32, memory_gb=0.0015)
+    most = int(re.search(r"--batch-size (\d+)", str(caught.value)).group(1))
+    attribute(model, prompt, logit(300), sae, steps=32, batch_size=most, memory_gb=0.0015)
+    with pytest.raises(InvalidInputError, match="shorter prompt"):
+        attribute(model, prompt, logit(300), sae, memory_gb=1e-6)
+    save(sae, tmp_path / "sae")
+    token = model.vocabulary_strings([305])[0]
+    common = ("--model", tiny_folder("gemma3"), "--prompt", "The cat sat", "--sae", tmp_path / "sae", "--json")
+    told = scope("attribute", "--target", token, "--memory-gb", 1e-6, *common, code=2)["error"]["message"]
+    assert "takes about" in told
+    for layer, transcoder in enumerate(transcoders(model)):
+        save(transcoder, tmp_path / "all" / f"layer_{layer}")
+    options = (*common[:4], "--transcoders", tmp_path / "all", "--out", tmp_path / "graph.json", "--json")
+    told = scope("graph", *options, "--memory-gb", 1e-6, code=2)["error"]["message"]
+    assert "A graph of" in told
+    assert not (tmp_path / "graph.json").exists()

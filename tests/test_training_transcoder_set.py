@@ -1,0 +1,160 @@
+"""The transcoders of all MLPs from one pass, and what they are worth together, against models edited by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import one_thread, tiny_folder, tiny_model  # noqa: F401  # a fixture
+from test_cli import scope
+
+from activations.text import TextSource
+from scope.errors import InvalidInputError
+from scope.interventions import splice_edits
+from scope.saes.formats import load
+from scope.training import TrainConfig, train
+from scope.training.evaluate import held_out_windows
+from scope.training.sweeps import one_for_each_layer
+from scope.training.transcoder_set import evaluate_transcoders, hooks_by_layer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+READS, WRITES = "blocks.*.ln2.hook_out", "blocks.*.hook_mlp_out"
+SIZES = ("--arch", "transcoder", "--activation", "topk", "--d-sae", 48, "--k", 6, "--lr", "3e-3", "--max-norm-ratio", 0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "old", "mills", "burn", "down"]
+    generator = np.random.default_rng(0)
+    with open(path, "w") as file:
+        for number in range(60):
+            drawn = " ".join(generator.choice(words, 40))
+            file.write(json.dumps({"text": drawn, "title": f"page-{number}"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("set") / "all"
+    found = scope(
+        *("train", "--model", tiny_folder("gemma3"), "--data", text, "--hook", READS, "--hook-out", WRITES, *SIZES),
+        *(
+            "--tokens",
+            6400,
+            "--batch-size",
+            128,
+            "--context-size",
+            32,
+            "--evaluate-tokens",
+            200,
+            "--out",
+            out,
+            "--json",
+        ),
+    )
+    return out, found
+
+
+def test_one_command_trains_a_transcoder_for_each_layer(trained: tuple[Path, dict], text: Path) -> None:
+    out, found = trained
+    assert [Path(run["sae"]).name for run in found["runs"]] == [f"layer_{i:02d}" for i in range(4)]
+    for layer in range(4):
+        sae = load(out / f"layer_{layer:02d}")
+        assert sae.cfg.ports.inputs[0].hook == f"blocks.{layer}.ln2.hook_out"
+        assert sae.cfg.ports.outputs[0].hook == f"blocks.{layer}.hook_mlp_out"
+        assert json.loads((out / f"layer_{layer:02d}" / "evaluation.json").read_text())["fvu"] < 0.9
+    card = json.loads((out / "card.json").read_text())
+    assert [row["layer"] for row in card["layers"]] == [0, 1, 2, 3]
+    assert card["replacement"]["kl"] < card["mean_replacement"]["kl"]
+    readme = (out / "README.md").read_text()
+    assert f"{card['replacement']['kl']:.3f}" in readme
+    # The same call finds everything done.
+    again = scope(
+        *("train", "--model", tiny_folder("gemma3"), "--data", text, "--hook", READS, "--hook-out", WRITES, *SIZES),
+        *(
+            "--tokens",
+            6400,
+            "--batch-size",
+            128,
+            "--context-size",
+            32,
+            "--evaluate-tokens",
+            200,
+            "--out",
+            out,
+            "--json",
+        ),
+    )
+    assert [run["id"] for run in again["runs"]] == [run["id"] for run in found["runs"]]
+
+
+def test_each_is_as_if_trained_alone(trained: tuple[Path, dict], text: Path) -> None:
+    out, _ = trained
+    model = tiny_model("gemma3")
+    hooks = [name for pattern in (READS, WRITES) for name in hooks_by_layer(pattern, model.hook_table.names)]
+    source = model.source(TextSource([text]), hooks, context_size=32, dtype="bfloat16")
+    sizes = {"d_sae": 48, "k": 6, "lr": 3e-3, "tokens": 6400, "batch_size": 128, "max_norm_ratio": 0}
+    config = TrainConfig(arch="transcoder", activation="topk", **sizes)
+    runs = one_for_each_layer(config, hooks[:4], hooks[4:])
+    alone = train(source, runs[2].hooks, config, hook_out=runs[2].hooks_out).sae
+    whole = load(out / "layer_02")
+    torch.testing.assert_close(alone.W_dec, whole.W_dec, rtol=1e-3, atol=1e-3)
+
+
+def test_the_replacement_model_is_the_model_edited_by_hand(trained: tuple[Path, dict], text: Path) -> None:
+    out, _ = trained
+    model = tiny_model("gemma3")
+    saes = [load(out / f"layer_{layer:02d}") for layer in range(4)]
+    hooks = [name for pattern in (READS, WRITES) for name in hooks_by_layer(pattern, model.hook_table.names)]
+    source = model.source(TextSource([text]), hooks, context_size=32)
+    found = evaluate_transcoders(saes, source, model, tokens=150)
+    windows, _ = held_out_windows(source.held_out(), 150, 0)
+    kl, agreed, loss, plain_loss, n = 0.0, 0, 0.0, 0.0, 0
+    edits = {hook: edit for sae in saes for hook, edit in splice_edits(sae, keep_bos=True).items()}
+    for window in windows:
+        ids = torch.from_numpy(window.astype(np.int64))
+        plain = model.run(ids).logits[:-1].log_softmax(-1)
+        changed = model.run(ids, edits=edits).logits[:-1].log_softmax(-1)
+        kl += float((plain.exp() * (plain - changed)).sum())
+        agreed += int((plain.argmax(-1) == changed.argmax(-1)).sum())
+        loss -= float(changed.gather(1, ids[1:, None]).sum())
+        plain_loss -= float(plain.gather(1, ids[1:, None]).sum())
+        n += len(ids) - 1
+    assert found.n_tokens == n
+    assert found.spliced.kl == pytest.approx(kl / n, rel=1e-3)
+    assert found.spliced.top1_agreement == pytest.approx(agreed / n, abs=2 / n)
+    assert found.spliced.delta_ce == pytest.approx((loss - plain_loss) / n, rel=1e-2, abs=1e-4)
+    assert found.ce == pytest.approx(plain_loss / n, rel=1e-4)
+    assert found.spliced.kl_interval[0] <= found.spliced.kl <= found.spliced.kl_interval[1]
+
+
+def test_scope_evaluate_measures_a_set_and_says_what_is_none(
+    trained: tuple[Path, dict], text: Path, tmp_path: Path
+) -> None:
+    out, found = trained
+    common = ("--model", tiny_folder("gemma3"), "--data", text, "--context-size", 32, "--no-save", "--json")
+    measured = scope("evaluate", "--transcoders", out, "--tokens", 200, *common)
+    assert measured["replacement"]["kl"] == pytest.approx(found["replacement"]["kl"], rel=1e-3)
+    assert "holds no transcoders" in scope("evaluate", "--transcoders", tmp_path, *common, code=2)["error"]["message"]
+    assert "--transcoders FOLDER" in scope("evaluate", *common, code=2)["error"]["message"]
+    with pytest.raises(InvalidInputError, match="one by one"):
+        one_for_each_layer(TrainConfig(arch="transcoder", d_sae=8, k=2), ["blocks.0.ln2.hook_out"], [])
+    sae = load(out / "layer_00")
+    source = tiny_model("gemma3").source(TextSource([text]), sae.hook_name, context_size=32)
+    with pytest.raises(InvalidInputError, match="Two transcoders"):
+        evaluate_transcoders([sae, sae], source, tiny_model("gemma3"))
+
+
+def test_the_line_runs_on_to_a_verified_graph(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    out, _ = trained
+    graph = tmp_path / "graph.json"
+    prompt = "the quick brown fox jumps"
+    scope("graph", "--model", tiny_folder("gemma3"), "--transcoders", out, "--prompt", prompt, "--out", graph, "--json")
+    checked = scope("graph", "verify", graph, "--json")
+    assert checked["attention_frozen"]["n"] > 0
+    curve = scope("graph", "faithfulness", graph, "--sizes", "1,5", "--draws", 2, "--json")
+    assert {row["nodes"] for row in curve["curve"]} == {"graph", "random", "all"}
+    told = scope("graph", "faithfulness", graph, "--sizes", "1,x", "--json", code=2)["error"]["message"]
+    assert "separated by commas" in told
