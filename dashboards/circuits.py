@@ -259,9 +259,12 @@ class Circuits:
     # --- dictionaries ---------------------------------------------------------------------------------------------
 
     def used(self, graph: "CircuitGraph") -> dict[int, Dictionary]:
-        """By layer, the transcoders of the workspace that a graph was made with."""
-        wanted = {str(Path(path).resolve()) for path in graph.transcoders}
-        return {one.layer: one for one in dictionaries(self._context) if str(one.entry.path.resolve()) in wanted}
+        """By layer, the transcoders of the workspace that a graph was made with: those at the paths that it names, or
+        of the same name, where a path leads nowhere any more because the workspace was moved."""
+        wanted = {Path(path).resolve() for path in graph.transcoders}
+        moved = {path.name for path in wanted if not path.exists()}
+        known = dictionaries(self._context)
+        return {one.layer: one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved}
 
     def _indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
         """By layer, the index of its transcoder's features."""

@@ -37,7 +37,8 @@ def made_graph(n_features: int = 420, n_layers: int = 12, seed: int = 0) -> Circ
     source, target = np.meshgrid(np.arange(len(nodes)), np.arange(len(nodes)), indexing="ij")
     possible = (layer[source] < layer[target]) & (position[source] <= position[target])
     possible &= np.isin(kind[target], ["feature", "logit"])
-    chosen = possible & ((rng.random(possible.shape) < 0.06) | (kind[target] == "logit"))
+    fed = (kind[source] == "embedding") & (position[source] == position[target])
+    chosen = possible & ((rng.random(possible.shape) < 0.06) | (kind[target] == "logit") | fed)
     ends = np.argwhere(chosen)
     return CircuitGraph(
         "The opposite of hot is",

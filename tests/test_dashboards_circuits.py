@@ -175,7 +175,7 @@ def test_what_holds_has_the_sign_and_about_the_size(tmp_path: Path) -> None:
     save_verification(found, tmp_path / "verified" / "x.parquet")
     again = load_verification(tmp_path / "verified" / "x.parquet")
     assert again is not None
-    pd.testing.assert_frame_equal(verdicts(again).pairs, judged.pairs, rtol=1e-5)
+    pd.testing.assert_frame_equal(verdicts(again).pairs, judged.pairs, rtol=1e-5, check_dtype=False)
     assert again.model.n == 8
     assert load_verification(tmp_path / "nothing") is None
     (tmp_path / "bad").write_text("no parquet")
