@@ -218,10 +218,10 @@
   function node(item, n, describe, parent) {
     const names = ["node", "kind-" + item.kind];
     if (item.holds === false) names.push("fails");
-    const box = shape("g", { class: names.join(" "), role: "option", "aria-label": describe(item), "aria-selected": "false", "data-key": item.key }, parent);
+    const box = shape("g", { class: names.join(" "), role: "option", "aria-label": describe(item), "aria-selected": "false", "data-node": item.key }, parent);
     box.id = "circuit-node-" + n;
-    // Fingers need more to aim at than the mark.
-    shape("circle", { class: "target", cx: item.x, cy: item.y, r: 9 }, box);
+    // More to aim at than the mark, and not as much as would cover a neighbour.
+    shape("circle", { class: "target", cx: item.x, cy: item.y, r: 7 }, box);
     mark(item, box);
     if (item.text) words(item.text, { x: item.x, y: item.y + 4, "text-anchor": "middle", "font-size": SIZE.font }, box);
     return box;
@@ -281,7 +281,7 @@
         const value = style.getPropertyValue(name);
         to.setAttribute(name, name === "fill" || name === "stroke" ? colour(value) : value);
       }
-      for (const name of ["class", "role", "tabindex", "id", "aria-label", "aria-selected", "aria-hidden", "aria-activedescendant", "data-key", "transform"]) to.removeAttribute(name);
+      for (const name of ["class", "role", "tabindex", "id", "aria-label", "aria-selected", "aria-hidden", "aria-activedescendant", "data-node", "transform"]) to.removeAttribute(name);
       Array.from(from.children).forEach((child, n) => pairs.push([child, to.children[n]]));
     }
     gone.forEach((one) => one.remove());

@@ -49,11 +49,11 @@ def query(page) -> dict[str, str]:
 
 
 def point(page, key: str) -> None:
-    page.locator(f'[data-key="{key}"] .target').hover()
+    page.locator(f'[data-node="{key}"]').hover()
 
 
 def keys(page, kind: str = "feature") -> list[str]:
-    return page.eval_on_selector_all(f".node.kind-{kind}", "marks => marks.map((mark) => mark.dataset.key)")
+    return page.eval_on_selector_all(f".node.kind-{kind}", "marks => marks.map((mark) => mark.dataset.node)")
 
 
 def supernodes(workspace: Workspace) -> list[tuple[str, ...]]:
@@ -81,7 +81,7 @@ def test_a_node_says_what_it_is_and_is_pinned(visit: Callable, dashboard) -> Non
     page.wait_for_selector("#tip .strip .tok")
     assert f"L{layer} feature {feature}" in page.text_content("#tip")
     assert page.locator(".near-edges .edge").count() > 0
-    page.locator(f'[data-key="{key}"] .target').click()
+    page.locator(f'[data-node="{key}"]').click()
     page.wait_for_selector("#circuit-panel h2")
     opened.until("new URL(location).searchParams.has('pin')")
     assert query(page)["pin"] == key
@@ -96,7 +96,7 @@ def test_a_node_says_what_it_is_and_is_pinned(visit: Callable, dashboard) -> Non
     pinned = query(page)["pin"]
     page.reload()
     page.wait_for_selector("#circuit-panel h2")
-    assert page.get_attribute(".node.pinned", "data-key") == pinned
+    assert page.get_attribute(".node.pinned", "data-node") == pinned
     opened.check()
 
 
@@ -112,14 +112,14 @@ def test_keys_move_pin_select_group_hide_and_let_go(visit: Callable, dashboard, 
         page.keyboard.press("ArrowDown")
     assert page.evaluate(at) != first
     page.keyboard.press("Enter")
-    pinned = page.get_attribute(".node.pinned", "data-key")
+    pinned = page.get_attribute(".node.pinned", "data-node")
     assert query(page)["pin"] == pinned
     page.keyboard.press("Escape")
     assert page.locator(".node.pinned").count() == 0
     # Two nodes become one with a name.
     two = keys(page)[:2]
     for key in two:
-        page.locator(f'[data-key="{key}"] .target').click(modifiers=["Shift"])
+        page.locator(f'[data-node="{key}"]').click(modifiers=["Shift"])
     assert page.locator(".node.chosen").count() == 2
     page.keyboard.press("g")
     page.keyboard.type("about <b>heat</b>")
@@ -141,15 +141,15 @@ def test_keys_move_pin_select_group_hide_and_let_go(visit: Callable, dashboard, 
     page.wait_for_selector(".node.kind-group", state="detached")
     assert set(two) <= set(keys(page))
     # Hidden, shown again.
-    page.locator(f'[data-key="{two[0]}"] .target').click()
+    page.locator(f'[data-node="{two[0]}"]').click()
     page.keyboard.press("h")
-    page.wait_for_selector(f'[data-key="{two[0]}"]', state="detached")
+    page.wait_for_selector(f'[data-node="{two[0]}"]', state="detached")
     assert query(page)["hide"] == two[0]
     page.reload()
     page.wait_for_selector(SVG)
     assert two[0] not in keys(page)
     page.click("button:has-text('Show hidden')")
-    page.wait_for_selector(f'[data-key="{two[0]}"]')
+    page.wait_for_selector(f'[data-node="{two[0]}"]')
     assert "hide" not in query(page)
     opened.check()
 
@@ -208,7 +208,7 @@ def test_it_is_accessible(visit: Callable, dashboard, theme: str) -> None:
     for path, ready in (("/circuit", ".circuit-page .table"), (GRAPH, SVG)):
         page = opened.open(path, ready)
         if path == GRAPH:
-            page.locator(f'[data-key="{with_examples(page)}"] .target').click()
+            page.locator(f'[data-node="{with_examples(page)}"]').click()
             page.wait_for_selector("#circuit-panel .circuit-list")
         page.wait_for_timeout(200)
         found = Axe().run(page, options=AXE).response["violations"]
