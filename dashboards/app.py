@@ -20,13 +20,13 @@ from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_
 from dash.exceptions import DependencyException, PreventUpdate
 from flask import Response
 
-from dashboards import api, exports, security
+from dashboards import api, circuit_api, exports, security
 from dashboards.access import Access
 from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, compare, feature, features, lens, prompt, steer, training, workspace
+from dashboards.pages import Page, circuit, compare, feature, features, lens, prompt, steer, training, workspace
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -47,16 +47,28 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "feature": feature.render,
     "prompt": prompt.render,
     "lens": lens.render,
+    "circuit": circuit.render,
     "steer": steer.render,
     "training": training.render,
     "compare": compare.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
-REGISTERED = (workspace, features, feature, prompt, lens, steer, training, compare)
+REGISTERED = (workspace, features, feature, prompt, lens, circuit, steer, training, compare)
 """Pages with callbacks of their own."""
 ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer")
 """Pages that show the first index where their address names none."""
-ADDRESSES = ["/", "/features", "/feature/ID", "/prompt", "/lens", "/steer", "/training", "/training/ID", "/compare"]
+ADDRESSES = [
+    "/",
+    "/features",
+    "/feature/ID",
+    "/prompt",
+    "/lens",
+    "/circuit",
+    "/steer",
+    "/training",
+    "/training/ID",
+    "/compare",
+]
 INDEX = """<!DOCTYPE html>
 <html lang="en">
   <head>
@@ -115,6 +127,7 @@ def create_app(
     labels.register(app, context)
     api.register(app.server, context)
     exports.register(app.server, context)
+    circuit_api.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
     app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))
     security.protect(app, security.hosts_of(host, allow_hosts), access)

@@ -329,4 +329,50 @@ GLOSSARY: dict[str, Definition] = {
         "of the changed run. BOS is left as it is in both.",
         "x_l → decode(encode(x_l))",
     ),
+    "circuit_graph": Definition(
+        "a circuit graph",
+        "Nodes are what wrote into the residual stream on a prompt: token embeddings, features of transcoders, what "
+        "these miss (errors); and the logits of likely next tokens. An edge is what its target would lose without its "
+        "source, exactly so in a copy of the model whose attention patterns and norm denominators are frozen.",
+        "edge s → t = a_s d_s · g_t",
+    ),
+    "replacement": Definition(
+        "replacement",
+        "Of the influence on the logits that starts somewhere, the share that starts at token embeddings and not at "
+        "error nodes. 1: the transcoders explain everything.",
+    ),
+    "completeness": Definition(
+        "completeness",
+        "The share of what comes into nodes that does not come from error nodes, nodes weighed by their influence.",
+    ),
+    "verification": Definition(
+        "verification",
+        "Each feature is set to 0 and to twice its value in the real model, nothing frozen. Predicted is the total "
+        "effect in the signed graph, all paths; measured is the change of every node behind it. The same predictions "
+        "with another feature written in each one's place are the control: they should fail.",
+        "predicted = (I − D)⁻¹ e_s δ,  D[t, s] = edge s → t / a_s",
+    ),
+    "slope": Definition(
+        "slope",
+        "Of measured on predicted changes, through the origin. 1: effects are as large as the graph says.",
+        "Σ predicted × measured / Σ predicted²",
+    ),
+    "correlation": Definition("correlation", "Pearson's, of measured and predicted changes over all pairs."),
+    "sign_agreement": Definition(
+        "sign agreement",
+        "The share of pairs in which the measured change has the sign that the graph predicts. Half is chance.",
+    ),
+    "holds": Definition(
+        "what holds",
+        "An effect of one feature on one node holds where it was measured with the predicted sign and from half to "
+        "twice the predicted size. A feature holds where that is so over all nodes behind it, and the correlation is "
+        "at least 0.5. Beside it, how many would hold with random features in their place.",
+        "½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
+    ),
+    "edge_heads": Definition(
+        "the heads of an edge",
+        "An edge is the sum of what went along the residual stream alone and of what each attention head moved to the "
+        "target's position, by the last head on the way.",
+        "edge = g · (written at the target's position) + Σ g · head(v)",
+    ),
 }

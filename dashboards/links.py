@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 __all__ = [
     "View",
+    "circuit_link",
     "compare_link",
     "feature_link",
     "features_link",
@@ -26,8 +27,8 @@ class View:
     """What an address asks for."""
 
     page: str
-    """ "workspace", "features", "feature", "prompt", "lens", "steer", "training", "compare", or "" where no page has
-    this address."""
+    """ "workspace", "features", "feature", "prompt", "lens", "circuit", "steer", "training", "compare", or "" where no
+    page has this address."""
     path: str = "/"
     target: str = ""
     """What follows the page's name in the path: the id of a feature or of a training, as it was written."""
@@ -49,7 +50,7 @@ def parse(path: str | None, search: str | None) -> View:
     query = dict(parse_qsl((search or "").lstrip("?"), keep_blank_values=True))
     if path == "/":
         return View("workspace", path, "", query)
-    match = re.fullmatch(r"/(features|prompt|lens|steer|training|compare)/?", path)
+    match = re.fullmatch(r"/(features|prompt|lens|circuit|steer|training|compare)/?", path)
     if match:
         return View(match[1], path, "", query)
     match = re.fullmatch(r"/(feature|training)/([^/]+)/?", path)
@@ -86,6 +87,11 @@ def prompt_link(index: str, **query: object) -> str:
 def lens_link(index: str, **query: object) -> str:
     """The logit lens; `query` as in its address."""
     return _link("/lens", {"index": index, **query})
+
+
+def circuit_link(graph: str = "", **query: object) -> str:
+    """All circuit graphs, or the page of one; `query` as in its address (nodes, edges, pin, edge, hide)."""
+    return _link("/circuit", {"graph": graph, **query})
 
 
 def steer_link(index: str, **query: object) -> str:

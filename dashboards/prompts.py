@@ -293,6 +293,17 @@ class PromptJobs:
         _check_length(model, n_tokens, most)
         return prompt
 
+    def model(self, job: Job, name: str) -> Any:
+        """A model by what it is loaded as, loaded once whoever asks; called in the worker's thread only."""
+        known = next((one for one in self._models.values() if one.files.load_name == name), None)
+        if known is None:
+            job.report(f"loading {name}, which takes some seconds the first time")
+            from scope.models import LanguageModel
+
+            known = LanguageModel.load(name)
+            self._models[str(known.name)] = known
+        return known
+
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
         opened = self.context.index(index)

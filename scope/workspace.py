@@ -1,16 +1,18 @@
-"""`Workspace`: a folder of stores, SAEs and indexes, listed by id. The one place that knows the folder layout.
+"""`Workspace`: a folder of stores, SAEs, indexes and circuit graphs, listed by id. The one place that knows the layout.
 
     WORKSPACE/
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
-      graphs/NAME           circuit graphs
+      graphs/NAME.json      circuit graphs, in circuit-tracer's JSON
+      graphs/.verified/ID   what verifying the graph of this id has measured
       interventions/NAME.json  named interventions (scope.interventions.spec)
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
-The id of an artefact is the first 12 hex digits of its fingerprint; whoever knows an id never needs a path, and no
-path ever comes from a request. Artefacts that lie elsewhere are taken in with `Workspace.add`.
+The id of an artefact is the first 12 hex digits of its fingerprint (a graph's is that of its file's bytes); whoever
+knows an id never needs a path, and no path ever comes from a request. Artefacts that lie elsewhere are taken in with
+`Workspace.add`.
 """
 
 import re
@@ -27,6 +29,7 @@ from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 
 if TYPE_CHECKING:
     from activations.store import ActivationStore
+    from scope.attribution.graph import CircuitGraph
     from scope.features.index import FeatureIndex
     from scope.features.labels import FeatureLabels
     from scope.features.neuronpedia import SAEAddress
@@ -37,9 +40,20 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
 Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
-FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
-SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
-GRAPHS = "graphs"
+FOLDERS: dict[Kind, str] = {
+    "activation-store": "stores",
+    "sae": "saes",
+    "feature-index": "indexes",
+    "circuit-graph": "graphs",
+}
+SUFFIXES: dict[Kind, str] = {
+    "activation-store": ".zarr",
+    "sae": "",
+    "feature-index": ".index",
+    "circuit-graph": ".json",
+}
+GRAPH: Kind = "circuit-graph"
+VERIFIED = ".verified"
 INTERVENTIONS = "interventions"
 NAME = re.compile(r"[^\W_]([\w .-]{0,58}[^\W_])?")
 """Names of interventions, which are names of files too."""
@@ -54,7 +68,7 @@ class Entry:
     id: str
     """First 12 hex digits of the fingerprint."""
     name: str
-    """The folder's name without its suffix."""
+    """The name of the folder, or of a graph's file, without its suffix."""
     path: Path
     manifest: dict[str, Any]
     problem: str | None = None
@@ -62,7 +76,7 @@ class Entry:
 
 
 class Workspace:
-    """A folder of stores, SAEs and indexes.
+    """A folder of stores, SAEs, indexes and circuit graphs.
 
     Args:
         path: the folder. It may be empty; it is only created when something is put into it.
@@ -91,7 +105,7 @@ class Workspace:
     def entries(self, kind: Kind | None = None) -> list[Entry]:
         """All artefacts, or those of one kind, by name. What cannot be read is listed with its problem."""
         return sorted(
-            (entry for entry in self._scan() if kind is None or entry.kind == kind),
+            (entry for entry in self._scan(kind) if kind is None or entry.kind == kind),
             key=lambda entry: (list(FOLDERS).index(entry.kind), entry.name),
         )
 
@@ -132,9 +146,8 @@ class Workspace:
         raise UnknownNameError("training", id, known, hint=f"The workspace is {self.path}.")
 
     def graphs(self) -> list[Entry]:
-        """The circuit graphs."""
-        paths = sorted(path for path in (self.path / GRAPHS).glob("*") if not path.name.startswith("."))
-        return [Entry("circuit-graph", "", path.stem, path, {}) for path in paths]
+        """The circuit graphs; an entry's manifest says what `scope.attribution.graph_json.graph_facts` does."""
+        return self.entries("circuit-graph")
 
     def find(self, id: str, kind: Kind | None = None) -> Entry:
         """The artefact with this id, fingerprint or name.
@@ -165,6 +178,16 @@ class Workspace:
     def index(self, id: str) -> "FeatureIndex":
         """The feature index with this id, with the labels that the workspace has of its SAE's features."""
         return _open_labelled(self.find(id, "feature-index").path, self.database)
+
+    def graph(self, id: str) -> "CircuitGraph":
+        """The circuit graph with this id."""
+        from scope.attribution.graph_json import load_graph
+
+        return load_graph(self.find(id, "circuit-graph").path)
+
+    def verification_path(self, id: str) -> Path:
+        """Where what verifying a graph has measured lies, or will lie (`scope.attribution.verdicts`)."""
+        return self.path / FOLDERS["circuit-graph"] / VERIFIED / f"{self.find(id, 'circuit-graph').id}.parquet"
 
     def labels(self, id: str) -> "FeatureLabels":
         """The labels of an SAE's features. `id` is that of the SAE or of an index of it, or a path or address that
@@ -237,9 +260,10 @@ class Workspace:
 
         Raises:
             UnknownNameError: there is no artefact at `path`.
+            InvalidInputError: it is a file and no circuit graph.
         """
         folder = Path(path).resolve()
-        entry = _entry(folder, read_manifest(folder))
+        entry = _graph_entry(folder) if folder.is_file() else _entry(folder, read_manifest(folder))
         self.path.mkdir(parents=True, exist_ok=True)
         with closing(self._database()) as database, database:
             database.execute("INSERT OR IGNORE INTO added VALUES (?)", (str(folder),))
@@ -260,7 +284,10 @@ class Workspace:
                 return []
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]
 
-    def _scan(self) -> Iterator[Entry]:
+    def _scan(self, kind: Kind | None = None) -> Iterator[Entry]:
+        """All artefacts; graphs, which are read to be listed, only where all or graphs are asked for."""
+        if kind in (None, GRAPH):
+            yield from self._scan_graphs()
         seen: set[Path] = set()
         within = [path for folder in FOLDERS.values() for path in sorted((self.path / folder).glob("*"))]
         for path in [*within, *self._added()]:
@@ -281,6 +308,18 @@ class Workspace:
         if self._known.get(path, (None,))[0] != version:
             self._known[path] = version, _entry(path, read_manifest(path))
         return self._known[path][1]
+
+    def _scan_graphs(self) -> Iterator[Entry]:
+        seen: set[Path] = set()
+        within = sorted((self.path / FOLDERS[GRAPH]).glob(f"*{SUFFIXES[GRAPH]}"))
+        for path in [*within, *(path for path in self._added() if path.is_file())]:
+            if path.resolve() in seen or path.name.startswith("."):
+                continue
+            seen.add(path.resolve())
+            try:
+                yield _graph_entry(path)
+            except ScopeError as error:
+                yield Entry(GRAPH, "", path.stem, path, {}, problem=str(error))
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.entries(kind))} {folder}" for kind, folder in FOLDERS.items())
@@ -323,6 +362,14 @@ def _open_labelled(folder: Path, database: Path | None) -> "FeatureIndex":
     manifest = read_manifest(folder, "feature-index")
     labels = FeatureLabels(manifest["sae"]["fingerprint"], database, d_sae=int(manifest["d_sae"]))
     return FeatureIndex.open(folder, labels)
+
+
+def _graph_entry(path: Path) -> Entry:
+    from scope.attribution.graph_json import graph_facts
+
+    facts = graph_facts(path)
+    manifest = {**facts, "format": GRAPH, "parents": []}
+    return Entry(GRAPH, facts["fingerprint"][:ID_LENGTH], path.name.removesuffix(SUFFIXES[GRAPH]), path, manifest)
 
 
 def _entry(path: Path, manifest: dict[str, Any]) -> Entry:

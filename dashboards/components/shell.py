@@ -9,6 +9,7 @@ from dash import dcc, html
 from dashboards.artefacts import sae_name
 from dashboards.components.controls import button, icon
 from dashboards.links import (
+    circuit_link,
     compare_link,
     features_link,
     lens_link,
@@ -30,7 +31,12 @@ KEYS = (
     ("r", "a random feature that fires"),
     ("/", "search features"),
     ("c", "copy a link to exactly this view"),
-    ("Esc", "close, leave a field"),
+    ("← ↑ → ↓", "in a circuit: the next node that way"),
+    ("Enter", "in a circuit: pin the node, let it go"),
+    ("Space", "in a circuit: select the node"),
+    ("h", "in a circuit: hide what is selected or pinned"),
+    ("g", "in a circuit: group it under a name"),
+    ("Esc", "close, leave a field, let go"),
     ("?", "this list"),
 )
 
@@ -40,6 +46,7 @@ RAIL = (
     ("features", "Features", features_link("")),
     ("prompt", "Prompt", prompt_link("")),
     ("lens", "Lens", lens_link("")),
+    ("circuit", "Circuit", circuit_link()),
     ("steer", "Steer", steer_link("")),
     ("training", "Training", training_link()),
     ("compare", "Compare", compare_link()),

@@ -13,7 +13,7 @@ from dashboards.components.controls import button, code, link_button
 from dashboards.components.stats import interval, stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent, plural
-from dashboards.links import View, features_link, prompt_link, training_link
+from dashboards.links import View, circuit_link, features_link, prompt_link, training_link
 from dashboards.pages import Page
 from dashboards.trainings import settings_in_words
 from dashboards.verifications import Checked, Verifier
@@ -392,15 +392,23 @@ def _models(found: list[Model]) -> html.Section:
 
 def _graphs(found: list[Any]) -> html.Section:
     if not found:
-        words = "None. Circuit graphs that lie in the folder graphs of the workspace are listed here."
+        words = "None. They are made on the page Circuit, or by scope graph into the workspace's folder graphs."
         return html.Section([html.H2("Circuit graphs"), html.P(words, className="muted small")])
-    rows = [
-        html.Tr([html.Td(html.Strong(html.Bdi(entry.name))), html.Td(html.Code(entry.path.name))]) for entry in found
-    ]
-    head = html.Thead(html.Tr([html.Th("Name"), html.Th("File")]))
+    rows = [html.Tr([html.Td(cell) for cell in _graph_cells(entry)]) for entry in found]
+    head = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "File")]))
     return html.Section(
         [
             html.H2("Circuit graphs"),
             _scrolling("Circuit graphs", html.Table([head, html.Tbody(rows)], className="table")),
         ]
     )
+
+
+def _graph_cells(entry: Any) -> list[Any]:
+    name, file = html.Bdi(entry.name), html.Code(entry.path.name)
+    if entry.problem is not None:
+        return [html.Strong(name), "–", html.Span(entry.problem, className="health bad wrapping"), file]
+    facts = entry.manifest
+    words = f"{plural(facts['features'], 'feature')} · {plural(facts['edges'], 'edge')} · {facts['model']}"
+    link = html.Strong(html.A(name, href=circuit_link(entry.id)))
+    return [link, html.Code(entry.id), [html.Q(html.Bdi(facts["prompt"])), html.Br(), words], file]

@@ -12,9 +12,12 @@ Neuronpedia expects. What the schema has no field for (`SCOPE`) lies under a nam
 out.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph
 
-__all__ = ["load_graph", "save_graph"]
+__all__ = ["Supernode", "graph_content", "graph_facts", "load_graph", "node_ids", "save_graph"]
 
 SCOPE = "scope"
 TYPES = {
@@ -61,7 +64,7 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
         layer = str(n_layers + 1)
         js_id, clerp = f"L_{feature}-{position}", f'Output "{row.label}" (p={row.probability:.3f})'
     return {
-        "node_id": f"{layer}_{feature}_{position}",
+        "node_id": _node_id(row, n_layers, token_ids),
         "feature": number,
         "layer": layer,
         "ctx_idx": position,
@@ -78,22 +81,55 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
     }
 
 
-def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None = None) -> None:
-    """Write a graph; a file that was there is replaced as a whole.
+class Supernode(NamedTuple):
+    """Nodes of a graph that someone has put together under a name."""
+
+    name: str
+    nodes: tuple[str, ...]
+    """Node ids as in the file."""
+
+
+def node_ids(graph: "CircuitGraph") -> list[str]:
+    """The id of each node as it stands in the file: LAYER_FEATURE_POSITION and its kin."""
+    return [_node_id(row, graph.n_layers, graph.token_ids) for row in graph.nodes.itertuples()]
+
+
+def _node_id(row: Any, n_layers: int, token_ids: tuple[int, ...]) -> str:
+    layer, feature = str(row.layer), int(row.feature)
+    if row.kind == "embedding":
+        layer, feature = "E", token_ids[row.position]
+    elif row.kind == "logit":
+        layer = str(n_layers + 1)
+    return f"{layer}_{feature}_{int(row.position)}"
+
+
+def graph_content(
+    graph: "CircuitGraph",
+    slug: str,
+    node_share: float | None = None,
+    *,
+    supernodes: Sequence[Supernode] = (),
+    pinned: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A graph as the JSON object that `save_graph` writes.
 
     Args:
         graph: best a pruned one: circuit-tracer's page draws every node.
-        path: the file.
+        slug: what the graph is called.
         node_share: what it was pruned with, for the record.
+        supernodes: nodes put together; ids that the graph does not hold are left out.
+        pinned: ids of nodes to pin.
     """
-    path = Path(path)
     logits = graph.nodes[graph.nodes["kind"] == "logit"]
     likeliest = int(logits["node"].iloc[int(logits["probability"].argmax())])
     nodes = [_node(row, graph.n_layers, graph.token_ids, likeliest) for row in graph.nodes.itertuples()]
     ids = [node["node_id"] for node in nodes]
-    content = {
+    there = set(ids)
+    groups = [(group.name, [id for id in group.nodes if id in there]) for group in supernodes]
+    pins = [id for id in pinned if id in there]
+    return {
         "metadata": {
-            "slug": path.stem,
+            "slug": slug,
             "scan": graph.model_name,
             "transcoder_list": list(graph.transcoders),
             "prompt_tokens": list(graph.tokens),
@@ -107,15 +143,67 @@ def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None
                 "model": graph.model_name,
             },
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {
+            "pinnedIds": pins,
+            "supernodes": [[name, *members] for name, members in groups if members],
+            "linkType": "both",
+            "clickedId": pins[0] if pins else "",
+            "sg_pos": "",
+        },
         "nodes": nodes,
         "links": [
             {"source": ids[s], "target": ids[t], "weight": float(w)}
             for s, t, w in zip(graph.source, graph.target, graph.weight, strict=True)
         ],
     }
+
+
+def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None = None) -> None:
+    """Write a graph; a file that was there is replaced as a whole.
+
+    Args:
+        graph: best a pruned one: circuit-tracer's page draws every node.
+        path: the file.
+        node_share: what it was pruned with, for the record.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = graph_content(graph, path.stem, node_share)
     write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def graph_facts(path: str | Path) -> dict[str, Any]:
+    """What a graph's file says of itself: fingerprint (SHA-256 of its bytes, hex), prompt, model, transcoders (paths),
+    tokens, features, nodes and edges (counts), supernodes (as in qParams).
+
+    Raises:
+        InvalidInputError: the file is no such graph.
+    """
+    path = Path(path)
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise InvalidInputError(f"There is no graph at {path}.") from error
+    return _facts(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _facts(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
+    # The time and size are there for the cache: a file that was written anew is read anew.
+    graph = load_graph(path)
+    content = path.read_bytes()
+    groups = (json.loads(content).get("qParams") or {}).get("supernodes") or []
+    return {
+        "fingerprint": hashlib.sha256(content).hexdigest(),
+        "prompt": graph.prompt or "".join(graph.tokens),
+        "model": graph.model_name,
+        "transcoders": list(graph.transcoders),
+        "tokens": len(graph.tokens),
+        "features": int((graph.nodes["kind"] == "feature").sum()),
+        "nodes": len(graph.nodes),
+        "edges": len(graph.weight),
+        "supernodes": [Supernode(str(group[0]), tuple(map(str, group[1:]))) for group in groups if group],
+    }
 
 
 def load_graph(path: str | Path) -> "CircuitGraph":

@@ -24,7 +24,7 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph
 
-__all__ = ["Scores", "prune", "require_shares", "scores", "shares"]
+__all__ = ["Scores", "only_nodes", "prune", "require_shares", "scores", "shares"]
 
 
 class Scores(NamedTuple):
@@ -102,6 +102,11 @@ def prune(graph: "CircuitGraph", node_share: float = 0.8, edge_share: float = 0.
             return _renumbered(graph, keep)
         keep = left
         graph = _subgraph(graph, keep[graph.source] & keep[graph.target])
+
+
+def only_nodes(graph: "CircuitGraph", keep: np.ndarray) -> "CircuitGraph":
+    """A graph with some of its nodes, bool `(n_nodes,)`, and the edges between them; they are numbered anew."""
+    return _renumbered(_subgraph(graph, keep[graph.source] & keep[graph.target]), keep)
 
 
 def _most(values: np.ndarray, share: float) -> np.ndarray:

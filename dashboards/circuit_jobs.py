@@ -1,0 +1,206 @@
+"""What the circuit page asks of the model worker: making a graph, verifying one, and which heads carry an edge.
+
+1. `make` explains a prompt's next token with transcoders of the workspace, prunes the graph to what its file keeps, and
+   puts it into the workspace; the job's result is its id.
+2. `verify` intervenes on every feature of a graph in the model itself, and puts what it measured beside the graph.
+3. `heads` splits one edge by the attention heads on its way.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dashboards.circuits import circuits
+from dashboards.context import Context
+from dashboards.dictionaries import Dictionary, dictionaries, require_one_model
+from dashboards.prompts import prompt_jobs
+from dashboards.worker import Job
+from scope.attribution.graph_settings import GraphSettings
+from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scope.attribution.graph import CircuitGraph
+
+__all__ = ["KEPT_EDGES", "KEPT_NODES", "CircuitJobs", "MakeRequest", "circuit_jobs"]
+
+MAX_GRAPH_TOKENS = 256
+"""Longest prompt that the page makes a graph of; the command line takes longer ones."""
+KEPT_NODES, KEPT_EDGES = 0.9, 0.99
+"""Shares of influence that the file of a graph keeps; the page shows less of it on demand."""
+TIME_LIMIT = 3600.0
+"""Seconds."""
+MAX_VERIFIED = 256
+"""Feature nodes that are intervened on, those with the most influence."""
+MAX_NAME = 40
+
+
+class MakeRequest(NamedTuple):
+    """A graph to make."""
+
+    prompt: str
+    transcoders: tuple[str, ...]
+    """Ids of SAEs in the workspace."""
+    targets: tuple[str, ...] = ()
+    """Next tokens to explain; none for the likeliest."""
+    max_features: int = GraphSettings.max_features
+
+
+class CircuitJobs:
+    """The jobs of the circuit page."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._transcoders: dict[str, Any] = {}
+
+    # --- called by the page ---------------------------------------------------------------------------------------
+
+    def submit_make(self, asked: MakeRequest) -> Job:
+        """Queue the making of a graph; the job's result is its id in the workspace.
+
+        Raises:
+            InvalidInputError: there is no prompt, or the transcoders do not go together.
+            UnknownNameError: the workspace has no such transcoder.
+        """
+        if not asked.prompt.strip():
+            raise InvalidInputError("Type the text whose next token the graph is to explain.")
+        known = {one.entry.id: one for one in dictionaries(self.context)}
+        missing = next((id for id in asked.transcoders if id not in known), None)
+        if missing is not None:
+            raise UnknownNameError("transcoder", missing, known)
+        chosen = [known[id] for id in asked.transcoders]
+        model = require_one_model(chosen)
+        settings = GraphSettings(max_features=asked.max_features)
+        return self.context.worker.submit(
+            ("make-graph", asked), lambda job: self._make(job, asked, chosen, model, settings), TIME_LIMIT
+        )
+
+    def submit_verify(self, id: str) -> Job:
+        """Queue the verification of a graph; the job's result is its id.
+
+        Raises:
+            UnknownNameError: there is no such graph, or its transcoders are not in the workspace.
+        """
+        chosen = self._dictionaries(id)
+        return self.context.worker.submit(("verify-graph", id), lambda job: self._verify(job, id, chosen), TIME_LIMIT)
+
+    def submit_heads(self, id: str, source: str, target: str) -> Job:
+        """Queue the splitting of an edge by attention heads; the job's result is a frame of layer, head, weight.
+
+        Raises:
+            UnknownNameError: there is no such graph or node, or its transcoders are not in the workspace.
+        """
+        numbers = [circuits(self.context).number(id, node) for node in (source, target)]
+        chosen = self._dictionaries(id)
+        return self.context.worker.submit(
+            ("heads", id, source, target), lambda job: self._heads(job, id, numbers, chosen), TIME_LIMIT
+        )
+
+    def _dictionaries(self, id: str) -> list[Dictionary]:
+        """The transcoders of a graph, all of which have to be in the workspace."""
+        known = circuits(self.context)
+        graph = known.graph(id)
+        used = list(known.used(graph).values())
+        if len(used) < max(1, len(graph.transcoders)):
+            raise UnknownNameError(
+                "transcoder",
+                ", ".join(graph.transcoders) or "any",
+                hint="The graph's transcoders have to be in the workspace: scope workspace add FOLDER, for each. Or "
+                f"run scope graph verify {self.context.workspace.find(id, 'circuit-graph').path}",
+            )
+        return used
+
+    # --- run by the worker ----------------------------------------------------------------------------------------
+
+    def _make(
+        self, job: Job, asked: MakeRequest, chosen: Sequence[Dictionary], name: str, settings: GraphSettings
+    ) -> str:
+        from scope.attribution.graph import build_graph
+        from scope.attribution.graph_json import save_graph
+        from scope.attribution.pruning import prune
+
+        model = prompt_jobs(self.context).model(job, name)
+        n_tokens = len(model.tokenize(asked.prompt))
+        if n_tokens > min(MAX_GRAPH_TOKENS, model.max_context_size):
+            raise InvalidInputError(
+                f"The prompt has {n_tokens:,} tokens; this page takes up to {MAX_GRAPH_TOKENS}. Shorten it, or make "
+                "the graph on the command line: scope graph --model … --transcoders … --prompt … --out GRAPH"
+            )
+        loaded = [self._loaded(job, one) for one in chosen]
+        targets = [_token(model, typed) for typed in asked.targets]
+        whole = build_graph(
+            model, asked.prompt, loaded, settings, targets=targets, progress=lambda *now: job.report(*now)
+        )
+        job.report("pruning")
+        paths = tuple(str(one.entry.path.resolve()) for one in chosen)
+        graph = replace(prune(whole, KEPT_NODES, KEPT_EDGES), transcoders=paths, model_name=name)
+        path = self.context.workspace.path_for("circuit-graph", self._free_name(asked.prompt))
+        save_graph(graph, path, KEPT_NODES)
+        return self.context.workspace.find(path.stem, "circuit-graph").id
+
+    def _free_name(self, prompt: str) -> str:
+        """A name for a graph, from its prompt: one that no other graph has."""
+        words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:MAX_NAME].strip("-") or "graph"
+        taken = {entry.name for entry in self.context.workspace.graphs()}
+        return next(
+            name for n in range(1, len(taken) + 2) if (name := words if n == 1 else f"{words}-{n}") not in taken
+        )
+
+    def _verify(self, job: Job, id: str, chosen: Sequence[Dictionary]) -> str:
+        from scope.attribution.verdicts import save_verification
+        from scope.attribution.verification import verify
+
+        graph, model, loaded = self._opened(job, id, chosen)
+        job.report("running the model without interventions")
+        found = verify(
+            graph,
+            model,
+            loaded,
+            max_features=MAX_VERIFIED,
+            progress=lambda done, total: job.report("intervening", done, total),
+        )
+        save_verification(found, self.context.workspace.verification_path(id))
+        return id
+
+    def _heads(self, job: Job, id: str, numbers: Sequence[int], chosen: Sequence[Dictionary]) -> "pd.DataFrame":
+        from scope.attribution.attention import edge_heads
+
+        graph, model, loaded = self._opened(job, id, chosen)
+        job.report("splitting the edge by heads")
+        return edge_heads(graph, model, loaded, *numbers)
+
+    def _opened(self, job: Job, id: str, chosen: Sequence[Dictionary]) -> "tuple[CircuitGraph, Any, list[Any]]":
+        graph = circuits(self.context).graph(id)
+        loaded = [self._loaded(job, one) for one in chosen]
+        model = prompt_jobs(self.context).model(job, graph.model_name or chosen[0].model)
+        if model.n_layers != graph.n_layers:
+            raise MismatchError(
+                f"The graph is of a model with {graph.n_layers} layers; {graph.model_name} has {model.n_layers}."
+            )
+        return graph, model, loaded
+
+    def _loaded(self, job: Job, one: Dictionary) -> Any:
+        """A transcoder, loaded once."""
+        fingerprint = one.entry.manifest["fingerprint"]
+        if fingerprint not in self._transcoders:
+            job.report(f"loading the transcoder of layer {one.layer}")
+            self._transcoders[fingerprint] = self.context.workspace.sae(one.entry.id)
+        return self._transcoders[fingerprint]
+
+
+def _token(model: Any, typed: str) -> int:
+    """The token that someone typed: with a blank in front where there is such a token, as words have within a text."""
+    word = typed.strip()
+    for reading in [typed] if not word else [f" {word}", word]:
+        (ids,) = model.encode_documents([reading])
+        if len(ids) == 1:
+            return int(ids[0])
+    pieces = ", ".join(f"“{piece}”" for piece in model.vocabulary_strings(ids))
+    raise InvalidInputError(f"“{word}” is {len(ids)} tokens ({pieces}); a graph explains single ones.")
+
+
+def circuit_jobs(context: Context) -> CircuitJobs:
+    """The one `CircuitJobs` of a dashboard."""
+    return context.once("circuit-jobs", lambda: CircuitJobs(context))

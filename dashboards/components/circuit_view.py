@@ -1,0 +1,338 @@
+"""Parts of the circuit page: the list of graphs, the form that makes one, what verifying has found, an edge's heads."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import dash_mantine_components as dmc
+from dash import dcc, html
+
+from dashboards.circuits import Thresholds
+from dashboards.components import states
+from dashboards.components.charts import chart
+from dashboards.components.controls import button, code, define, link_button
+from dashboards.components.progress import progress_box
+from dashboards.components.stats import stat, stats
+from dashboards.dictionaries import Dictionary
+from dashboards.format import count, exact, number, percent, plural
+from dashboards.links import circuit_link
+from scope.figures import Theme, verification_scatter
+from scope.figures.text import visible_token
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scope.attribution.graph import CircuitGraph
+    from scope.attribution.verdicts import Verdicts
+    from scope.attribution.verification import Verification
+    from scope.workspace import Entry
+
+__all__ = ["graph_table", "graph_view", "heads", "make_form", "verification"]
+
+PAGE_FEATURES = 1024
+"""Feature nodes that a graph made on the page has, at most, unless more are asked for."""
+SCATTER_HEIGHT = 360
+CONTROLS = (
+    ("model", "In the model", "Nothing frozen"),
+    ("random", "Random features", "Other features of the same layers written in their place"),
+    ("attention_frozen", "Attention frozen", "Attention patterns held: nearer to how the graph was made, no evidence"),
+)
+TRAIN = (
+    "scope train STORE --hook blocks.3.ln2.hook_out --hook-out blocks.3.hook_mlp_out --arch transcoder --d-sae 4096 "
+    "--k 32 --out {workspace}/saes/transcoder-3"
+)
+MAKE = (
+    'scope graph --model gemma-3-270m --transcoders {workspace}/saes --prompt "The opposite of hot is" '
+    "--out {workspace}/graphs/opposite.json"
+)
+
+
+def graph_table(entries: "Sequence[Entry]", verified: set[str]) -> html.Div:
+    """The graphs of a workspace; `verified` are the ids of those that were."""
+    rows = [
+        html.Tr(
+            [
+                html.Td(html.Strong(html.A(html.Bdi(entry.name), href=circuit_link(entry.id)))),
+                html.Td(html.Bdi(entry.manifest["prompt"])),
+                html.Td(entry.manifest["model"] or "–"),
+                html.Td(count(entry.manifest["features"]), className="number"),
+                html.Td(count(entry.manifest["edges"]), className="number"),
+                html.Td("yes" if entry.id in verified else "no"),
+            ]
+        )
+        for entry in entries
+    ]
+    names = ("Name", "Prompt", "Model", "Features", "Edges", "Verified")
+    head = html.Thead(html.Tr([html.Th(name, className="number" if name in names[3:5] else None) for name in names]))
+    table = html.Table([head, html.Tbody(rows)], className="table")
+    return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Circuit graphs"})
+
+
+def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
+    """The form that makes a graph, or what to do where there is nothing to make it with."""
+    if not known:
+        return html.Section(
+            className="state",
+            children=[
+                html.H2("Make a graph"),
+                html.P(
+                    "A graph explains a next token through transcoders, which stand in for the model's MLPs. This "
+                    "workspace has none. Train one for each layer, from a store that holds both hooks:",
+                    className="muted",
+                ),
+                code(TRAIN.format(workspace=workspace)),
+                html.P("Then make a graph here, or on the command line:", className="muted"),
+                code(MAKE.format(workspace=workspace)),
+            ],
+        )
+    first: dict[tuple[str, int], str] = {}
+    for one in known:
+        first.setdefault((one.model, one.layer), one.entry.id)
+    model = known[0].model
+    groups: dict[str, list[dict[str, str]]] = {}
+    for one in known:
+        label = f"L{one.layer} · {one.entry.name} ({one.about})"
+        groups.setdefault(one.model or "unknown model", []).append({"value": one.entry.id, "label": label})
+    return html.Section(
+        className="circuit-make",
+        children=[
+            html.H2("Make a graph"),
+            html.P(
+                "What a graph can say depends on its transcoders: a layer without one is an error node, and so is what "
+                "they miss.",
+                className="muted small",
+            ),
+            dmc.Textarea(
+                id="circuit-prompt",
+                label="Text whose next token is explained",
+                placeholder="The opposite of hot is",
+                autosize=True,
+                minRows=1,
+                maxRows=6,
+            ),
+            dmc.MultiSelect(
+                id="circuit-transcoders",
+                label="Transcoders, one for each layer",
+                data=[{"group": name, "items": items} for name, items in groups.items()],
+                value=[id for (of, _), id in first.items() if of == model],
+                searchable=True,
+                comboboxProps={"shadow": "md"},
+            ),
+            html.Div(
+                className="circuit-make-line",
+                children=[
+                    dmc.TextInput(
+                        id="circuit-targets",
+                        label="Next tokens to explain, separated by commas",
+                        placeholder="the likeliest",
+                    ),
+                    dmc.NumberInput(
+                        id="circuit-max-features", label="Feature nodes, at most", value=PAGE_FEATURES, min=1, step=256
+                    ),
+                ],
+            ),
+            html.Div([button("Make the graph", id="circuit-make-run", className="main-action")], className="chips"),
+            progress_box("circuit-make"),
+            html.Div(id="circuit-make-result"),
+            html.Details(
+                className="small muted",
+                children=[
+                    html.Summary("On the command line"),
+                    code(MAKE.format(workspace=workspace)),
+                ],
+            ),
+        ],
+    )
+
+
+def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, verified: Any) -> html.Div:
+    """A graph: the picture, which assets/49_circuit_page.js draws, what is pinned beside it, what holds of it below."""
+    from scope.attribution.pruning import scores
+
+    found = scores(graph)
+    given = {"graph": entry.id, "name": entry.name, "thresholds": thresholds._asdict()}
+    logits = graph.nodes[graph.nodes["kind"] == "logit"]
+    best = logits.loc[logits["probability"].idxmax()]
+    return html.Div(
+        className="circuit-page",
+        children=[
+            html.Header(
+                className="page-head",
+                children=[
+                    html.H1([html.Bdi(entry.name)]),
+                    define("circuit_graph"),
+                    link_button("All graphs", href=circuit_link()),
+                ],
+            ),
+            html.P([html.Q(html.Bdi(entry.manifest["prompt"])), f" in {graph.model_name or 'an unnamed model'}"]),
+            stats(
+                [
+                    stat(
+                        "likeliest next token",
+                        f"“{best['label'].strip() or visible_token(best['label'])}”",
+                        note=percent(best["probability"]),
+                    ),
+                    stat("replacement", number(found.replacement), term="replacement", title=exact(found.replacement)),
+                    stat(
+                        "completeness", number(found.completeness), term="completeness", title=exact(found.completeness)
+                    ),
+                    stat("features that fire", count(graph.n_active)),
+                ]
+            ),
+            html.Div(
+                className="columns circuit-columns",
+                children=[
+                    html.Div(
+                        className="circuit",
+                        role="region",
+                        **{"data-circuit": json.dumps(given), "aria-label": "The circuit"},
+                        children=states.skeleton(34, 560),
+                    ),
+                    html.Aside(
+                        [
+                            html.Div(id="circuit-panel", className="circuit-panel"),
+                            html.Section(
+                                id="circuit-edge-part",
+                                hidden=True,
+                                children=[progress_box("circuit-heads"), html.Div(id="circuit-heads-result")],
+                            ),
+                        ],
+                        **{"aria-label": "What is pinned"},
+                    ),
+                ],
+            ),
+            html.Section(
+                className="circuit-verification",
+                children=[
+                    html.Header(
+                        className="page-head",
+                        children=[html.H2("Does it hold in the model?"), define("verification")],
+                    ),
+                    html.P(
+                        "A graph is exact about a copy of the model with attention and norms frozen. Of the model "
+                        "itself it is a hypothesis: each feature is set to 0 and to twice its value in the real model, "
+                        "and what changes behind it is compared with what the graph predicts.",
+                        className="muted small circuit-words",
+                    ),
+                    html.Div([button("Verify", id="circuit-verify-run")], className="chips"),
+                    progress_box("circuit-verify"),
+                    html.Div(verified, id="circuit-verify-result"),
+                ],
+            ),
+            dcc.Store(id="circuit-view", data={"graph": entry.id}),
+            dcc.Store(id="circuit-edge"),
+            dcc.Store(id="circuit-groups"),
+            dcc.Store(id="circuit-saved"),
+        ],
+    )
+
+
+def verification(found: "Verification", judged: "Verdicts", theme: Theme) -> html.Div:
+    """What verifying a graph has found: agreement beside its controls, the scatter, how much holds."""
+    rows = []
+    for name, title, words in CONTROLS:
+        part = getattr(found, name)
+        rows.append(
+            html.Tr(
+                [
+                    html.Th(title, scope="row", title=words),
+                    html.Td(number(part.slope), className="number", title=exact(part.slope)),
+                    html.Td(number(part.correlation), className="number", title=exact(part.correlation)),
+                    html.Td(percent(part.sign_agreement), className="number", title=exact(part.sign_agreement)),
+                    html.Td(count(part.n), className="number"),
+                ]
+            )
+        )
+    terms = (("Slope", "slope"), ("Correlation", "correlation"), ("Signs agree", "sign_agreement"), ("Pairs", None))
+    head = html.Tr(
+        [
+            html.Th("Measured against predicted", scope="col"),
+            *(
+                html.Th([name, *([" ", define(term)] if term else [])], className="number", scope="col")
+                for name, term in terms
+            ),
+        ]
+    )
+    nodes, pairs = judged.nodes, judged.pairs
+    return html.Div(
+        className="circuit-verified",
+        children=[
+            stats(
+                [
+                    stat(
+                        "features that hold",
+                        _of(nodes["holds"]),
+                        term="holds",
+                        note=f"random: {_of(nodes['holds_random'])}",
+                    ),
+                    stat(
+                        "effects that hold",
+                        _of(pairs["holds"]),
+                        term="holds",
+                        note=f"random: {_of(pairs['holds_random'])}",
+                    ),
+                ]
+            ),
+            html.Div(
+                html.Table([html.Thead(head), html.Tbody(rows)], className="table circuit-agreement"),
+                className="scroll",
+                tabIndex=0,
+                role="region",
+                **{"aria-label": "Agreement of measured and predicted changes"},
+            ),
+            chart(
+                verification_scatter(found.pairs, theme=theme),
+                id="circuit-scatter",
+                height=SCATTER_HEIGHT,
+                words="Measured against predicted changes, in the model and with random features",
+            ),
+            html.P(
+                "Dots: the sign is as predicted. Crosses: it is not. On the dotted line measured and predicted are "
+                "equal. A point is one intervention on one feature and one node behind it.",
+                className="muted small",
+            ),
+        ],
+    )
+
+
+def _of(holds: "pd.Series[bool]") -> str:
+    return f"{count(int(holds.sum()))} of {count(len(holds))}"
+
+
+def heads(table: "pd.DataFrame", words: str) -> html.Div:
+    """Which heads carry an edge: columns layer, head, weight, the largest first."""
+    total = float(table["weight"].sum())
+    shown = table[table["weight"].abs() > 0].head(12)
+    most = float(shown["weight"].abs().max()) if len(shown) else 1.0
+    rows = [
+        html.Tr(
+            [
+                html.Td("along the stream, no head" if row.layer < 0 else f"L{row.layer} head {row.head}"),
+                html.Td(
+                    f"{'+' if row.weight > 0 else ''}{number(row.weight)}",
+                    className=f"number circuit-weight {'negative' if row.weight < 0 else 'positive'}",
+                    style={"--v": f"{abs(row.weight) / most:.3f}"},
+                    title=exact(row.weight),
+                ),
+                html.Td(percent(row.weight / total) if total else "–", className="number"),
+            ]
+        )
+        for row in shown.itertuples()
+    ]
+    head = html.Tr(
+        [
+            html.Th("By way of", scope="col"),
+            *(html.Th(name, scope="col", className="number") for name in ("Weight", "Share")),
+        ]
+    )
+    return html.Div(
+        className="circuit-list",
+        children=[
+            html.H3(["Heads that carry the edge ", define("edge_heads")]),
+            html.P(html.Bdi(words), className="small muted"),
+            html.Table([html.Thead(head), html.Tbody(rows)]),
+            html.P(
+                f"In all {number(total)}, of {plural(len(table) - 1, 'head')} and the stream.", className="small muted"
+            ),
+        ],
+    )
