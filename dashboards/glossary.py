@@ -26,6 +26,29 @@ GLOSSARY: dict[str, Definition] = {
         "is Wilson's, 95%.",
         "density = firings / indexed tokens",
     ),
+    "spark": Definition(
+        "distribution of strength",
+        "A small histogram of how strongly the feature fires: weak on the left, its maximum on the right. Heights are "
+        "on a logarithmic scale, so that a single firing still shows.",
+        "height = log(1 + firings in the bin)",
+    ),
+    "rate_a": Definition(
+        "rate on A",
+        "How often the feature fires where A holds, per 1,000 such tokens, with Wilson's 95% interval.",
+        "1000 × firings on A / tokens of A",
+    ),
+    "rate_b": Definition(
+        "rate on B",
+        "How often the feature fires where B holds, or everywhere but on A where no B is given, per 1,000 such tokens, "
+        "with Wilson's 95% interval.",
+        "1000 × firings on B / tokens of B",
+    ),
+    "z": Definition(
+        "z of the difference",
+        "How sure it is that the two rates differ: the signed root of the likelihood ratio, about as many standard "
+        "errors. Positive where the feature prefers A; the list starts with the largest.",
+        "sign(p_A − p_B) · √(2 Σ n · KL(p ‖ p of both)), Σ over A and B",
+    ),
     "firings": Definition("firings", "Tokens on which the feature is not zero, in the text of this index."),
     "max": Definition("maximum", "The strongest firing in the text of this index."),
     "mean": Definition("mean", "Mean strength over the tokens that the feature fires on, zeros left out."),
