@@ -12,7 +12,8 @@
   const known = new Map();
 
   function place(anchor) {
-    const rect = anchor.getClientRects()[0] || anchor.getBoundingClientRect();
+    const word = anchor.querySelector(".ink") || anchor;
+    const rect = word.getClientRects()[0] || anchor.getBoundingClientRect();
     box.hidden = false;
     const width = box.offsetWidth;
     const height = box.offsetHeight;

@@ -110,7 +110,7 @@
   };
   /** The name of a column and its "?"; assets/30_tip.js shows the definition, and keeps the click from sorting. */
   cells.Head = function Head(props) {
-    return h("span", { className: "head" }, props.displayName, props.define ? h("button", {
+    return h("span", { className: "head" }, h("span", { className: "head-name" }, props.displayName), props.define ? h("button", {
       type: "button", className: "define", tabIndex: -1, "aria-label": "What is " + props.define + "?",
       "data-term": props.define, "data-define": props.definition, "data-formula": props.formula,
     }, "?") : null);

@@ -5,6 +5,7 @@
 2. An interval asks every few seconds whether a log has grown; only then is anything drawn anew.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from dash import ALL, Dash, Input, Output, State, dcc, html
@@ -194,6 +195,7 @@ def _one(trainings: Trainings, run: Run) -> html.Div:
         )
     if run.sae:
         parts.append(html.Div([link_button("Compare", href=compare_link(a=run.sae))], className="chips"))
+    parts += _births(run)
     settings = [
         (name.replace("_", " "), html.Code(str(value)))
         for name, value in run.settings.items()
@@ -210,6 +212,21 @@ def _one(trainings: Trainings, run: Run) -> html.Div:
             )
         )
     return html.Div(parts, className="training-one")
+
+
+def _births(run: Run) -> list[Any]:
+    """Links to what came, went and split between the decoders that were kept along the way."""
+    kept = [(f"step {one.steps:,}", f"{run.id}-{one.steps}") for one in run.snapshots]
+    kept += [("the end", run.sae)] if run.sae else []
+    if len(kept) < 2:
+        return []
+    pairs = [*pairwise(kept), *([(kept[0], kept[-1])] if len(kept) > 2 else [])]
+    links = [
+        html.A(f"{first[0]} → {second[0]}", href=compare_link(a=first[1], b=second[1]), className="chip")
+        for first, second in pairs
+    ]
+    words = html.Span("Births and splits, from", className="muted small")
+    return [html.Nav([words, *links], className="chips births", **{"aria-label": "Births and splits"})]
 
 
 def _going_on(run: Run) -> str:

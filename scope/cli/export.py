@@ -9,6 +9,7 @@ from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
 
 if TYPE_CHECKING:
+    from scope.features.all_logits import AllLogits
     from scope.features.index import FeatureIndex
 
 __all__ = ["register"]
@@ -55,6 +56,13 @@ def register(app: typer.Typer) -> None:
         model_id: Annotated[str, typer.Option(help="The model's id at Neuronpedia; by default from its name.")] = "",
         source_set: Annotated[str, typer.Option(help="The SAE set's id there, without the layer.")] = "",
         creator_name: Annotated[str, typer.Option(help="Who made the SAE, in Neuronpedia's words for it.")] = "",
+        logit_histograms: Annotated[
+            bool,
+            typer.Option(
+                help="neuronpedia, saedashboard: histograms of the effects on all logits, which load the model and the "
+                "SAE; left empty, and said, where these are not at hand."
+            ),
+        ] = True,
         workspace: Annotated[Path | None, typer.Option(help="Where the index and its labels lie.")] = None,
     ) -> Outcome:
         """Write a store's activations, or an index's features, firings and labels, for other tools."""
@@ -73,11 +81,34 @@ def register(app: typer.Typer) -> None:
         from scope.features.neuronpedia_export import NeuronpediaNames, export_neuronpedia
 
         names = NeuronpediaNames(model_id=model_id, source_set=source_set, creator_name=creator_name)
+        logits = _all_logits(index, workspace) if logit_histograms else None
         with progress_bar("Exporting (features)") as progress:
-            report = export_neuronpedia(index, out, chosen, names, layout=format, progress=progress)
+            report = export_neuronpedia(index, out, chosen, names, layout=format, logits=logits, progress=progress)
         text_ = f"{report.folder} holds {report.features:,} features and {report.activations:,} examples"
         text_ += f" in {report.files:,} file(s), {report.bytes / 1e6:,.1f} MB."
-        return Outcome({**report._asdict(), "folder": str(report.folder)}, text_)
+        histograms = logits is not None
+        return Outcome({**report._asdict(), "folder": str(report.folder), "logit_histograms": histograms}, text_)
+
+
+def _all_logits(index: "FeatureIndex", workspace: Path | None) -> "AllLogits | None":
+    """What computes the effects on all logits; None, which is said, where the SAE or the model is not at hand."""
+    from scope.errors import ScopeError
+    from scope.features.all_logits import AllLogits
+    from scope.models import LanguageModel
+    from scope.workspace import Workspace
+
+    here = workspace or (index.path.parent.parent if index.path.parent.name == "indexes" else Path("workspace"))
+    source = (index.sae_info.get("metadata") or {}).get("source")
+    try:
+        known = [str(entry.manifest.get("fingerprint")) for entry in Workspace(here).saes() if entry.problem is None]
+        own = str(index.sae_info["fingerprint"])
+        sae = Workspace(here).sae(str(source) if source and own not in known else own[:12])
+        info = index.model_info
+        model = LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
+        return AllLogits(sae, model)
+    except (ScopeError, OSError) as problem:
+        say(f"The histograms of logit effects stay empty: {problem}")
+        return None
 
 
 def _export_store(
