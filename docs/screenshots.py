@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dashboards.app import PAGES, bind
+from dashboards.columns import umap_of
 from dashboards.links import (
     compare_link,
     feature_link,
@@ -59,10 +60,10 @@ def views(workspace: Workspace) -> Iterator[Shot]:
     yield Shot("workspace", workspace_link(), ".workspace-page", "workspace")
     for entry in workspace.indexes()[:1]:
         id, index = entry.id, workspace.index(entry.id)
-        plot = "umap" if index.umap() is not None else None
+        has_umap = umap_of(index) is not None
         yield Shot("features", features_link(id, colour="top_language"), ".cell-spark", "features")
-        if plot:
-            yield Shot("umap", features_link(id, plot=plot, colour="top_language"), ".cell-spark", "features")
+        if has_umap:
+            yield Shot("umap", features_link(id, plot="umap", colour="top_language"), ".cell-spark", "features")
         yield Shot("feature", feature_link(id, telling_feature(index)), ".example .tok, .state", "feature")
         yield Shot("prompt", prompt_link(id, text=TEXT, token=5), ".firing", "prompt")
         yield Shot("two-prompts", prompt_link(id, text=TWO[0], text2=TWO[1]), ".next-rows", "prompt")
@@ -78,11 +79,14 @@ def views(workspace: Workspace) -> Iterator[Shot]:
 
 
 def telling_feature(index: Any) -> int:
-    """A feature with something to see: neither rare nor dense, on several tokens, strong on all of them."""
+    """A feature with something to see: not rare, not dense, on several words and on hardly anything else."""
     table = index.table
-    told = table[(table["n_firings"] >= 60) & (table["density"] < 0.01) & (table["token_entropy"].between(1, 3.5))]
+    words = table["top_tokens"].map(lambda tokens: all(str(token).strip().isalpha() for token in list(tokens)[:5]))
+    told = table[
+        words & (table["n_firings"] >= 60) & (table["density"] < 0.01) & table["token_entropy"].between(1.5, 3)
+    ]
     chosen = told if len(told) else table
-    return int(chosen.sort_values("max_value", ascending=False)["feature"].iloc[min(5, len(chosen) - 1)])
+    return int(chosen.sort_values("n_firings", ascending=False)["feature"].iloc[0])
 
 
 def photograph(url: str, shots: list[Shot], out: Path, *, ship: bool, full: bool) -> list[str]:

@@ -77,7 +77,7 @@ class FakeIndex:
 
     def __init__(self, name: str = "fake", repeats: int = 40) -> None:
         self.name, self.path = name, Path(f"/nowhere/{name}.index")
-        self.fingerprint = "fa4e" * 16
+        self.fingerprint = "fa4e" * 15 + ("fa4e" if repeats == 40 else f"{repeats:04x}")
         self.id = self.fingerprint[:12]
         self.hook_name = "blocks.8.hook_resid_post"
         self.d_sae = FEATURES

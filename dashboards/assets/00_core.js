@@ -38,8 +38,10 @@
   };
   /** The names of a token's characters where it shows nothing, such as the joiner inside an emoji; "" where it does. */
   function unseen(token) {
-    const inner = Array.from(token.replace(/^ +| +$/g, ""));
-    return inner.length && inner.every((one) => one in INVISIBLE) ? inner.map((one) => INVISIBLE[one]).join("") : "";
+    const [, text, share] = token.match(/^([^]*?)( [⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)?$/);
+    const inner = Array.from(text.replace(/^ +| +$/g, ""));
+    const hidden = inner.length && inner.every((one) => one in INVISIBLE);
+    return hidden ? inner.map((one) => INVISIBLE[one]).join("") + (share || "") : "";
   }
 
   /** A token with its blanks and line breaks drawn, as nodes: for places where they would be lost. */

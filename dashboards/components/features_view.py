@@ -25,7 +25,7 @@ KINDS = (("neutral", "Neutral to language"), ("specific", "Specific to a languag
 DENSITY_FLOOR = -6.0
 """log10 of the density at the left end of the slider, which stands for "any"."""
 WIDTHS = {"text": (104, 98, 170), "density": (122, 112, 170)}
-NUMBER_WIDTH = (84, 72, 130)
+NUMBER_WIDTH = (92, 84, 150)
 
 
 def toolbar(index: "FeatureIndex", query: FeatureQuery) -> html.Div:
@@ -259,9 +259,8 @@ def column_definitions(
         renderer = {"text": "Plain", "density": "Density", "share": "Share"}.get(one.kind, "Number")
         aligned = {} if one.kind in ("text", "density") else {"type": "rightAligned"}
         widths = WIDTHS.get(one.kind, NUMBER_WIDTH)
-        return column(
-            one.name, one.title, widths, renderer, hide=one.name not in shown, **_defined(one.term), **aligned
-        )
+        more = {"hide": one.name not in shown, "headerTooltip": one.title, **_defined(one.term), **aligned}
+        return column(one.name, one.title, widths, renderer, **more)
 
     hidden = {"hide": not contrasts}
     return [

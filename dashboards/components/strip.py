@@ -5,6 +5,7 @@ nodes: a page with thousands of tokens costs Dash one component per strip, and m
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -99,11 +100,16 @@ INVISIBLE = {
 """What stands for a character that shows nothing, in a token that has nothing else; assets/00_core.js has the same."""
 
 
+SHARE = re.compile(r"(.*?)( [⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)?", re.DOTALL)
+"""A token's text, and its share of a character where it is a part of one."""
+
+
 def token(text: str) -> html.Span:
     """A token by itself, its blanks at either end and its line breaks drawn faintly; one that shows nothing at all,
     such as the joiner inside an emoji, as the names of its characters."""
-    if text.strip(" ") and all(character in INVISIBLE for character in text.strip(" ")):
-        names = "".join("␣" if character == " " else INVISIBLE[character] for character in text)
+    shown, share = SHARE.fullmatch(text).groups("")  # type: ignore[union-attr]  # it matches anything
+    if shown.strip(" ") and all(character in INVISIBLE for character in shown.strip(" ")):
+        names = "".join("␣" if character == " " else INVISIBLE[character] for character in shown) + share
         return html.Span(html.Span(names, className="blank"), className="token-text", dir="auto")
     stripped = text.strip(" ")
     left = len(text) - len(text.lstrip(" ")) if stripped else len(text)

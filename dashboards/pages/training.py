@@ -15,6 +15,7 @@ from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
 from dashboards.components.controls import define, icon, link_button, panel
 from dashboards.components.stats import stat, stats
+from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, duration, exact, number, percent, plural
 from dashboards.links import View, compare_link, features_link, training_link
@@ -39,6 +40,7 @@ WORDS = {
 }
 COMMAND = "scope train STORE --hook NAME --d-sae 4096 --k 32 --out {}/saes/NAME"
 LEFT_OUT = ("d_sae", "k", "arch")
+FRONT = ("SAE", "Hook", "What it is", "l0", "fvu", "delta CE", "Dead", "Measured on", "")
 
 
 def render(context: Context, view: View) -> Page:
@@ -286,19 +288,10 @@ def _list(trainings: Trainings, runs: list[Run], shown: list[Run], view: View) -
     colours = {run.id: number for number, run in enumerate(shown, start=1)}
     rows = [_row(trainings, run, colours.get(run.id), shown, view) for run in runs]
     names = ("", "Run", "State", "What it is", "Tokens", "fvu", "l0", "Tokens a second")
-    head = html.Thead(
-        html.Tr([html.Th(name, className="number" if place > 3 else "") for place, name in enumerate(names)])
-    )
-    return html.Div(
-        html.Table([head, html.Tbody(rows)], className="table runs-table"),
-        className="scroll",
-        tabIndex=0,
-        role="region",
-        **{"aria-label": "Trainings"},
-    )
+    return stacking_table("Trainings", names, rows, numeric=range(4, 8), className="runs-table")
 
 
-def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], view: View) -> html.Tr:
+def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], view: View) -> list[Any]:
     last = trainings.last(run)
     others = [one.id for one in shown if one is not run]
     wanted = others if colour else [*others, run.id]
@@ -321,23 +314,17 @@ def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], v
         state.append(html.Span(f" {share}", className="small muted"))
     if run.problem:
         state.append(html.Div([run.problem, " ", _going_on(run)], className="small muted run-problem"))
-    return html.Tr(
-        [
-            html.Td(toggle),
-            html.Td(html.A(html.Bdi(run.name), href=training_link(run.id))),
-            html.Td(state),
-            html.Td([html.Code(run.hook), " ", settings_in_words(run.settings)]),
-            html.Td(count(done) if done is not None else "–", className="number", title=_of_total(run)),
-            *(
-                html.Td(
-                    number(last.get(name)),
-                    className="number",
-                    title=exact(last[name]) if last.get(name) is not None else None,
-                )
-                for name in ("fvu", "l0", "tokens_per_s")
-            ),
-        ]
-    )
+    return [
+        toggle,
+        html.A(html.Bdi(run.name), href=training_link(run.id)),
+        state,
+        [html.Code(run.hook), " ", settings_in_words(run.settings)],
+        html.Td(count(done) if done is not None else "–", title=_of_total(run)),
+        *(
+            html.Td(number(last.get(name)), title=exact(last[name]) if last.get(name) is not None else None)
+            for name in ("fvu", "l0", "tokens_per_s")
+        ),
+    ]
 
 
 # --- charts --------------------------------------------------------------------------------------------------------
@@ -376,41 +363,23 @@ def _front(context: Context, theme: Any) -> Any:
         html.P(f"{plural(len(frame), 'SAE')}. {words} The dotted line joins those of a hook that none beats in both."
                , className="small muted"),
         graph,
-        html.Div(
-            html.Table([_front_head(), html.Tbody([_front_row(row, by_id) for row in records(frame)])],
-                       className="table"),
-            className="scroll", tabIndex=0, role="region", **{"aria-label": "All SAEs"},
-        ),
+        stacking_table("All SAEs", FRONT, [_front_row(row, by_id) for row in records(frame)], numeric=range(3, 7)),
         term="pareto",
     )  # fmt: skip
 
 
-def _front_head() -> html.Thead:
-    names = ("SAE", "Hook", "What it is", "l0", "fvu", "delta CE", "Dead", "Measured on", "")
-    return html.Thead(
-        html.Tr([html.Th(name, className="number" if 2 < place < 7 else "") for place, name in enumerate(names)])
-    )
-
-
-def _front_row(row: dict[str, Any], indexes: dict[str, str]) -> html.Tr:
+def _front_row(row: dict[str, Any], indexes: dict[str, str]) -> list[Any]:
     index = indexes.get(row["id"])
     name = html.A(row["name"], href=features_link(index)) if index else row["name"]
     delta, dead = row["delta_ce"], row["dead_share"]
-    return html.Tr(
-        [
-            html.Td(
-                [
-                    html.Strong(name),
-                    *([" ", html.Span("on the front", className="small muted")] if row["front"] else []),
-                ]
-            ),
-            html.Td(html.Code(row["hook"])),
-            html.Td(row["what"]),
-            html.Td(number(row["l0"]), className="number", title=exact(row["l0"])),
-            html.Td(number(row["fvu"]), className="number", title=exact(row["fvu"])),
-            html.Td("–" if delta is None or delta != delta else number(delta), className="number"),
-            html.Td("–" if dead is None else percent(dead), className="number"),
-            html.Td("held-out text" if row["held_out"] else "training rows"),
-            html.Td(html.A([icon("compare"), "Compare"], href=compare_link(a=row["id"]), className="small with-icon")),
-        ]
-    )
+    return [
+        [html.Strong(name), *([" ", html.Span("on the front", className="small muted")] if row["front"] else [])],
+        html.Code(row["hook"]),
+        row["what"],
+        html.Td(number(row["l0"]), title=exact(row["l0"])),
+        html.Td(number(row["fvu"]), title=exact(row["fvu"])),
+        "–" if delta is None or delta != delta else number(delta),
+        "–" if dead is None else percent(dead),
+        "held-out text" if row["held_out"] else "training rows",
+        html.A([icon("compare"), "Compare"], href=compare_link(a=row["id"]), className="small with-icon"),
+    ]

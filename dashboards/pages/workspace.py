@@ -2,7 +2,6 @@
 whether their bytes are what was written (asked for with a button, read in a thread of its own)."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from dash import ALL, Dash, Input, Output, State, ctx, dcc, html
@@ -12,6 +11,7 @@ from dashboards.artefacts import Artefact, Model, describe, models
 from dashboards.components import jobs, states
 from dashboards.components.controls import button, code, link_button
 from dashboards.components.stats import interval, stat, stats
+from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent, plural
 from dashboards.links import View, features_link, prompt_link, training_link
@@ -324,17 +324,7 @@ def _table(verifier: Verifier, title: str, artefacts: list[Artefact], command: s
         for artefact in artefacts
     ]
     names = ("Name", "Id", "What it is", "Made from", "Health")
-    return [html.Section([html.H2(title), _listed(title, names, rows)])]
-
-
-def _listed(title: str, names: Sequence[str], rows: list[list[Any]]) -> html.Div:
-    """A table; on a phone each of its rows is a block, with the names of the columns before what stands in them."""
-    body = [
-        html.Tr([html.Td(html.Div(cell), **{"data-name": name}) for name, cell in zip(names, row, strict=True)])
-        for row in rows
-    ]
-    head = html.Thead(html.Tr([html.Th(name) for name in names]))
-    return _scrolling(title, html.Table([head, html.Tbody(body)], className="table stacking"))
+    return [html.Section([html.H2(title), stacking_table(title, names, rows)])]
 
 
 def _describe_row(artefact: Artefact) -> Any:
@@ -369,7 +359,7 @@ def _trainings(runs: list[Run], saes: list[Artefact]) -> html.Section:
         for run in shown
     ]
     names = ("Name", "Id", "What it is", "What it made", "Health")
-    parts: list[Any] = [head, _listed("Trainings", names, rows)]
+    parts: list[Any] = [head, stacking_table("Trainings", names, rows)]
     if len(runs) > len(shown):
         parts.append(html.A(f"All {len(runs):,}", href=training_link(), className="small"))
     return html.Section(parts)
@@ -402,7 +392,7 @@ def _models(found: list[Model]) -> html.Section:
         for model in found
     ]
     return html.Section(
-        [html.H2("Models"), _listed("Models", ("Name", "Weights", "Revision", "Used by", "Health"), rows)]
+        [html.H2("Models"), stacking_table("Models", ("Name", "Weights", "Revision", "Used by", "Health"), rows)]
     )
 
 
