@@ -316,7 +316,7 @@ def test_an_index_is_exported_by_the_command_line(index, tmp_path):
     here = (index.id, "--workspace", workspace)
     some = ("--features", "3,5-7", "--out", tmp_path / "np")
     code, report = scope("export", *here, "--format", "neuronpedia", *some)
-    assert (code, report["features"], report["explanations"]) == (0, 4, 1)
+    assert (code, report["features"], report["explanations"], report["logit_histograms"]) == (0, 4, 1, False)
     code, report = scope("export", *here, "--format", "csv", "--out", tmp_path / "t.csv")
     assert (code, report["rows"]) == (0, 40)
     code, report = scope("export", *here, "--format", "parquet", "--grid", "firings",
