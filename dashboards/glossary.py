@@ -190,6 +190,25 @@ GLOSSARY: dict[str, Definition] = {
         "Features without a firing in the last rows that were trained on (a million by default).",
         "dead features / d_sae",
     ),
+    "loss": Definition(
+        "loss",
+        "What the training makes smaller, a dimension of the activation, in the scaled units that it works in: the "
+        "error of the reconstruction and what the architecture adds (a penalty on firings, a term for dead features).",
+        "(mean over rows of ‖x − x̂‖² + terms of the architecture) / d_out",
+    ),
+    "learning_rate": Definition(
+        "learning rate", "The size of Adam's steps: it warms up, holds its peak, and decays to zero at the end."
+    ),
+    "sparsity_coefficient": Definition(
+        "sparsity coefficient",
+        "The weight of the penalty on firings. It is steered while training, so that the L0 comes to what was asked for.",
+    ),
+    "tokens_per_s": Definition("tokens a second", "Rows that were trained on, by the second of the loop."),
+    "data_wait_share": Definition(
+        "share of the time waited for data",
+        "How much of the loop's time it waited for rows from the store or the model. Near 100% the training is as fast "
+        "as its data comes.",
+    ),
     "grad_norm": Definition(
         "gradient norm",
         "The length of a step's gradient before it is clipped, with the loss divided by the variance of the data. A "

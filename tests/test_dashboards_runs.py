@@ -214,5 +214,7 @@ def test_workspace_page_lists_trainings_and_buttons_that_verify(local: fakes.Loc
     (workspace.path / "graphs").mkdir()
     (workspace.path / "graphs" / "a-circuit.json").write_text("{}")
     content = local.content("/")
-    for text in ("Trainings", "Models", "a-circuit.json", "Verify topk-2", "diverged"):
+    made = f"topk-2 ({workspace.find('topk-2', 'sae').id})"
+    kept = "a checkpoint of step 10"
+    for text in ("Trainings", "Models", "a-circuit.json", "Verify topk-2", "diverged", "What it made", made, kept):
         assert text in content

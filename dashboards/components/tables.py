@@ -1,9 +1,11 @@
 """Tables of a few columns: lines on a desk; on a phone each line is a block, names of columns before what they say."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dash import html
+
+from dashboards.components.controls import define
 
 __all__ = ["stacking_table"]
 
@@ -14,6 +16,7 @@ def stacking_table(
     rows: Sequence[Sequence[Any]],
     *,
     numeric: Collection[int] = (),
+    terms: Mapping[str, str] | None = None,
     className: str = "",
 ) -> html.Div:
     """A table that scrolls within itself where it is too wide.
@@ -23,10 +26,13 @@ def stacking_table(
         names: of the columns.
         rows: what stands in their cells: content, or an `html.Td` that has properties of its own.
         numeric: columns of numbers, which end in line.
+        terms: name of a column to the term of the glossary that its "?" explains.
         className: of the table.
     """
     numbers = ["number" if place in numeric else "" for place in range(len(names))]
-    head = html.Tr([html.Th(name, className=kind) for name, kind in zip(names, numbers, strict=True)])
+    known = terms or {}
+    heads = [[name, " ", define(known[name])] if name in known else name for name in names]
+    head = html.Tr([html.Th(words, className=kind) for words, kind in zip(heads, numbers, strict=True)])
     body = [html.Tr([_cell(*cell) for cell in zip(names, row, numbers, strict=True)]) for row in rows]
     table = html.Table([html.Thead(head), html.Tbody(body)], className=f"table stacking {className}".strip())
     return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": title})

@@ -13,7 +13,7 @@ from dash.exceptions import PreventUpdate
 from dashboards.comparisons import Compared, Comparisons, Side
 from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
-from dashboards.components.controls import link_button, panel
+from dashboards.components.controls import define, link_button, panel
 from dashboards.components.stats import stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent
@@ -34,6 +34,8 @@ GROUPS = {"SAE": "SAEs", "snapshot": "Kept along trainings", "checkpoint": "Last
 ROWS = 100
 """Rows of a list that are shown."""
 PARTS = 6
+TERMS = {"cosine": "best_cosine", "correlation": "firing_correlation"}
+"""Columns with a "?"."""
 FAILED = "These two could not be compared"
 SHOWS = ("matched", "only-a", "only-b", "splits", "merges")
 SKELETON = (56, 260, 28, 28, 28, 28)
@@ -313,7 +315,9 @@ def _listed(frame: "pd.DataFrame", head: list[str], rows: list[list[Any]]) -> An
     def cell(kind: Any, place: int, content: Any) -> Any:
         side = {"data-side": ids[place]} if place in ids else {}
         named = {"data-name": head[place]} if place in numeric else {}
-        return kind(content, className="number" if place in numeric else "", **side, **named)
+        term = TERMS.get(str(content)) if kind is html.Th else None
+        words = [content, " ", define(term)] if term else content
+        return kind(words, className="number" if place in numeric else "", **side, **named)
 
     def cells(kind: Any, row: list[Any]) -> list[Any]:
         return [cell(kind, place, content) for place, content in enumerate(row)]

@@ -31,7 +31,14 @@ __all__ = ["register", "render"]
 POLL_MS = 2500
 HEIGHT = 210
 XS = (("tokens", "Tokens"), ("step", "Steps"), ("seconds", "Time"))
-TERMS = {"fvu": "fvu", "l0": "l0", "dead_share": "dead_in_training", "grad_norm": "grad_norm"}
+TERMS = {
+    **{name: name for name in METRICS},
+    "dead_share": "dead_in_training",
+    "over_dense_share": "over_dense",
+}
+"""What each curve's "?" explains."""
+ALWAYS = ("fvu", "l0", "dead_share", "grad_norm")
+"""Curves that have a place before their first value."""
 WORDS = {
     RunState.RUNNING: "running",
     RunState.FINISHED: "finished",
@@ -40,6 +47,7 @@ WORDS = {
 }
 COMMAND = "scope train STORE --hook NAME --d-sae 4096 --k 32 --out {}/saes/NAME"
 LEFT_OUT = ("d_sae", "k", "arch")
+TERMS_OF_TABLES = {"fvu": "fvu", "l0": "l0", "delta CE": "delta_ce", "Dead": "dead_in_training"}
 FRONT = ("SAE", "Hook", "What it is", "l0", "fvu", "delta CE", "Dead", "Measured on", "")
 
 
@@ -242,7 +250,7 @@ def _going_on(run: Run) -> str:
 
 def _facts(run: Run, last: dict[str, Any]) -> list[html.Div]:
     shown = [stat("tokens", count(last.get("tokens", 0)), note=_of_total(run))]
-    for name, term in (("fvu", "fvu"), ("l0", "l0"), ("loss", None), ("tokens_per_s", None)):
+    for name, term in (("fvu", "fvu"), ("l0", "l0"), ("loss", "loss"), ("tokens_per_s", "tokens_per_s")):
         if last.get(name) is not None:
             shown.append(
                 stat(name.replace("_per_s", " a second"), number(last[name]), term=term, title=exact(last[name]))
@@ -288,7 +296,7 @@ def _list(trainings: Trainings, runs: list[Run], shown: list[Run], view: View) -
     colours = {run.id: number for number, run in enumerate(shown, start=1)}
     rows = [_row(trainings, run, colours.get(run.id), shown, view) for run in runs]
     names = ("", "Run", "State", "What it is", "Tokens", "fvu", "l0", "Tokens a second")
-    return stacking_table("Trainings", names, rows, numeric=range(4, 8), className="runs-table")
+    return stacking_table("Trainings", names, rows, numeric=range(4, 8), terms=TERMS_OF_TABLES, className="runs-table")
 
 
 def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], view: View) -> list[Any]:
@@ -334,11 +342,9 @@ def _curves(trainings: Trainings, shown: list[Run], x: str, theme: Any) -> html.
     frames = {run.name: trainings.frame(run) for run in shown}
     drawn = []
     for metric, words in METRICS.items():
-        if all(metric not in frame or frame[metric].isna().all() for frame in frames.values()) and metric not in TERMS:
+        if all(metric not in frame or frame[metric].isna().all() for frame in frames.values()) and metric not in ALWAYS:
             continue
-        title: list[Any] = [html.H2(words[:1].upper() + words[1:])]
-        if metric in TERMS:
-            title.append(define(TERMS[metric]))
+        title: list[Any] = [html.H2(words[:1].upper() + words[1:]), define(TERMS[metric])]
         figure = metric_curve(frames, metric, x=x, theme=theme)
         graph = chart(figure, id={"type": "training-curve", "metric": metric}, height=HEIGHT, words=words)
         drawn.append(html.Section([html.Header(title), graph], className="panel"))
@@ -363,7 +369,8 @@ def _front(context: Context, theme: Any) -> Any:
         html.P(f"{plural(len(frame), 'SAE')}. {words} The dotted line joins those of a hook that none beats in both."
                , className="small muted"),
         graph,
-        stacking_table("All SAEs", FRONT, [_front_row(row, by_id) for row in records(frame)], numeric=range(3, 7)),
+        stacking_table("All SAEs", FRONT, [_front_row(row, by_id) for row in records(frame)], numeric=range(3, 7),
+                       terms=TERMS_OF_TABLES),
         term="pareto",
     )  # fmt: skip
 
