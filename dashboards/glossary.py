@@ -201,7 +201,7 @@ GLOSSARY: dict[str, Definition] = {
     ),
     "sparsity_coefficient": Definition(
         "sparsity coefficient",
-        "The weight of the penalty on firings. It is steered while training, so that the L0 comes to what was asked for.",
+        "The weight of the penalty on firings. It is steered while training, so that the L0 comes to what was asked.",
     ),
     "tokens_per_s": Definition("tokens a second", "Rows that were trained on, by the second of the loop."),
     "data_wait_share": Definition(
