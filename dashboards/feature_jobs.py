@@ -49,11 +49,11 @@ class FeatureJobs:
         return found if isinstance(found, AllLogits) else None
 
     def _logits(self, job: Job, index: str, feature: int) -> AllLogits:
+        from scope.features import all_logits
+
         model, sae = self.prompts.loaded(job, index)
         job.report(f"multiplying its decoder row with W_U ({model.d_vocab:,} tokens)")
-        from scope.features.all_logits import AllLogits as Effects
-
-        effects = next(Effects(sae, model).of([feature]))
+        effects = next(all_logits.AllLogits(sae, model).of([feature]))
         counts, edges = np.histogram(effects, bins=N_BINS)
         return AllLogits(effects, edges, counts)
 
