@@ -30,7 +30,9 @@ class Side:
     version: str
     """Changes when it does."""
     fingerprint: str = ""
-    """Of an SAE."""
+    """Of an SAE; of what a training was on the way, that of the SAE that it ended as, "" before it has ended."""
+    run: str = ""
+    """The id of the training that it is of, where that is here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,11 @@ class Compared:
     """The id of an index of `a`, whose pages features link to."""
     index_b: str | None
 
+    @property
+    def one_training(self) -> bool:
+        """Whether both are of the same training, so that what differs came or went with its steps."""
+        return bool(self.a.run) and self.a.run == self.b.run
+
 
 class Comparisons:
     """The jobs of the compare page."""
@@ -54,6 +61,14 @@ class Comparisons:
     def sides(self) -> list[Side]:
         """What can be compared: the readable SAEs by name, the decoders that trainings kept along the way, and the last
         checkpoints of those that are not finished."""
+        runs = self.context.workspace.trainings()
+        fingerprints = {
+            entry.id: str(entry.manifest["fingerprint"])
+            for entry in self.context.workspace.saes()
+            if entry.problem is None
+        }
+        ended = {run.id: fingerprints.get(run.sae or "", "") for run in runs}
+        run_of = {run.sae: run.id for run in runs if run.sae}
         saes = [
             Side(
                 entry.id,
@@ -63,11 +78,11 @@ class Comparisons:
                 str((entry.manifest.get("training") or {}).get("hook") or ""),
                 str(entry.manifest["fingerprint"]),
                 str(entry.manifest["fingerprint"]),
+                run_of.get(entry.id, ""),
             )
             for entry in self.context.workspace.saes()
             if entry.problem is None
         ]
-        runs = self.context.workspace.trainings()
         snapshots = [
             Side(
                 f"{run.id}-{kept.steps}",
@@ -76,6 +91,8 @@ class Comparisons:
                 kept.path,
                 run.hook,
                 f"{run.id} {kept.steps} {kept.path.stat().st_mtime_ns}",
+                ended[run.id],
+                run.id,
             )
             for run in runs
             for kept in run.snapshots
@@ -88,6 +105,8 @@ class Comparisons:
                 run.path / CHECKPOINT_NAME,
                 run.hook,
                 f"{run.id} {run.checkpoint.steps}",
+                ended[run.id],
+                run.id,
             )
             for run in runs
             if run.checkpoint is not None
@@ -116,7 +135,7 @@ class Comparisons:
         from scope.features.compare import decoder_of, match, same_rows
 
         first, second = decoder_of(a.path), decoder_of(b.path)
-        pair = self._indexes(a, b, same_rows)
+        pair = self._indexes(a, b, same_rows) if a.kind == b.kind == "SAE" else None
         both = pair if pair and pair[0] and pair[1] else None
         words = "comparing decoders and firings" if both else "comparing decoders"
         found = match(

@@ -1,6 +1,7 @@
 """Files to download: a feature or a whole SAE in Neuronpedia's format, grids as CSV and parquet, labels.
 
-    /export/INDEX/feature/ID/neuronpedia.json     one feature, as a row of Neuronpedia's with its examples
+    /export/INDEX/feature/ID/neuronpedia.json     one feature, as a row of Neuronpedia's with its examples, and the
+                                                  histogram of its logit effects where its page has computed it
     /export/INDEX/feature/ID/activations.csv      every firing of it with token and document (or .parquet)
     /export/INDEX/features.csv?…                  the feature browser's list, its address's query (or .parquet)
     /export/INDEX/labels.csv                      what is said of features (or .parquet, .jsonl)
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, request
 
 from dashboards.context import Context
+from dashboards.feature_jobs import known_effects
 from dashboards.listing import FeatureQuery, grid_table, listing
 from dashboards.queries import feature_id
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
@@ -49,7 +51,8 @@ def register(server: Flask, context: Context) -> None:
             from scope.features.neuronpedia_export import feature_json
 
             opened, id = _feature(context, index, feature)
-            content = json.dumps(feature_json(opened, id), ensure_ascii=False, indent=1)
+            made = feature_json(opened, id, effects=known_effects(context, opened.id, id))
+            content = json.dumps(made, ensure_ascii=False, indent=1)
             return _attached(content, "application/json", f"{opened.id}-feature-{id}.json")
 
         return _or_trouble(made)

@@ -4,17 +4,13 @@ The index keeps the tokens that a feature pushes most, up and down. The whole vo
 which needs the model; the vector is kept with the worker's other results, and the card under the pointer reads it too.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dashboards.context import Context
 from dashboards.prompts import PromptJobs, prompt_jobs
 from dashboards.worker import Job
-from scope.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from scope.saes.base import SAE
 
 __all__ = ["AllLogits", "FeatureJobs", "known_effects"]
 
@@ -53,24 +49,13 @@ class FeatureJobs:
         return found if isinstance(found, AllLogits) else None
 
     def _logits(self, job: Job, index: str, feature: int) -> AllLogits:
+        from scope.features import all_logits
+
         model, sae = self.prompts.loaded(job, index)
         job.report(f"multiplying its decoder row with W_U ({model.d_vocab:,} tokens)")
-        effects = _effects(model, sae, feature)
+        effects = next(all_logits.AllLogits(sae, model).of([feature]))
         counts, edges = np.histogram(effects, bins=N_BINS)
         return AllLogits(effects, edges, counts)
-
-
-def _effects(model: "object", sae: "SAE", feature: int) -> np.ndarray:
-    from scope.features.decoder import unit_decoder
-
-    row = unit_decoder(sae)[feature : feature + 1]
-    if row.ndim != 2 or row.shape[1] != model.d_model:  # type: ignore[attr-defined]
-        raise InvalidInputError(
-            "This dictionary does not write into the residual stream at one place, so its effect on the logits is not "
-            "one product."
-        )
-    effect = model.logit_effects(row)  # type: ignore[attr-defined]
-    return effect[0].float().cpu().numpy()
 
 
 def _key(index: str, feature: int) -> tuple[str, str, int]:

@@ -26,6 +26,29 @@ GLOSSARY: dict[str, Definition] = {
         "is Wilson's, 95%.",
         "density = firings / indexed tokens",
     ),
+    "spark": Definition(
+        "distribution of strength",
+        "A small histogram of how strongly the feature fires: weak on the left, its maximum on the right. Heights are "
+        "on a logarithmic scale, so that a single firing still shows.",
+        "height = log(1 + firings in the bin)",
+    ),
+    "rate_a": Definition(
+        "rate on A",
+        "How often the feature fires where A holds, per 1,000 such tokens, with Wilson's 95% interval.",
+        "1000 × firings on A / tokens of A",
+    ),
+    "rate_b": Definition(
+        "rate on B",
+        "How often the feature fires where B holds, or everywhere but on A where no B is given, per 1,000 such tokens, "
+        "with Wilson's 95% interval.",
+        "1000 × firings on B / tokens of B",
+    ),
+    "z": Definition(
+        "z of the difference",
+        "How sure it is that the two rates differ: the signed root of the likelihood ratio, about as many standard "
+        "errors. Positive where the feature prefers A; the list starts with the largest.",
+        "sign(p_A − p_B) · √(2 Σ n · KL(p ‖ p of both)), Σ over A and B",
+    ),
     "firings": Definition("firings", "Tokens on which the feature is not zero, in the text of this index."),
     "max": Definition("maximum", "The strongest firing in the text of this index."),
     "mean": Definition("mean", "Mean strength over the tokens that the feature fires on, zeros left out."),
@@ -207,6 +230,25 @@ GLOSSARY: dict[str, Definition] = {
         "dead features",
         "Features without a firing in the last rows that were trained on (a million by default).",
         "dead features / d_sae",
+    ),
+    "loss": Definition(
+        "loss",
+        "What the training makes smaller, a dimension of the activation, in the scaled units that it works in: the "
+        "error of the reconstruction and what the architecture adds (a penalty on firings, a term for dead features).",
+        "(mean over rows of ‖x − x̂‖² + terms of the architecture) / d_out",
+    ),
+    "learning_rate": Definition(
+        "learning rate", "The size of Adam's steps: it warms up, holds its peak, and decays to zero at the end."
+    ),
+    "sparsity_coefficient": Definition(
+        "sparsity coefficient",
+        "The weight of the penalty on firings. It is steered while training, so that the L0 comes to what was asked.",
+    ),
+    "tokens_per_s": Definition("tokens a second", "Rows that were trained on, by the second of the loop."),
+    "data_wait_share": Definition(
+        "share of the time waited for data",
+        "How much of the loop's time it waited for rows from the store or the model. Near 100% the training is as fast "
+        "as its data comes.",
     ),
     "grad_norm": Definition(
         "gradient norm",

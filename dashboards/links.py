@@ -14,6 +14,7 @@ __all__ = [
     "feature_link",
     "features_link",
     "lens_link",
+    "list_query",
     "parse",
     "prompt_link",
     "steer_link",
@@ -47,7 +48,7 @@ class View:
 def parse(path: str | None, search: str | None) -> View:
     """The view of an address: `path` as in "/feature/12", `search` as in "?index=…"."""
     path = path or "/"
-    query = dict(parse_qsl((search or "").lstrip("?"), keep_blank_values=True))
+    query = list_query((search or "").lstrip("?"))
     if path == "/":
         return View("workspace", path, "", query)
     match = re.fullmatch(r"/(features|prompt|lens|circuit|steer|training|compare)/?", path)
@@ -59,7 +60,14 @@ def parse(path: str | None, search: str | None) -> View:
     return View("", path, "", query)
 
 
-def _link(path: str, query: dict[str, object]) -> str:
+def list_query(text: str) -> dict[str, str]:
+    """The query of a list of features, as the address of a feature that was reached from one carries it."""
+    return dict(parse_qsl(text, keep_blank_values=True))
+
+
+def _link(path: str, query: dict[str, object], index: str = "") -> str:
+    """An address; its index comes first, whatever a query that was taken over says of one."""
+    query = {"index": index, **{name: value for name, value in query.items() if name != "index"}} if index else query
     given = {name: str(value) for name, value in query.items() if value not in (None, "")}
     return path + (f"?{urlencode(given, quote_via=quote)}" if given else "")
 
@@ -69,37 +77,37 @@ def workspace_link() -> str:
     return "/"
 
 
-def features_link(index: str, **query: object) -> str:
+def features_link(index: str, /, **query: object) -> str:
     """The feature browser of an index; `query` as in its address (q, show, language, source, sort)."""
-    return _link("/features", {"index": index, **query})
+    return _link("/features", query, index)
 
 
-def feature_link(index: str, feature: int, **query: object) -> str:
+def feature_link(index: str, feature: int, /, **query: object) -> str:
     """The page of one feature."""
-    return _link(f"/feature/{int(feature)}", {"index": index, **query})
+    return _link(f"/feature/{int(feature)}", query, index)
 
 
-def prompt_link(index: str, **query: object) -> str:
+def prompt_link(index: str, /, **query: object) -> str:
     """The prompt page; `query` as in its address (text, token, feature, target, sort)."""
-    return _link("/prompt", {"index": index, **query})
+    return _link("/prompt", query, index)
 
 
-def lens_link(index: str, **query: object) -> str:
+def lens_link(index: str, /, **query: object) -> str:
     """The logit lens; `query` as in its address."""
-    return _link("/lens", {"index": index, **query})
+    return _link("/lens", query, index)
 
 
-def circuit_link(graph: str = "", **query: object) -> str:
+def circuit_link(graph: str = "", /, **query: object) -> str:
     """All circuit graphs, or the page of one; `query` as in its address (nodes, edges, pin, edge, hide)."""
     return _link("/circuit", {"graph": graph, **query})
 
 
-def steer_link(index: str, **query: object) -> str:
+def steer_link(index: str, /, **query: object) -> str:
     """The steering page; `query` as in its address (text, push, named, n, t, during, freeze)."""
-    return _link("/steer", {"index": index, **query})
+    return _link("/steer", query, index)
 
 
-def training_link(training: str = "", **query: object) -> str:
+def training_link(training: str = "", /, **query: object) -> str:
     """All trainings, or the page of one; `query` as in its address (runs, x)."""
     return _link(f"/training/{quote(training, safe='')}" if training else "/training", query)
 

@@ -78,8 +78,13 @@ class FeatureSummary:
     by_source: "pd.DataFrame"
     previous: int
     next: int
+    """Its neighbours in the list that it was reached from, by id where it was not reached from one."""
     random: int
-    """Another feature that fires, drawn anew each time."""
+    """Another feature that fires, of that list, drawn anew each time."""
+    place: int | None
+    """Its place in that list, from 1; None where there is none."""
+    n_listed: int
+    """Features in that list, or in all."""
 
     @property
     def fires(self) -> bool:
@@ -100,16 +105,30 @@ def feature_id(index: "FeatureIndex", text: str) -> int:
     return int(text)
 
 
-def random_feature(index: "FeatureIndex", but: int = -1) -> int:
-    """A feature that fires, drawn anew each time, and another one than `but` where there is one."""
-    alive = np.flatnonzero(~index.table["dead"].to_numpy(bool))
-    others = alive[alive != but]
+def random_feature(index: "FeatureIndex", but: int = -1, among: np.ndarray | None = None) -> int:
+    """A feature that fires, one of `among` where that is given, drawn anew each time, and another one than `but` where
+    there is one."""
+    alive = ~index.table["dead"].to_numpy(bool)
+    others = np.flatnonzero(alive) if among is None else among[alive[among]]
+    others = others[others != but]
     return int(np.random.default_rng().choice(others)) if len(others) else max(but, 0)
 
 
-def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
-    """Read everything about a feature but its examples."""
+def summary(index: "FeatureIndex", feature: int, among: np.ndarray | None = None) -> FeatureSummary:
+    """Read everything about a feature but its examples.
+
+    Args:
+        index: the index.
+        feature: its id.
+        among: ids of the features of a list, in its order: those before and after it there come next. Where the
+            feature is none of them, neighbours go by id.
+    """
     edges, counts = index.histogram(feature)
+    found = np.flatnonzero(among == feature) if among is not None else np.empty(0, np.int64)
+    if among is None or not len(found):
+        ids, at = np.arange(index.d_sae), feature
+    else:
+        ids, at = among, int(found[0])
     return FeatureSummary(
         id=feature,
         row=table_row(index, feature),
@@ -122,9 +141,11 @@ def summary(index: "FeatureIndex", feature: int) -> FeatureSummary:
         cofiring=index.cofiring(feature, LISTED),
         by_language=index.by_language(feature),
         by_source=index.by_source(feature),
-        previous=(feature - 1) % index.d_sae,
-        next=(feature + 1) % index.d_sae,
-        random=random_feature(index, feature),
+        previous=int(ids[(at - 1) % len(ids)]),
+        next=int(ids[(at + 1) % len(ids)]),
+        random=random_feature(index, feature, ids),
+        place=at + 1 if len(found) else None,
+        n_listed=len(ids),
     )
 
 
@@ -180,6 +201,8 @@ class ExampleRequest:
     """ "top", "quantiles", "random", or "band" (the firings of one bar of the histogram)."""
     language: str = ""
     source: str = ""
+    document: int | None = None
+    """Number of the one document to take them from."""
     n: int = 20
     seed: int = 0
     low: float = 0.0
@@ -187,6 +210,11 @@ class ExampleRequest:
     """Quantiles that bound a "band"."""
     context: str = "snippet"
     """ "snippet", or "document": the whole text."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether it asks for a part of the text alone."""
+        return bool(self.language or self.source or self.document is not None)
 
 
 @dataclass(frozen=True)
@@ -204,10 +232,17 @@ def examples(index: "FeatureIndex", feature: int, wanted: ExampleRequest) -> lis
         InvalidInputError: the address asks for something that does not exist.
     """
     n = min(max(wanted.n, 1), MAX_EXAMPLES)
-    if wanted.language or wanted.source:
+    if wanted.filtered:
         _check_known("language", wanted.language, index.languages)
         _check_known("source", wanted.source, index.sources)
-        found = index.examples_in(feature, n, language=wanted.language or None, source=wanted.source or None)
+        found = index.examples_in(
+            feature,
+            n,
+            language=wanted.language or None,
+            source=wanted.source or None,
+            document=wanted.document,
+            per_sequence=2 if wanted.document is None else n,
+        )
         return [ExampleGroup("", tuple(found))]
     if wanted.show == "top":
         return [ExampleGroup("", tuple(index.top_examples(feature, n)))]

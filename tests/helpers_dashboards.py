@@ -77,7 +77,7 @@ class FakeIndex:
 
     def __init__(self, name: str = "fake", repeats: int = 40) -> None:
         self.name, self.path = name, Path(f"/nowhere/{name}.index")
-        self.fingerprint = "fa4e" * 16
+        self.fingerprint = "fa4e" * 15 + ("fa4e" if repeats == 40 else f"{repeats:04x}")
         self.id = self.fingerprint[:12]
         self.hook_name = "blocks.8.hook_resid_post"
         self.d_sae = FEATURES
@@ -254,6 +254,7 @@ class FakeIndex:
         *,
         language: str | None = None,
         source: str | None = None,
+        document: int | None = None,
         window: tuple[int, int] = (24, 12),
         **_: Any,
     ) -> Examples:
@@ -264,6 +265,10 @@ class FakeIndex:
             keep &= (about["language"] == language).to_numpy()
         if source:
             keep &= (about["source"] == source).to_numpy()
+        if document is not None:
+            if document not in set(self.documents["document"]):
+                raise OutOfRangeError(f"There is no document {document}.")
+            keep &= (about["document"] == document).to_numpy()
         return self._examples(feature, fired[keep].head(n), window)
 
     def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:

@@ -1,18 +1,21 @@
 """What the pages show, as plain objects: addresses, numbers, grid rows, examples."""
 
 import json
+import re
+from pathlib import Path
 
 import helpers_dashboards as fakes
 import numpy as np
 import pytest
 from dash import html
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import dashboards
 from dashboards import artefacts, links, queries
 from dashboards.components.lens_view import LensSelection
 from dashboards.components.prompt_state import Selection
-from dashboards.components.strip import token, token_strip
+from dashboards.components.strip import INVISIBLE, token, token_strip
 from dashboards.format import duration, percent, plural
 from dashboards.glossary import GLOSSARY
 from dashboards.prompts import Asked
@@ -148,10 +151,48 @@ def test_an_index_that_cannot_be_read_is_shown_with_its_problem(index: fakes.Fak
 
 @given(st.text())
 def test_a_token_keeps_its_text(text: str) -> None:
+    assume(not unseen(text))
     drawn = plain(token(text))
     assert drawn.replace("⏎", "\n").replace("⇥", "\t").replace("␍", "\r").replace("␣", " ") == text.replace(
         "⏎", "\n"
     ).replace("⇥", "\t").replace("␍", "\r").replace("␣", " ")
+
+
+def unseen(text: str) -> bool:
+    """Whether something in a text might be named instead of shown."""
+    return any(character in INVISIBLE for character in text)
+
+
+def test_a_token_that_shows_nothing_is_named() -> None:
+    assert plain(token("\u200d")) == "ZWJ"
+    assert plain(token(" \u00a0\ufe0f")) == "␣NBSPVS16"
+    assert plain(token(" ")) == "␣"
+    assert plain(token("\u200d ¹⁄₃")) == "ZWJ ¹⁄₃"
+    assert plain(token("é ¹⁄₂")) == "é ¹⁄₂"
+    assert plain(token("\u0645\u06cc\u200c")) == "\u0645\u06cc\u200c"
+    script = Path(dashboards.__file__).with_name("assets") / "00_core.js"
+    drawn = dict(re.findall(r'"(\\u[0-9a-f]{4})": "([^"]+)"', script.read_text()))
+    assert {json.loads(f'"{character}"'): name for character, name in drawn.items()} == INVISIBLE
+
+
+def test_neighbours_are_those_of_the_list_that_one_came_from(index: fakes.FakeIndex) -> None:
+    among = np.array([5, 2, fakes.DEAD, 40])
+    found = queries.summary(index, 2, among)
+    assert (found.previous, found.next, found.place, found.n_listed) == (5, fakes.DEAD, 2, 4)
+    assert {queries.summary(index, 2, among).random for _ in range(40)} == {5, 40}
+    assert (queries.summary(index, 5, among).previous, queries.summary(index, 40, among).next) == (40, 5)
+    for other in (None, np.array([5, 7]), np.array([], int)):
+        alone = queries.summary(index, 0, other)
+        assert (alone.previous, alone.next, alone.place) == (fakes.FEATURES - 1, 1, None)
+
+
+def test_an_address_carries_the_list_and_no_name_in_it_clashes() -> None:
+    address = links.feature_link("ab12", 3, **{"in": "q=a%26b&sort=density%3Adesc", "index": "", "feature": "x"})
+    view = links.parse(*address.split("?"))
+    assert (view.index, view.target, view.get("feature")) == ("ab12", "3", "x")
+    assert links.list_query(view.get("in")) == {"q": "a&b", "sort": "density:desc"}
+    for link in (links.features_link, links.prompt_link, links.lens_link):
+        assert links.parse("/", link("ab12", index="other").partition("?")[2]).index == "ab12"
 
 
 def test_a_strip_is_one_component_and_carries_its_text_as_data() -> None:

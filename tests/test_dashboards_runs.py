@@ -11,7 +11,8 @@ from typing import Any
 import helpers_dashboards as fakes
 import numpy as np
 import pytest
-from helpers_runs import trained_workspace, write_lines
+from helpers_runs import SETTINGS, trained_workspace, write_lines
+from helpers_training import HOOK, MemorySource, synthetic
 
 from dashboards.app import create_app
 from dashboards.context import Context
@@ -20,6 +21,7 @@ from dashboards.verifications import Verifier
 from dashboards.worker import JobState
 from scope.errors import UnknownNameError
 from scope.figures import metric_curve, pareto_front, pareto_scatter
+from scope.training import TrainConfig, train
 from scope.workspace import Workspace
 
 LONG = 120.0
@@ -165,6 +167,24 @@ def test_compare_page_matches_two_saes_and_a_checkpoint(local: fakes.LocalClient
     assert "There is no SAE" in local.content("/compare", "?a=/etc/passwd&b=topk-4")
 
 
+def test_between_steps_of_one_training_features_are_born_and_go(tmp_path: Path) -> None:
+    source, config = MemorySource(synthetic(600).rows), TrainConfig(k=2, **SETTINGS)
+    train(source, HOOK, config, tmp_path / "saes" / "kept", snapshots=3)
+    train(source, HOOK, TrainConfig(k=3, **SETTINGS), tmp_path / "saes" / "other")
+    workspace = Workspace(tmp_path)
+    local, run = fakes.LocalClient(create_app(workspace)), workspace.training("kept")
+    steps = [one.steps for one in run.snapshots]
+    content = local.content(f"/training/{run.id}")
+    assert f"step {steps[0]} → step {steps[1]}" in content
+    assert f"step {steps[0]} → the end" in content
+    content = compared(local, f"?a={run.id}-{steps[0]}&b={run.sae}")
+    for words in ("Born by B", "Gone since A", "Kept"):
+        assert words in content
+    content = compared(local, f"?a={run.sae}&b=other")
+    assert "Born" not in content
+    assert "Only in B" in content
+
+
 def test_compare_page_without_two_dictionaries_says_what_to_do(tmp_path: Path) -> None:
     content = fakes.LocalClient(create_app(Workspace(tmp_path))).content("/compare")
     assert "scope train" in content
@@ -194,5 +214,7 @@ def test_workspace_page_lists_trainings_and_buttons_that_verify(local: fakes.Loc
     (workspace.path / "graphs").mkdir()
     (workspace.path / "graphs" / "a-circuit.json").write_text("{}")
     content = local.content("/")
-    for text in ("Trainings", "Models", "a-circuit.json", "Verify topk-2", "diverged"):
+    made = f"topk-2 ({workspace.find('topk-2', 'sae').id})"
+    kept = "a checkpoint of step 10"
+    for text in ("Trainings", "Models", "a-circuit.json", "Verify topk-2", "diverged", "What it made", made, kept):
         assert text in content

@@ -11,11 +11,13 @@ import json
 
 import numpy as np
 import pytest
-from helpers_features import tiny_index
+from helpers_features import FakeModel, tiny_index
 from typer.testing import CliRunner
 
 from scope.cli import app
 from scope.errors import InvalidInputError, MismatchError, OccupiedError, UnknownNameError
+from scope.features.all_logits import AllLogits
+from scope.features.decoder import unit_decoder
 from scope.features.labels import FeatureLabels
 from scope.features.neuronpedia import SAEAddress, import_explanations
 from scope.features.neuronpedia_export import (
@@ -210,6 +212,27 @@ def test_examples_lie_in_the_bands_that_they_name(index):
             assert activation["binMin"] - 1e-5 <= own <= activation["binMax"] + 1e-5
 
 
+def test_the_histogram_of_logit_effects_counts_every_token_once(tmp_path):
+    built, _, sae = tiny_index(tmp_path)
+    model = FakeModel()
+    logits = AllLogits(sae, model)
+    wanted = model.logit_effects(unit_decoder(sae)).float().numpy()
+    assert np.allclose(np.stack(list(logits.of([3, 0, 3]))), wanted[[3, 0, 3]], atol=1e-6)
+    content = feature_json(built, 3, effects=wanted[3])
+    heights, values = (np.array(content[f"logits_hist_data_bar_{name}"]) for name in ("heights", "values"))
+    assert (len(heights), heights.sum()) == (50, model.d_vocab)
+    step = (wanted[3].max() - wanted[3].min()) / 50
+    np.testing.assert_allclose(values, wanted[3].min() + step * (np.arange(50) + 0.5), atol=1e-5)
+    # The bars that Neuronpedia colours as promoting are those of tokens that are promoted, but for a bin around zero.
+    assert abs(heights[values >= 0].sum() - (wanted[3] >= 0).sum()) <= heights[np.abs(values) <= step].sum()
+    (row,) = saedashboard_batch(built, [3], logits=logits)["features"]
+    assert row["logits_hist_data_bar_heights"] == content["logits_hist_data_bar_heights"]
+    report = export_neuronpedia(built, tmp_path / "out", [5, 3], logits=logits)
+    lines = gzip.decompress((report.folder / "features" / "batch-0.jsonl.gz").read_bytes()).decode().splitlines()
+    assert [sum(json.loads(line)["logits_hist_data_bar_heights"]) for line in lines] == [model.d_vocab] * 2
+    assert json.loads(lines[1])["logits_hist_data_bar_values"] == content["logits_hist_data_bar_values"]
+
+
 def test_a_feature_that_never_fires_is_exported_too(index):
     content = feature_json(index, 5)
     assert (content["frac_nonzero"], content["activations"], content["freq_hist_data_bar_heights"]) == (0, [], [])
@@ -293,7 +316,7 @@ def test_an_index_is_exported_by_the_command_line(index, tmp_path):
     here = (index.id, "--workspace", workspace)
     some = ("--features", "3,5-7", "--out", tmp_path / "np")
     code, report = scope("export", *here, "--format", "neuronpedia", *some)
-    assert (code, report["features"], report["explanations"]) == (0, 4, 1)
+    assert (code, report["features"], report["explanations"], report["logit_histograms"]) == (0, 4, 1, False)
     code, report = scope("export", *here, "--format", "csv", "--out", tmp_path / "t.csv")
     assert (code, report["rows"]) == (0, 40)
     code, report = scope("export", *here, "--format", "parquet", "--grid", "firings",

@@ -8,6 +8,7 @@ import pytest
 
 from scope import figures
 from scope.figures import CONFIG, PALETTES
+from scope.figures.axes import log_axis
 from scope.figures.colours import contrast, mix, ramp
 from scope.figures.text import as_label, one_in, short_number, visible_token
 
@@ -189,6 +190,20 @@ def test_words():
     assert visible_token("  ") == "␣␣"
     assert as_label("<b>") == "&lt;b&gt;"
     assert as_label("x" * 50, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize(
+    "values", [[0.055, 0.0762], [32.0], [1e-3, 0.6], [3e-9, 1e7], [1.0, 1.0000001], [2.0, 9.0], [0.04, 0.0041]]
+)
+def test_log_axes_have_a_few_ticks_that_can_be_read(values):
+    axis = log_axis([*values, 0.0, np.nan])
+    low, high = (10**end for end in axis["range"])
+    assert low < min(values) <= max(values) < high
+    assert 1 <= len(axis["tickvals"]) <= 6
+    assert all(low <= tick <= high for tick in axis["tickvals"])
+    for tick, text in zip(axis["tickvals"], axis["ticktext"], strict=True):
+        assert float(text.replace(",", "")) == pytest.approx(tick)
+    assert log_axis([0.0, -1.0]) == {"type": "log"}
 
 
 def test_figures_import_without_plotly():

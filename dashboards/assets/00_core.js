@@ -31,9 +31,27 @@
     return share > 0 ? "1 in " + number(1 / share) : "never";
   }
 
+  /* What stands for a character that shows nothing, in a token that has nothing else. */
+  const INVISIBLE = {
+    "\u00a0": "NBSP", "\u00ad": "SHY", "\u200b": "ZWSP", "\u200c": "ZWNJ", "\u200d": "ZWJ", "\u200e": "LRM", "\u200f": "RLM",
+    "\u2028": "LS", "\u2060": "WJ", "\u3000": "␣", "\ufe0e": "VS15", "\ufe0f": "VS16", "\ufeff": "BOM",
+  };
+  /** The names of a token's characters where it shows nothing, such as the joiner inside an emoji; "" where it does. */
+  function unseen(token) {
+    const [, text, share] = token.match(/^([^]*?)( [⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)?$/);
+    const inner = Array.from(text.replace(/^ +| +$/g, ""));
+    const hidden = inner.length && inner.every((one) => one in INVISIBLE);
+    return hidden ? inner.map((one) => INVISIBLE[one]).join("") + (share || "") : "";
+  }
+
   /** A token with its blanks and line breaks drawn, as nodes: for places where they would be lost. */
   function tokenText(token) {
     const box = el("span", "token-text");
+    const names = unseen(token);
+    if (names) {
+      box.append(el("span", "blank", "␣".repeat(token.match(/^ */)[0].length) + names));
+      return box;
+    }
     for (const part of token.split(/(^ +| +$|[\n\t\r])/)) {
       if (!part) continue;
       const drawn = { "\n": "⏎", "\t": "⇥", "\r": "␍" }[part] || (/^ +$/.test(part) ? "␣".repeat(part.length) : null);
@@ -106,5 +124,5 @@
     }
   };
 
-  window.scope = { el, number, oneIn, tokenText, getJson, setProps, toast, copy, remember, recall };
+  window.scope = { el, number, oneIn, tokenText, unseen, getJson, setProps, toast, copy, remember, recall };
 })();

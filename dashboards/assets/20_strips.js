@@ -8,7 +8,7 @@
    another text does not have there. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
-  const { el, setProps } = window.scope;
+  const { el, setProps, unseen } = window.scope;
   const specs = new WeakMap();
 
   /** The blank before a word stays uncoloured, so that the highlight begins where the word does. */
@@ -18,7 +18,9 @@
     const word = text.replace(/^ +(?=\S)/, "");
     if (word.length < text.length) span.append(document.createTextNode(text.slice(0, text.length - word.length)));
     const ink = el("span", "ink");
-    for (const piece of word.split(/(\n|\t|\r)/)) {
+    const names = unseen(word);
+    if (names) ink.append(el("span", "mark", names));
+    for (const piece of names ? [] : word.split(/(\n|\t|\r)/)) {
       if (!piece) continue;
       if (piece === "\n" || piece === "\r") {
         ink.append(el("span", "mark", "⏎"));

@@ -12,7 +12,8 @@
   const known = new Map();
 
   function place(anchor) {
-    const rect = anchor.getClientRects()[0] || anchor.getBoundingClientRect();
+    const word = anchor.querySelector(".ink") || anchor;
+    const rect = word.getClientRects()[0] || anchor.getBoundingClientRect();
     box.hidden = false;
     const width = box.offsetWidth;
     const height = box.offsetHeight;
@@ -138,6 +139,15 @@
     const to = event.relatedTarget;
     if (!to || !to.closest || to.closest(".tok") !== shown) hide();
   });
+  /* In the head of a grid, what else a click or a tap means there (sorting) must not hear of it. */
+  for (const kind of ["click", "pointerdown", "mousedown", "touchstart", "touchend"]) {
+    document.addEventListener(kind, (event) => {
+      const button = event.target.closest && event.target.closest(".ag-header .define");
+      if (!button) return;
+      event.stopPropagation();
+      if (kind === "click") define(button);
+    }, true);
+  }
   document.addEventListener("click", (event) => {
     const button = event.target.closest(".define");
     if (button) { define(button); return; }

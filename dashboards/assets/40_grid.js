@@ -1,7 +1,7 @@
 /* Cells of the feature browser, drawn as React elements (text is data), and the address that follows its state. */
 (function () {
   "use strict";
-  const { number, oneIn, setProps } = window.scope;
+  const { number, oneIn, setProps, unseen } = window.scope;
   const h = (...all) => window.React.createElement(...all);
 
   function loading() {
@@ -9,7 +9,7 @@
   }
 
   function shown(token) {
-    return token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").trim() || "␣";
+    return unseen(token) || token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").trim() || "␣";
   }
 
   function tokens(list, className) {
@@ -22,11 +22,19 @@
     return h("div", { className, title: unique.join(" · ") }, parts);
   }
 
+  /** A feature's page, which goes on in the order of this list: the list's query travels with the address. */
+  function address(feature, index) {
+    const list = new URL(location.href).searchParams;
+    list.delete("index");
+    const query = new URLSearchParams({ index });
+    if (list.toString()) query.set("in", list.toString());
+    return "/feature/" + feature + "?" + query.toString();
+  }
+
   const cells = {
     FeatureLink(props) {
       if (!props.data) return loading();
-      const address = "/feature/" + props.data.feature + "?index=" + encodeURIComponent(props.context.index);
-      return h("a", { href: address, className: "number" }, props.data.feature);
+      return h("a", { href: address(props.data.feature, props.context.index), className: "number" }, props.data.feature);
     },
     Tokens(props) {
       if (!props.data) return loading();
@@ -100,6 +108,13 @@
       return props.data ? h("span", {}, props.value || "–") : loading();
     },
   };
+  /** The name of a column and its "?"; assets/30_tip.js shows the definition, and keeps the click from sorting. */
+  cells.Head = function Head(props) {
+    return h("span", { className: "head" }, h("span", { className: "head-name" }, props.displayName), props.define ? h("button", {
+      type: "button", className: "define", tabIndex: -1, "aria-label": "What is " + props.define + "?",
+      "data-term": props.define, "data-define": props.definition, "data-formula": props.formula,
+    }, "?") : null);
+  };
   const components = (window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {});
   Object.assign(components, cells);
 
@@ -115,6 +130,14 @@
     const link = row.querySelector("a[href]");
     if (link) window.scope.go(link.href);
   });
+  /* Rows stay when filters change; the list that their links carry is that of the moment. */
+  for (const kind of ["pointerdown", "focusin", "click", "keydown"]) {
+    document.addEventListener(kind, (event) => {
+      const row = event.target.closest && event.target.closest(".features-grid .ag-row[row-id]");
+      const link = row && row.querySelector('a[href^="/feature/"]');
+      if (link) link.setAttribute("href", address(row.getAttribute("row-id"), new URL(link.href).searchParams.get("index")));
+    }, true);
+  }
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.defaultPrevented || event.target.matches("input, button, [col-id=label]")) return;
     const row = event.target.closest && event.target.closest(".features-grid .ag-row");
@@ -239,5 +262,5 @@
     },
   });
 
-  window.scope.features = { change, markRow };
+  window.scope.features = { change, markRow, address };
 })();

@@ -171,6 +171,7 @@
         show: request.show === "top" ? null : request.show,
         language: request.language,
         source: request.source,
+        document: request.document,
         context: request.context === "document" ? "document" : null,
         n: request.n === 20 ? null : request.n,
         seed: request.seed || null,

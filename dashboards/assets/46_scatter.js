@@ -394,7 +394,7 @@
       stop();
       if (path) { if (path.length >= 3) select(path); return; }
       const n = nearest(...where(event));
-      if (n >= 0) go("/feature/" + plot.data.feature[n] + "?index=" + encodeURIComponent(index));
+      if (n >= 0) go(window.scope.features.address(plot.data.feature[n], index));
       else window.scope.features.change({ area: null }, true);
     });
 

@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash import html
 
 from dashboards.components.controls import button, icon
 from dashboards.components.strip import token_strip
 from dashboards.format import exact, number
+from dashboards.links import feature_link
 from dashboards.queries import ExampleGroup
 from scope.features.examples import Example
 
-__all__ = ["example_card", "example_groups", "example_skeleton"]
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+
+__all__ = ["example_card", "example_groups", "example_skeleton", "one_document"]
+
+CARRIED = "in context logits try"
+"""What of the address stays when only the document changes."""
 
 AFTER = 12
 """Tokens that an example shows after its own."""
@@ -39,15 +46,34 @@ def example_card(example: Example, index: str, scale: float, whole: bool = False
                     ),
                 ],
             ),
-            html.Div([*_isolated(example), place], className="from"),
+            html.Div([*_isolated(example, index), place], className="from"),
         ],
     )
 
 
-def _isolated(example: Example) -> list[Any]:
-    """Where an example is from; a title that runs right to left keeps its direction to itself."""
-    parts = [part for part in (example.title, example.source, example.language) if part]
-    return [piece for part in parts for piece in (html.Bdi(part), " · ")]
+def _isolated(example: Example, index: str) -> list[Any]:
+    """Where an example is from; a title that runs right to left keeps its direction to itself, and asks for examples
+    of its document alone."""
+    link = html.A(
+        html.Bdi(example.title or f"document {example.document}"),
+        href=feature_link(index, example.feature, document=example.document),
+        title="Only examples from this document",
+        **{"data-stay": "true", "data-carry": CARRIED},
+    )
+    parts = [html.Bdi(part) for part in (example.source, example.language) if part]
+    return [piece for part in (link, *parts) for piece in (part, " · ")]
+
+
+def one_document(index: "FeatureIndex", feature: int, document: int) -> html.P:
+    """Says that all examples are from one document, with the way back to those of all."""
+    about = index.documents.loc[index.documents["document"] == document, "title"]
+    title = str(about.iloc[0]) if len(about) and about.iloc[0] else f"document {document}"
+    back = html.A(
+        "Show all documents",
+        href=feature_link(index.id, feature),
+        **{"data-stay": "true", "data-carry": CARRIED},
+    )
+    return html.P(["Strongest first in ", html.Bdi(html.Strong(title)), " alone. ", back], className="small only-one")
 
 
 def _snippet(example: Example, index: str, scale: float, origin: str) -> html.Div:

@@ -13,7 +13,7 @@ from dashboards.components.controls import button, code, icon, link_button, pane
 from dashboards.components.stats import interval, stat, stats
 from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
-from dashboards.links import feature_link, prompt_link
+from dashboards.links import feature_link, features_link, list_query, prompt_link
 from dashboards.marks import marks_of
 from dashboards.queries import LISTED, FeatureSummary, effect_words, feature_name, tokens_label
 from scope.figures import logit_histogram
@@ -30,14 +30,15 @@ CARRIED = "show language source context logits try"
 """What of the address the moves from one feature to the next keep."""
 
 
-def feature_head(index: str, feature: FeatureSummary) -> html.Header:
-    """Id, name, and where to go from here."""
+def feature_head(index: str, feature: FeatureSummary, came_from: str = "") -> html.Header:
+    """Id, name, and where to go from here; `came_from` is the query of the list that it was reached from."""
     title = feature_name(feature.row, 5)
     return html.Header(
         className="feature-head",
         children=[
             html.Div(
                 [
+                    *_place(index, feature, came_from),
                     html.H1(["Feature ", html.Span(str(feature.id), className="number")]),
                     html.P(
                         title,
@@ -57,7 +58,7 @@ def feature_head(index: str, feature: FeatureSummary) -> html.Header:
                     *(
                         link_button(
                             icon(name),
-                            href=feature_link(index, other),
+                            href=feature_link(index, other, **{"in": came_from}),
                             label=words,
                             className="icon-only",
                             **{"data-key": key, "data-carry": CARRIED},
@@ -84,6 +85,15 @@ def feature_head(index: str, feature: FeatureSummary) -> html.Header:
             ),
         ],
     )
+
+
+def _place(index: str, feature: FeatureSummary, came_from: str) -> list[html.P]:
+    """Where in the list it stands that it was reached from, and the way back there."""
+    if not came_from:
+        return []
+    back = html.A("Back to the list", href=features_link(index, **list_query(came_from)))
+    words = "no longer on it" if feature.place is None else f"{count(feature.place)} of {count(feature.n_listed)}"
+    return [html.P([back, f" · {words}"], className="small muted")]
 
 
 def feature_statistics(feature: FeatureSummary) -> html.Dl:

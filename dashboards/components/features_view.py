@@ -24,8 +24,8 @@ SHOWS = (("all", "All"), ("alive", "Alive"), ("dead", "Dead"), ("over-dense", "O
 KINDS = (("neutral", "Neutral to language"), ("specific", "Specific to a language"))
 DENSITY_FLOOR = -6.0
 """log10 of the density at the left end of the slider, which stands for "any"."""
-WIDTHS = {"text": (88, 76, 150), "density": (122, 112, 170)}
-NUMBER_WIDTH = (84, 72, 130)
+WIDTHS = {"text": (104, 98, 170), "density": (122, 112, 170)}
+NUMBER_WIDTH = (92, 84, 150)
 
 
 def toolbar(index: "FeatureIndex", query: FeatureQuery) -> html.Div:
@@ -194,11 +194,7 @@ def downloads(index: str, random: int) -> html.Div:
 
 def notes(index: "FeatureIndex") -> html.Details:
     """What each column means, formulas included."""
-    terms = dict.fromkeys(one.term for one in available(index) if one.term)
-    spark = (
-        html.Dt("strength"),
-        html.Dd("The small histogram shows how strongly the feature fires, weak to strong, on a logarithmic scale."),
-    )
+    terms = dict.fromkeys(["spark", "logits", *(one.term for one in available(index) if one.term)])
     listed = [
         part
         for term in terms
@@ -219,7 +215,7 @@ def notes(index: "FeatureIndex") -> html.Details:
                     " does.",
                 ]
             ),
-            html.Dl([*spark, *listed], className="definitions"),
+            html.Dl(listed, className="definitions"),
         ],
         className="small muted grid-note",
     )
@@ -260,28 +256,51 @@ def column_definitions(
         }
 
     def statistic(one: Column) -> dict[str, Any]:
-        hint = GLOSSARY[one.term].definition if one.term else one.title
         renderer = {"text": "Plain", "density": "Density", "share": "Share"}.get(one.kind, "Number")
         aligned = {} if one.kind in ("text", "density") else {"type": "rightAligned"}
         widths = WIDTHS.get(one.kind, NUMBER_WIDTH)
-        return column(one.name, one.title, widths, renderer, hide=one.name not in shown, headerTooltip=hint, **aligned)
+        more = {"hide": one.name not in shown, "headerTooltip": one.title, **_defined(one.term), **aligned}
+        return column(one.name, one.title, widths, renderer, **more)
 
-    strength = "How strongly it fires: weak to strong, logarithmic"
-    rate = "Firings per 1,000 tokens, with the 95% interval"
     hidden = {"hide": not contrasts}
     return [
         column("starred", "★", (38, 38, 38), "Star", headerTooltip="Starred", cellClass="star-cell", resizable=False),
         column("feature", "Feature", (86, 80, 90), "FeatureLink"),
-        column("label", "Fires on, or label", (240, 180, None), "Tokens", flex=3, editable=True),
-        column("rate_a", "On A", (120, 110, 150), "Rate", headerTooltip=rate, **hidden),
-        column("rate_b", "On B", (120, 110, 150), "Rate", headerTooltip=rate, **hidden),
-        column("log_ratio", "log ratio", (96, 84, 120), "Number", type="rightAligned", **hidden),
-        column("z", "z", (76, 70, 100), "Number", type="rightAligned", **hidden),
+        column("label", "Fires on, or label", (240, 128, None), "Tokens", flex=3, editable=True),
+        column("rate_a", "On A", (120, 110, 150), "Rate", **_defined("rate_a"), **hidden),
+        column("rate_b", "On B", (120, 110, 150), "Rate", **_defined("rate_b"), **hidden),
+        column(
+            "log_ratio", "log ratio", (104, 96, 120), "Number", type="rightAligned", **_defined("contrast"), **hidden
+        ),
+        column("z", "z", (76, 70, 100), "Number", type="rightAligned", **_defined("z"), **hidden),
         statistic(COLUMNS["density"]),
-        column("spark", "Strength", (112, 112, 112), "Spark", headerTooltip=strength, sortable=False, hide=contrasts),
+        column("spark", "Strength", (112, 112, 112), "Spark", **_defined("spark"), sortable=False, hide=contrasts),
         *(statistic(one) for one in columns if one.name not in ("feature", "density", *UMAP)),
-        column("logits", "Promotes", (150, 100, None), "Logits", flex=1, sortable=False, hide=contrasts),
+        column(
+            "logits",
+            "Promotes",
+            (150, 100, None),
+            "Logits",
+            **_defined("logits"),
+            flex=1,
+            sortable=False,
+            hide=contrasts,
+        ),
     ]
+
+
+def _defined(term: str) -> dict[str, Any]:
+    """What gives the head of a column its "?": assets/40_grid.js draws it."""
+    if not term:
+        return {}
+    entry = GLOSSARY[term]
+    words = {
+        "innerHeaderComponent": "Head",
+        "define": entry.name[:1].upper() + entry.name[1:],
+        "definition": entry.definition,
+        "formula": entry.formula,
+    }
+    return {"headerComponentParams": words}
 
 
 # --- the scatter plot -----------------------------------------------------------------------------------------------
@@ -339,8 +358,18 @@ def plot(index: "FeatureIndex", view: View, umap_command: str) -> html.Section:
                     button("Lasso", className="tiny", **{"data-tool": "lasso", "aria-pressed": "false"}),
                     button("Clear the area", className="tiny", hidden=True, **{"data-clear-area": "true"}),
                     html.Span(className="scatter-note small muted", role="status"),
-                    button("PNG", label="Save this plot as PNG", className="save", **{"data-save-scatter": "png"}),
-                    button("SVG", label="Save this plot as SVG", className="save", **{"data-save-scatter": "svg"}),
+                    html.Span(
+                        [
+                            button(
+                                kind.upper(),
+                                label=f"Save this plot as {kind.upper()}",
+                                className="save",
+                                **{"data-save-scatter": kind},
+                            )
+                            for kind in ("png", "svg")
+                        ],
+                        className="plot-saves",
+                    ),
                 ],
             ),
         ],

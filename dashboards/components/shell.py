@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["header", "rail", "shell"]
 
 KEYS = (
-    ("←", "previous feature"),
+    ("←", "previous feature, of the list that one came from"),
     ("→", "next feature"),
     ("r", "a random feature that fires"),
     ("/", "search features"),

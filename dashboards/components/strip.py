@@ -5,6 +5,7 @@ nodes: a page with thousands of tokens costs Dash one component per strip, and m
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -81,8 +82,35 @@ def legend(scale: float, kind: Kind = "activation", words: str = "firing strengt
     )
 
 
+INVISIBLE = {
+    "\u00a0": "NBSP",
+    "\u00ad": "SHY",
+    "\u200b": "ZWSP",
+    "\u200c": "ZWNJ",
+    "\u200d": "ZWJ",
+    "\u200e": "LRM",
+    "\u200f": "RLM",
+    "\u2028": "LS",
+    "\u2060": "WJ",
+    "\u3000": "␣",
+    "\ufe0e": "VS15",
+    "\ufe0f": "VS16",
+    "\ufeff": "BOM",
+}
+"""What stands for a character that shows nothing, in a token that has nothing else; assets/00_core.js has the same."""
+
+
+SHARE = re.compile(r"(.*?)( [⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)?", re.DOTALL)
+"""A token's text, and its share of a character where it is a part of one."""
+
+
 def token(text: str) -> html.Span:
-    """A token by itself, its blanks at either end and its line breaks drawn faintly."""
+    """A token by itself, its blanks at either end and its line breaks drawn faintly; one that shows nothing at all,
+    such as the joiner inside an emoji, as the names of its characters."""
+    shown, share = SHARE.fullmatch(text).groups("")  # type: ignore[union-attr]  # it matches anything
+    if shown.strip(" ") and all(character in INVISIBLE for character in shown.strip(" ")):
+        names = "".join("␣" if character == " " else INVISIBLE[character] for character in shown) + share
+        return html.Span(html.Span(names, className="blank"), className="token-text", dir="auto")
     stripped = text.strip(" ")
     left = len(text) - len(text.lstrip(" ")) if stripped else len(text)
     right = len(text) - len(text.rstrip(" ")) if stripped else 0

@@ -13,7 +13,7 @@ from dash.exceptions import PreventUpdate
 from dashboards.comparisons import Compared, Comparisons, Side
 from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
-from dashboards.components.controls import link_button, panel
+from dashboards.components.controls import define, link_button, panel
 from dashboards.components.stats import stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent
@@ -34,6 +34,8 @@ GROUPS = {"SAE": "SAEs", "snapshot": "Kept along trainings", "checkpoint": "Last
 ROWS = 100
 """Rows of a list that are shown."""
 PARTS = 6
+TERMS = {"cosine": "best_cosine", "correlation": "firing_correlation"}
+"""Columns with a "?"."""
 FAILED = "These two could not be compared"
 SHOWS = ("matched", "only-a", "only-b", "splits", "merges")
 SKELETON = (56, 260, 28, 28, 28, 28)
@@ -174,10 +176,11 @@ def _result(comparisons: Comparisons, job: Job, show: str, theme: Any) -> Any:
 
 def _drawn(context: Context, found: Compared, show: str, theme: Any) -> html.Div:
     figures = found.match.to_dict()
+    names = _names(found)
     lists = {
-        "matched": ("In both", figures["matched"]),
-        "only-a": ("Only in A", figures["unique_a"]),
-        "only-b": ("Only in B", figures["unique_b"]),
+        "matched": (names["matched"], figures["matched"]),
+        "only-a": (names["only-a"], figures["unique_a"]),
+        "only-b": (names["only-b"], figures["unique_b"]),
         "splits": ("One of A, several of B", figures["splits"]),
         "merges": ("Several of A, one of B", figures["merges"]),
     }
@@ -200,7 +203,8 @@ def _drawn(context: Context, found: Compared, show: str, theme: Any) -> html.Div
         className="compare-result",
         children=[
             *_warning(found),
-            stats(_figures(figures)),
+            *_on_the_way(found),
+            stats(_figures(figures, names)),
             panel(words, chart(figure, id="compare-histogram", height=260, words=words), term="best_cosine"),
             html.Nav(chips, className="chips", **{"aria-label": "Which features are listed"}),
             _table(context, found, show),
@@ -225,17 +229,41 @@ def _warning(found: Compared) -> list[Any]:
     return []
 
 
-def _figures(figures: dict[str, Any]) -> list[html.Div]:
+def _names(found: Compared) -> dict[str, str]:
+    """What the lists are called: of one training, what is only in the later one was born, what is only in the earlier
+    one is gone."""
+    if not found.one_training:
+        return {"matched": "In both", "only-a": "Only in A", "only-b": "Only in B"}
+    return {"matched": "Kept", "only-a": "Gone since A (only in A)", "only-b": "Born by B (only in B)"}
+
+
+def _on_the_way(found: Compared) -> list[Any]:
+    """What the words stand for where a side is no SAE that was indexed."""
+    early = [name for name, side, index in (("A", found.a, found.index_a), ("B", found.b, found.index_b))
+             if side.kind != "SAE" and index]  # fmt: skip
+    if not early:
+        return []
+    words = f"What features of {' and '.join(early)} fire on is what the same features came to fire on in the end."
+    return [html.P(words, className="muted small")]
+
+
+def _short(name: str) -> str:
+    return name[:1].lower() + name[1:].split(" (")[0]
+
+
+def _figures(figures: dict[str, Any], names: dict[str, str]) -> list[html.Div]:
     n_a, n_b = figures["n_a"], figures["n_b"]
+    of_a, of_b = f"of {count(n_a)}", f"of {count(n_b)}"
     shown = [
         stat("matched", count(figures["matched"]), term="matched", note=f"{percent(figures['matched'] / n_a)} of A"),
-        stat("only in A", count(figures["unique_a"]), term="unique", note=f"of {count(n_a)}"),
-        stat("only in B", count(figures["unique_b"]), term="unique", note=f"of {count(n_b)}"),
+        stat(_short(names["only-a"]), count(figures["unique_a"]), term="unique", note=of_a),
+        stat(_short(names["only-b"]), count(figures["unique_b"]), term="unique", note=of_b),
         stat("splits", count(figures["splits"]), term="split"),
         stat("merges", count(figures["merges"]), term="split"),
         stat(
             "mean nearest cosine",
             number(figures["mean_best_cosine_a"]),
+            term="best_cosine",
             note=f"from B {number(figures['mean_best_cosine_b'])}",
         ),
     ]
@@ -282,12 +310,21 @@ def _listed(frame: "pd.DataFrame", head: list[str], rows: list[list[Any]]) -> An
         return html.P("None.", className="muted")
     numeric = {place for place, name in enumerate(head) if name in ("cosine", "correlation")}
 
+    ids = {place: name[-1] for place, name in enumerate(head) if name[-1] in "AB" and not name.startswith("of ")}
+
+    def cell(kind: Any, place: int, content: Any) -> Any:
+        side = {"data-side": ids[place]} if place in ids else {}
+        named = {"data-name": head[place]} if place in numeric else {}
+        term = TERMS.get(str(content)) if kind is html.Th else None
+        words = [content, " ", define(term)] if term else content
+        return kind(words, className="number" if place in numeric else "", **side, **named)
+
     def cells(kind: Any, row: list[Any]) -> list[Any]:
-        return [kind(cell, className="number" if place in numeric else "") for place, cell in enumerate(row)]
+        return [cell(kind, place, content) for place, content in enumerate(row)]
 
     table = html.Table(
         [html.Thead(html.Tr(cells(html.Th, head))), html.Tbody([html.Tr(cells(html.Td, row)) for row in rows])],
-        className="table",
+        className="table pairs" if len(head) > 3 else "table pairs families",
     )
     more = f"The first {ROWS} of {count(len(frame))}; scope compare --json lists all." if len(frame) > ROWS else None
     return html.Div(

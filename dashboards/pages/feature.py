@@ -1,6 +1,6 @@
 """One feature: statistics and examples, what it does on a text that one types, what it promotes, what is like it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
@@ -10,7 +10,7 @@ from dashboards import streams
 from dashboards.components import ablation, live, states
 from dashboards.components.charts import LOGITS_HEIGHT, strength_histogram
 from dashboards.components.controls import button, choice, define, icon
-from dashboards.components.examples import example_groups
+from dashboards.components.examples import example_groups, one_document
 from dashboards.components.feature_view import (
     all_logits,
     feature_head,
@@ -23,7 +23,8 @@ from dashboards.components.progress import Asked, progress_box, register_progres
 from dashboards.components.strip import legend
 from dashboards.context import Context
 from dashboards.feature_jobs import FeatureJobs
-from dashboards.links import View, feature_link
+from dashboards.links import View, feature_link, list_query
+from dashboards.listing import FeatureQuery, listing
 from dashboards.pages import Page
 from dashboards.queries import (
     MAX_EXAMPLES,
@@ -37,6 +38,11 @@ from dashboards.queries import (
 from scope.errors import ScopeError
 from scope.figures import logit_histogram
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from scope.features.index import FeatureIndex
+
 __all__ = ["register", "render"]
 
 SHOWS = (("top", "Top"), ("quantiles", "Quantiles"), ("random", "Random"))
@@ -48,7 +54,7 @@ def render(context: Context, view: View) -> Page:
     """The page of one feature."""
     entry = context.entry(view)
     index = context.index(entry.id)
-    feature = summary(index, feature_id(index, view.target))
+    feature = summary(index, feature_id(index, view.target), _listed(index, view))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
     worth = ablation.ablation_box(context, entry.id, feature.id, bool(view.get("ablate"))) if feature.fires else None
@@ -57,7 +63,7 @@ def render(context: Context, view: View) -> Page:
     content = html.Div(
         className="feature-page",
         children=[
-            feature_head(entry.id, feature),
+            feature_head(entry.id, feature, view.get("in")),
             feature_statistics(feature),
             html.Div(
                 className="columns",
@@ -73,6 +79,16 @@ def render(context: Context, view: View) -> Page:
     )
     address = "" if view.index else feature_link(entry.id, feature.id, **view.query)
     return Page(content, f"Feature {feature.id}", "features", address)
+
+
+def _listed(index: "FeatureIndex", view: View) -> "np.ndarray | None":
+    """The features of the list that the page was reached from; None where that can no longer be read."""
+    if not view.get("in"):
+        return None
+    try:
+        return listing(index, FeatureQuery.of(list_query(view.get("in")))).ids
+    except ScopeError:
+        return None
 
 
 def _logits_part(context: Context, index: str, feature: FeatureSummary, view: View) -> html.Div:
@@ -106,6 +122,7 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
         show=query.get("show", "top"),
         language=query.get("language", ""),
         source=query.get("source", ""),
+        document=whole("document", 0) if query.get("document") else None,
         n=whole("n", STEP),
         seed=whole("seed", 0),
         low=share("low", 0.0),
@@ -166,13 +183,13 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
     except Exception as problem:
         return states.error(problem, "These examples could not be shown")
     shown = sum(len(group.examples) for group in groups)
+    only = [] if wanted.document is None else [one_document(opened, feature, wanted.document)]
     if not shown:
         where = " and ".join(part for part in (wanted.language, wanted.source) if part) or "this part of the text"
-        return states.empty(
-            "No examples", f"The feature does not fire in {where}. Clear the filter to see where it does."
-        )
-    parts: list[Any] = [example_groups(groups, index, scale, wanted.context == "document")]
-    if wanted.show == "random" and not (wanted.language or wanted.source):
+        words = f"The feature does not fire in {where}. Clear the filter to see where it does."
+        return html.Div([*only, states.empty("No examples", words)])
+    parts: list[Any] = [*only, example_groups(groups, index, scale, wanted.context == "document")]
+    if wanted.show == "random" and not wanted.filtered:
         parts.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
     elif wanted.show != "quantiles" and shown >= wanted.n and wanted.n < MAX_EXAMPLES:
         parts.append(button(f"Show {STEP} more", id="examples-more", className="more"))
@@ -299,7 +316,7 @@ def _register_choice(app: Dash, context: Context) -> None:
             low, high = band_of_bin(counts, int(bar["points"][0]["pointIndex"]))
             return {**base.__dict__, "show": "band", "low": low, "high": high}, "", None, None
         if ctx.triggered_id == "examples-show":
-            if not show or (show == now["show"] and not (now["language"] or now["source"])):
+            if not show or (show == now["show"] and not ExampleRequest(**now).filtered):
                 raise PreventUpdate
             return {**base.__dict__, "show": show}, no_update, None, None
         if (language or "") == now["language"] and (source or "") == now["source"]:

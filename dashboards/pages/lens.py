@@ -149,7 +149,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
             return True, "", None, states.error(ScopeError(now["problem"]), FAILED), no_update, True
         known = [context.worker.get(id) for id in _ids(now)]
         further = (ready or {}).get("further") or {}
-        if further.get("looked_at") == now.get("looked_at") and further.get("id") == now.get("id"):
+        if further and further.get("looked_at") == now.get("looked_at") and further.get("id") == now.get("id"):
             known += [context.worker.get(id) for id in further["ids"]]
         elif all(job is not None and job.state is JobState.DONE for job in known):
             more = _further(jobs, now)

@@ -5,6 +5,7 @@
 2. An interval asks every few seconds whether a log has grown; only then is anything drawn anew.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from dash import ALL, Dash, Input, Output, State, dcc, html
@@ -14,6 +15,7 @@ from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
 from dashboards.components.controls import define, icon, link_button, panel
 from dashboards.components.stats import stat, stats
+from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, duration, exact, number, percent, plural
 from dashboards.links import View, compare_link, features_link, training_link
@@ -29,7 +31,14 @@ __all__ = ["register", "render"]
 POLL_MS = 2500
 HEIGHT = 210
 XS = (("tokens", "Tokens"), ("step", "Steps"), ("seconds", "Time"))
-TERMS = {"fvu": "fvu", "l0": "l0", "dead_share": "dead_in_training", "grad_norm": "grad_norm"}
+TERMS = {
+    **{name: name for name in METRICS},
+    "dead_share": "dead_in_training",
+    "over_dense_share": "over_dense",
+}
+"""What each curve's "?" explains."""
+ALWAYS = ("fvu", "l0", "dead_share", "grad_norm")
+"""Curves that have a place before their first value."""
 WORDS = {
     RunState.RUNNING: "running",
     RunState.FINISHED: "finished",
@@ -38,6 +47,8 @@ WORDS = {
 }
 COMMAND = "scope train STORE --hook NAME --d-sae 4096 --k 32 --out {}/saes/NAME"
 LEFT_OUT = ("d_sae", "k", "arch")
+TERMS_OF_TABLES = {"fvu": "fvu", "l0": "l0", "delta CE": "delta_ce", "Dead": "dead_in_training"}
+FRONT = ("SAE", "Hook", "What it is", "l0", "fvu", "delta CE", "Dead", "Measured on", "")
 
 
 def render(context: Context, view: View) -> Page:
@@ -194,6 +205,7 @@ def _one(trainings: Trainings, run: Run) -> html.Div:
         )
     if run.sae:
         parts.append(html.Div([link_button("Compare", href=compare_link(a=run.sae))], className="chips"))
+    parts += _births(run)
     settings = [
         (name.replace("_", " "), html.Code(str(value)))
         for name, value in run.settings.items()
@@ -212,6 +224,21 @@ def _one(trainings: Trainings, run: Run) -> html.Div:
     return html.Div(parts, className="training-one")
 
 
+def _births(run: Run) -> list[Any]:
+    """Links to what came, went and split between the decoders that were kept along the way."""
+    kept = [(f"step {one.steps:,}", f"{run.id}-{one.steps}") for one in run.snapshots]
+    kept += [("the end", run.sae)] if run.sae else []
+    if len(kept) < 2:
+        return []
+    pairs = [*pairwise(kept), *([(kept[0], kept[-1])] if len(kept) > 2 else [])]
+    links = [
+        html.A(f"{first[0]} → {second[0]}", href=compare_link(a=first[1], b=second[1]), className="chip")
+        for first, second in pairs
+    ]
+    words = html.Span("Births and splits, from", className="muted small")
+    return [html.Nav([words, *links], className="chips births", **{"aria-label": "Births and splits"})]
+
+
 def _going_on(run: Run) -> str:
     if run.checkpoint is None:
         return "It left no checkpoint that can be read."
@@ -223,7 +250,7 @@ def _going_on(run: Run) -> str:
 
 def _facts(run: Run, last: dict[str, Any]) -> list[html.Div]:
     shown = [stat("tokens", count(last.get("tokens", 0)), note=_of_total(run))]
-    for name, term in (("fvu", "fvu"), ("l0", "l0"), ("loss", None), ("tokens_per_s", None)):
+    for name, term in (("fvu", "fvu"), ("l0", "l0"), ("loss", "loss"), ("tokens_per_s", "tokens_per_s")):
         if last.get(name) is not None:
             shown.append(
                 stat(name.replace("_per_s", " a second"), number(last[name]), term=term, title=exact(last[name]))
@@ -269,19 +296,10 @@ def _list(trainings: Trainings, runs: list[Run], shown: list[Run], view: View) -
     colours = {run.id: number for number, run in enumerate(shown, start=1)}
     rows = [_row(trainings, run, colours.get(run.id), shown, view) for run in runs]
     names = ("", "Run", "State", "What it is", "Tokens", "fvu", "l0", "Tokens a second")
-    head = html.Thead(
-        html.Tr([html.Th(name, className="number" if place > 3 else "") for place, name in enumerate(names)])
-    )
-    return html.Div(
-        html.Table([head, html.Tbody(rows)], className="table runs-table"),
-        className="scroll",
-        tabIndex=0,
-        role="region",
-        **{"aria-label": "Trainings"},
-    )
+    return stacking_table("Trainings", names, rows, numeric=range(4, 8), terms=TERMS_OF_TABLES, className="runs-table")
 
 
-def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], view: View) -> html.Tr:
+def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], view: View) -> list[Any]:
     last = trainings.last(run)
     others = [one.id for one in shown if one is not run]
     wanted = others if colour else [*others, run.id]
@@ -304,23 +322,17 @@ def _row(trainings: Trainings, run: Run, colour: int | None, shown: list[Run], v
         state.append(html.Span(f" {share}", className="small muted"))
     if run.problem:
         state.append(html.Div([run.problem, " ", _going_on(run)], className="small muted run-problem"))
-    return html.Tr(
-        [
-            html.Td(toggle),
-            html.Td(html.A(html.Bdi(run.name), href=training_link(run.id))),
-            html.Td(state),
-            html.Td([html.Code(run.hook), " ", settings_in_words(run.settings)]),
-            html.Td(count(done) if done is not None else "–", className="number", title=_of_total(run)),
-            *(
-                html.Td(
-                    number(last.get(name)),
-                    className="number",
-                    title=exact(last[name]) if last.get(name) is not None else None,
-                )
-                for name in ("fvu", "l0", "tokens_per_s")
-            ),
-        ]
-    )
+    return [
+        toggle,
+        html.A(html.Bdi(run.name), href=training_link(run.id)),
+        state,
+        [html.Code(run.hook), " ", settings_in_words(run.settings)],
+        html.Td(count(done) if done is not None else "–", title=_of_total(run)),
+        *(
+            html.Td(number(last.get(name)), title=exact(last[name]) if last.get(name) is not None else None)
+            for name in ("fvu", "l0", "tokens_per_s")
+        ),
+    ]
 
 
 # --- charts --------------------------------------------------------------------------------------------------------
@@ -330,11 +342,9 @@ def _curves(trainings: Trainings, shown: list[Run], x: str, theme: Any) -> html.
     frames = {run.name: trainings.frame(run) for run in shown}
     drawn = []
     for metric, words in METRICS.items():
-        if all(metric not in frame or frame[metric].isna().all() for frame in frames.values()) and metric not in TERMS:
+        if all(metric not in frame or frame[metric].isna().all() for frame in frames.values()) and metric not in ALWAYS:
             continue
-        title: list[Any] = [html.H2(words[:1].upper() + words[1:])]
-        if metric in TERMS:
-            title.append(define(TERMS[metric]))
+        title: list[Any] = [html.H2(words[:1].upper() + words[1:]), define(TERMS[metric])]
         figure = metric_curve(frames, metric, x=x, theme=theme)
         graph = chart(figure, id={"type": "training-curve", "metric": metric}, height=HEIGHT, words=words)
         drawn.append(html.Section([html.Header(title), graph], className="panel"))
@@ -359,41 +369,24 @@ def _front(context: Context, theme: Any) -> Any:
         html.P(f"{plural(len(frame), 'SAE')}. {words} The dotted line joins those of a hook that none beats in both."
                , className="small muted"),
         graph,
-        html.Div(
-            html.Table([_front_head(), html.Tbody([_front_row(row, by_id) for row in records(frame)])],
-                       className="table"),
-            className="scroll", tabIndex=0, role="region", **{"aria-label": "All SAEs"},
-        ),
+        stacking_table("All SAEs", FRONT, [_front_row(row, by_id) for row in records(frame)], numeric=range(3, 7),
+                       terms=TERMS_OF_TABLES),
         term="pareto",
     )  # fmt: skip
 
 
-def _front_head() -> html.Thead:
-    names = ("SAE", "Hook", "What it is", "l0", "fvu", "delta CE", "Dead", "Measured on", "")
-    return html.Thead(
-        html.Tr([html.Th(name, className="number" if 2 < place < 7 else "") for place, name in enumerate(names)])
-    )
-
-
-def _front_row(row: dict[str, Any], indexes: dict[str, str]) -> html.Tr:
+def _front_row(row: dict[str, Any], indexes: dict[str, str]) -> list[Any]:
     index = indexes.get(row["id"])
     name = html.A(row["name"], href=features_link(index)) if index else row["name"]
     delta, dead = row["delta_ce"], row["dead_share"]
-    return html.Tr(
-        [
-            html.Td(
-                [
-                    html.Strong(name),
-                    *([" ", html.Span("on the front", className="small muted")] if row["front"] else []),
-                ]
-            ),
-            html.Td(html.Code(row["hook"])),
-            html.Td(row["what"]),
-            html.Td(number(row["l0"]), className="number", title=exact(row["l0"])),
-            html.Td(number(row["fvu"]), className="number", title=exact(row["fvu"])),
-            html.Td("–" if delta is None or delta != delta else number(delta), className="number"),
-            html.Td("–" if dead is None else percent(dead), className="number"),
-            html.Td("held-out text" if row["held_out"] else "training rows"),
-            html.Td(html.A([icon("compare"), "Compare"], href=compare_link(a=row["id"]), className="small with-icon")),
-        ]
-    )
+    return [
+        [html.Strong(name), *([" ", html.Span("on the front", className="small muted")] if row["front"] else [])],
+        html.Code(row["hook"]),
+        row["what"],
+        html.Td(number(row["l0"]), title=exact(row["l0"])),
+        html.Td(number(row["fvu"]), title=exact(row["fvu"])),
+        "–" if delta is None or delta != delta else number(delta),
+        "–" if dead is None else percent(dead),
+        "held-out text" if row["held_out"] else "training rows",
+        html.A([icon("compare"), "Compare"], href=compare_link(a=row["id"]), className="small with-icon"),
+    ]

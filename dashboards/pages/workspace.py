@@ -11,6 +11,7 @@ from dashboards.artefacts import Artefact, Model, describe, models
 from dashboards.components import jobs, states
 from dashboards.components.controls import button, code, link_button
 from dashboards.components.stats import interval, stat, stats
+from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent, plural
 from dashboards.links import View, circuit_link, features_link, prompt_link, training_link
@@ -60,7 +61,7 @@ def render(context: Context, view: View) -> Page:
             stores,
             "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE",
         )
-        parts += [_trainings(runs), _models(models([*stores, *indexes])), _graphs(workspace.graphs())]
+        parts += [_trainings(runs, saes), _models(models([*stores, *indexes])), _graphs(workspace.graphs())]
         pending = any(job.pending for job in _jobs(verifier, [*indexes, *saes, *stores]))
         parts.append(dcc.Interval(id="verify-poll", interval=POLL_MS, disabled=not pending))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
@@ -313,19 +314,17 @@ def _table(verifier: Verifier, title: str, artefacts: list[Artefact], command: s
             )
         ]
     rows = [
-        html.Tr(
-            [
-                html.Td(html.Strong(artefact.entry.name)),
-                html.Td(html.Code(artefact.entry.id or "–")),
-                html.Td(_describe_row(artefact)),
-                html.Td(_parents(artefact) if not artefact.problem else ""),
-                html.Td([_health(artefact), *([] if artefact.problem else [_check(verifier, artefact)])]),
-            ]
-        )
+        [
+            html.Strong(html.Bdi(artefact.entry.name)),
+            html.Code(artefact.entry.id or "–"),
+            _describe_row(artefact),
+            _parents(artefact) if not artefact.problem else "",
+            [_health(artefact), *([] if artefact.problem else [_check(verifier, artefact)])],
+        ]
         for artefact in artefacts
     ]
-    head = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "Made from", "Health")]))
-    return [html.Section([html.H2(title), _scrolling(title, html.Table([head, html.Tbody(rows)], className="table"))])]
+    names = ("Name", "Id", "What it is", "Made from", "Health")
+    return [html.Section([html.H2(title), stacking_table(title, names, rows)])]
 
 
 def _describe_row(artefact: Artefact) -> Any:
@@ -342,7 +341,7 @@ def _scrolling(title: str, table: html.Table) -> html.Div:
     return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": title})
 
 
-def _trainings(runs: list[Run]) -> html.Section:
+def _trainings(runs: list[Run], saes: list[Artefact]) -> html.Section:
     head = html.Header([html.H2("Trainings"), html.A("Curves", href=training_link(), className="small")])
     if not runs:
         words = "None whose SAE lies, or will lie, in this workspace. scope train, as above, shows here while it runs."
@@ -350,21 +349,30 @@ def _trainings(runs: list[Run]) -> html.Section:
     shown = [run for run in runs if run.state is not RunState.FINISHED]
     shown += [run for run in runs if run.state is RunState.FINISHED][: max(0, RUNS - len(shown))]
     rows = [
-        html.Tr(
-            [
-                html.Td(html.Strong(html.A(html.Bdi(run.name), href=training_link(run.id)))),
-                html.Td(html.Code(run.id)),
-                html.Td([html.Code(run.hook), " ", settings_in_words(run.settings)]),
-                html.Td(html.Span(run.state.value, className=f"health {HEALTH[run.state]}", title=run.problem)),
-            ]
-        )
+        [
+            html.Strong(html.A(html.Bdi(run.name), href=training_link(run.id))),
+            html.Code(run.id),
+            [html.Code(run.hook), " ", settings_in_words(run.settings)],
+            _made(run, saes),
+            html.Span(run.state.value, className=f"health {HEALTH[run.state]}", title=run.problem),
+        ]
         for run in shown
     ]
-    names = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "What it is", "State")]))
-    parts: list[Any] = [head, _scrolling("Trainings", html.Table([names, html.Tbody(rows)], className="table"))]
+    names = ("Name", "Id", "What it is", "What it made", "Health")
+    parts: list[Any] = [head, stacking_table("Trainings", names, rows)]
     if len(runs) > len(shown):
         parts.append(html.A(f"All {len(runs):,}", href=training_link(), className="small"))
     return html.Section(parts)
+
+
+def _made(run: Run, saes: list[Artefact]) -> str:
+    """The SAE of a finished run; what one that is not finished has kept so far."""
+    kept = f"{plural(len(run.snapshots), 'snapshot')}" if run.snapshots else ""
+    if run.sae:
+        name = next((sae.entry.name for sae in saes if sae.entry.id == run.sae), "an SAE that is not here any more")
+        return ", ".join(filter(None, [f"{name} ({run.sae})", kept]))
+    last = f"a checkpoint of step {count(run.checkpoint.steps)}" if run.checkpoint else ""
+    return ", ".join(filter(None, [last, kept])) or "nothing yet"
 
 
 def _models(found: list[Model]) -> html.Section:
@@ -372,21 +380,19 @@ def _models(found: list[Model]) -> html.Section:
         words = "None: models are known by the stores and indexes made with them."
         return html.Section([html.H2("Models"), html.P(words, className="muted small")])
     rows = [
-        html.Tr(
-            [
-                html.Td(html.Strong(model.name)),
-                html.Td(html.Code(model.weight_hash[:12] or "not recorded", title=model.weight_hash or None)),
-                html.Td(model.revision or "–"),
-                html.Td(", ".join(model.used_by)),
-                html.Td("recorded; another is refused" if model.weight_hash else "only its name is known"),
-            ]
-        )
+        [
+            html.Strong(html.Bdi(model.name)),
+            html.Code(model.weight_hash[:12] or "not recorded", title=model.weight_hash or None),
+            model.revision or "–",
+            ", ".join(model.used_by),
+            html.Span("weights recorded; others are refused", className="health good")
+            if model.weight_hash
+            else html.Span("only its name is known", className="health bad"),
+        ]
         for model in found
     ]
-    names = ("Name", "Weights", "Revision", "Used by", "Health")
-    head = html.Thead(html.Tr([html.Th(name) for name in names]))
     return html.Section(
-        [html.H2("Models"), _scrolling("Models", html.Table([head, html.Tbody(rows)], className="table"))]
+        [html.H2("Models"), stacking_table("Models", ("Name", "Weights", "Revision", "Used by", "Health"), rows)]
     )
 
 

@@ -9,7 +9,9 @@ from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
 
 if TYPE_CHECKING:
+    from scope.features.all_logits import AllLogits
     from scope.features.index import FeatureIndex
+    from scope.saes.base import SAE
 
 __all__ = ["register"]
 
@@ -55,6 +57,16 @@ def register(app: typer.Typer) -> None:
         model_id: Annotated[str, typer.Option(help="The model's id at Neuronpedia; by default from its name.")] = "",
         source_set: Annotated[str, typer.Option(help="The SAE set's id there, without the layer.")] = "",
         creator_name: Annotated[str, typer.Option(help="Who made the SAE, in Neuronpedia's words for it.")] = "",
+        logit_histograms: Annotated[
+            bool,
+            typer.Option(
+                help="neuronpedia, saedashboard: histograms of the effects on all logits, which load the model and the "
+                "SAE; left empty, and said, where these are not at hand."
+            ),
+        ] = True,
+        sae: Annotated[
+            str | None, typer.Option(help="The index's SAE, for these histograms; by default the workspace's.")
+        ] = None,
         workspace: Annotated[Path | None, typer.Option(help="Where the index and its labels lie.")] = None,
     ) -> Outcome:
         """Write a store's activations, or an index's features, firings and labels, for other tools."""
@@ -73,11 +85,50 @@ def register(app: typer.Typer) -> None:
         from scope.features.neuronpedia_export import NeuronpediaNames, export_neuronpedia
 
         names = NeuronpediaNames(model_id=model_id, source_set=source_set, creator_name=creator_name)
+        logits = _all_logits(index, sae, workspace) if logit_histograms else None
         with progress_bar("Exporting (features)") as progress:
-            report = export_neuronpedia(index, out, chosen, names, layout=format, progress=progress)
+            report = export_neuronpedia(index, out, chosen, names, layout=format, logits=logits, progress=progress)
         text_ = f"{report.folder} holds {report.features:,} features and {report.activations:,} examples"
         text_ += f" in {report.files:,} file(s), {report.bytes / 1e6:,.1f} MB."
-        return Outcome({**report._asdict(), "folder": str(report.folder)}, text_)
+        histograms = logits is not None
+        return Outcome({**report._asdict(), "folder": str(report.folder), "logit_histograms": histograms}, text_)
+
+
+def _all_logits(index: "FeatureIndex", sae: str | None, workspace: Path | None) -> "AllLogits | None":
+    """What computes the effects on all logits; None, which is said, where the SAE or the model is not at hand.
+
+    Raises:
+        MismatchError: the SAE that was given is not the index's.
+    """
+    from scope.errors import MismatchError, ScopeError
+    from scope.features.all_logits import AllLogits
+    from scope.models import LanguageModel
+    from scope.saes.formats import load
+
+    given = None if sae is None else load(sae, hook=index.hook_name)
+    if given is not None and given.fingerprint != index.sae_info["fingerprint"]:
+        raise MismatchError(
+            f"{sae} has the id {given.fingerprint[:12]}, and {index.path} is an index of "
+            f"{index.sae_info['fingerprint'][:12]}. Give that one."
+        )
+    try:
+        own = _sae_of(index, workspace) if given is None else given
+        info = index.model_info
+        model = LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
+        return AllLogits(own, model)
+    except (ScopeError, OSError) as problem:
+        say(f"The histograms of logit effects stay empty: {problem} (--sae names the SAE.)")
+        return None
+
+
+def _sae_of(index: "FeatureIndex", workspace: Path | None) -> "SAE":
+    """The SAE of an index: the workspace's, or the published one that it was made with."""
+    from scope.workspace import Workspace
+
+    here = workspace or (index.path.parent.parent if index.path.parent.name == "indexes" else Path("workspace"))
+    known = [str(entry.manifest.get("fingerprint")) for entry in Workspace(here).saes() if entry.problem is None]
+    own, source = str(index.sae_info["fingerprint"]), (index.sae_info.get("metadata") or {}).get("source")
+    return Workspace(here).sae(str(source) if source and own not in known else own[:12])
 
 
 def _export_store(

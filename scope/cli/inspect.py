@@ -81,7 +81,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
             lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
         else:
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-            lines.append(f"{indent}{key:<{max(2, 24 - len(indent))}}{shown}")
+            lines.append(f"{indent}{key:<{max(2, len(key) + 1, 24 - len(indent))}}{shown}")
     return lines
 
 

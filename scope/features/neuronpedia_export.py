@@ -14,8 +14,10 @@ Field names: hijohnnylin/neuronpedia, `utils/neuronpedia-utils/neuronpedia_utils
 (to_dict) and `neuronpedia_export.py` (the folder).
 
 Values are firing strengths, activation x ||W_dec row||, and logit effects are per unit of them. Explanations are one's
-own labels only. What an index does not hold stays empty, as the format allows: the histogram of logit effects,
-alignment with and correlation to neurons, the decoder row (`vector`). `topkCosSim*` are the nearest decoder rows.
+own labels only. The histograms of firing strengths and of effects on all logits give the middle of each bin and what
+lies in it, as SAEDashboard's do; the latter needs the model (`scope.features.all_logits`) and is empty without it. What
+an index does not hold stays empty, as the format allows: alignment with and correlation to neurons, the weights of
+attention heads (`decoder_weights_dist`), the decoder row (`vector`). `topkCosSim*` are the nearest decoder rows.
 """
 
 import gzip
@@ -25,16 +27,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from activations.disk import write_file
 from scope.errors import InvalidInputError, OccupiedError
+from scope.features.all_logits import logit_histogram
 from scope.features.labels import OWN
 
 if TYPE_CHECKING:
+    from scope.features.all_logits import AllLogits
     from scope.features.examples import Example
     from scope.features.index import FeatureIndex
 
@@ -117,24 +123,45 @@ class ExportReport(NamedTuple):
     bytes: int
 
 
-def feature_json(index: "FeatureIndex", feature: int, names: NeuronpediaNames | None = None) -> dict[str, Any]:
-    """One feature as Neuronpedia has it: the row of "Neuron" with `activations` and `explanations`. JSON-able."""
+def feature_json(
+    index: "FeatureIndex",
+    feature: int,
+    names: NeuronpediaNames | None = None,
+    *,
+    effects: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """One feature as Neuronpedia has it: the row of "Neuron" with `activations` and `explanations`. JSON-able.
+
+    Args:
+        effects: `(d_vocab,)`, the feature's effect on every logit, for their histogram.
+    """
     known = (names or NeuronpediaNames()).of(index)
-    neuron, activations, explanations = _rows(index, index.feature(feature).id, known)
+    neuron, activations, explanations = _rows(index, index.feature(feature).id, known, effects)
     return {**neuron, "activations": activations, "explanations": explanations}
 
 
 def saedashboard_batch(
-    index: "FeatureIndex", features: Sequence[int], names: NeuronpediaNames | None = None
+    index: "FeatureIndex",
+    features: Sequence[int],
+    names: NeuronpediaNames | None = None,
+    *,
+    logits: "AllLogits | None" = None,
 ) -> dict[str, Any]:
-    """Some features as SAEDashboard's runner writes them, `batch-N.json`. JSON-able."""
+    """Some features as SAEDashboard's runner writes them, `batch-N.json`. JSON-able.
+
+    Args:
+        logits: computes the effects on all logits, for their histograms.
+    """
     known = (names or NeuronpediaNames()).of(index)
     return {
         "model_id": known.model_id,
         "layer": known.layer,
         "sae_set": known.source_set,
         "sae_id_suffix": None,
-        "features": [_dashboard_feature(index, index.feature(feature).id) for feature in features],
+        "features": [
+            _dashboard_feature(index, index.feature(feature).id, effects)
+            for feature, effects in _with_effects(features, logits)
+        ],
     }
 
 
@@ -145,6 +172,7 @@ def export_neuronpedia(
     names: NeuronpediaNames | None = None,
     *,
     layout: str = "neuronpedia",
+    logits: "AllLogits | None" = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> ExportReport:
     """Write a whole SAE, or some of its features, as a folder that Neuronpedia imports.
@@ -155,6 +183,7 @@ def export_neuronpedia(
         features: which; by default all.
         names: what it is called there.
         layout: "neuronpedia" (its import format) or "saedashboard" (batch-N.json, for its converter).
+        logits: computes the effects on all logits, for their histograms; without it these stay empty.
         progress: called with features done and in all.
     Raises:
         OccupiedError: OUT/MODEL/SOURCE holds something.
@@ -170,7 +199,8 @@ def export_neuronpedia(
         raise OccupiedError(f"{folder} holds something already. Give another --out, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    for name, content in neuronpedia_files(index, wanted, known, layout=layout, counts=counts, progress=progress):
+    files = neuronpedia_files(index, wanted, known, layout=layout, logits=logits, counts=counts, progress=progress)
+    for name, content in files:
         (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, content)
         counts["files"] += 1
@@ -186,12 +216,14 @@ def neuronpedia_files(
     names: NeuronpediaNames | None = None,
     *,
     layout: str = "neuronpedia",
+    logits: "AllLogits | None" = None,
     counts: "Counter[str] | None" = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Iterator[tuple[str, bytes]]:
     """What `export_neuronpedia` writes into MODEL/SOURCE, one after the other: name within it, content.
 
     Args:
+        logits: as `export_neuronpedia` takes it.
         counts: counts up "activations" and "explanations".
     """
     known = (names or NeuronpediaNames()).of(index)
@@ -203,13 +235,13 @@ def neuronpedia_files(
     for batch, start in enumerate(range(0, len(wanted), BATCH)):
         part = wanted[start : start + BATCH]
         if layout == "saedashboard":
-            content = saedashboard_batch(index, part, known)
+            content = saedashboard_batch(index, part, known, logits=logits)
             counted["activations"] += sum(len(one["activations"]) for one in content["features"])
             yield f"batch-{batch}.json", json.dumps(content, ensure_ascii=False).encode()
         else:
             tables: dict[str, list[dict[str, Any]]] = {"features": [], "activations": [], "explanations": []}
-            for feature in part:
-                neuron, activations, explanations = _rows(index, feature, known)
+            for feature, effects in _with_effects(part, logits):
+                neuron, activations, explanations = _rows(index, feature, known, effects)
                 tables["features"].append(neuron)
                 tables["activations"] += activations
                 tables["explanations"] += explanations
@@ -228,12 +260,18 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
 # --- the parts of a feature -----------------------------------------------------------------------------------
 
 
-def _shared(index: "FeatureIndex", feature: int) -> dict[str, Any]:
+def _with_effects(features: Sequence[int], logits: "AllLogits | None") -> "Iterator[tuple[int, np.ndarray | None]]":
+    """Features with their effects on all logits, None where nothing computes them."""
+    return zip(features, repeat(None) if logits is None else logits.of(features), strict=logits is not None)
+
+
+def _shared(index: "FeatureIndex", feature: int, effects: np.ndarray | None) -> dict[str, Any]:
     """The fields that have one name in both formats."""
     row = index.table.iloc[feature]
     edges, counts = index.histogram(feature)
     top, bottom = index.top_logits(feature, N_LOGITS), index.bottom_logits(feature, N_LOGITS)
     fires = bool(row["n_firings"])
+    histogram = None if effects is None else logit_histogram(effects)
     shared: dict[str, Any] = {name: [] for first, rest in ABSENT.items() for name in (first, *rest.split())}
     return {
         **shared,
@@ -244,8 +282,8 @@ def _shared(index: "FeatureIndex", feature: int) -> dict[str, Any]:
         "frac_nonzero": float(row["density"]),
         "freq_hist_data_bar_values": _rounded((edges[:-1] + edges[1:]) / 2) if fires else [],
         "freq_hist_data_bar_heights": [int(count) for count in counts] if fires else [],
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        "logits_hist_data_bar_heights": [] if histogram is None else histogram.heights.tolist(),
+        "logits_hist_data_bar_values": [] if histogram is None else _rounded(histogram.values),
         "decoder_weights_dist": [],
         "vector": [],
     }
@@ -268,7 +306,7 @@ def _examples(index: "FeatureIndex", feature: int) -> "Iterator[tuple[Example, f
                 yield example, float(strengths[last - 1]), float(strengths[first]), (last - first) / n
 
 
-def _dashboard_feature(index: "FeatureIndex", feature: int) -> dict[str, Any]:
+def _dashboard_feature(index: "FeatureIndex", feature: int, effects: np.ndarray | None) -> dict[str, Any]:
     activations = [
         {
             "bin_min": low,
@@ -282,7 +320,7 @@ def _dashboard_feature(index: "FeatureIndex", feature: int) -> dict[str, Any]:
     ]
     return {
         "feature_index": feature,
-        **_shared(index, feature),
+        **_shared(index, feature, effects),
         "n_prompts_total": len(index.sequences),
         "n_tokens_in_prompt": int(index.model_info.get("context_size") or 0),
         "dataset": _dataset(index),
@@ -291,7 +329,7 @@ def _dashboard_feature(index: "FeatureIndex", feature: int) -> dict[str, Any]:
 
 
 def _rows(
-    index: "FeatureIndex", feature: int, names: NeuronpediaNames
+    index: "FeatureIndex", feature: int, names: NeuronpediaNames, effects: np.ndarray | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """The feature's row of "Neuron", its rows of "Activation" and of "Explanation"."""
     place = {"modelId": names.model_id, "layer": names.source, "index": str(feature)}
@@ -306,7 +344,7 @@ def _rows(
         "hookName": index.hook_name,
         "topkCosSimIndices": [int(other) for other in neighbours["feature"]],
         "topkCosSimValues": _rounded(neighbours["cosine"]),
-        **_shared(index, feature),
+        **_shared(index, feature, effects),
         "sourceSetName": names.source_set,
     }
     activations = [_activation(index, place, names, *found) for found in _examples(index, feature)]

@@ -158,6 +158,7 @@ def template(theme: Theme = "light") -> "go.layout.Template":
         "automargin": True,
         "separatethousands": True,
         "exponentformat": "power",
+        "minexponent": 6,
     }
     return go.layout.Template(
         layout={

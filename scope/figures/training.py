@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from scope.figures.axes import log_axis
 from scope.figures.template import PALETTES, Theme, template
 from scope.figures.text import as_label, short_number
 
@@ -122,12 +123,10 @@ def metric_curve(
         margin={"t": 8},
         uirevision=f"{metric} {x}",
         xaxis={"title": {"text": _X_OF[x]}, "rangemode": "tozero", "tickformat": "~s", "nticks": 6},
-        yaxis={"type": "log" if metric in _LOG else "linear", "nticks": 5},
+        yaxis={"nticks": 5, "rangemode": "tozero"},
     )
-    if metric not in _LOG:
-        figure.update_yaxes(rangemode="tozero")
-    else:
-        figure.update_yaxes(exponentformat="power", dtick=None)
+    if metric in _LOG:
+        figure.update_yaxes(**log_axis(value for line in figure.data for value in line.y))
     return figure
 
 
@@ -184,7 +183,7 @@ def pareto_scatter(frame: "pd.DataFrame", *, theme: Theme = "light") -> "go.Figu
         template=template(theme),
         showlegend=frame["hook"].nunique() > 1,
         margin={"t": 8},
-        xaxis={"title": {"text": "l0: features per token"}, "type": "log"},
-        yaxis={"title": {"text": "fraction of variance unexplained"}, "type": "log"},
+        xaxis={"title": {"text": "l0: features per token"}, **log_axis(frame["l0"], 8)},
+        yaxis={"title": {"text": "fraction of variance unexplained"}, **log_axis(frame["fvu"])},
     )
     return figure
