@@ -5,6 +5,7 @@
       saes/NAME/            sparse autoencoders
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
+      diffs/NAME/           comparisons of two models
       graphs/NAME           circuit graphs
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
-Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
-FOLDERS: dict[Kind, str] = {"activation-store": "stores", "sae": "saes", "feature-index": "indexes"}
-SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index"}
+Kind = Literal["activation-store", "sae", "feature-index", "model-diff", "circuit-graph"]
+FOLDERS: dict[Kind, str] = {
+    "activation-store": "stores", "sae": "saes", "feature-index": "indexes", "model-diff": "diffs"
+}  # fmt: skip
+SUFFIXES: dict[Kind, str] = {"activation-store": ".zarr", "sae": "", "feature-index": ".index", "model-diff": ""}
 GRAPHS = "graphs"
 SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
 
@@ -100,6 +103,10 @@ class Workspace:
     def indexes(self) -> list[Entry]:
         """The feature indexes."""
         return self.entries("feature-index")
+
+    def diffs(self) -> list[Entry]:
+        """The comparisons of two models."""
+        return self.entries("model-diff")
 
     def trainings(self) -> "list[Run]":
         """The training runs, those under way first: of SAEs that lie, or will lie, in this workspace."""

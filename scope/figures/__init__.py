@@ -6,6 +6,7 @@ Chromium (`BROWSER_PATH=` where it is not found).
 """
 
 from scope.figures.comparison import cosine_histogram
+from scope.figures.diffing import layer_lines, scaling_scatter
 from scope.figures.features import (
     activation_histogram,
     feature_scatter,
@@ -44,12 +45,14 @@ __all__ = [
     "effect_colour",
     "feature_scatter",
     "histogram_frame",
+    "layer_lines",
     "logit_bars",
     "logit_histogram",
     "metric_curve",
     "pareto_front",
     "pareto_scatter",
     "rate_bars",
+    "scaling_scatter",
     "short_number",
     "template",
     "token_feature_heatmap",
