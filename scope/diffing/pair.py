@@ -136,13 +136,14 @@ class PairedStores:
             within = np.logical_and(
                 *(batch.norms[name][keep] <= limit for name, limit in zip(names, limits, strict=True))
             )
-            values = [
+            base, tuned = (
                 as_tensor(batch.activations[name], self.base.dtype, device)[torch.from_numpy(keep).to(device)]
                 for name in names
-            ]
+            )
             yield PairedRows(
                 rows,
-                *(part.float().flatten(1) for part in values),
+                base.float().flatten(1),
+                tuned.float().flatten(1),
                 self.documents_of_sequences[sequence] % self.n_groups,
                 torch.from_numpy(within).to(device),
             )

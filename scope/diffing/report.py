@@ -22,12 +22,10 @@ A run that stopped goes on with the captures that are there; one that has finish
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from activations.manifest import read_manifest, write_atomically, write_manifest
 from activations.spec import fingerprint_of
@@ -40,56 +38,17 @@ from scope.diffing.layers import layer_changes
 from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
 from scope.diffing.scaling import FeatureScaling, scale_features
 from scope.diffing.settings import DiffConfig
-from scope.diffing.summary import summary_of
+from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, sae_file
 from scope.errors import InvalidInputError, MismatchError, OccupiedError
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
 from scope.training import TrainConfig, train
 
-__all__ = ["FORMAT", "DiffReport", "diff_models"]
+__all__ = ["diff_models"]
 
-FORMAT = "model-diff"
-MANIFEST, REPORT, CROSSCODER, CAPTURES = "manifest.json", "report.json", "crosscoder", "captures"
+CAPTURES = "captures"
 CE_WINDOWS = 32
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True, eq=False)
-class DiffReport:
-    """A finished comparison."""
-
-    folder: Path
-    figures: Mapping[str, Any]
-    """What `report.json` holds: base, tuned, text, config, layers, predictions, saes, crosscoder, conclusions."""
-    manifest: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> "DiffReport":
-        """The report in a folder.
-
-        Raises:
-            UnknownNameError, InvalidInputError, IntegrityError: as `activations.manifest.read_manifest`.
-        """
-        manifest = read_manifest(Path(folder), FORMAT)
-        return cls(Path(folder), json.loads((Path(folder) / REPORT).read_text()), manifest)
-
-    def sae_table(self, number: int) -> pd.DataFrame:
-        """`FeatureChanges.table` of one of the SAEs."""
-        return pd.read_parquet(self.folder / f"sae-{number}.parquet")
-
-    def crosscoder_table(self) -> pd.DataFrame | None:
-        """`FeatureScaling.table`; None where no crosscoder was trained."""
-        file = self.folder / f"{CROSSCODER}.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
-
-    def summary(self) -> str:
-        """Some lines for a person."""
-        return summary_of(self.figures)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<pre>{escape(self.summary())}</pre>"
 
 
 def diff_models(
@@ -154,7 +113,7 @@ def diff_models(
         )
         for number, (name, sae) in enumerate(saes.items()):
             changes[name] = feature_changes(sae, hooks[name], stores, config.seed)
-            changes[name].table.to_parquet(folder / f"sae-{number}.parquet")
+            changes[name].table.to_parquet(folder / sae_file(number))
             if conclusions:
                 losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
             shown = changes[name].changed["feature"].head(config.examples).tolist()
@@ -280,7 +239,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
     top: TopRows = scaling.top
     return [
-        {**row, "examples": snippets(stores.base, pair.base, top.of(int(row["feature"])))}
+        {**dict(row), "examples": snippets(stores.base, pair.base, top.of(int(row["feature"])))}  # type: ignore[dict-item]
         for row in scaling.specific(which).head(n).to_dict("records")
     ]
 

@@ -62,13 +62,20 @@ class FeatureScaling:
         return found.sort_values("firings", ascending=False, kind="stable", ignore_index=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts by place, and by verdict for those that seem to be of one model."""
+        """Counts by place, and by verdict for those that seem to be of one model; and the limits."""
         places = self.table["place"].value_counts().to_dict()
         verdicts = {
             place: self.table.loc[self.table["place"] == place, "verdict"].value_counts().to_dict()
             for place in ("tuned", "base")
         }
-        return {"n_rows": self.n_rows, "d_sae": len(self.table), "places": places, "verdicts": verdicts}
+        limits = {"nu_error": NU_ERROR, "nu_reconstruction": NU_RECONSTRUCTION, "firings": FIRINGS}
+        return {
+            "n_rows": self.n_rows,
+            "d_sae": len(self.table),
+            "places": places,
+            "verdicts": verdicts,
+            "limits": limits,
+        }
 
 
 @torch.inference_mode()

@@ -17,14 +17,35 @@ import pandas as pd
 
 from activations.text import TextSource
 from scope.errors import UnknownNameError
+from scope.models.loading import find_model, quiet_transformers
 
-__all__ = ["fertility"]
+__all__ = ["encoder_of", "fertility"]
 
 WORD = re.compile(r"\w+")
 PARAGRAPH = re.compile(r"\n\s*\n")
 AT_ONCE = 64
 RESAMPLES = 1000
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
+
+
+def encoder_of(model: str) -> Encode:
+    """What turns texts into token ids as a model's tokenizer does; the model's weights are not loaded.
+
+    Raises:
+        UnknownNameError, InvalidInputError, MissingDependencyError: as `scope.models.loading.find_model`.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            find_model(model).folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
+    return encode
 
 
 def fertility(encode: Encode, text: TextSource, reference: str = "en") -> pd.DataFrame:
