@@ -78,7 +78,8 @@ def written_report(folder: Path, token: str = "<b>thou</b>") -> str:
     sae = {
         "name": "topk", "fingerprint": "0" * 64, "hook": HOOK, "fvu_base": 0.05, "fvu_tuned": 0.06,
         "fvu_change_interval": [0.005, 0.015], "changed": 1, "firing": 3, "more_often": 1, "less_often": 0,
-        "n_rows": 50, "mean_agreement": 0.9, "mean_decoder_cosine": 0.99, "examples": {"1": {"base": [], "tuned": [example]}},
+        "n_rows": 50, "mean_agreement": 0.9, "mean_decoder_cosine": 0.99,
+        "examples": {"1": {"base": [], "tuned": [example]}},
     }  # fmt: skip
     crosscoder = {
         "hook": HOOK, "fvu": 0.1, "d_sae": 3, "places": {"shared": 1, "tuned": 2},

@@ -146,7 +146,7 @@ def _own_windows(model: LanguageModel, settings: TunedCopy, n: int, say: Callabl
     while sum(map(len, written)) < n:
         start = torch.full((min(n, settings.sampled_at_once), 1), model.bos_token_id, device=model.device)
         length = settings.context_size
-        # An end-of-text token does not end a window: all have one length, as those of a text have.
+        # No end-of-text token is drawn before the last place: all windows have one length, as those of a text have.
         written.append(
             model.hf.generate(
                 start, max_length=length, min_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,

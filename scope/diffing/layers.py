@@ -27,7 +27,6 @@ from activations.source import RowFlag
 from activations.text import TextSource
 from scope.diffing.pair import LEFT_OUT, ModelPair
 from scope.diffing.settings import DiffConfig
-from scope.errors import MismatchError
 from scope.kernels.tensors import as_tensor
 from scope.models.live import LiveActivations
 from scope.models.losses import CHUNK_BYTES, residual_logits
@@ -73,13 +72,7 @@ def layer_changes(
     Raises:
         MismatchError: the models have different widths.
     """
-    hooks = pair.residual_hooks
-    if not hooks or pair.base.n_layers != pair.tuned.n_layers:
-        raise MismatchError(
-            f"{pair.base.name} has {pair.base.n_layers} layers of width {pair.base.d_model}, {pair.tuned.name} "
-            f"{pair.tuned.n_layers} of {pair.tuned.d_model}; only equal stacks are compared layer by layer. Set "
-            "layer_tokens to 0 to leave that out."
-        )
+    hooks = pair.require_equal_stacks()
     sources = [
         LiveActivations(
             model,

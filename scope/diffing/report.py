@@ -88,6 +88,8 @@ def diff_models(
     needed = list(dict.fromkeys([*([crosscoder_hook] if crosscoder_hook else []), *hooks.values()]))
     if not needed and not config.layer_tokens:
         raise InvalidInputError("There is nothing to compare: layer_tokens and d_sae are 0, and no SAE was given.")
+    if config.layer_tokens:
+        pair.require_equal_stacks()
     text.check()
     folder = Path(out)
     identity = _identity(pair, text, config, hooks, saes, crosscoder_hook, conclusions)
@@ -112,26 +114,12 @@ def diff_models(
             lambda which, done, total: report(f"Capture {which}", done, total),
         )
         for number, (name, sae) in enumerate(saes.items()):
-            changes[name] = feature_changes(sae, hooks[name], stores, config.seed)
-            changes[name].table.to_parquet(folder / sae_file(number))
+            changes[name] = found = feature_changes(sae, hooks[name], stores, config.seed)
+            found.table.to_parquet(folder / sae_file(number))
             if conclusions:
                 losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
-            shown = changes[name].changed["feature"].head(config.examples).tolist()
-            figures["saes"].append(
-                {
-                    "name": name,
-                    "fingerprint": sae.fingerprint,
-                    **changes[name].to_dict(),
-                    **losses.get(name, {}),
-                    "examples": {
-                        int(feature): {
-                            which: snippets(stores.base, pair.base, top.of(feature))
-                            for which, top in ((BASE, changes[name].top_base), (TUNED, changes[name].top_tuned))
-                        }
-                        for feature in shown
-                    },
-                }
-            )
+            known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict(), **losses.get(name, {})}
+            figures["saes"].append({**known, "examples": _changed(pair, stores, found, config.examples)})
         if crosscoder_hook:
             figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, config, report)
     if conclusions:
@@ -231,6 +219,15 @@ def _crosscoder(
         "l0": trained.l0,
         **scaling.to_dict(),
         "examples": {which: _examples(pair, stores, scaling, which, config.examples) for which in (TUNED, BASE)},
+    }
+
+
+def _changed(pair: ModelPair, stores: PairedStores, changes: FeatureChanges, n: int) -> dict[int, dict[str, Any]]:
+    """The strongest examples in either model of the features that changed most."""
+    tops = {BASE: changes.top_base, TUNED: changes.top_tuned}
+    return {
+        int(feature): {which: snippets(stores.base, pair.base, top.of(int(feature))) for which, top in tops.items()}
+        for feature in changes.changed["feature"].head(n)
     }
 
 
