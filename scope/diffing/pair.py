@@ -61,12 +61,20 @@ class ModelPair(NamedTuple):
             )
         return cls(base, tuned)
 
-    @property
-    def residual_hooks(self) -> tuple[str, ...]:
-        """The residual stream after each layer that both have with the same width."""
-        if self.base.d_model != self.tuned.d_model:
-            return ()
-        return tuple(f"blocks.{layer}.hook_resid_post" for layer in range(min(self.base.n_layers, self.tuned.n_layers)))
+    def require_equal_stacks(self) -> tuple[str, ...]:
+        """Names of the residual stream after each layer, of which both have as many, of one width.
+
+        Raises:
+            MismatchError: they have not.
+        """
+        sizes = [(model.n_layers, model.d_model) for model in self]
+        if sizes[0] != sizes[1]:
+            raise MismatchError(
+                f"{self.base.name} has {sizes[0][0]} layers of width {sizes[0][1]}, {self.tuned.name} {sizes[1][0]} of "
+                f"{sizes[1][1]}; only equal stacks are compared layer by layer. Set layer_tokens to 0 (--layer-tokens) "
+                "to leave that out."
+            )
+        return tuple(f"blocks.{layer}.hook_resid_post" for layer in range(self.base.n_layers))
 
     def require_hook(self, hook: str) -> str:
         """The canonical name of a hook that both models have.
