@@ -1,13 +1,12 @@
 """`scope diff` and `scope quantisation`: what a fine-tuning, or a quantisation, changed inside a model."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar, say
-from scope.diffing.settings import DiffConfig
+from scope.diffing.settings import ComparisonConfig, DiffConfig
 
 if TYPE_CHECKING:
     from scope.saes.base import SAE
@@ -49,12 +48,12 @@ def register(app: typer.Typer) -> None:
         """What a fine-tuning changed: layer by layer, feature by feature, and by a crosscoder over both models."""
         return _compare(base, tuned, out, config, data, hook, sae, device, dtype, keep_captures, conclusions=False)
 
-    @command(app, "quantisation", config=DiffConfig)
+    @command(app, "quantisation", config=ComparisonConfig)
     def quantisation(
         reference: Annotated[str, typer.Argument(help="The model with reference weights.")],
         quantised: Annotated[str, typer.Argument(help="The same model from a quantised file, such as a .gguf.")],
         out: OutOption,
-        config: DiffConfig,
+        config: ComparisonConfig,
         data: DataOption = None,
         sae: SaeOption = None,
         device: DeviceOption = None,
@@ -63,9 +62,8 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """What a quantisation changed: capture error by layer, features, and whether conclusions hold. No crosscoder is
         trained."""
-        settings = replace(config, d_sae=0)
         return _compare(
-            reference, quantised, out, settings, data, None, sae, device, dtype, keep_captures, conclusions=True
+            reference, quantised, out, config, data, None, sae, device, dtype, keep_captures, conclusions=True
         )
 
 
@@ -73,7 +71,7 @@ def _compare(
     base: str,
     tuned: str,
     out: Path,
-    config: DiffConfig,
+    config: ComparisonConfig,
     data: list[Path] | None,
     hook: str | None,
     saes: list[str] | None,

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from scope.diffing.pair import ModelPair, capture_pair
     from scope.diffing.report import diff_models
     from scope.diffing.scaling import FeatureScaling, scale_features
-    from scope.diffing.settings import DiffConfig
+    from scope.diffing.settings import ComparisonConfig, DiffConfig
     from scope.diffing.stored import DiffReport
 
 __all__ = [
+    "ComparisonConfig",
     "DiffConfig",
     "DiffReport",
     "FeatureChanges",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ComparisonConfig": "settings",
     "DiffConfig": "settings",
     "DiffReport": "stored",
     "FeatureChanges": "features",

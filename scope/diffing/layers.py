@@ -26,7 +26,7 @@ from torch import Tensor
 from activations.source import RowFlag
 from activations.text import TextSource
 from scope.diffing.pair import LEFT_OUT, ModelPair
-from scope.diffing.settings import DiffConfig
+from scope.diffing.settings import ComparisonConfig
 from scope.kernels.tensors import as_tensor
 from scope.models.live import LiveActivations
 from scope.models.losses import CHUNK_BYTES, residual_logits
@@ -58,7 +58,7 @@ class LayerChanges:
 def layer_changes(
     pair: ModelPair,
     text: TextSource,
-    config: DiffConfig,
+    config: ComparisonConfig,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> LayerChanges:
     """Compare two models layer by layer on the first `layer_tokens` rows of a text.

@@ -22,7 +22,7 @@ from activations.capture import capture
 from activations.source import RowFlag
 from activations.store import ActivationStore
 from activations.text import TextSource
-from scope.diffing.settings import DiffConfig
+from scope.diffing.settings import ComparisonConfig
 from scope.errors import InvalidInputError, MismatchError
 from scope.kernels.tensors import as_tensor
 from scope.models import LanguageModel
@@ -170,7 +170,7 @@ def capture_pair(
     text: TextSource,
     hooks: Sequence[str],
     folder: Path,
-    config: DiffConfig,
+    config: ComparisonConfig,
     progress: Progress | None = None,
 ) -> PairedStores:
     """Capture both models on a text, one after the other.

@@ -37,7 +37,7 @@ from scope.diffing.features import FeatureChanges, feature_changes
 from scope.diffing.layers import layer_changes
 from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
 from scope.diffing.scaling import FeatureScaling, scale_features
-from scope.diffing.settings import DiffConfig
+from scope.diffing.settings import ComparisonConfig, DiffConfig
 from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, sae_file
 from scope.errors import InvalidInputError, MismatchError, OccupiedError
 from scope.saes.base import SAE
@@ -55,7 +55,7 @@ def diff_models(
     pair: ModelPair,
     text: TextSource,
     out: str | Path,
-    config: DiffConfig,
+    config: ComparisonConfig,
     *,
     hook: str | None = None,
     saes: Mapping[str, SAE] | None = None,
@@ -69,7 +69,7 @@ def diff_models(
         pair: the models.
         text: what they read.
         out: the folder to make; one where a run with the same settings stopped is taken up.
-        config: the settings.
+        config: the settings; a `DiffConfig` trains a crosscoder.
         hook: of the crosscoder; None for the first SAE's, or the residual stream after the middle layer.
         saes: by name, dictionaries of the base model that reconstruct one hook each.
         conclusions: whether to say what holds of the second model as it does of the first.
@@ -84,10 +84,11 @@ def diff_models(
     report = progress or (lambda what, done, total: None)
     saes = dict(saes or {})
     hooks = {name: _hook_of(pair, name, sae) for name, sae in saes.items()}
-    crosscoder_hook = _crosscoder_hook(pair, hook, hooks) if config.d_sae else None
+    training = config if isinstance(config, DiffConfig) and config.d_sae else None
+    crosscoder_hook = _crosscoder_hook(pair, hook, hooks) if training else None
     needed = list(dict.fromkeys([*([crosscoder_hook] if crosscoder_hook else []), *hooks.values()]))
     if not needed and not config.layer_tokens:
-        raise InvalidInputError("There is nothing to compare: layer_tokens and d_sae are 0, and no SAE was given.")
+        raise InvalidInputError("There is nothing to compare: no layers, no crosscoder, and no SAE was given.")
     if config.layer_tokens:
         pair.require_equal_stacks()
     text.check()
@@ -120,8 +121,8 @@ def diff_models(
                 losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
             known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict(), **losses.get(name, {})}
             figures["saes"].append({**known, "examples": _changed(pair, stores, found, config.examples)})
-        if crosscoder_hook:
-            figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, config, report)
+        if training and crosscoder_hook:
+            figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, training, report)
     if conclusions:
         figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, losses)]
     write_atomically(folder / REPORT, (json.dumps(_plain(figures), indent=1) + "\n").encode())
@@ -158,7 +159,7 @@ def _crosscoder_hook(pair: ModelPair, hook: str | None, hooks: Mapping[str, str]
 def _identity(
     pair: ModelPair,
     text: TextSource,
-    config: DiffConfig,
+    config: ComparisonConfig,
     hooks: Mapping[str, str],
     saes: Mapping[str, SAE],
     crosscoder_hook: str | None,
