@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         data: DataOption = None,
         sae: SaeOption = None,
         device: DeviceOption = None,
-        dtype: DtypeOption = "auto",
+        dtype: DtypeOption = "float32",
         keep_captures: KeepOption = False,
     ) -> Outcome:
         """What a quantisation changed: capture error by layer, features, and whether conclusions hold. No crosscoder is
