@@ -109,7 +109,7 @@ def test_a_trained_crosscoder_finds_the_direction_that_was_planted(planted: Pair
     specific = found.specific("tuned")
     assert len(specific) >= 1
     assert not len(found.specific("base"))
-    rows = crosscoder.W_dec.detach()[specific["feature"].to_numpy(), WIDTH:]
+    rows = crosscoder.W_dec.detach()[specific["feature"].tolist(), WIDTH:]
     cosines = torch.nn.functional.cosine_similarity(rows, torch.from_numpy(directions()[OWN]).float(), dim=-1)
     assert float(cosines.abs().min()) > 0.9
     place = int(specific["feature"].iloc[0])
@@ -163,7 +163,7 @@ def test_drift_is_the_change_of_fvu(planted: PairedStores) -> None:
     drift = feature_changes(sae, HOOK, planted).drift
     fvu = []
     for x in both_rows(planted):
-        error = (x - sae(x)).double().square().sum()
+        error = (x - sae(x).detach()).double().square().sum()
         fvu.append(float(error / (x - x.mean(dim=0)).double().square().sum()))
     assert (drift.fvu_base, drift.fvu_tuned) == pytest.approx(tuple(fvu), rel=1e-4)
     assert drift.fvu_change == pytest.approx(fvu[1] - fvu[0], abs=1e-5)
