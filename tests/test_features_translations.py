@@ -18,6 +18,7 @@ from activations.text import TextSource
 from scope.errors import InvalidInputError, MismatchError
 from scope.features import FeatureIndex, build_index
 from scope.features.translations import layer_similarity, shared_features, title_similarity
+from scope.figures import translation_lines
 from scope.models.fertility import fertility
 from scope.saes.base import SAEMetadata
 from scope.saes.topk import TopKConfig, TopKSAE
@@ -84,6 +85,10 @@ def test_similarity_is_highest_where_the_layer_means_the_same(made: tuple[Featur
     assert middle["nearest"] > 0.9
     assert middle["difference_low"] > 0.1
     assert (others["difference_low"] < middle["difference_low"]).all()
+    figure = translation_lines(table)
+    drawn = {trace.name: list(trace.y) for trace in figure.data if trace.name}
+    assert drawn["translations"] == table["similarity"].tolist()
+    assert drawn["random pairs"] == table["baseline"].tolist()
     for name in ("similarity", "baseline", "difference"):
         assert (table[f"{name}_low"] <= table[name] + 1e-9).all()
         assert (table[name] <= table[f"{name}_high"] + 1e-9).all()

@@ -6,7 +6,7 @@ Chromium (`BROWSER_PATH=` where it is not found).
 """
 
 from scope.figures.comparison import cosine_histogram
-from scope.figures.diffing import layer_lines, scaling_scatter
+from scope.figures.diffing import layer_lines, scaling_scatter, translation_lines
 from scope.figures.features import (
     activation_histogram,
     feature_scatter,
@@ -57,4 +57,5 @@ __all__ = [
     "template",
     "token_feature_heatmap",
     "training_curves",
+    "translation_lines",
 ]

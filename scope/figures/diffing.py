@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["layer_lines", "scaling_scatter"]
+__all__ = ["layer_lines", "scaling_scatter", "translation_lines"]
 
 MAX_LINES = 8
 
@@ -71,6 +71,37 @@ def layer_lines(
     figure.update_xaxes(title_text="layer", dtick=max(1, int(frame["layer"].nunique()) // 12) if len(frame) else 1)
     figure.update_yaxes(title_text=label, rangemode="tozero")
     return figure
+
+
+def translation_lines(
+    frame: "pd.DataFrame", *, theme: Theme = "light", title: str = "How alike a page and its translation are"
+) -> "go.Figure":
+    """The similarity of translations over the layers, with its interval, and that of random pairs.
+
+    Args:
+        frame: of one pair of languages, columns layer, similarity and baseline, each with _low and _high
+            (`scope.features.translations.layer_similarity`).
+        theme: of the figure.
+        title: of the figure.
+    """
+    import pandas as pd
+
+    parts = [
+        pd.DataFrame(
+            {
+                "layer": frame["layer"],
+                "pairs": words,
+                "value": frame[name],
+                "low": frame[f"{name}_low"],
+                "high": frame[f"{name}_high"],
+            }
+        )
+        for name, words in (("similarity", "translations"), ("baseline", "random pairs"))
+    ]
+    return layer_lines(
+        pd.concat(parts), "value", line="pairs", low="low", high="high", theme=theme,
+        label="cosine of mean activations, common mean removed", title=title,
+    )  # fmt: skip
 
 
 def scaling_scatter(
