@@ -32,7 +32,7 @@ from activations.spec import fingerprint_of
 from activations.text import TextSource
 from scope._version import __version__
 from scope.diffing.conclusions import conclusions_of, spliced_losses
-from scope.diffing.examples import TopRows, snippets
+from scope.diffing.examples import snippets
 from scope.diffing.features import FeatureChanges, feature_changes
 from scope.diffing.layers import layer_changes
 from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
@@ -235,11 +235,8 @@ def _changed(pair: ModelPair, stores: PairedStores, changes: FeatureChanges, n: 
 def _examples(
     pair: ModelPair, stores: PairedStores, scaling: FeatureScaling, which: str, n: int
 ) -> list[dict[str, Any]]:
-    top: TopRows = scaling.top
-    return [
-        {**dict(row), "examples": snippets(stores.base, pair.base, top.of(int(row["feature"])))}  # type: ignore[dict-item]
-        for row in scaling.specific(which).head(n).to_dict("records")
-    ]
+    rows: list[dict[Any, Any]] = scaling.specific(which).head(n).to_dict("records")
+    return [{**row, "examples": snippets(stores.base, pair.base, scaling.top.of(int(row["feature"])))} for row in rows]
 
 
 def _windows(stores: PairedStores, seed: int) -> tuple[list[np.ndarray], list[int]]:
