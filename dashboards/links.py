@@ -113,5 +113,5 @@ def training_link(training: str = "", /, **query: object) -> str:
 
 
 def compare_link(**query: object) -> str:
-    """The comparison of two SAEs or checkpoints; `query` as in its address (a, b)."""
+    """The comparison of two SAEs or checkpoints, or of two models; `query` as in its address (a, b; diff)."""
     return _link("/compare", query)

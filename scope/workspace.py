@@ -5,6 +5,7 @@
       saes/NAME/            sparse autoencoders
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
+      diffs/NAME/           comparisons of two models
       graphs/NAME.json      circuit graphs, in circuit-tracer's JSON
       graphs/.verified/ID   what verifying the graph of this id has measured
       interventions/NAME.json  named interventions (scope.interventions.spec)
@@ -39,17 +40,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
-Kind = Literal["activation-store", "sae", "feature-index", "circuit-graph"]
+Kind = Literal["activation-store", "sae", "feature-index", "model-diff", "circuit-graph"]
 FOLDERS: dict[Kind, str] = {
     "activation-store": "stores",
     "sae": "saes",
     "feature-index": "indexes",
+    "model-diff": "diffs",
     "circuit-graph": "graphs",
 }
 SUFFIXES: dict[Kind, str] = {
     "activation-store": ".zarr",
     "sae": "",
     "feature-index": ".index",
+    "model-diff": "",
     "circuit-graph": ".json",
 }
 GRAPH: Kind = "circuit-graph"
@@ -120,6 +123,10 @@ class Workspace:
     def indexes(self) -> list[Entry]:
         """The feature indexes."""
         return self.entries("feature-index")
+
+    def diffs(self) -> list[Entry]:
+        """The comparisons of two models."""
+        return self.entries("model-diff")
 
     def trainings(self) -> "list[Run]":
         """The training runs, those under way first: of SAEs that lie, or will lie, in this workspace."""

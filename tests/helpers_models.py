@@ -270,7 +270,12 @@ def real_model() -> LanguageModel:
 @functools.cache
 def tiny_gguf() -> Path:
     """The tiny Llama as a GGUF file (float32), with the byte-level tokenizer."""
-    model = tiny_model("llama").hf
+    return write_gguf(_root() / "tiny.gguf", tiny_model("llama").hf)
+
+
+def write_gguf(path: Path, model: Any, encoded: Any = None) -> Path:
+    """A Llama as a GGUF file with the byte-level tokenizer; `encoded` gives, by name of the parameter, bytes and
+    quantisation of those that are not float32."""
     tokenizer = tiny_model("gpt2").tokenizer
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -279,7 +284,6 @@ def tiny_gguf() -> Path:
         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }  # fmt: skip
-    path = _root() / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -294,7 +298,11 @@ def tiny_gguf() -> Path:
     for name, tensor in model.state_dict().items():
         layer = re.match(r"model\.layers\.(\d+)\.(.*)\.weight", name)
         new = f"blk.{layer[1]}.{names[layer[2]]}" if layer else names[name.removesuffix(".weight")]
-        writer.add_tensor(f"{new}.weight", tensor.numpy())
+        if encoded and name in encoded:
+            content, kind = encoded[name]
+            writer.add_tensor(f"{new}.weight", content, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{new}.weight", tensor.numpy())
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     tokens += [f"<unused{place}>" for place in range(config.vocab_size - len(tokens))]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]

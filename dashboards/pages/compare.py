@@ -14,6 +14,7 @@ from dashboards.comparisons import Compared, Comparisons, Side
 from dashboards.components import jobs, states
 from dashboards.components.charts import chart, theme_of_request
 from dashboards.components.controls import define, link_button, panel
+from dashboards.components.diff_view import diff_list, diff_view
 from dashboards.components.stats import stat, stats
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent
@@ -48,6 +49,11 @@ def render(context: Context, view: View) -> Page:
     chosen = [comparisons.side(view.get(name)) if view.get(name) else None for name in ("a", "b")]
     a, b = chosen
     parts: list[Any] = [html.Header(html.H1("Compare"), className="page-head")]
+    shown = view.get("diff")
+    parts += diff_list(context, shown)
+    if shown:
+        parts += diff_view(context, shown, theme_of_request())
+        return Page(html.Div(parts, className="compare-page"), "Two models", "compare")
     if len(sides) < 2:
         parts.append(
             states.empty(

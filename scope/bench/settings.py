@@ -14,6 +14,7 @@ __all__ = [
     "ParallelBench",
     "QualityBench",
     "TrainBench",
+    "TunedCopy",
 ]
 
 COMPARABLE = ("topk", "batchtopk")
@@ -291,3 +292,47 @@ class AttributeBench:
             raise InvalidInputError(f"lengths is {self.lengths}; expected prompts of at least 2 tokens.")
         if self.k > self.d_sae:
             raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
+
+
+@dataclass(frozen=True)
+class TunedCopy:
+    """How a fine-tuned copy of a model is made."""
+
+    source: str
+    """The source of the text to train on, such as shakespeare-milton; "model" for text that the model writes itself."""
+    model: str = "gemma-3-270m"
+    """The model."""
+    data: Path | None = None
+    """The text. None: the sample that ships with the workbench."""
+    steps: int = 300
+    """Steps."""
+    batch_size: int = 2
+    """Windows in a step."""
+    context_size: int = 64
+    """Tokens in a window, BOS included."""
+    lr: float = 3e-5
+    """Peak learning rate."""
+    first_layer: int = 0
+    """The first layer that is trained."""
+    last_layer: int | None = None
+    """The last one. None: the model's last."""
+    own_vocabulary: bool = True
+    """Whether the softmax is over the token types of the windows alone, which is ten times as fast on a large
+    vocabulary."""
+    windows_at_most: int = 1_000
+    """Steps' worth of different windows; longer runs take them again."""
+    sampled_at_once: int = 64
+    """Windows that the model writes together, where it writes the text itself."""
+    seed: int = 0
+    """Seed of the windows and their order."""
+    device: str | None = None
+    """Such as cpu or cuda. None: the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "windows_at_most", "sampled_at_once"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.context_size < 2:
+            raise InvalidInputError(f"context_size is {self.context_size}; expected at least 2, a token and its next.")
+        if not self.lr > 0:
+            raise InvalidInputError(f"lr is {self.lr}; expected a positive number.")

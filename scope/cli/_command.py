@@ -267,7 +267,14 @@ def _listed(name: str, text: str, item: type) -> tuple[Any, ...]:
 
 
 def _field_docstrings(config: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
+    """The docstring under each field of a dataclass, those of the dataclasses that it extends included."""
+    found = {}
+    for part in reversed([one for one in config.__mro__ if dataclasses.is_dataclass(one)]):
+        found |= _own_docstrings(part)
+    return found
+
+
+def _own_docstrings(config: type) -> dict[str, str]:
     tree = ast.parse(inspect.cleandoc(inspect.getsource(config)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     found = {}

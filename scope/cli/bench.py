@@ -14,6 +14,7 @@ from scope.bench.settings import (
     ParallelBench,
     QualityBench,
     TrainBench,
+    TunedCopy,
 )
 from scope.cli._command import Outcome, command, follows, progress_bar, say
 
@@ -118,6 +119,17 @@ def register(app: typer.Typer) -> None:
         language_model = load_model_of(opened, model, config.device) if config.evaluate_tokens else None
         figures = bench_quality(opened, language_model, config, say)
         return Outcome(figures, _table(figures))
+
+    @command(bench, "tune", config=TunedCopy, required=("source",))
+    def tune(
+        out: Annotated[Path, typer.Option(help="The folder for the copy.")],
+        config: TunedCopy,
+    ) -> Outcome:
+        """Fine-tune a copy of a model a little on one source of a text: something for `scope diff` to find."""
+        from scope.bench.tuned import tuned_copy
+
+        figures = tuned_copy(config, out, say)
+        return Outcome({"model": str(out), **figures}, _table(figures))
 
 
 def _table(figures: dict[str, Any]) -> str:

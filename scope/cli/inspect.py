@@ -46,6 +46,10 @@ def _describe(what: str, allow_download: bool, device: str | None, embeddings: s
         return {"kind": read_manifest(what)["format"], **_open(what).info()}
     path = Path(what)
     if (path / "manifest.json").is_file() and (kind := read_manifest(path)["format"]) != "sae":
+        if kind == "model-diff":
+            from scope.diffing import DiffReport
+
+            return {"kind": kind, **DiffReport.open(path).figures}
         return {"kind": kind, **_open(what).info()}
     if any((path / name).is_file() for name in ("manifest.json", "cfg.json")) or formats.recognised(path):
         return _describe_sae(what, allow_download)

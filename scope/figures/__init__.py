@@ -8,6 +8,7 @@ Chromium (`BROWSER_PATH=` where it is not found).
 from scope.figures.circuit import verification_scatter
 from scope.figures.circuits import faithfulness_curves
 from scope.figures.comparison import cosine_histogram
+from scope.figures.diffing import layer_lines, scaling_scatter, translation_lines
 from scope.figures.experts import expert_heatmap
 from scope.figures.features import (
     activation_histogram,
@@ -50,6 +51,7 @@ __all__ = [
     "faithfulness_curves",
     "feature_scatter",
     "histogram_frame",
+    "layer_lines",
     "logit_bars",
     "logit_histogram",
     "metric_curve",
@@ -58,9 +60,11 @@ __all__ = [
     "per_layer_bars",
     "per_layer_heatmap",
     "rate_bars",
+    "scaling_scatter",
     "short_number",
     "template",
     "token_feature_heatmap",
     "training_curves",
+    "translation_lines",
     "verification_scatter",
 ]

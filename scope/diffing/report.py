@@ -1,0 +1,258 @@
+"""`diff_models`: the whole comparison of two models, written to a folder that a workspace lists.
+
+1. Tokenizers, hooks and SAEs are checked; nothing is written before all of it is found good.
+2. *Layers* (`scope.diffing.layers`): both models side by side on some rows.
+3. *Captures* (`scope.diffing.pair`): the hooks that SAEs and the crosscoder need, each model into a store.
+4. *SAEs* (`scope.diffing.features`): drift, and rate and decoder feature by feature.
+5. *Crosscoder*: BatchTopK over both models' rows of one hook (Minder et al. 2025), and latent scaling of its features
+   (`scope.diffing.scaling`).
+6. With `conclusions`, what holds of the second model as it does of the first (`scope.diffing.conclusions`).
+
+    OUT/
+      manifest.json          format "model-diff"
+      report.json            all figures, and the strongest examples of the features that changed most
+      sae-N.parquet          one row a feature of the N-th SAE
+      crosscoder.parquet     one row a feature of the crosscoder
+      crosscoder/            the crosscoder, as any SAE
+      captures/              the two stores; deleted at the end unless they are to be kept
+
+A run that stopped goes on with the captures that are there; one that has finished is opened.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activations.manifest import read_manifest, write_atomically, write_manifest
+from activations.spec import fingerprint_of
+from activations.text import TextSource
+from scope._version import __version__
+from scope.diffing.conclusions import conclusions_of, spliced_losses
+from scope.diffing.examples import snippets
+from scope.diffing.features import FeatureChanges, feature_changes
+from scope.diffing.layers import layer_changes
+from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
+from scope.diffing.scaling import FeatureScaling, scale_features
+from scope.diffing.settings import ComparisonConfig, DiffConfig
+from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, sae_file
+from scope.errors import InvalidInputError, MismatchError, OccupiedError
+from scope.saes.base import SAE
+from scope.saes.crosscoder import Crosscoder
+from scope.training import TrainConfig, train
+
+__all__ = ["diff_models"]
+
+CAPTURES = "captures"
+CE_WINDOWS = 32
+Progress = Callable[[str, int, int | None], None]
+
+
+def diff_models(
+    pair: ModelPair,
+    text: TextSource,
+    out: str | Path,
+    config: ComparisonConfig,
+    *,
+    hook: str | None = None,
+    saes: Mapping[str, SAE] | None = None,
+    conclusions: bool = False,
+    keep_captures: bool = False,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compare two models and write the report.
+
+    Args:
+        pair: the models.
+        text: what they read.
+        out: the folder to make; one where a run with the same settings stopped is taken up.
+        config: the settings; a `DiffConfig` trains a crosscoder.
+        hook: of the crosscoder; None for the first SAE's, or the residual stream after the middle layer.
+        saes: by name, dictionaries of the base model that reconstruct one hook each.
+        conclusions: whether to say what holds of the second model as it does of the first.
+        keep_captures: whether the stores stay.
+        progress: called with (what is done, rows done, rows in all).
+
+    Raises:
+        UnknownNameError, MismatchError: the models, hooks and SAEs do not belong together.
+        InvalidInputError: there is nothing to do, or an SAE names no hook.
+        OccupiedError: `out` holds something else.
+    """
+    report = progress or (lambda what, done, total: None)
+    saes = dict(saes or {})
+    hooks = {name: _hook_of(pair, name, sae) for name, sae in saes.items()}
+    training = config if isinstance(config, DiffConfig) and config.d_sae else None
+    crosscoder_hook = _crosscoder_hook(pair, hook, hooks) if training else None
+    needed = list(dict.fromkeys([*([crosscoder_hook] if crosscoder_hook else []), *hooks.values()]))
+    if not needed and not config.layer_tokens:
+        raise InvalidInputError("There is nothing to compare: no layers, no crosscoder, and no SAE was given.")
+    if config.layer_tokens:
+        pair.require_equal_stacks()
+    text.check()
+    folder = Path(out)
+    identity = _identity(pair, text, config, hooks, saes, crosscoder_hook, conclusions)
+    fingerprint = fingerprint_of(identity)
+    if _is_finished(folder, fingerprint):
+        return DiffReport.open(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {**identity, "saes": [], "crosscoder": None, "conclusions": None}
+    layers = None
+    if config.layer_tokens:
+        layers = layer_changes(pair, text, config, lambda done, total: report("Layers", done, total))
+        figures |= layers.to_dict()
+    changes: dict[str, FeatureChanges] = {}
+    losses: dict[str, dict[str, float]] = {}
+    if needed:
+        stores = capture_pair(
+            pair,
+            text,
+            needed,
+            folder / CAPTURES,
+            config,
+            lambda which, done, total: report(f"Capture {which}", done, total),
+        )
+        for number, (name, sae) in enumerate(saes.items()):
+            changes[name] = found = feature_changes(sae, hooks[name], stores, config.seed)
+            found.table.to_parquet(folder / sae_file(number))
+            if conclusions:
+                losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
+            known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict(), **losses.get(name, {})}
+            figures["saes"].append({**known, "examples": _changed(pair, stores, found, config.examples)})
+        if training and crosscoder_hook:
+            figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, training, report)
+    if conclusions:
+        figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, losses)]
+    write_atomically(folder / REPORT, (json.dumps(_plain(figures), indent=1) + "\n").encode())
+    if not keep_captures:
+        shutil.rmtree(folder / CAPTURES, ignore_errors=True)
+    manifest = write_manifest(
+        folder,
+        FORMAT,
+        fingerprint,
+        [sae.fingerprint for sae in saes.values()],
+        f"scope-workbench {__version__}",
+        base=identity["base"],
+        tuned=identity["tuned"],
+    )
+    return DiffReport(folder, json.loads((folder / REPORT).read_text()), manifest)
+
+
+def _hook_of(pair: ModelPair, name: str, sae: SAE) -> str:
+    if sae.hook_name is None or len(sae.cfg.ports.inputs) != 1 or sae.cfg.ports.outputs:
+        raise InvalidInputError(f"{name} does not reconstruct one hook that it names; give SAEs that do.")
+    hook = pair.require_hook(sae.hook_name)
+    width = int(np.prod(pair.base.hook_shape(hook)))
+    if width != sae.d_in:
+        raise MismatchError(f"{name} reads {sae.d_in:,} values; {hook} of {pair.base.name} has {width:,}.")
+    return hook
+
+
+def _crosscoder_hook(pair: ModelPair, hook: str | None, hooks: Mapping[str, str]) -> str:
+    if hook is None:
+        hook = next(iter(hooks.values()), f"blocks.{(pair.base.n_layers - 1) // 2}.hook_resid_post")
+    return pair.require_hook(hook)
+
+
+def _identity(
+    pair: ModelPair,
+    text: TextSource,
+    config: ComparisonConfig,
+    hooks: Mapping[str, str],
+    saes: Mapping[str, SAE],
+    crosscoder_hook: str | None,
+    conclusions: bool,
+) -> dict[str, Any]:
+    """What makes this comparison another one than any other."""
+    models = {
+        which: {"model": identity.model, "revision": identity.revision, "weight_hash": identity.weight_hash}
+        for which, identity in ((BASE, pair.base.identity), (TUNED, pair.tuned.identity))
+    }
+    return {
+        **models,
+        "text": text.described,
+        "config": config.to_dict(),
+        "hook": crosscoder_hook,
+        "sae_fingerprints": {name: sae.fingerprint for name, sae in saes.items()},
+        "sae_hooks": dict(hooks),
+        "quantisation": conclusions,
+    }
+
+
+def _is_finished(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder holds this very report; raises `OccupiedError` where it holds something else."""
+    inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if MANIFEST in inside and read_manifest(folder)["fingerprint"] == fingerprint:
+        return True
+    if MANIFEST in inside or (inside and CAPTURES not in inside):
+        raise OccupiedError(f"{folder} holds something else. Give a folder that does not exist yet.")
+    return False
+
+
+def _crosscoder(
+    pair: ModelPair, stores: PairedStores, hook: str, folder: Path, config: DiffConfig, report: Progress
+) -> dict[str, Any]:
+    settings = TrainConfig(
+        arch="crosscoder",
+        d_sae=config.d_sae,
+        k=config.k,
+        tokens=config.train_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=str(pair.base.device),
+    )
+    shutil.rmtree(folder / CROSSCODER, ignore_errors=True)  # of a run that stopped before its report was written
+    trained = train(
+        stores.aligned,
+        [f"{BASE}:{hook}", f"{TUNED}:{hook}"],
+        settings,
+        folder / CROSSCODER,
+        progress=lambda done, total: report("Crosscoder", done, total),
+    )
+    assert isinstance(trained.sae, Crosscoder)
+    scaling = scale_features(trained.sae, hook, stores, config.seed)
+    scaling.table.to_parquet(folder / f"{CROSSCODER}.parquet")
+    return {
+        "hook": hook,
+        "fvu": trained.fvu,
+        "l0": trained.l0,
+        **scaling.to_dict(),
+        "examples": {which: _examples(pair, stores, scaling, which, config.examples) for which in (TUNED, BASE)},
+    }
+
+
+def _changed(pair: ModelPair, stores: PairedStores, changes: FeatureChanges, n: int) -> dict[int, dict[str, Any]]:
+    """The strongest examples in either model of the features that changed most."""
+    tops = {BASE: changes.top_base, TUNED: changes.top_tuned}
+    return {
+        int(feature): {which: snippets(stores.base, pair.base, top.of(int(feature))) for which, top in tops.items()}
+        for feature in changes.changed["feature"].head(n)
+    }
+
+
+def _examples(
+    pair: ModelPair, stores: PairedStores, scaling: FeatureScaling, which: str, n: int
+) -> list[dict[str, Any]]:
+    rows: list[dict[Any, Any]] = scaling.specific(which).head(n).to_dict("records")
+    return [{**row, "examples": snippets(stores.base, pair.base, scaling.top.of(int(row["feature"])))} for row in rows]
+
+
+def _windows(stores: PairedStores, seed: int) -> tuple[list[np.ndarray], list[int]]:
+    """Some windows of two tokens or more, and each one's document."""
+    sequences = stores.base.sequences()
+    sequences = sequences[sequences["n_rows"] > 1]
+    drawn = sequences.sample(min(CE_WINDOWS, len(sequences)), random_state=seed)
+    return stores.base.window_tokens(drawn["sequence"].tolist()), drawn["document"].astype(int).tolist()
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able: numbers of numpy as Python's, and what is no number as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

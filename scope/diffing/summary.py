@@ -1,0 +1,81 @@
+"""A comparison of two models in some lines for a person."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["summary_of"]
+
+SHOWN = 8
+
+
+def summary_of(figures: Mapping[str, Any]) -> str:
+    """The figures of a report as text."""
+    lines = [f"{figures['base']['model']} against {figures['tuned']['model']}"]
+    lines += _layers(figures)
+    for sae in figures["saes"]:
+        lines += _sae(sae)
+    if figures["crosscoder"]:
+        lines += _crosscoder(figures["crosscoder"])
+    if figures["conclusions"]:
+        lines.append("What holds of the second as of the first:")
+        lines += [
+            f"  {'holds' if one['holds'] else 'FAILS'}: {one['statement']} {one['figure']:.3f} (limit {one['limit']:g})"
+            for one in figures["conclusions"]
+        ]
+    return "\n".join(lines)
+
+
+def _layers(figures: Mapping[str, Any]) -> list[str]:
+    if "layers" not in figures:
+        return []
+    whole = [row for row in figures["layers"] if row["source"] == "all"]
+    most = max(whole, key=lambda row: row["change"])
+    lines = [
+        f"Residual stream: changed by {whole[0]['change']:.2%} of its norm after layer {whole[0]['layer']}, most, "
+        f"{most['change']:.2%}, after layer {most['layer']}."
+    ]
+    for row in figures["predictions"]:
+        lines.append(
+            f"  {row['source']:<20} loss {row['ce_base']:.3f} -> {row['ce_tuned']:.3f} "
+            f"[{row['ce_change_low']:+.3f}, {row['ce_change_high']:+.3f}], KL {row['kl']:.4f}, same likeliest token "
+            f"{row['top1']:.1%}, {row['n_tokens']:,} tokens of {row['n_documents']} documents"
+        )
+    return lines
+
+
+def _sae(sae: Mapping[str, Any]) -> list[str]:
+    low, high = sae["fvu_change_interval"]
+    lines = [
+        f"{sae['name']} at {sae['hook']}: fvu {sae['fvu_base']:.4f} -> {sae['fvu_tuned']:.4f} [{low:+.4f}, {high:+.4f}]"
+        f", {sae['changed']:,} of {sae['firing']:,} features that fire changed their rate ({sae['more_often']:,} more "
+        f"often, {sae['less_often']:,} less), on {sae['n_rows']:,} rows."
+    ]
+    if sae["mean_agreement"] is not None:
+        lines.append(
+            f"  Features fire on the same rows: mean agreement {sae['mean_agreement']:.3f}; decoder rows keep a cosine "
+            f"of {sae['mean_decoder_cosine']:.4f}."
+        )
+    for feature, examples in list(sae["examples"].items())[:SHOWN]:
+        strongest = (examples["tuned"] or examples["base"])[:3]
+        lines.append(f"  {feature}: " + " · ".join(repr(one["token"]) for one in strongest))
+    return lines
+
+
+def _crosscoder(found: Mapping[str, Any]) -> list[str]:
+    places = found["places"]
+    lines = [
+        f"Crosscoder at {found['hook']}: fvu {found['fvu']:.4f}, {places.get('shared', 0):,} of {found['d_sae']:,} "
+        f"features shared, {places.get('tuned', 0):,} seem to be of the second model alone, {places.get('base', 0):,} "
+        "of the first."
+    ]
+    for which, words in (("tuned", "second"), ("base", "first")):
+        verdicts = found["verdicts"][which]
+        told = ", ".join(f"{verdict} {count:,}" for verdict, count in sorted(verdicts.items())) or "none"
+        lines.append(f"  of the {words}: {told}")
+        for one in found["examples"][which][:SHOWN]:
+            tokens = " · ".join(repr(example["token"]) for example in one["examples"][:4])
+            lines.append(
+                f"    {one['feature']} ({one['firings']:,} firings, nu error {one['nu_error']:.2f}, reconstruction "
+                f"{one['nu_reconstruction']:.2f}): {tokens}"
+            )
+    return lines

@@ -1,0 +1,134 @@
+"""`scope diff` and `scope quantisation` on tiny models: what was changed by hand is what the report says changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_models import one_thread, tiny_folder  # noqa: F401  # a fixture
+from safetensors.torch import load_file, save_file
+from test_cli import scope
+
+from scope.diffing import DiffReport
+from scope.saes import formats
+from scope.saes.base import SAEMetadata
+from scope.saes.topk import TopKConfig, TopKSAE
+from scope.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HOOK = "blocks.2.hook_resid_post"
+CHANGED_LAYER = 2
+SIZES = ("--tokens", 3000, "--context-size", 32, "--layer-tokens", 600, "--document-tokens", 60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of two sources, an SAE, and two copies of the tiny model: as it is, and with another MLP in layer 2."""
+    folder = tmp_path_factory.mktemp("diff")
+    with open(folder / "text.jsonl", "w") as file:
+        for number in range(80):
+            words = ["the cat sat on the mat. ", "the river is deep, nobody knows why. "][number % 2]
+            row = {
+                "text": words * (2 + number % 3),
+                "title": f"page-{number}",
+                "source": ["cats", "rivers"][number % 2],
+            }
+            file.write(json.dumps(row) + "\n")
+    shutil.copytree(tiny_folder("gemma3"), folder / "same")
+    shutil.copytree(tiny_folder("gemma3"), folder / "tuned")
+    weights = load_file(folder / "tuned" / "model.safetensors")
+    name = next(name for name in weights if f"layers.{CHANGED_LAYER}.mlp.down_proj" in name)
+    noise = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(3))
+    weights[name] += noise * weights[name].std()
+    save_file(weights, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    cfg = TopKConfig(d_in=32, d_sae=64, k=6, metadata=SAEMetadata(hook_name=HOOK))
+    formats.save(TopKSAE(cfg, generator=torch.Generator().manual_seed(0)), folder / "sae")
+    return folder
+
+
+def test_a_changed_layer_is_found(folder: Path) -> None:
+    workspace = folder / "workspace"
+    out = workspace / "diffs" / "tuned"
+    command = (
+        *("diff", tiny_folder("gemma3"), folder / "tuned", "--data", folder / "text.jsonl", "--sae", folder / "sae"),
+        *("--out", out, *SIZES, "--d-sae", 48, "--k", 4, "--train-tokens", 4096, "--batch-size", 256, "--json"),
+    )
+    found = scope(*command)
+    changes = {row["layer"]: row["change"] for row in found["layers"] if row["source"] == "all"}
+    assert [changes[layer] for layer in range(CHANGED_LAYER)] == [0.0] * CHANGED_LAYER
+    assert all(changes[layer] > 0.01 for layer in range(CHANGED_LAYER, 4))
+    assert {row["source"] for row in found["predictions"]} == {"all", "cats", "rivers"}
+    assert all(row["kl"] > 0 for row in found["predictions"])
+    (sae,) = found["saes"]
+    assert sae["changed"] > 0
+    assert sae["relative_change"] > 0
+    feature, examples = next(iter(sae["examples"].items()))
+    strongest = (examples["tuned"] or examples["base"])[0]
+    assert strongest["source"] in ("cats", "rivers")
+    table = DiffReport.open(out).sae_table(0)
+    assert bool(table.set_index("feature").loc[int(feature), "changed"])
+    assert found["crosscoder"]["d_sae"] == 48
+    assert sum(found["crosscoder"]["places"].values()) == 48
+    assert not (out / "captures").exists()
+    assert [entry.name for entry in Workspace(workspace).diffs()] == ["tuned"]
+    assert Workspace(workspace).find(found["id"]).kind == "model-diff"
+    assert "Crosscoder" in DiffReport.open(out).summary()
+    assert scope(*command)["id"] == found["id"]
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "file").write_text("mine")
+    refused = scope(*("diff", folder / "same", folder / "tuned", "--out", folder / "occupied", "--json"), code=2)
+    assert refused["error"]["type"] == "OccupiedError"
+
+
+def test_nothing_is_found_where_nothing_changed(folder: Path, tmp_path: Path) -> None:
+    found = scope(
+        *("quantisation", tiny_folder("gemma3"), folder / "same", "--data", folder / "text.jsonl"),
+        *("--sae", folder / "sae", "--out", tmp_path / "out", *SIZES, "--json"),
+    )
+    assert all(row["change"] == 0 for row in found["layers"])
+    assert all(row["ce_change"] == 0 and row["top1"] == 1 for row in found["predictions"])
+    assert all(abs(row["kl"]) < 1e-6 for row in found["predictions"])
+    (sae,) = found["saes"]
+    assert (sae["changed"], sae["fvu_change"], sae["mean_agreement"]) == (0, 0.0, 1.0)
+    assert sae["examples"] == {}
+    assert found["crosscoder"] is None
+    assert len(found["conclusions"]) == 6
+    assert all(one["holds"] for one in found["conclusions"])
+
+
+def test_a_coarse_quantisation_breaks_conclusions(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder("gemma3"), tmp_path / "coarse")
+    weights = load_file(tmp_path / "coarse" / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "layers" in name:
+            step = weight.abs().amax(dim=-1, keepdim=True) / 1.5
+            weights[name] = (weight / step).round() * step
+    save_file(weights, tmp_path / "coarse" / "model.safetensors", metadata={"format": "pt"})
+    found = scope(
+        *("quantisation", tiny_folder("gemma3"), tmp_path / "coarse", "--data", folder / "text.jsonl"),
+        *("--sae", folder / "sae", "--out", tmp_path / "out", *SIZES, "--json"),
+    )
+    first = [row["change"] for row in found["layers"] if row["source"] == "all"]
+    assert min(first) > 0.05
+    held = {one["statement"]: one["holds"] for one in found["conclusions"]}
+    assert not held["The likeliest next token is the same"]
+    assert not held["sae: features fire on the same rows"]
+
+
+def test_models_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    refused = scope(
+        *("diff", tiny_folder("gemma3"), tiny_folder("gpt2"), "--data", folder / "text.jsonl"),
+        *("--out", tmp_path / "out", "--json"),
+        code=2,
+    )
+    assert refused["error"]["type"] == "MismatchError"
+    assert "tokenizers" in refused["error"]["message"]
+    assert not (tmp_path / "out").exists()
+    unknown = scope(
+        *("diff", folder / "same", folder / "tuned", "--data", folder / "text.jsonl", "--hook", "blocks.9.hook_out"),
+        *("--out", tmp_path / "out", "--json"),
+        code=2,
+    )
+    assert unknown["error"]["type"] == "UnknownNameError"
+    assert not (tmp_path / "out").exists()
