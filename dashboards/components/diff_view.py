@@ -242,8 +242,9 @@ def _signed(value: float | None) -> str:
 
 
 def _number(value: float | None) -> html.Span:
-    known = value is not None and value == value
-    return html.Span(number(value) if known else "–", className="number", title=exact(value) if known else None)
+    if value is None or value != value:
+        return html.Span("–", className="number")
+    return html.Span(number(value), className="number", title=exact(value))
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> html.Span:

@@ -268,7 +268,7 @@ def _listed(name: str, text: str, item: type) -> tuple[Any, ...]:
 
 def _field_docstrings(config: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, those of the dataclasses that it extends included."""
-    found = {}
+    found: dict[str, str] = {}
     for part in reversed([one for one in config.__mro__ if dataclasses.is_dataclass(one)]):
         found |= _own_docstrings(part)
     return found

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from activations.store import ActivationStore
-    from scope.models.run import EditFunction
+    from scope.models.edits import EditFunction
 
 __all__ = [
     "Grouping",

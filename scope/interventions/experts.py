@@ -17,8 +17,8 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions.edit import Edit, Positions, as_positions
+from scope.models.edits import EditContext
 from scope.models.experts import require_experts
-from scope.models.run import EditContext
 
 __all__ = ["forbid_expert", "force_expert", "swap_experts"]
 

@@ -31,10 +31,10 @@ from activations.manifest import write_atomically
 from activations.store import ActivationStore
 from scope.errors import InvalidInputError
 from scope.interventions import set_, splice_edits
+from scope.models.edits import EditContext, EditFunction, apply_edits, resolve_edits
 from scope.models.live import LiveActivations
 from scope.models.losses import CHUNK_BYTES, unembed
 from scope.models.rows import WindowBatch, check_windows, pack_windows
-from scope.models.run import EditContext, EditFunction, apply_edits, resolve_edits
 from scope.models.taps import tapped
 from scope.saes.base import SAE
 from scope.training.evaluate import LIVE_ROWS, Quality, held_out_windows
