@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers_models import WRONG_TYPE, tiny_folder, tiny_model
+from helpers_models import TEXT, WRONG_TYPE, tiny_folder, tiny_model
 from helpers_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from activations.store import ActivationStore
 from scope.bench.embeddings import bench_embeddings
 from scope.bench.settings import EmbeddingsBench
 from scope.cli import app
@@ -138,3 +139,18 @@ def test_the_benchmark_compares_both_places():
     assert figures["model"]["table_bytes"] == 512 * 2 * 256 * (4 if figures["model"]["dtype"] == "float32" else 2)
     assert figures["saved_bytes"] is None  # a CPU is its own host
     assert figures["slowdown"] > 0
+
+
+def test_a_capture_with_tables_on_the_host_is_the_same(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    hook, stores = "blocks.2.ple.hook_product", []
+    for embeddings in ("device", "host"):
+        out = str(tmp_path / f"{embeddings}.zarr")
+        asked = ["capture", "--model", str(tiny_folder("gemma4")), "--data", str(tmp_path / "text.txt"), "--hook", hook]
+        asked += ["--out", out, "--context-size", "32", "--device", "cpu", "--embeddings", embeddings]
+        answer = CliRunner().invoke(app, asked)
+        assert answer.exit_code == 0, answer.output
+        stores.append(ActivationStore.open(out))
+    one, other = stores
+    assert one.fingerprint == other.fingerprint
+    np.testing.assert_array_equal(one.read(hook, 0, one.n_rows), other.read(hook, 0, other.n_rows))
