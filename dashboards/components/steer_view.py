@@ -83,7 +83,7 @@ def _pushed(index: "FeatureIndex", push: Push, wanted: Steer) -> html.Li:
                 className="pushed-name",
             ),
             html.Output(
-                f"{push.times:+g} ×",
+                f"{'+' if push.times > 0 else ''}{number(push.times)} ×",
                 id={"type": "steer-times", **id},
                 className="pushed-times number",
                 title=f"times its maximum, a firing strength of {exact(largest)}",
@@ -349,6 +349,9 @@ def _changes(found: Steered) -> html.Section:
                     className="table steer-changes",
                 ),
                 className="scroll",
+                role="region",
+                tabIndex=0,
+                **{"aria-label": "Probabilities of the next token"},
             ),
         ],
     )

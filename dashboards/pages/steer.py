@@ -57,17 +57,17 @@ def render(context: Context, view: View) -> Page:
             html.Div(
                 className="steer-top",
                 children=[
+                    prompt_form(asked, run="steer-run"),
+                    html.Aside(
+                        _controls(context, entry.id, view.query), id="steer-controls", **{"aria-label": "What is done"}
+                    ),
                     html.Div(
-                        className="steer-main",
+                        className="steer-out",
                         children=[
-                            prompt_form(asked, run="steer-run"),
                             progress_bar("steer"),
                             html.Div(id="steer-status"),
                             html.Div(_invitation() if asked.empty else [], id="steer-result"),
                         ],
-                    ),
-                    html.Aside(
-                        _controls(context, entry.id, view.query), id="steer-controls", **{"aria-label": "What is done"}
                     ),
                 ],
             ),
