@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_models import KINDS, one_thread, real_model, tiny_model
+from helpers_models import KINDS, MORE_KINDS, one_thread, real_model, tiny_model
 from helpers_saes import make
 
 from scope.errors import InvalidInputError, OutOfRangeError
@@ -56,7 +56,7 @@ def test_a_text_from_a_cache_is_that_of_running_everything_again(kind: str, monk
     assert len({tuple(text) for text in texts.values()}) == len(texts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS])
 def test_each_step_is_the_plain_run_of_the_text_so_far(kind: str) -> None:
     model = tiny_model(kind)
     edits = combine(add_direction(HOOK, direction()))

@@ -113,7 +113,7 @@ class _Plan:
             )
 
     def _checked_hook(self) -> str:
-        """Where the change is made; for a patch of features, where they are read."""
+        """Where the change is made."""
         one, model = self.one, self.model
         if self.sae is not None:
             checked_ids(self.sae, one.features)
