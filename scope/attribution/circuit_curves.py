@@ -253,8 +253,11 @@ class _Bench:
                     made = made + d.decode(source, features[source], layer)
                 if layer in d.layers:
                     made = made + d.b_dec(layer).to(made.device)
-                if layer in reads:
-                    made = made + reads[layer] @ d.skip(layer).to(made.device).T  # type: ignore[union-attr]
+                skip = d.skip(layer) if layer in d.layers else None
+                if skip is not None:
+                    made = made + reads.pop(layer) @ skip.to(made.device).T
+                if d.clt is None:  # nobody else reads them
+                    features.pop(layer, None)
                 return made.to(value.dtype)
 
             return at
@@ -327,6 +330,8 @@ class _Bench:
                     f"The mean baseline is not of this transcoder of layer {layer}: make it with "
                     "mean(model, transcoders, texts)."
                 )
-            features[layer] = found.features.expand_as(self.actual.features[layer]).clone()
-            errors[layer] = found.errors.expand_as(self.actual.errors[layer]).clone()
+            actual = self.actual.features[layer], self.actual.errors[layer]
+            features[layer], errors[layer] = (
+                mean.to(own.device).expand_as(own).clone() for mean, own in zip(found, actual, strict=True)
+            )
         return features, errors
