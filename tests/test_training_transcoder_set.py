@@ -13,7 +13,7 @@ from activations.text import TextSource
 from scope.errors import InvalidInputError
 from scope.interventions import splice_edits
 from scope.saes.formats import load
-from scope.training import TrainConfig, train
+from scope.training import TrainConfig
 from scope.training.evaluate import held_out_windows
 from scope.training.sweeps import one_for_each_layer
 from scope.training.transcoder_set import evaluate_transcoders, hooks_by_layer
@@ -90,17 +90,14 @@ def test_one_command_trains_a_transcoder_for_each_layer(trained: tuple[Path, dic
     assert [run["id"] for run in again["runs"]] == [run["id"] for run in found["runs"]]
 
 
-def test_each_is_as_if_trained_alone(trained: tuple[Path, dict], text: Path) -> None:
+def test_each_is_as_if_trained_alone(trained: tuple[Path, dict], text: Path, tmp_path: Path) -> None:
     out, _ = trained
-    model = tiny_model("gemma3")
-    hooks = [name for pattern in (READS, WRITES) for name in hooks_by_layer(pattern, model.hook_table.names)]
-    source = model.source(TextSource([text]), hooks, context_size=32, dtype="bfloat16")
-    sizes = {"d_sae": 48, "k": 6, "lr": 3e-3, "tokens": 6400, "batch_size": 128, "max_norm_ratio": 0}
-    config = TrainConfig(arch="transcoder", activation="topk", **sizes)
-    runs = one_for_each_layer(config, hooks[:4], hooks[4:])
-    alone = train(source, runs[2].hooks, config, hook_out=runs[2].hooks_out).sae
-    whole = load(out / "layer_02")
-    torch.testing.assert_close(alone.W_dec, whole.W_dec, rtol=1e-3, atol=1e-3)
+    hooks = ("--hook", READS.replace("*", "2"), "--hook-out", WRITES.replace("*", "2"))
+    scope(
+        *("train", "--model", tiny_folder("gemma3"), "--data", text, *hooks, *SIZES, "--tokens", 6400),
+        *("--batch-size", 128, "--context-size", 32, "--evaluate-tokens", 0, "--out", tmp_path / "one", "--json"),
+    )
+    torch.testing.assert_close(load(tmp_path / "one").W_dec, load(out / "layer_02").W_dec, rtol=1e-4, atol=1e-5)
 
 
 def test_the_replacement_model_is_the_model_edited_by_hand(trained: tuple[Path, dict], text: Path) -> None:

@@ -109,7 +109,7 @@ class AttributionNeeds:
             runs: runs at once.
             grad: whether gradients are taken, for which every layer's activations are kept.
         """
-        layer = self.n_tokens * (6 * self.d_model + 3 * self.d_mlp) * self.itemsize
+        layer = self.n_tokens * (9 * self.d_model + 9 * self.d_mlp // 2) * self.itemsize
         kept = runs * layer * (self.n_layers if grad else 1)
         logits = 3 * runs * self.d_vocab * 4
         nodes = 6 * 4 * self.n_tokens * self.features
