@@ -6,8 +6,8 @@
 3. For each length the whole of it: reading the prompt, expanding, influence, pruning. Peak memory is the card's, or the
    process's on a CPU.
 
-circuit-tracer runs on the same prompt and dictionaries where it is installed; it is no package of an index, so that
-its figures come from those who have it.
+circuit-tracer is not run beside it: its releases (0.5) pin transformers below 5, so that the two cannot be installed
+together. The edges are held equal to Jacobians by autograd through the model itself in tests.
 """
 
 import gc
