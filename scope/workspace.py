@@ -291,9 +291,9 @@ class Workspace:
                 return []
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]
 
-    def _scan(self, kind: Kind | None = None) -> Iterator[Entry]:
+    def _scan(self, wanted: Kind | None = None) -> Iterator[Entry]:
         """All artefacts; graphs, which are read to be listed, only where all or graphs are asked for."""
-        if kind in (None, GRAPH):
+        if wanted in (None, GRAPH):
             yield from self._scan_graphs()
         seen: set[Path] = set()
         within = [path for folder in FOLDERS.values() for path in sorted((self.path / folder).glob("*"))]
