@@ -287,7 +287,8 @@ class Circuits:
             own = FeatureLabels(one.entry.manifest["fingerprint"], self._context.workspace.database).table()
             labels[layer] = dict(zip(own["feature"].tolist(), own["label"].tolist(), strict=True))
         found = []
-        for kind, layer, feature in zip(*(graph.nodes[name] for name in ("kind", "layer", "feature")), strict=True):
+        columns = (graph.nodes[name].tolist() for name in ("kind", "layer", "feature"))
+        for kind, layer, feature in zip(*columns, strict=True):
             name = labels.get(layer, {}).get(feature, "") if kind == "feature" else ""
             if kind == "feature" and not name and layer in indexes:
                 index = self._context.index(indexes[layer].id)

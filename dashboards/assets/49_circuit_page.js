@@ -82,9 +82,9 @@
         label: "Nodes of the circuit. Arrow keys step through them, Enter pins one, Space selects, h hides, g groups, Escape lets go.",
       });
       this.at = this.picture.byKey.get(at);
-      const left = this.view.scrollLeft;
+      const left = old ? this.view.scrollLeft : null;
       this.view.replaceChildren(this.picture.svg);
-      this.view.scrollLeft = left;
+      this.view.scrollLeft = left ?? this.start();
       this.listen(this.picture.svg);
       this.keepAxis();
       if (focused) this.picture.svg.focus({ preventScroll: true });
@@ -96,6 +96,12 @@
         (this.hidden.size ? ", " + this.hidden.size + " hidden" : "") +
         (this.picture.drawn < edges ? ". Drawn are the " + this.picture.drawn.toLocaleString("en-US") + " edges with the most influence; a node that is pointed at shows all of its own." : ".");
       this.paint();
+    }
+
+    /** Where a picture that is wider than its box is looked at first: at what is pinned, else at the logits. */
+    start() {
+      const pinned = this.picture.items[this.picture.byKey.get(this.pin)];
+      return pinned ? pinned.x - this.view.clientWidth / 2 : this.picture.plan.width;
     }
 
     keepAxis() {

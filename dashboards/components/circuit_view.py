@@ -152,7 +152,8 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
     found = scores(graph)
     given = {"graph": entry.id, "name": entry.name, "thresholds": thresholds._asdict()}
     logits = graph.nodes[graph.nodes["kind"] == "logit"]
-    best = logits.loc[logits["probability"].idxmax()]
+    place = int(logits["probability"].to_numpy().argmax())
+    likeliest, share = str(logits["label"].iloc[place]), float(logits["probability"].iloc[place])
     return html.Div(
         className="circuit-page",
         children=[
@@ -169,8 +170,8 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
                 [
                     stat(
                         "likeliest next token",
-                        f"“{best['label'].strip() or visible_token(best['label'])}”",
-                        note=percent(best["probability"]),
+                        f"“{likeliest.strip() or visible_token(likeliest)}”",
+                        note=percent(share),
                     ),
                     stat("replacement", number(found.replacement), term="replacement", title=exact(found.replacement)),
                     stat(
@@ -304,22 +305,23 @@ def heads(table: "pd.DataFrame", words: str) -> html.Div:
     total = float(table["weight"].sum())
     shown = table[table["weight"].abs() > 0].head(12)
     most = float(shown["weight"].abs().max()) if len(shown) else 1.0
-    rows = [
-        html.Tr(
-            [
-                html.Td("along the stream, no head" if row.layer < 0 else f"L{row.layer} head {row.head}"),
-                html.Td(
-                    f"{'+' if row.weight > 0 else ''}{number(row.weight)}",
-                    className=f"number circuit-weight {'negative' if row.weight < 0 else 'positive'}",
-                    style={"--v": f"{abs(row.weight) / most:.3f}"},
-                    title=exact(row.weight),
-                ),
-                html.Td(percent(row.weight / total) if total else "–", className="number"),
-            ]
+    rows = []
+    for layer, head, weight in zip(*(shown[name].tolist() for name in ("layer", "head", "weight")), strict=True):
+        rows.append(
+            html.Tr(
+                [
+                    html.Td("along the stream, no head" if layer < 0 else f"L{layer} head {head}"),
+                    html.Td(
+                        f"{'+' if weight > 0 else ''}{number(weight)}",
+                        className=f"number circuit-weight {'negative' if weight < 0 else 'positive'}",
+                        style={"--v": f"{abs(weight) / most:.3f}"},
+                        title=exact(weight),
+                    ),
+                    html.Td(percent(weight / total) if total else "–", className="number"),
+                ]
+            )
         )
-        for row in shown.itertuples()
-    ]
-    head = html.Tr(
+    names = html.Tr(
         [
             html.Th("By way of", scope="col"),
             *(html.Th(name, scope="col", className="number") for name in ("Weight", "Share")),
@@ -330,7 +332,7 @@ def heads(table: "pd.DataFrame", words: str) -> html.Div:
         children=[
             html.H3(["Heads that carry the edge ", define("edge_heads")]),
             html.P(html.Bdi(words), className="small muted"),
-            html.Table([html.Thead(head), html.Tbody(rows)]),
+            html.Table([html.Thead(names), html.Tbody(rows)]),
             html.P(
                 f"In all {number(total)}, of {plural(len(table) - 1, 'head')} and the stream.", className="small muted"
             ),

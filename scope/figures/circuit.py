@@ -39,7 +39,8 @@ def verification_scatter(
     figure = make_subplots(
         cols=2, shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=[name for _, name in PANELS]
     )
-    figure.update_layout(template=template(theme), title={"text": title}, showlegend=False)
+    figure.update_layout(template=template(theme), title={"text": title}, showlegend=False, margin={"t": 74})
+    figure.update_annotations(font={"size": 12, "color": palette.muted})
     x = moved["predicted"].to_numpy(dtype="float64")
     for column, (name, _) in enumerate(PANELS, 1):
         y = moved[name].to_numpy(dtype="float64")
