@@ -187,7 +187,7 @@ def graph_facts(path: str | Path) -> dict[str, Any]:
     return _facts(path, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _facts(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     # The time and size are there for the cache: a file that was written anew is read anew.
     graph = load_graph(path)
