@@ -47,43 +47,63 @@ def verdicts(found: Verification) -> Verdicts:
     """Whether each tested feature, and each of its effects, holds."""
     import pandas as pd
 
-    moved = found.pairs[found.pairs["predicted"] != 0].astype({"predicted": "float64"})
+    moved = found.pairs[found.pairs["predicted"] != 0]
     nodes = []
     for source, own in moved.groupby("source"):
-        predicted = own["predicted"].to_numpy()
-        agreement = Agreement.of(predicted, own["measured"].to_numpy())
-        control = Agreement.of(predicted, own["measured_random"].to_numpy())
+        expected = own["predicted"].to_numpy()
+        agreement = Agreement.of(expected, own["measured"].to_numpy())
+        by_chance = Agreement.of(expected, own["measured_random"].to_numpy())
         nodes.append(
-            {"source": source, **agreement._asdict(), "holds": _holds(agreement), "holds_random": _holds(control)}
+            {"source": source, **agreement._asdict(), "holds": _holds(agreement), "holds_random": _holds(by_chance)}
         )
+    predicted, real, random = (
+        moved[name].to_numpy(dtype="float64") for name in ("predicted", "measured", "measured_random")
+    )
     sums = pd.DataFrame(
         {
-            "source": moved["source"],
-            "target": moved["target"],
-            "squares": moved["predicted"] ** 2,
-            "products": moved["predicted"] * moved["measured"],
-            "random": moved["predicted"] * moved["measured_random"],
+            "source": moved["source"].to_numpy(),
+            "target": moved["target"].to_numpy(),
+            "squares": predicted**2,
+            "products": predicted * real,
+            "random": predicted * random,
         }
     )
     pairs = sums.groupby(["source", "target"], as_index=False).sum()
-    slope, random = (pairs[name] / pairs["squares"] for name in ("products", "random"))
-    pairs = pairs[["source", "target"]].assign(
-        slope=slope, holds=slope.between(1 / FACTOR, FACTOR), holds_random=random.between(1 / FACTOR, FACTOR)
+    squares = pairs["squares"].to_numpy(dtype="float64")
+    slope, control = (pairs[name].to_numpy(dtype="float64") / squares for name in ("products", "random"))
+    pairs = pd.DataFrame(
+        {
+            "source": pairs["source"].to_numpy(),
+            "target": pairs["target"].to_numpy(),
+            "slope": slope,
+            "holds": _in_range(slope),
+            "holds_random": _in_range(control),
+        }
     )
     columns = ["source", *Agreement._fields, "holds", "holds_random"]
     return Verdicts(pd.DataFrame(nodes, columns=columns), pairs)
 
 
+def _in_range(slope: np.ndarray) -> np.ndarray:
+    return (slope >= 1 / FACTOR) & (slope <= FACTOR)
+
+
 def _holds(agreement: Agreement) -> bool:
-    in_range = 1 / FACTOR <= agreement.slope <= FACTOR
-    return bool(in_range and agreement.correlation >= LEAST_CORRELATION)
+    return bool(_in_range(np.array(agreement.slope)) and agreement.correlation >= LEAST_CORRELATION)
 
 
 def save_verification(found: Verification, path: str | Path) -> None:
     """Write what was measured as parquet; a file that was there is replaced as a whole."""
+    import pandas as pd
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = found.pairs.astype(dict.fromkeys(COLUMNS[2:], "float32")).astype({"source": "int32", "target": "int32"})
+    small = pd.DataFrame(
+        {
+            name: found.pairs[name].to_numpy(dtype="int32" if name in ("source", "target") else "float32")
+            for name in COLUMNS
+        }
+    )
     buffer = io.BytesIO()
     small.to_parquet(buffer, index=False)
     write_atomically(path, buffer.getvalue())
