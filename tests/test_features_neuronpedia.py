@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers_features import FakeModel, tiny_index
+from helpers_features import FakeModel, small_sae, tiny_index
 from typer.testing import CliRunner
 
 from scope.cli import app
@@ -307,6 +307,14 @@ def test_labels_by_the_command_line(index, tmp_path):
     assert (
         scope("labels", "import", batch(tmp_path, [row(3)], "b.jsonl"), *where)[1]["error"]["type"] == "MismatchError"
     )
+
+
+def test_an_sae_is_named_by_its_folder_too(tmp_path, monkeypatch):
+    small_sae().save(tmp_path / "sae")
+    monkeypatch.chdir(tmp_path)
+    assert scope("labels", "set", 3, "cats", "--sae", "sae")[0] == 0
+    assert [label["label"] for label in scope("labels", "list", "--sae", tmp_path / "sae")[1]["labels"]] == ["cats"]
+    assert scope("labels", "list", "--sae", "sea")[1]["error"]["type"] == "UnknownNameError"
 
 
 def test_an_index_is_exported_by_the_command_line(index, tmp_path):

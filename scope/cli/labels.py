@@ -10,6 +10,7 @@ from scope.cli._command import Outcome, command, progress_bar, say
 
 if TYPE_CHECKING:
     from scope.features.labels import FeatureLabels
+    from scope.features.neuronpedia import SAEAddress
 
 __all__ = ["register"]
 
@@ -28,9 +29,7 @@ def register(app: typer.Typer) -> None:
     @command(group, "list")
     def list_labels(sae: Which, workspace: Folder = WORKSPACE) -> Outcome:
         """The labels of an SAE, one's own before imported ones."""
-        from scope.workspace import Workspace
-
-        table = Workspace(workspace).labels(sae).table()
+        table = _labelled(workspace, sae)[0].table()
         lines = [
             f"{row['feature']:>8}  {'*' if row['starred'] else ' '} {row['label'] or '-'}"
             + (f"  ({row['label_source']})" if row["label_source"] not in ("", "own") else "")
@@ -53,11 +52,10 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """Label a feature, note something, star it, put it into lists."""
         from scope.errors import InvalidInputError
-        from scope.workspace import Workspace
 
         if text is None and notes is None and star is None and not add_to and not remove_from:
             raise InvalidInputError("Nothing to set. Give a label, --notes, --star, --add-to or --remove-from.")
-        labels = Workspace(workspace).labels(sae)
+        labels, _ = _labelled(workspace, sae)
         label = labels.set(feature, text, notes, star)
         for name in add_to or ():
             label = labels.add_to_list(feature, name)
@@ -65,6 +63,19 @@ def register(app: typer.Typer) -> None:
             label = labels.remove_from_list(feature, name)
         said = label.text or "no label"
         return Outcome({"feature": feature, **label.__dict__}, f"Feature {feature}: {said}")
+
+
+def _labelled(workspace: Path, sae: str) -> "tuple[FeatureLabels, SAEAddress]":
+    """The labels of an SAE that is named as other commands name it: by id or name, by its folder, by an address."""
+    from scope.errors import UnknownNameError
+    from scope.workspace import Workspace
+
+    try:
+        return Workspace(workspace).labelled(sae)
+    except UnknownNameError:
+        if not Path(sae).is_dir():
+            raise
+        return Workspace(workspace).labelled(str(Path(sae).resolve()))
 
 
 def _register_import(group: typer.Typer) -> None:
@@ -84,9 +95,8 @@ def _register_import(group: typer.Typer) -> None:
     ) -> Outcome:
         """Take in Neuronpedia's explanation exports (one's own labels stay and go on showing), or one's own export."""
         from scope.features.neuronpedia import import_explanations
-        from scope.workspace import Workspace
 
-        labels, address = Workspace(workspace).labelled(sae)
+        labels, address = _labelled(workspace, sae)
         if len(files) == 1 and (own := _own_export(files[0])):
             return _restore(labels, own, files[0], allow_mismatch)
         with progress_bar("Reading") as progress:
@@ -137,9 +147,8 @@ def _register_export(group: typer.Typer) -> None:
         """Write labels, notes, stars and lists, with the SAE's fingerprint, to a file."""
         from scope.errors import InvalidInputError
         from scope.features.grids import write_grid
-        from scope.workspace import Workspace
 
-        labels = Workspace(workspace).labels(sae)
+        labels, _ = _labelled(workspace, sae)
         table = labels.table()
         table.insert(0, "sae", labels.sae)
         records = table.to_dict("records")
