@@ -26,6 +26,7 @@ from scope.features.neuronpedia_export import (
     feature_json,
     saedashboard_batch,
 )
+from scope.saes.formats import save as save_sae
 
 
 def names(text):
@@ -310,7 +311,7 @@ def test_labels_by_the_command_line(index, tmp_path):
 
 
 def test_an_sae_is_named_by_its_folder_too(tmp_path, monkeypatch):
-    small_sae().save(tmp_path / "sae")
+    save_sae(small_sae(), tmp_path / "sae")
     monkeypatch.chdir(tmp_path)
     assert scope("labels", "set", 3, "cats", "--sae", "sae")[0] == 0
     assert [label["label"] for label in scope("labels", "list", "--sae", tmp_path / "sae")[1]["labels"]] == ["cats"]
