@@ -42,4 +42,4 @@ def _cell(name: str, content: Any, kind: str) -> html.Td:
     given = content if isinstance(content, html.Td) else html.Td(content)
     kept = {key: getattr(given, key) for key in ("title", "id") if getattr(given, key, None) is not None}
     inside = given.children if hasattr(given, "children") else None
-    return html.Td(html.Div(inside), className=kind, **{"data-name": name}, **kept)
+    return html.Td(html.Div(inside, className=kind), className=kind, **{"data-name": name}, **kept)
