@@ -82,9 +82,8 @@ def telling_feature(index: Any) -> int:
     """A feature with something to see: not rare, not dense, on several words and on hardly anything else."""
     table = index.table
     words = table["top_tokens"].map(lambda tokens: all(str(token).strip().isalpha() for token in list(tokens)[:5]))
-    told = table[
-        words & (table["n_firings"] >= 60) & (table["density"] < 0.01) & table["token_entropy"].between(1.5, 3)
-    ]
+    several = table["token_entropy"].between(1.5, 3.5) & (table["top_token_share"] < 0.5)
+    told = table[words & several & (table["n_firings"] >= 60) & (table["density"] < 0.01)]
     chosen = told if len(told) else table
     return int(chosen.sort_values("n_firings", ascending=False)["feature"].iloc[0])
 
