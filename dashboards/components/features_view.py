@@ -24,7 +24,7 @@ SHOWS = (("all", "All"), ("alive", "Alive"), ("dead", "Dead"), ("over-dense", "O
 KINDS = (("neutral", "Neutral to language"), ("specific", "Specific to a language"))
 DENSITY_FLOOR = -6.0
 """log10 of the density at the left end of the slider, which stands for "any"."""
-WIDTHS = {"text": (104, 98, 170), "density": (122, 112, 170)}
+WIDTHS = {"text": (116, 110, 170), "density": (122, 112, 170)}
 NUMBER_WIDTH = (92, 84, 150)
 
 
