@@ -87,7 +87,8 @@ def logit_components(
         position: after which token of the prompt.
 
     Raises:
-        InvalidInputError: a dictionary writes elsewhere, or two write one place.
+        InvalidInputError: a dictionary writes elsewhere, or two write one place; or the model has values that are
+            normed or shared, or layers that scale the stream (Gemma 4).
         OutOfRangeError: there is no such token or position.
         MismatchError: a dictionary has another width than the model.
     """
@@ -140,6 +141,7 @@ class _Parts:
         wanted += [f"blocks.{i}.ln2.hook_out" for i in self.mlp.layers] if self.mlp else []
         self.frozen: FrozenModel
         self.frozen, self.seen = freeze(model, tokens, [*reads, *dict.fromkeys(wanted)])
+        self.frozen.require_plain_attention("This decomposition")
         self.is_bos = at == 0 and bool(model.bos_mask(tokens[None])[0, 0])
 
     def _place(self, sae: Any) -> None:
