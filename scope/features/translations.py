@@ -115,10 +115,10 @@ def layer_similarity(
         limit = NORM_RATIO * float(np.median(store.norms(hook, 0, store.n_rows)))
         known: dict[tuple[int, int], np.ndarray] = {}
         for (a, b), those in pages.items():
-            of_a, of_b = (
+            first, second = (
                 np.stack([_mean_row(store, hook, kept, limit, known) for kept in side]) for side in those.rows
             )
-            found.append({"hook": hook, "layer": layer, "a": a, "b": b, **title_similarity(of_a, of_b)})
+            found.append({"hook": hook, "layer": layer, "a": a, "b": b, **title_similarity(first, second)})
         if progress:
             progress(layer + 1, len(named))
     return pd.DataFrame(found)
