@@ -27,7 +27,9 @@ from scope.figures import Theme, layer_lines, scaling_scatter
 __all__ = ["diff_list", "diff_view"]
 
 FAILED = "This comparison of models could not be shown"
-ROWS = 50
+ROWS = 20
+LINES = 4
+"""Sources that are drawn: those whose residual stream moved most."""
 TOKENS = 4
 VERDICTS = {
     "specific": "only in this model",
@@ -91,10 +93,10 @@ def _predictions(figures: Mapping[str, Any], theme: Theme) -> list[Any]:
         for row in figures["predictions"]
     ]  # fmt: skip
     lines = layer_lines(
-        pd.DataFrame(figures["layers"]), "change", low="change_low", high="change_high", theme=theme,
+        _most_moved(pd.DataFrame(figures["layers"])), "change", low="change_low", high="change_high", theme=theme,
         label="‖B − A‖ / ‖A‖",
     )  # fmt: skip
-    words = "How far the residual stream moved, by layer and source"
+    words = "How far the residual stream moved, by layer, where it moved most"
     return [
         stats(
             [
@@ -107,6 +109,13 @@ def _predictions(figures: Mapping[str, Any], theme: Theme) -> list[Any]:
         panel(words, chart(lines, id="diff-layers", height=300, words=words)),
         panel("What the two predict", _table(head, rows, "Predictions by source")),
     ]
+
+
+def _most_moved(layers: pd.DataFrame) -> pd.DataFrame:
+    """All of the text, and the sources that moved most; a legend of more hides the lines on a phone."""
+    whole = layers["source"] == "all"
+    moved = layers[~whole].groupby("source")["change"].mean().sort_values(ascending=False, kind="stable").index[:LINES]
+    return pd.concat([layers[whole], *(layers[layers["source"] == source] for source in moved)])
 
 
 def _sae(context: Context, table: pd.DataFrame, sae: Mapping[str, Any]) -> list[Any]:
@@ -238,7 +247,7 @@ def _short(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2g}".replace("-", "−")
+    return "–" if value is None else f"{value:+.3g}".replace("-", "−")
 
 
 def _number(value: float | None) -> html.Span:

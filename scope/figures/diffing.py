@@ -68,7 +68,8 @@ def layer_lines(
             ],
             hoverinfo="text",
         )
-    figure.update_xaxes(title_text="layer", dtick=max(1, int(frame["layer"].nunique()) // 12) if len(frame) else 1)
+    last = int(frame["layer"].max()) if len(frame) else 0
+    figure.update_xaxes(title_text="layer", dtick=max(1, last // 10), range=[-0.3, last + 0.3])
     figure.update_yaxes(title_text=label, rangemode="tozero")
     return figure
 
