@@ -18,8 +18,8 @@ One pass over the rows of its hook, the same tokens in both models, BOS and spec
 4. The rows on which each feature is strongest in each model.
 
 Training on any text moves features: of Gemma 3 270M tuned hard on Shakespeare (200 steps at 1e-4), as many features
-changed as of a copy tuned so on the model's own text. What a feature's change says of the text that was trained in, only
-a control can tell (`scope bench tune --source model`); what told the two apart there was loss and layers by source.
+changed as of a copy tuned so on the model's own text. What a feature's change says of the text that was trained in,
+only a control can tell (`scope bench tune --source model`); what told the two apart there was loss and layers by source.
 """
 
 from dataclasses import dataclass
