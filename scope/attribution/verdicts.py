@@ -123,10 +123,10 @@ def load_verification(path: str | Path) -> Verification | None:
     try:
         pairs = pd.read_parquet(path)
         predicted = pairs["predicted"].to_numpy()
-        own, random, frozen = (
-            Agreement.of(predicted, np.asarray(pairs[name]))
+        model, random, held = (
+            Agreement.of(predicted, pairs[name].to_numpy())
             for name in ("measured", "measured_random", "measured_frozen")
         )
     except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(f"{path} is no readable verification ({error}). Delete it and verify again.") from error
-    return Verification(own, random, frozen, pairs)
+    return Verification(model, random, held, pairs)
