@@ -19,7 +19,7 @@ One pass over the rows of its hook, the same tokens in both models, BOS and spec
 
 Training on any text moves features: of Gemma 3 270M tuned hard on Shakespeare (200 steps at 1e-4), as many features
 changed as of a copy tuned so on the model's own text. What a feature's change says of the text that was trained in,
-only a control can tell (`scope bench tune --source model`); what told the two apart there was loss and layers by source.
+only a control can tell (`scope bench tune --source model`). Loss and layers by source told the two apart.
 """
 
 from dataclasses import dataclass
