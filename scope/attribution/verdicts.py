@@ -89,7 +89,7 @@ def _in_range(slope: np.ndarray) -> np.ndarray:
 
 
 def _holds(agreement: Agreement) -> bool:
-    return bool(_in_range(np.array(agreement.slope)) and agreement.correlation >= LEAST_CORRELATION)
+    return 1 / FACTOR <= agreement.slope <= FACTOR and agreement.correlation >= LEAST_CORRELATION
 
 
 def save_verification(found: Verification, path: str | Path) -> None:
