@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 from dashboards.app import PAGES, bind
 from dashboards.columns import umap_of
 from dashboards.links import (
+    circuit_link,
     compare_link,
     feature_link,
     features_link,
     lens_link,
     prompt_link,
+    steer_link,
     training_link,
     workspace_link,
 )
@@ -41,6 +43,8 @@ MODEL_TIMEOUT = 180_000
 """Milliseconds that a page may take: the model is loaded for the first prompt."""
 QUALITY = 82
 TEXT = "The capital of France is Paris. The opposite of hot is"
+SHOWN = {"workspace", "features", "feature", "prompt", "lens", "circuit", "steer", "training", "compare"}
+"""Pages with addresses of their own here; any other is opened as it comes."""
 TWO = ("The opposite of hot is", "The opposite of big is")
 
 
@@ -68,8 +72,13 @@ def views(workspace: Workspace) -> Iterator[Shot]:
         yield Shot("prompt", prompt_link(id, text=TEXT, token=5), ".firing", "prompt")
         yield Shot("two-prompts", prompt_link(id, text=TWO[0], text2=TWO[1]), ".next-rows", "prompt")
         yield Shot("lens", lens_link(id, text=TWO[0]), "#lens-chart .main-svg", "lens")
-        for page in PAGES.keys() - {"workspace", "features", "feature", "prompt", "lens", "training", "compare"}:
+        pushed = f"{telling_feature(index)}:2"
+        yield Shot("steer", steer_link(id, text="I think that", push=pushed, n=20), ".steer-changes", "steer")
+        for page in PAGES.keys() - SHOWN:
             yield Shot(page, f"/{page}?index={id}", "#content > *", page)
+    graphs = workspace.graphs()
+    ready = "[data-node]" if graphs else "#content > *"
+    yield Shot("circuit", circuit_link(graphs[0].id if graphs else ""), ready, "circuit")
     yield Shot("training", training_link(), ".training-page", "training")
     for run in workspace.trainings()[:1]:
         yield Shot("one-training", training_link(run.id), ".training-page .main-svg", "training")

@@ -38,4 +38,4 @@ def test_each_page_has_a_screenshot(script: ModuleType, tmp_path: Path) -> None:
 
 
 def test_an_empty_workspace_has_its_own_page(script: ModuleType, tmp_path: Path) -> None:
-    assert [shot.name for shot in script.views(Workspace(tmp_path))] == ["workspace", "training"]
+    assert [shot.name for shot in script.views(Workspace(tmp_path))] == ["workspace", "circuit", "training"]

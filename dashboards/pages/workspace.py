@@ -1,5 +1,5 @@
-"""The workspace: models, stores, SAEs, indexes, trainings and graphs: how good they are, what they were made from, and
-whether their bytes are what was written (asked for with a button, read in a thread of its own)."""
+"""The workspace: models, stores, SAEs, indexes, trainings, graphs, comparisons: how good they are, what they were made
+from, and whether their bytes are what was written (asked for with a button, read in a thread of its own)."""
 
 import time
 from typing import Any
@@ -14,7 +14,7 @@ from dashboards.components.stats import interval, stat, stats
 from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent, plural
-from dashboards.links import View, circuit_link, features_link, prompt_link, training_link
+from dashboards.links import View, circuit_link, compare_link, features_link, prompt_link, training_link
 from dashboards.pages import Page
 from dashboards.trainings import settings_in_words
 from dashboards.verifications import Checked, Verifier
@@ -39,9 +39,9 @@ def render(context: Context, view: View) -> Page:
     indexes = [_described_index(context, entry) for entry in workspace.indexes()]
     saes = [describe(workspace, entry) for entry in workspace.saes()]
     stores = [_described_store(context, entry) for entry in workspace.stores()]
-    runs = workspace.trainings()
+    runs, graphs, diffs = workspace.trainings(), workspace.graphs(), workspace.entries("model-diff")
     parts: list[Any] = [html.H1("Workspace"), html.P(html.Code(str(workspace.path)), className="muted small")]
-    if not (indexes or saes or stores or runs):
+    if not (indexes or saes or stores or runs or graphs or diffs):
         parts.append(
             states.empty(
                 "Nothing here yet",
@@ -61,7 +61,8 @@ def render(context: Context, view: View) -> Page:
             stores,
             "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE",
         )
-        parts += [_trainings(runs, saes), _models(models([*stores, *indexes])), _graphs(workspace.graphs())]
+        parts += [_trainings(runs, saes), _models(models([*stores, *indexes])), _graphs(graphs)]
+        parts += _diffs(diffs)
         pending = any(job.pending for job in _jobs(verifier, [*indexes, *saes, *stores]))
         parts.append(dcc.Interval(id="verify-poll", interval=POLL_MS, disabled=not pending))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
@@ -408,6 +409,25 @@ def _graphs(found: list[Any]) -> html.Section:
             _scrolling("Circuit graphs", html.Table([head, html.Tbody(rows)], className="table")),
         ]
     )
+
+
+def _diffs(found: list[Any]) -> list[html.Section]:
+    """The comparisons of two models; nothing where there are none."""
+    if not found:
+        return []
+    rows = [
+        html.Tr(
+            [
+                html.Td(html.Strong(html.A(html.Bdi(entry.name), href=compare_link(diff=entry.id)))),
+                html.Td(html.Code(entry.id) if entry.problem is None else "–"),
+                html.Td(html.Span(entry.problem, className="health bad wrapping") if entry.problem else "readable"),
+            ]
+        )
+        for entry in found
+    ]
+    head = html.Thead(html.Tr([html.Th(name) for name in ("Name", "Id", "Health")]))
+    table = html.Table([head, html.Tbody(rows)], className="table")
+    return [html.Section([html.H2("Comparisons of two models"), _scrolling("Comparisons of two models", table)])]
 
 
 def _graph_cells(entry: Any) -> list[Any]:

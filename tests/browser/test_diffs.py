@@ -20,6 +20,8 @@ def test_two_models_are_shown(visit: Callable, serve: Callable, tmp_path: Path, 
 
     id = written_report(tmp_path / "workspace" / "diffs" / "plays", MARKUP)
     opened = visit(width=width, theme=theme, server=serve(Workspace(tmp_path / "workspace")))
+    page = opened.open("/", ".workspace-page")
+    assert page.locator(f"a[href$='diff={id}']").text_content() == "plays"
     page = opened.open("/compare", ".compare-page .chip")
     page.click(".chip:has-text('plays')")
     page.wait_for_selector("#diff-layers .main-svg")
