@@ -241,7 +241,7 @@ def test_a_model_and_a_text_are_trained_on_without_a_store(line, data, tmp_path)
     stored = scope("train", line["store"], *options, "--out", tmp_path / "stored")
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".zarr"] == []
     for name in ("fvu", "l0", "delta_ce", "n_rows"):
-        assert trained[name] == pytest.approx(stored[name], rel=0.02, abs=0.005), name
+        assert trained[name] == pytest.approx(stored[name], rel=0.02, abs=0.02), name
     assert "steps" not in scope(*live)
     for wrong, words in (
         (("train", *options), "Give an activation store"),

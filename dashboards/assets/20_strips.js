@@ -19,7 +19,7 @@
     if (word.length < text.length) span.append(document.createTextNode(text.slice(0, text.length - word.length)));
     const ink = el("span", "ink");
     const names = unseen(word);
-    if (names) ink.append(el("span", "mark", names));
+    if (names) ink.append(el("span", "mark names", names));
     for (const piece of names ? [] : word.split(/(\n|\t|\r)/)) {
       if (!piece) continue;
       if (piece === "\n" || piece === "\r") {

@@ -56,7 +56,7 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
     elif row.kind == "error":
         js_id = f"{layer}_-1-{position}"
     elif row.kind == "table":
-        feature, js_id = -2, f"{layer}_-2-{position}"
+        js_id = f"{layer}_-2-{position}"
     elif row.kind == "embedding":
         layer, feature, number = "E", token_ids[position], position
         js_id = f"E_{feature}-{position}"
@@ -98,6 +98,8 @@ def _node_id(row: Any, n_layers: int, token_ids: tuple[int, ...]) -> str:
     layer, feature = str(row.layer), int(row.feature)
     if row.kind == "embedding":
         layer, feature = "E", token_ids[row.position]
+    elif row.kind == "table":
+        feature = -2
     elif row.kind == "logit":
         layer = str(n_layers + 1)
     return f"{layer}_{feature}_{int(row.position)}"
