@@ -27,6 +27,7 @@ from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
 from dashboards.pages import Page, circuit, compare, feature, features, lens, prompt, steer, training, workspace
+from dashboards.turns import in_turn
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
@@ -131,6 +132,7 @@ def create_app(
     app.server.add_url_rule("/palette.css", "palette", _palette)
     app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))
     security.protect(app, security.hosts_of(host, allow_hosts), access)
+    app.server.wsgi_app = in_turn(app.server.wsgi_app)
     return app
 
 

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import uuid4
 
+from dashboards.turns import TURNS
 from scope.errors import InvalidInputError, ScopeError
 
 __all__ = ["CalledOffError", "Job", "JobState", "ModelWorker"]
@@ -157,8 +158,8 @@ class ModelWorker:
             return self._queue.index(job) + busy if job in self._queue else 0
 
     def wait(self, job: Job, timeout: float) -> None:
-        """Block until a job has ended, at most `timeout` seconds."""
-        with self._changed:
+        """Block until a job has ended, at most `timeout` seconds. Others may draw meanwhile (`turns`)."""
+        with TURNS.left(), self._changed:
             self._changed.wait_for(lambda: not job.pending, timeout)
 
     def cancel(self, id: str) -> None:

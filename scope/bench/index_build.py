@@ -109,7 +109,7 @@ def bench_index_build(config: IndexBuildBench, say: Callable[[str], None]) -> di
         `bytes_per_firing` of both directions together, `peak_memory_bytes` that the build took beyond what was there.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    n_rows = config.rows or (2**21 if device.type == "cuda" else 2**17)
+    n_rows = config.rows or (2**21 if device.type == "cuda" else 2**18)
     say(f"Making rows of a dictionary of {config.d_sae:,} features")
     made = dictionary_like(config.d_in, config.d_sae, config.k, min(MADE_ROWS, n_rows), 1, device)
     folder = Path(tempfile.mkdtemp(prefix="scope-bench-", dir=config.folder))
