@@ -1,5 +1,6 @@
 """A walk through the dashboard on the demo's workspace: browser, feature, prompt, feature, and back."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,4 +107,31 @@ def test_random_examples_of_the_real_index_fit_a_phone(visit: Callable, walked: 
     for number in numbers:
         page = opened.open(f"/feature/{number}?show=random", ".example .tok, .state")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.check()
+
+
+def test_the_real_training_and_two_real_saes_compared(
+    visit: Callable, serve: Callable, demo_workspace: Path, tmp_path: Path
+) -> None:
+    from scope.training import TrainConfig, train
+    from scope.workspace import Workspace
+
+    workspace = Workspace(shutil.copytree(demo_workspace, tmp_path / "workspace"))
+    (first,) = workspace.saes()
+    opened = visit(server=serve(workspace))
+    page = opened.open("/compare", ".state")
+    assert "not two SAEs" in page.text_content("#content")
+    (store,) = workspace.stores()
+    small = TrainConfig(d_sae=256, k=16, tokens=40_000, batch_size=1024)
+    train(workspace.store(store.id), "blocks.8.hook_resid_post", small, workspace.path_for("sae", "second"))
+    second = workspace.find("second", "sae")
+
+    page = opened.open("/training", ".training-page .main-svg")
+    assert "blocks.8.hook_resid_post" in page.text_content(".training-page table")
+    page.click(f".training-page td a:has-text('{first.name}') >> nth=0")
+    opened.until("location.pathname.startsWith('/training/')")
+    page.wait_for_selector(".training-page .main-svg")
+    page = opened.open(f"/compare?a={first.id}&b={second.id}", "#compare-histogram .main-svg")
+    assert "1,024" in page.text_content("#content")
+    assert "256" in page.text_content("#content")
     opened.check()
