@@ -168,7 +168,9 @@ class _Server:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         said["threads"] = [thread.name for thread in threading.enumerate()]
-        self.report.write_text(json.dumps(said))
+        written = self.report.with_suffix(".part")
+        written.write_text(json.dumps(said))
+        written.replace(self.report)  # whole or not at all: a test may kill at this moment too
         os._exit(code)
 
     def answer(self, content: Any) -> None:

@@ -128,7 +128,11 @@ def _source(label: Label, others: Sequence[StoredLabel]) -> list[Any]:
 
 
 def register(app: Dash, context: Context) -> None:
-    """Save what changes."""
+    """Save what changes.
+
+    The names to choose from stay as they were: given new ones, the input drops every tag that is not among them, and
+    one typed while an answer is under way would be lost.
+    """
 
     @app.callback(
         Output(_id("status", MATCH), "children"),
@@ -139,7 +143,6 @@ def register(app: Dash, context: Context) -> None:
         Output(_id("star", MATCH), "aria-pressed"),
         Output(_id("star", MATCH), "aria-label"),
         Output(_id("star", MATCH), "title"),
-        Output(_id("lists", MATCH), "data"),
         Output(_id("said", MATCH), "data"),
         Input(_id("text", MATCH), "value"),
         Input(_id("notes", MATCH), "value"),
@@ -156,7 +159,7 @@ def register(app: Dash, context: Context) -> None:
             before = index.labels.get(feature)
             after = _changed(index.labels, feature, before, part, text or "", notes or "", names or [])
         except ScopeError as problem:
-            return (f"Not saved. {problem}", "label-status failed", *[no_update] * 8)
+            return (f"Not saved. {problem}", "label-status failed", *[no_update] * 7)
         if after == before and part != "text":
             raise PreventUpdate
         said = {"star": "Starred" if after.starred else "Star taken away"}.get(part) or SAVED[part]
@@ -170,7 +173,6 @@ def register(app: Dash, context: Context) -> None:
             pressed["aria-pressed"],
             pressed["aria-label"],
             pressed["title"],
-            sorted({*index.labels.lists(), *after.lists}),
             {"of": f"{index_id}:{feature}", "label": after.text, "starred": after.starred},
         )
 
