@@ -1,5 +1,6 @@
 """`forward_rows`: the rows of real tokens, in order, whatever the batching; and nothing runs past the last layer."""
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from helpers_models import KINDS, tiny_model
 from helpers_models import one_thread as one_thread
+from transformers import masking_utils
 
 from activations.source import bf16_to_float32
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.models import LanguageModel
 from scope.models.rows import pack_windows
+from scope.models.unpacked import unpacked
 
 HOOKS = ("hook_embed", "blocks.0.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.hook_resid_post")
 LENGTHS = (5, 12, 1, 12, 12, 7, 12)
@@ -155,6 +158,35 @@ def test_rows_of_a_gpu_equal_those_of_the_cpu() -> None:
         expected = tiny_model("gemma3").forward_rows(windows(seed), HOOKS, "float32", 30).wait()
         for name, values in rows.wait().items():
             np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*KINDS, "gemma3n", "gemma4", "qwen3_moe"])
+def test_on_a_gpu_the_host_waits_for_no_batch(kind: str) -> None:
+    model = LanguageModel.load(str(tiny_model(kind).files.folder), device="cuda", dtype="float32")
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    model.forward_rows(windows(0), hooks, "bfloat16", 30).wait()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = model.forward_rows(windows(0), hooks, "bfloat16", 30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(pending.wait()) == 2 * len(hooks)
+
+
+def test_windows_are_not_looked_through_for_packed_texts() -> None:
+    two_texts = torch.tensor([[0, 1, 2, 0, 1]])
+    seen = []
+    with unpacked():
+        with unpacked():
+            assert masking_utils.find_packed_sequence_indices(two_texts) is None
+        assert masking_utils.find_packed_sequence_indices(two_texts) is None
+        elsewhere = threading.Thread(target=lambda: seen.append(masking_utils.find_packed_sequence_indices(two_texts)))
+        elsewhere.start()
+        elsewhere.join()
+    for found in (*seen, masking_utils.find_packed_sequence_indices(two_texts)):
+        assert found.tolist() == [[0, 0, 0, 1, 1]]
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

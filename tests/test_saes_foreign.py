@@ -626,6 +626,19 @@ def test_convert_writes_what_every_tool_reads(tmp_path: Path) -> None:
     assert "OccupiedError" in json.dumps(scope("sae", "convert", folder, tmp_path / "ours", code=2))
 
 
+def test_convert_rounds_to_a_dtype_when_asked(tmp_path: Path) -> None:
+    x = rows()
+    folder = dictionary(tmp_path / "theirs", "AutoEncoder", their_dictionary("AutoEncoder", x)[0], submodule_name=None)
+    hook = ("--hook", "blocks.2.hook_resid_post")
+    half = scope("sae", "convert", folder, tmp_path / "half", *hook, "--dtype", "bfloat16")
+    back = scope("sae", "convert", tmp_path / "half", tmp_path / "back", "--dtype", "float32")
+    assert (half["dtype"], back["dtype"]) == ("bfloat16", "float32")
+    exact, rounded = formats.load(folder, hook=hook[1]).weights(), formats.load(tmp_path / "back").weights()
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name], tensor.to(torch.bfloat16).float())
+    assert "UnknownNameError" in json.dumps(scope("sae", "convert", folder, tmp_path / "x", "--dtype", "int8", code=2))
+
+
 def test_info_tells_what_a_foreign_sae_is(tmp_path: Path) -> None:
     folder = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", jumprelu_params())
     facts = scope("info", folder)

@@ -89,7 +89,7 @@ class _Bench:
     def run(self) -> dict[str, Any]:
         rates: dict[str, list[float]] = {name: [] for name in ("floor", "ours", "four_hooks", "bridge", "saelens")}
         shape = self._best_shape()
-        self._capture_rate([self.hook], "warm-up", WARM_UP_BATCHES * self.batch_size)
+        self._capture_rate([self.hook], "warm-up", self._warm_up_batches * self.batch_size)
         disk = 0.0
         for number in range(self.config.rounds):
             self.say(f"Round {number + 1} of {self.config.rounds}")
@@ -109,6 +109,11 @@ class _Bench:
             **_figures(best, disk, self._row_bytes(self.four_hooks)),
             **reading_figures(self.folder, self.text, self.say),
         }
+
+    @property
+    def _warm_up_batches(self) -> int:
+        """So many that compiled layers have met a window that runs alone, for which they are compiled anew."""
+        return WARM_UP_BATCHES * (4 if self.config.compile else 1)
 
     @property
     def batch_size(self) -> int:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scope.cli._command import Outcome, command
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
     from scope.saes.base import SAE
 
 __all__ = ["SAE_HELP", "DownloadOption", "HookOption", "HookOutOption", "register", "require_hook"]
 
+DTYPES = ("float32", "bfloat16", "float16")
 SAE_HELP = "The SAE: a folder in any readable format, hf://OWNER/REPOSITORY/FOLDER@REVISION, or SAELens's RELEASE/ID."
 HookOption = Annotated[str | None, typer.Option(help="The hook that the SAE reads, where its files do not say.")]
 HookOutOption = Annotated[
@@ -54,14 +55,25 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Argument(help="The folder to make, new or empty.")],
         hook: HookOption = None,
         hook_out: HookOutOption = None,
+        dtype: Annotated[
+            str | None,
+            typer.Option(help="Of the weights: float32, bfloat16 or float16, to which they are rounded."),
+        ] = None,
         allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Write an SAE of any readable format in SAELens's, which all tools read; its outputs stay as they are."""
+        """Write an SAE of any readable format in SAELens's, which all tools read; without --dtype its outputs stay as
+        they are."""
+        import torch
+
         from scope.saes import formats
         from scope.saes.formats.saelens import read_density, require_free
 
+        if dtype is not None and dtype not in DTYPES:
+            raise UnknownNameError("dtype", dtype, DTYPES)
         require_free(out)
         loaded = formats.load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
+        if dtype is not None:
+            loaded = loaded.to(getattr(torch, dtype))
         path = formats.locate(sae).path
         format = formats.recognised(path)
         formats.save(loaded, out, density=read_density(path), converted_from=format)
@@ -70,6 +82,7 @@ def register(app: typer.Typer) -> None:
             "sae": str(out),
             "id": loaded.fingerprint[:12],
             "converted_from": format,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
             "architecture": loaded.config_as_stored().stored_architecture,
             "d_in": loaded.d_in,
             "d_sae": loaded.d_sae,

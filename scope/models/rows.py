@@ -4,7 +4,7 @@
 2. A batch is padded on the right, where causal attention never looks: no mask is needed, and attention stays on
    its fastest path.
 3. On a GPU attention is kept from cuDNN, which builds a plan for every new shape (a tenth of a second each), and ragged
-   text has many.
+   text has many. The host never waits for the device, so that the next batch is queued while one is computed.
 4. The rows of real tokens are picked out on the device, their norms taken in float32, and written, in the storage
    dtype, where they belong in the order of the windows.
 5. On a GPU a side stream copies the result into pinned memory while the next windows are computed.
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activations.spec import StorageDtype
 from scope.errors import InvalidInputError, OutOfRangeError
+from scope.models.unpacked import unpacked
 
 __all__ = ["HostCopy", "WindowBatch", "as_rows", "check_windows", "collect_rows", "pack_windows"]
 
@@ -174,7 +175,7 @@ def collect_rows(
         out[name].index_copy_(0, batch.rows, rows)
         norms[name].index_copy_(0, batch.rows, row_norms)
 
-    with sdpa_kernel(ANY_SHAPE) if device.type == "cuda" else nullcontext():
+    with unpacked(), sdpa_kernel(ANY_SHAPE) if device.type == "cuda" else nullcontext():
         for indices in pack_windows(windows, batch_size):
             batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
             forward(batch.tokens, {name: partial(keep, name, batch) for name in shapes})
