@@ -9,7 +9,7 @@ from helpers_training import one_thread, synthetic  # noqa: F401  # a fixture
 from torch import Tensor
 
 from scope.errors import NonFiniteError
-from scope.saes.base import SAEMetadata
+from scope.saes.base import Port, Ports, SAEMetadata
 from scope.training.config import TrainConfig
 from scope.training.fast import FastStep
 from scope.training.selection import next_width
@@ -122,6 +122,46 @@ def test_jumprelu_gradients_where_it_counts(sparsity_loss: str, ste_to_input: bo
         torch.testing.assert_close(fast._rows[name], weight, rtol=1e-5, atol=1e-5)
 
 
+WRITTEN = torch.relu(ROWS @ torch.randn(32, 24, generator=torch.Generator().manual_seed(5))) + 0.3
+
+
+def transcoder_for(config: TrainConfig, lag: int | None) -> SAETrainer:
+    """Reads rows of width 32 and writes rows of width 24."""
+    trainer = SAETrainer(config, Ports((Port("blocks.1.ln2", 32),), (Port("blocks.1.mlp", 24),)))
+    assert trainer.fast is not None
+    trainer.fast = None if lag is None else FastStep(trainer, lag)
+    trainer.initialise(ROWS, WRITTEN)
+    with torch.no_grad():
+        trainer.sae.b_enc[40:] = -2.5
+    return trainer
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("clip_grad_norm", [0.0, 0.02])
+def test_a_transcoder_equals_its_step_through_autograd(activation: str, clip_grad_norm: float) -> None:
+    settings = {"arch": "transcoder", "activation": activation, "clip_grad_norm": clip_grad_norm}
+    config = replace(JUMPING if activation == "jumprelu" else CONFIG, **settings)
+    plain, fast, late = (transcoder_for(config, lag) for lag in (None, 0, 2))
+    assert plain.scales is not None
+    assert plain.scales[0] != plain.scales[1]
+    revived, fvus = 0, []
+    for number in range(15):
+        chosen = torch.randint(len(ROWS), (128,), generator=torch.Generator().manual_seed(number))
+        x, y = ROWS[chosen], WRITTEN[chosen]
+        expected, got = plain.step(x, target=y), fast.step(x, target=y)
+        fvus.append((float(expected.fvu), float(late.step(x, target=y).fvu)))
+        assert got.parts.keys() == expected.parts.keys()
+        revived += "auxk" in got.parts
+        for name in ("loss", "grad_norm", "fvu", "l0", "dead"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-3, atol=1e-6)
+    assert revived > 3
+    assert all(last < first for first, last in zip(fvus[0], fvus[-1], strict=True))
+    for name, tensor in plain.state_tensors().items():
+        torch.testing.assert_close(fast.state_tensors()[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+    with pytest.raises(NonFiniteError, match="hold a NaN"):
+        fast.step(x, target=y.index_fill(0, torch.tensor([3]), torch.nan))
+
+
 def test_a_batch_on_which_nothing_fires_moves_what_is_dead() -> None:
     plain, fast = trainer_for(JUMPING, lag=None), trainer_for(JUMPING)
     for trainer in (plain, fast):
@@ -218,6 +258,24 @@ def test_late_counts_of_dead_features_size_auxk() -> None:
     now = trainer_for(lag=0)
     at_once = [bool(now.step(batch(number)).parts) for number in range(12)]
     assert parts.index(True) == at_once.index(True) + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_on_a_gpu_a_transcoder_follows_autograd(activation: str) -> None:
+    settings = {"arch": "transcoder", "activation": activation, "device": "cuda", "d_sae": 512}
+    config = replace(CONFIG, **settings, clip_grad_norm=1.0, auxk_coefficient=0.0)
+    ports = Ports((Port("in", 32),), (Port("out", 24),))
+    plain, fast = SAETrainer(config, ports), SAETrainer(config, ports)
+    assert fast.fast is not None
+    plain.fast = None
+    for trainer in (plain, fast):
+        trainer.initialise(ROWS, WRITTEN)
+    for number in range(20):
+        chosen = torch.randint(len(ROWS), (128,), generator=torch.Generator().manual_seed(number))
+        expected, got = (trainer.step(ROWS[chosen], target=WRITTEN[chosen]) for trainer in (plain, fast))
+        for name in ("loss", "fvu", "l0", "grad_norm"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ By rows, with n processes (each has all weights, and its own rows):
 By features (each has an n-th of the features, and all rows):
 
 1. TopK and BatchTopK choose among all processes' candidates (`scope.training.distributed`);
-2. the residual is the sum of the processes' parts: f W_dec - (scale x - b_dec)/n of their own features, float32;
+2. the residual is the sum of the processes' parts: f W_dec - (scale y - b_dec)/n of their own features, float32;
 3. AuxK sends the pre-activations of the dead features to all and chooses among them; ê is a sum once more;
 4. gradients, Adam and copies are each process's own; b_dec's gradient and the norms are summed.
 
@@ -31,7 +31,6 @@ from scope.kernels import step as products
 from scope.kernels.adam import adam_rows
 from scope.kernels.tensors import uses_triton
 from scope.kernels.topk import keep_largest, linear_topk
-from scope.saes.jumprelu import JumpReLUSAE
 from scope.training.distributed import ByFeatures, ByRows, exchange
 from scope.training.fast import AUX_MULTIPLE, MAX_AUX, FastStep, supports_fast_step
 from scope.training.schedules import learning_rate_share
@@ -54,7 +53,9 @@ def fast_step_for(trainer: "SAETrainer") -> FastStep | None:
     team, config = trainer.team, trainer.config
     if isinstance(team, ByFeatures):
         cfg: Any = trainer.sae.cfg
-        over_rows = type(trainer.sae) is JumpReLUSAE and cfg.sparsity_loss == "quadratic"  # of a row's whole L0
+        over_rows = (
+            trainer.sae.activation.name == "jumprelu" and cfg.sparsity_loss == "quadratic"
+        )  # of a row's whole L0
         return None if over_rows else FastStepByFeatures(trainer)
     if isinstance(team, ByRows):
         even = config.batch_size % team.size == 0 and config.d_sae % team.size == 0
@@ -108,13 +109,12 @@ class FastStepByFeatures(_Shared):
         values = torch.where(self.team.among_largest(values, k), values, 0.0)
         return Selected(values, ids.int(), values > 0)
 
-    def _residual(self, x: Tensor, selected: Selected) -> products.Residual:
-        scale, b_dec, W_dec = self.trainer.scale, self.trainer.sae.b_dec, self._copies["W_dec"]
-        assert scale is not None
+    def _residual(self, y: Tensor, selected: Selected) -> products.Residual:
+        scale, b_dec, W_dec = self._scale_out, self.trainer.sae.b_dec, self._copies["W_dec"]
         values, ids, counted, _ = selected
         share = 1 / self.team.size
         part = products.residual_and_dots(
-            x, scale * share, values, ids, W_dec, b_dec * share, counted, dtype=torch.float32
+            y, scale * share, values, ids, W_dec, b_dec * share, counted, dtype=torch.float32
         )
         whole = self.team.total(part.residual)
         # Of an SAE that gives 0, the "residual" of -whole is whole itself: its dot products are what is left to do.
@@ -175,9 +175,9 @@ class FastStepByRows(_Shared):
             return self._select_batchtopk(centred, self.trainer.config.k * self.team.size * len(centred))
         return super()._encode(centred)
 
-    def _residual(self, x: Tensor, selected: Selected) -> products.Residual:
+    def _residual(self, y: Tensor, selected: Selected) -> products.Residual:
         self._wait_for("W_dec")
-        return super()._residual(x, selected)
+        return super()._residual(y, selected)
 
     def _renew_copies(self) -> None:
         self._wait_for("W_enc")

@@ -1,7 +1,8 @@
 """`FastStep`: the trainer's step for TopK, BatchTopK and JumpReLU, without autograd and without waiting for the device.
 
 It computes what `SAETrainer` computes through autograd, with gradients written down by hand. With B rows, f the sparse
-features, r = x_hat - x, and "at f" the entries of each row:
+features, y what is to be written (x itself, or a transcoder's target, whose encoder sees x without b_dec taken off),
+r = y_hat - y, and "at f" the entries of each row:
 
 1. `centre` the rows; pre = (scale x - b_dec) W_enc + b_enc, in the compute dtype; the entries are what fires, for
    JumpReLU also what lies in a threshold's window (`scope.training.selection`).
@@ -10,7 +11,7 @@ features, r = x_hat - x, and "at f" the entries of each row:
 3. AuxK (Gao et al. 2024, A.2) over the dead features, which are few enough for dense products: ê from their k_aux
    largest pre-activations on each row, and the gradients of share x coefficient ‖r + ê‖² / B.
 4. dW_dec = (2/B) fᵀ r and dW_enc = (gradient at f)ᵀ (scale x - b_dec), rows of active features only; db_enc and what
-   of dW_dec lies along its rows come from sums over entries; db_dec = (2/B) Σ r - W_enc db_enc.
+   of dW_dec lies along its rows come from sums over entries; db_dec = (2/B) Σ r, for an SAE less W_enc db_enc.
 5. The norm of all this, and from it the clipping factor, stay on the device; so does the check for NaN and Inf.
 6. Adam moves the weights (`scope.kernels.adam`), every feature's moments included, and renews their copies in the
    compute dtype.
@@ -40,6 +41,7 @@ from scope.kernels.topk import keep_largest, linear_topk
 from scope.saes.batchtopk import BatchTopKSAE, followed_threshold
 from scope.saes.jumprelu import JumpReLUSAE
 from scope.saes.topk import TopKSAE
+from scope.saes.transcoder import Transcoder
 from scope.training.schedules import learning_rate_share
 from scope.training.selection import (
     Estimates,
@@ -59,18 +61,19 @@ LAG = 2
 """Steps between a step on a GPU and the host's reading what it found: one that runs, one that waits in the queue."""
 AUX_MULTIPLE = 256
 """On a GPU the dead features that AuxK takes are padded to a multiple of this, which tensor cores like."""
+ARCHITECTURES = (TopKSAE, BatchTopKSAE, JumpReLUSAE, Transcoder)
 MAX_AUX = 16_384
 """Dead features that AuxK takes in one step, at most: with more, those with the lowest ids."""
 
 
 def supports_fast_step(trainer: "SAETrainer") -> bool:
-    """Whether this trainer's settings are ones that `FastStep` computes: TopK, BatchTopK or JumpReLU, on a GPU in
-    bfloat16, where there is Triton, or on the CPU; nothing but the gradient, the sparsity penalty, AuxK, and Adam with
-    unit decoder rows."""
+    """Whether this trainer's settings are ones that `FastStep` computes: an SAE or a transcoder of TopK, BatchTopK or
+    JumpReLU, on a GPU in bfloat16, where there is Triton, or on the CPU; nothing but the gradient, the sparsity
+    penalty, AuxK, and Adam with unit decoder rows."""
     sae, config = trainer.sae, trainer.config
     if (
-        type(sae) not in (TopKSAE, BatchTopKSAE, JumpReLUSAE)
-        or not sae.cfg.apply_b_dec_to_input
+        type(sae) not in ARCHITECTURES
+        or sae.activation.name not in ("topk", "batchtopk", "jumprelu")
         or sae.dtype != torch.float32
     ):
         return False
@@ -113,7 +116,8 @@ class _Pending(NamedTuple):
     found: Tensor
     """On the host, once `event` is done: rows finite, gradient finite, dead features, entries of the fullest row."""
     event: Any
-    batch: Tensor
+    given: tuple[Tensor, ...]
+    """The raw batch, and a transcoder's target."""
     rows: Any
     before: tuple[int, int, int]
     """The trainer's counts before the step."""
@@ -136,7 +140,7 @@ class FastStep:
         """(steps done before, dead features) of the last steps that were read."""
         self.fullest: deque[tuple[int, int]] = deque(maxlen=self.lag + 1)
         """(steps done before, entries of the fullest row) of the same steps."""
-        self._over_batch, self._jumps = type(sae) is BatchTopKSAE, type(sae) is JumpReLUSAE
+        self._over_batch, self._jumps = sae.activation.name == "batchtopk", sae.activation.name == "jumprelu"
         self._pending: deque[_Pending] = deque()
         self._weights = trainer._rows
         for weight in self._weights.values():
@@ -146,8 +150,11 @@ class FastStep:
                     "exp_avg": torch.zeros_like(weight),
                     "exp_avg_sq": torch.zeros_like(weight),
                 }
-        shape = (sae.d_sae, sae.d_in)
-        self._gradients = {name: torch.empty(shape, dtype=self.dtype, device=sae.device) for name in ("W_enc", "W_dec")}
+        self._gradients = {
+            name: torch.empty((sae.d_sae, width), dtype=self.dtype, device=sae.device)
+            for name, width in (("W_enc", sae.d_in), ("W_dec", sae.d_out))
+        }
+        self._nothing = torch.zeros(sae.d_in, device=sae.device)
         self._copies: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._healthy = torch.ones((), device=sae.device)
@@ -176,7 +183,12 @@ class FastStep:
             self.trainer.optimiser.state[weight]["step"].fill_(self.trainer.steps_done)
 
     @torch.no_grad()
-    def step(self, batch: Float[Tensor, "batch d_in"], rows: Any = None) -> "StepReport":
+    def step(
+        self,
+        batch: Float[Tensor, "batch d_in"],
+        rows: Any = None,
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> "StepReport":
         """Train on a batch of raw activations, as `SAETrainer.step` does.
 
         Raises:
@@ -185,32 +197,35 @@ class FastStep:
         while self._pending and len(self._pending) >= max(1, self.lag):
             self._read(self._pending.popleft())
         trainer, config, sae = self.trainer, self.trainer.config, self.trainer.sae
-        x = batch.to(sae.device, non_blocking=True)
-        if trainer.scale is None:
-            trainer.initialise(trainer.team.all_rows(x.float()))
-        assert trainer.scale is not None
+        given = tuple(part.to(sae.device, non_blocking=True) for part in (batch, target) if part is not None)
+        if trainer.scales is None:
+            trainer.initialise(*(trainer.team.all_rows(part.float()) for part in given))
+        assert trainer.scales is not None
+        x, y = given[0], given[-1]
         self._renew_copies()
         n_rows = self._rows_of_all(len(x))
         before = (trainer.steps_done, trainer.tokens_done, trainer.firing_tokens)
         since = trainer.tokens_since_fired
         dead = since >= config.dead_after
 
-        centred, norms = products.centre(x, trainer.scale, sae.b_dec, self.dtype)
+        taken_off = sae.b_dec if sae.cfg.apply_b_dec_to_input else self._nothing
+        centred, norms = products.centre(x, trainer.scales[0], taken_off, self.dtype)
         selected = self._encode(centred)
         values, _, counted, _ = selected
-        residual, dots, squares = self._residual(x, selected)
+        residual, dots, squares = self._residual(y, selected)
         coefficient = trainer.controller.coefficient(trainer.steps_done) if trainer.controller else None
         entries, penalty = self._entries(selected, dots, coefficient)
         n_dead = self._over_features(dead.sum())
         aux = self._auxk(centred, residual, dead, n_dead) if config.auxk_coefficient else None
-        seen = torch.cat([squares.sum()[None], norms.sum()[None], x.sum(dim=0, dtype=torch.float32)])
-        error, square, total = self._over_rows(seen).split((1, 1, sae.d_in))
+        of_y = norms.sum() if y is x else (y.float() * self._scale_out).square().sum()
+        seen = torch.cat([torch.stack([squares.sum(), norms.sum(), of_y]), y.sum(dim=0, dtype=torch.float32)])
+        error, of_x, square, total = self._over_rows(seen).split((1, 1, 1, sae.d_out))
         error = error[0] / n_rows
         parts = {} if penalty is None else {"sparsity": penalty}
         parts |= {"auxk": aux.loss} if aux else {}
         gradients, norms_of = self._gradient(centred, residual, entries, aux)
-        grad_norm = torch.stack(norms_of).sum().sqrt() / sae.d_in
-        rows_finite = torch.isfinite(square[0])
+        grad_norm = torch.stack(norms_of).sum().sqrt() / sae.d_out
+        rows_finite = torch.isfinite(of_x[0] + square[0])
         ok = rows_finite & torch.isfinite(grad_norm)
         self._healthy.mul_(ok)
         clip = (config.clip_grad_norm / grad_norm).clamp_max(1.0) if config.clip_grad_norm else torch.ones_like(error)
@@ -219,8 +234,8 @@ class FastStep:
         fired, over_dense = self._count(fires, n_rows)
         self._follow(values, fired / n_rows)
         fullest = self._most(counted.sum(dim=1).max()) if counted is not None and self._jumps else n_dead
-        self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float(), fullest.float()]), batch, rows, before)
-        mean = total * (trainer.scale / n_rows)
+        self._note(torch.stack([rows_finite.float(), ok.float(), n_dead.float(), fullest.float()]), given, rows, before)
+        mean = total * (self._scale_out / n_rows)
         parts = self._means(parts)
         if self.lag == 0:
             self._read(self._pending.popleft())
@@ -230,15 +245,21 @@ class FastStep:
             step=trainer.steps_done,
             tokens=trainer.tokens_done,
             learning_rate=learning_rate,
-            loss=(error + sum(parts.values())) / sae.d_in,
+            loss=(error + sum(parts.values())) / sae.d_out,
             grad_norm=grad_norm,
             fvu=error * n_rows / (square[0] - n_rows * mean.square().sum()),
             l0=fired / n_rows,
             dead=n_dead.float(),
-            parts={name: part / sae.d_in for name, part in parts.items()},
+            parts={name: part / sae.d_out for name, part in parts.items()},
             coefficient=coefficient,
             over_dense=over_dense.float(),
         )
+
+    @property
+    def _scale_out(self) -> float:
+        """The factor that what is to be written is multiplied by."""
+        assert self.trainer.scales is not None
+        return self.trainer.scales[-1]
 
     # What one process alone need not ask anybody; see `scope.training.distributed_fast`.
 
@@ -265,12 +286,11 @@ class FastStep:
     def _written(self, name: str) -> None:
         """The gradient of a matrix is complete."""
 
-    def _residual(self, x: Tensor, selected: Selected) -> products.Residual:
+    def _residual(self, y: Tensor, selected: Selected) -> products.Residual:
         """What the decoder leaves over."""
-        scale, sae = self.trainer.scale, self.trainer.sae
-        assert scale is not None
         values, ids, counted, _ = selected
-        return products.residual_and_dots(x, scale, values, ids, self._copies["W_dec"], sae.b_dec, counted)
+        W_dec, b_dec = self._copies["W_dec"], self.trainer.sae.b_dec
+        return products.residual_and_dots(y, self._scale_out, values, ids, W_dec, b_dec, counted)
 
     def _aux_width(self, known: int, dead: Tensor) -> int:
         """How many dead features AuxK makes room for, where so many are known."""
@@ -346,7 +366,7 @@ class FastStep:
         ids.scatter_(0, torch.where(slots >= 0, slots, width), torch.arange(sae.d_sae, device=sae.device))
         ids = ids[:width]
         n_taken = dead.sum().clamp_max(width)
-        k_aux, n_rows = config.k_aux_for(sae.d_in), len(centred)
+        k_aux, n_rows = config.k_aux_for(sae.d_out), len(centred)
         W_enc, W_dec = self._copies["W_enc"][ids], self._copies["W_dec"][ids]
         pre = torch.addmm(sae.b_enc[ids].to(self.dtype), centred, W_enc.T)
         f = self._aux_kept(pre, n_taken, k_aux)
@@ -386,7 +406,8 @@ class FastStep:
             bias = bias + torch.where(has_slot, aux.bias_gradient[slot], 0.0)
             along = along + torch.where(has_slot, aux.along[slot], 0.0)
         b_dec = residual.sum(dim=0, dtype=torch.float32).mul_(2 / len(residual))
-        b_dec -= self._over_features((bias.to(self.dtype) @ self._copies["W_enc"]).float())
+        if self.trainer.sae.cfg.apply_b_dec_to_input:
+            b_dec -= self._over_features((bias.to(self.dtype) @ self._copies["W_enc"]).float())
         parts = [
             (squares_dec - along.square()).clamp_min(0).sum(),  # rows of norm 1: what is taken out along them
             squares_enc.sum(),
@@ -450,7 +471,7 @@ class FastStep:
         counts = self._over_features(torch.stack([fired.sum(), (fired > OVER_DENSE * n_rows).sum()]))
         return counts[0], counts[1]
 
-    def _note(self, found: Tensor, batch: Tensor, rows: Any, before: tuple[int, int, int]) -> None:
+    def _note(self, found: Tensor, given: tuple[Tensor, ...], rows: Any, before: tuple[int, int, int]) -> None:
         event = None
         if found.is_cuda:
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
@@ -458,7 +479,7 @@ class FastStep:
             event = torch.cuda.Event()
             event.record()
             found = host
-        self._pending.append(_Pending(found, event, batch, rows, before))
+        self._pending.append(_Pending(found, event, given, rows, before))
 
     def _read(self, pending: _Pending) -> None:
         if pending.event is not None:
@@ -473,7 +494,8 @@ class FastStep:
         self._pending.clear()
         self._healthy.fill_(1.0)
         if not rows_finite or trainer.team.size > 1:  # all members look, or none
-            trainer.require_finite(pending.batch, pending.rows)
+            for part in pending.given:
+                trainer.require_finite(part, pending.rows)
         raise trainer.gradient_error()
 
     def _renew_copies(self) -> None:

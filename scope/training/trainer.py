@@ -10,7 +10,8 @@
 4. `export` folds the scales into the weights. As the decoder's rows have norm 1, one scale leaves W_enc and W_dec alone
    and divides the biases: the exported SAE takes raw activations, and its values are in the model's own units.
 
-For TopK step 2 goes without autograd (`scope.training.fast`): the same numbers, sooner, and a GPU is not waited for.
+For SAEs and transcoders of TopK, BatchTopK and JumpReLU steps 1 and 2 go without autograd (`scope.training.fast`): the
+same numbers, sooner, and a GPU is not waited for.
 
 Several processes train one SAE as a `scope.training.team`: what is a sum over rows or features is one over theirs.
 
@@ -195,7 +196,7 @@ class SAETrainer:
                 On a GPU it may come up to two steps later (`scope.training.fast`).
         """
         if self.fast is not None:
-            return self.fast.step(self._rows_of(batch), rows)
+            return self.fast.step(self._rows_of(batch), rows, self._target_of(target))
         raw, raw_target = self._raw(batch), self._raw_target(target)
         given = [part for part in (raw, raw_target) if part is not None]
         finite = torch.stack([torch.isfinite(part.sum(dtype=torch.float32)) for part in given]).all()
@@ -420,13 +421,18 @@ class SAETrainer:
         return torch.cat(scaled, dim=-1)
 
     def _raw_target(self, target: Tensor | None) -> Tensor | None:
+        rows = self._target_of(target)
+        return None if rows is None else rows.to(self.config.device, torch.float32)
+
+    def _target_of(self, target: Tensor | None) -> Tensor | None:
+        """The target's rows; None where the inputs are what is written."""
         if not self.ports.outputs:
             return None
         width = sum(port.width for port in self.ports.outputs)
         if target is None or target.ndim != 2 or target.shape[-1] != width:
             got = "none" if target is None else f"shape {tuple(target.shape)}"
             raise MismatchError(f"The target has {got}; expected rows of width {width:,}, the outputs side by side.")
-        return target.to(self.config.device, torch.float32)
+        return target
 
     @torch.no_grad()
     def _resample(self, x: Tensor, y: Tensor) -> None:
