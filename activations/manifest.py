@@ -26,7 +26,13 @@ ID_LENGTH = 12
 DIGEST = "xxh3_128"
 """The entry of a JSON object that holds its own digest."""
 MANIFEST = "manifest.json"
-FORMATS: dict[str, int] = {"activation-store": 1, "sae": 1, "feature-index": 1, "model-diff": 1}
+FORMATS: dict[str, int] = {
+    "activation-store": 1,
+    "sae": 1,
+    "feature-index": 1,
+    "feature-excerpt": 1,
+    "model-diff": 1,
+}
 """The newest version of each format that this release reads and the one it writes."""
 
 

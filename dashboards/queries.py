@@ -12,6 +12,7 @@ import numpy as np
 
 from dashboards.marks import feature_label
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.features.examples import BANDS
 from scope.figures.text import one_in, short_number, visible_token
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ __all__ = [
     "tokens_label",
 ]
 
-BANDS = ((0.9, 1.0), (0.75, 0.9), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
-"""Quantile bands of a feature's firings, the strongest first."""
 PER_BAND = 4
 MAX_EXAMPLES = 100
 LISTED = 12

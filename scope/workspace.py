@@ -5,6 +5,7 @@
       saes/NAME/            sparse autoencoders
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
+      excerpts/NAME.excerpt/  what indexes over larger texts say of the features of an SAE
       diffs/NAME/           comparisons of two models
       graphs/NAME.json      circuit graphs, in circuit-tracer's JSON
       graphs/.verified/ID   what verifying the graph of this id has measured
@@ -31,6 +32,7 @@ from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.attribution.graph import CircuitGraph
+    from scope.features.excerpt import FeatureExcerpt
     from scope.features.index import FeatureIndex
     from scope.features.labels import FeatureLabels
     from scope.features.neuronpedia import SAEAddress
@@ -40,11 +42,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Kind", "Workspace", "open_index"]
 
-Kind = Literal["activation-store", "sae", "feature-index", "model-diff", "circuit-graph"]
+Kind = Literal["activation-store", "sae", "feature-index", "feature-excerpt", "model-diff", "circuit-graph"]
 FOLDERS: dict[Kind, str] = {
     "activation-store": "stores",
     "sae": "saes",
     "feature-index": "indexes",
+    "feature-excerpt": "excerpts",
     "model-diff": "diffs",
     "circuit-graph": "graphs",
 }
@@ -52,6 +55,7 @@ SUFFIXES: dict[Kind, str] = {
     "activation-store": ".zarr",
     "sae": "",
     "feature-index": ".index",
+    "feature-excerpt": ".excerpt",
     "model-diff": "",
     "circuit-graph": ".json",
 }
@@ -185,6 +189,23 @@ class Workspace:
     def index(self, id: str) -> "FeatureIndex":
         """The feature index with this id, with the labels that the workspace has of its SAE's features."""
         return _open_labelled(self.find(id, "feature-index").path, self.database)
+
+    def excerpt(self, sae: str) -> "FeatureExcerpt | None":
+        """What an index over a larger text says of the features of the SAE with this fingerprint, where the workspace
+        holds that; of several the one over the most tokens.
+
+        Raises:
+            IntegrityError: it is damaged.
+        """
+        from scope.features.excerpt import FeatureExcerpt
+
+        found = [
+            entry
+            for entry in self.entries("feature-excerpt")
+            if entry.problem is None and entry.manifest["sae"]["fingerprint"] == sae
+        ]
+        best = max(found, key=lambda entry: int(entry.manifest["n_rows"]), default=None)
+        return None if best is None else FeatureExcerpt.open(best.path)
 
     def graph(self, id: str) -> "CircuitGraph":
         """The circuit graph with this id."""

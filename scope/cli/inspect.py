@@ -28,8 +28,13 @@ def _open(what: str) -> Any:
         from scope.features.index import FeatureIndex
 
         return FeatureIndex.open(Path(what))
+    if format == "feature-excerpt" and not is_address(what):
+        from scope.features.excerpt import FeatureExcerpt
+
+        return FeatureExcerpt.open(Path(what))
     raise InvalidInputError(
-        f"{what} is of format {format!r}; expected an activation-store, or a feature-index in a local folder."
+        f"{what} is of format {format!r}; expected an activation-store, or a feature-index or its excerpt in a local "
+        "folder."
     )
 
 
@@ -98,7 +103,7 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Argument(
                 help="A store (a folder or s3://BUCKET/NAME), an SAE (a folder, hf://OWNER/REPOSITORY/FOLDER, or "
-                "SAELens's RELEASE/ID), an index folder, or a model."
+                "SAELens's RELEASE/ID), the folder of an index or of its excerpt, or a model."
             ),
         ],
         allow_download: DownloadOption = False,
@@ -115,9 +120,11 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "verify")
     def verify(
-        artefact: Annotated[str, typer.Argument(help="A store (a folder or s3://BUCKET/NAME) or an index.")],
+        artefact: Annotated[
+            str, typer.Argument(help="A store (a folder or s3://BUCKET/NAME), an index, or its excerpt.")
+        ],
     ) -> Outcome:
-        """Read every byte of a store or an index and compare it with what was recorded when it was written."""
+        """Read every byte of a store, index or excerpt and compare it with what was recorded when it was written."""
         opened = _open(artefact)
         with progress_bar("Verifying") as progress:
             faults = opened.verify(progress)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from scope.features.conditions import Condition
     from scope.features.contrast import Contrast
     from scope.features.examples import Example, Examples
+    from scope.features.excerpt import FeatureExcerpt
+    from scope.features.excerpt_settings import ExcerptSettings
+    from scope.features.excerpt_writing import make_excerpt
     from scope.features.feature import Feature
     from scope.features.grids import feature_grid, write_grid
     from scope.features.index import FeatureIndex
@@ -29,7 +32,9 @@ __all__ = [
     "Contrast",
     "Example",
     "Examples",
+    "ExcerptSettings",
     "Feature",
+    "FeatureExcerpt",
     "FeatureIndex",
     "FeatureLabels",
     "Label",
@@ -43,6 +48,7 @@ __all__ = [
     "feature_json",
     "features_on_prompt",
     "import_explanations",
+    "make_excerpt",
     "write_grid",
 ]
 
@@ -53,7 +59,9 @@ _HOMES = {
     "Contrast": "contrast",
     "Example": "examples",
     "Examples": "examples",
+    "ExcerptSettings": "excerpt_settings",
     "Feature": "feature",
+    "FeatureExcerpt": "excerpt",
     "FeatureIndex": "index",
     "FeatureLabels": "labels",
     "Label": "labels",
@@ -66,6 +74,7 @@ _HOMES = {
     "feature_json": "neuronpedia_export",
     "features_on_prompt": "prompt",
     "import_explanations": "neuronpedia",
+    "make_excerpt": "excerpt_writing",
     "write_grid": "grids",
 }
 

@@ -20,7 +20,22 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
 
-__all__ = ["Example", "Examples", "Firings", "Ranked", "choose", "ranked_firings", "sample_band", "show"]
+__all__ = [
+    "BANDS",
+    "CHARACTER_TOKENS",
+    "Example",
+    "Examples",
+    "Firings",
+    "Ranked",
+    "band_ranks",
+    "choose",
+    "ranked_firings",
+    "sample_band",
+    "show",
+]
+
+BANDS = ((0.9, 1.0), (0.75, 0.9), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
+"""Quantile bands of a feature's firings, the strongest first."""
 
 DISTINCT_TOKENS = 8
 MAX_CONSIDERED = 2**16
@@ -157,13 +172,18 @@ _FACTORS = np.random.default_rng(0).integers(1, 2**63, DISTINCT_TOKENS, dtype=np
 """Odd 64-bit numbers, one for each place of a context."""
 
 
-def sample_band(reader: "IndexReader", feature: int, low: float, high: float, n: int, seed: int) -> list[Ranked]:
-    """`n` firings drawn at random, without repeats, between two quantiles of a feature's strength, strongest first."""
+def band_ranks(feature: int, total: int, low: float, high: float, n: int, seed: int) -> list[int]:
+    """Places of `n` of a feature's `total` firings, drawn at random, without repeats, between two quantiles of its
+    strength, the strongest first. The same arguments give the same places."""
     if not 0 <= low < high <= 1:
         raise InvalidInputError(f"The band goes from quantile {low} to {high}; expected 0 <= low < high <= 1.")
-    total = reader.n_firings_of(feature)
     first, last = round((1 - high) * total), round((1 - low) * total)
-    ranks = sorted(Random(f"{seed} {feature} {first} {last}").sample(range(first, last), min(n, last - first)))
+    return sorted(Random(f"{seed} {feature} {first} {last}").sample(range(first, last), min(n, last - first)))
+
+
+def sample_band(reader: "IndexReader", feature: int, low: float, high: float, n: int, seed: int) -> list[Ranked]:
+    """The firings of `band_ranks`."""
+    ranks = band_ranks(feature, reader.n_firings_of(feature), low, high, n, seed)
     rows, values = reader.firings_at(feature, np.array(ranks, np.int64))
     return [Ranked(*firing) for firing in zip(ranks, rows.tolist(), values.tolist(), strict=True)]
 

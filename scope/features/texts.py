@@ -10,10 +10,11 @@ from scope.features.statistics import N_POSITION_BINS, position_bins
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RowCounts", "Texts", "count_rows", "read_texts"]
+__all__ = ["UNKNOWN", "RowCounts", "Texts", "count_rows", "read_texts"]
 
 CHUNK_ROWS = 2**20
 UNKNOWN = "unknown"
+"""Language and source of a document that names none."""
 
 
 class Texts(NamedTuple):
