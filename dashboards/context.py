@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dashboards.links import View
@@ -9,6 +10,7 @@ from dashboards.worker import ModelWorker
 from scope.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from scope.features.excerpt import FeatureExcerpt
     from scope.features.index import FeatureIndex
     from scope.workspace import Entry, Workspace
 
@@ -37,6 +39,7 @@ class Context:
         self.shared: dict[str, object] = {}
         """What pages share with each other, by name."""
         self._indexes: dict[str, FeatureIndex] = {}
+        self._excerpts: dict[Path, FeatureExcerpt] = {}
         self._lock = threading.Lock()
         self._things: dict[str, Any] = {}
 
@@ -53,7 +56,8 @@ class Context:
         return [entry for entry in self.workspace.indexes() if entry.problem is None]
 
     def entry(self, view: View) -> "Entry":
-        """The index that a view is about; the first one where its address leaves that open.
+        """The index that a view is about. Where its address leaves that open: the first one whose SAE has an excerpt,
+        of which most is known, else the first one.
 
         Raises:
             NoIndexError: the workspace has none.
@@ -63,7 +67,8 @@ class Context:
         if not entries:
             raise NoIndexError("index", view.index or "any", hint="Make one with: scope demo")
         if not view.index:
-            return entries[0]
+            known = (entry for entry in entries if self.workspace.excerpt_of(str(entry.manifest["sae"]["fingerprint"])))
+            return next(known, entries[0])
         return self.workspace.find(view.index, "feature-index")
 
     def index(self, id: str) -> "FeatureIndex":
@@ -73,4 +78,19 @@ class Context:
             opened = self._indexes.get(entry.id)
             if opened is None:
                 opened = self._indexes[entry.id] = self.workspace.index(entry.id)
+            return opened
+
+    def excerpt(self, index: "FeatureIndex") -> "FeatureExcerpt | None":
+        """What the workspace has of an index's SAE over a larger text, opened once; None where it has nothing.
+
+        Raises:
+            IntegrityError: it is damaged.
+        """
+        entry = self.workspace.excerpt_of(str(index.sae_info["fingerprint"]))
+        if entry is None:
+            return None
+        with self._lock:
+            opened = self._excerpts.get(entry.path)
+            if opened is None or opened.id != entry.id:
+                opened = self._excerpts[entry.path] = self.workspace.excerpt(entry.id)
             return opened

@@ -50,6 +50,12 @@ GLOSSARY: dict[str, Definition] = {
         "sign(p_A − p_B) · √(2 Σ n · KL(p ‖ p of both)), Σ over A and B",
     ),
     "firings": Definition("firings", "Tokens on which the feature is not zero, in the text of this index."),
+    "excerpt": Definition(
+        "the whole sample",
+        "What an index over a larger text than this one says of the feature: its figures there, its strongest firings, "
+        "and some drawn at random from each band of strength. It ships with the SAE. That index itself is not here, so "
+        "what else fires on these tokens cannot be asked.",
+    ),
     "max": Definition("maximum", "The strongest firing in the text of this index."),
     "mean": Definition("mean", "Mean strength over the tokens that the feature fires on, zeros left out."),
     "token_share": Definition(

@@ -27,6 +27,7 @@ __all__ = [
     "ExampleRequest",
     "FeatureSummary",
     "TokenDetail",
+    "band_title",
     "effect_words",
     "examples",
     "feature_id",
@@ -253,7 +254,7 @@ def examples(index: "FeatureIndex", feature: int, wanted: ExampleRequest) -> lis
     if wanted.show == "quantiles":
         groups = [
             ExampleGroup(
-                _band_title(low, high),
+                band_title(low, high),
                 tuple(index.quantile_examples(feature, low, high, PER_BAND, seed=wanted.seed)),
             )
             for low, high in BANDS
@@ -271,7 +272,8 @@ def band_of_bin(counts: np.ndarray, bin: int) -> tuple[float, float]:
     return below / total, (below + int(counts[bin])) / total
 
 
-def _band_title(low: float, high: float) -> str:
+def band_title(low: float, high: float) -> str:
+    """Two quantiles in words."""
     if high == 1.0:
         return f"Strongest {round(100 * (1 - low))}% of firings"
     if low == 0.0:

@@ -190,22 +190,18 @@ class Workspace:
         """The feature index with this id, with the labels that the workspace has of its SAE's features."""
         return _open_labelled(self.find(id, "feature-index").path, self.database)
 
-    def excerpt(self, sae: str) -> "FeatureExcerpt | None":
-        """What an index over a larger text says of the features of the SAE with this fingerprint, where the workspace
-        holds that; of several the one over the most tokens.
-
-        Raises:
-            IntegrityError: it is damaged.
-        """
+    def excerpt(self, id: str) -> "FeatureExcerpt":
+        """The excerpt with this id."""
         from scope.features.excerpt import FeatureExcerpt
 
-        found = [
-            entry
-            for entry in self.entries("feature-excerpt")
-            if entry.problem is None and entry.manifest["sae"]["fingerprint"] == sae
-        ]
-        best = max(found, key=lambda entry: int(entry.manifest["n_rows"]), default=None)
-        return None if best is None else FeatureExcerpt.open(best.path)
+        return FeatureExcerpt.open(self.find(id, "feature-excerpt").path)
+
+    def excerpt_of(self, sae: str) -> Entry | None:
+        """The excerpt of the SAE with this fingerprint, of several the one over the most tokens; None where there is
+        none."""
+        readable = [entry for entry in self.entries("feature-excerpt") if entry.problem is None]
+        found = [entry for entry in readable if entry.manifest["sae"]["fingerprint"] == sae]
+        return max(found, key=lambda entry: int(entry.manifest["n_rows"]), default=None)
 
     def graph(self, id: str) -> "CircuitGraph":
         """The circuit graph with this id."""

@@ -45,9 +45,8 @@ def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = shared / "demo-made"
     with FileLock(shared / "demo.lock"):
         if not made.exists():
-            make_demo(
-                shared / "demo" / "workspace", DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600)
-            )
+            small = DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600, shipped=False)
+            make_demo(shared / "demo" / "workspace", small)
             made.touch()
     folder = tmp_path_factory.mktemp("demo") / "workspace"
     shutil.copytree(shared / "demo" / "workspace", folder)

@@ -104,6 +104,7 @@ class FakeIndex:
             "version": 1,
             "fingerprint": self.fingerprint,
             "parents": ["5ae0" * 16],
+            "sae": self.sae_info,
             "created_by": "scope-workbench 0.1.0",
         }
         rng = np.random.default_rng(0)
@@ -461,6 +462,9 @@ class FakeWorkspace:
             for index in self._indexes
         ]
         return entries if kind in (None, "feature-index") else []
+
+    def excerpt_of(self, sae: str) -> None:
+        return None
 
     def stores(self) -> list[SimpleNamespace]:
         return []

@@ -220,7 +220,7 @@ def test_help_reads_as_a_tour_and_loads_nothing_heavy():
 def test_the_demo_goes_on_with_what_is_there(demo_workspace):
     from scope.cli.demo import DemoConfig, make_demo
 
-    config = DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600)
+    config = DemoConfig(max_tokens=16_384, d_sae=1024, passes=8, evaluate_tokens=600, shipped=False)
     before = {path: path.stat().st_mtime_ns for path in demo_workspace.rglob("*") if path.is_file()}
     outcome = make_demo(demo_workspace, config)
     after = {path: path.stat().st_mtime_ns for path in demo_workspace.rglob("*") if path.is_file()}

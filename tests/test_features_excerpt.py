@@ -193,15 +193,15 @@ def test_a_workspace_finds_that_of_an_sae(built, tmp_path):
     index, excerpt, _ = built
     workspace = Workspace(tmp_path)
     fingerprint = index.sae_info["fingerprint"]
-    assert workspace.excerpt(fingerprint) is None
+    assert workspace.excerpt_of(fingerprint) is None
     workspace.add(excerpt.path)
-    assert workspace.excerpt(fingerprint).fingerprint == excerpt.fingerprint
-    assert workspace.excerpt("0" * 64) is None
-    assert workspace.find(excerpt.id, "feature-excerpt").name == "tiny"
+    assert workspace.excerpt_of(fingerprint).id == excerpt.id
+    assert workspace.excerpt_of("0" * 64) is None
+    assert workspace.excerpt("tiny").fingerprint == excerpt.fingerprint
     # Of several, the one over the larger text.
     small = build_index(GrowingStore(FakeModel(), 131), small_sae(), tmp_path / "small.index")
     make_excerpt(small, workspace.path_for("feature-excerpt", "small"))
-    assert workspace.excerpt(fingerprint).n_rows == index.n_rows
+    assert workspace.excerpt_of(fingerprint).manifest["n_rows"] == index.n_rows
     facts = json.loads(CliRunner().invoke(app, ["info", str(excerpt.path), "--json"]).stdout)
     assert (facts["kind"], facts["has_text"]) == ("feature-excerpt", True)
     assert "as it was written" in CliRunner().invoke(app, ["verify", str(excerpt.path)]).stdout

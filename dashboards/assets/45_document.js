@@ -181,6 +181,12 @@
       return stay();
     },
 
+    /** Which examples over the whole sample are shown, in the address. */
+    excerptAddress(shown) {
+      if (shown) refine({ whole: shown === "top" ? null : shown }, true);
+      return stay();
+    },
+
     /** All logits have been asked for: the next feature shows them too. */
     askLogits(clicks) {
       if (!clicks) return stay();

@@ -130,12 +130,12 @@ def feature_list(
     )
 
 
-def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.Div:
+def rate_list(frame: "pd.DataFrame", links: Mapping[str, str], limit: int) -> html.Div:
     """How often a feature fires in each group, with the interval drawn; the first column names the group.
 
     Args:
         frame: name, rate, rate_low, rate_high, n_firings, n_rows, the highest rate first.
-        links: per name the address of its examples.
+        links: per name the address of its examples, where there is one.
         limit: rows to show at once; the rest unfolds.
     """
     name = str(frame.columns[0])
@@ -144,8 +144,8 @@ def rate_list(frame: "pd.DataFrame", links: dict[str, str], limit: int) -> html.
         _row(
             row["rate"] / end,
             html.A(str(row[name]), href=links[str(row[name])], className="name")
-            if row["n_firings"]
-            else html.Span(str(row[name]), className="name muted"),
+            if row["n_firings"] and str(row[name]) in links
+            else html.Span(str(row[name]), className="name" if row["n_firings"] else "name muted"),
             _value(number(1000 * row["rate"]), 1000 * row["rate"]),
             *(
                 [

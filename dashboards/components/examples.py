@@ -18,18 +18,25 @@ if TYPE_CHECKING:
 
 __all__ = ["example_card", "example_groups", "example_skeleton", "one_document"]
 
-CARRIED = "in context logits try"
+CARRIED = "in context logits try whole"
 """What of the address stays when only the document changes."""
 
 AFTER = 12
 """Tokens that an example shows after its own."""
 
 
-def example_card(example: Example, index: str, scale: float, whole: bool = False) -> html.Article:
-    """One example; `scale` is the feature's maximum, the same for all its examples. `whole`: its document, which
-    assets/45_document.js reads a part at a time once it comes into view."""
+def example_card(example: Example, index: str | None, scale: float, whole: bool = False) -> html.Article:
+    """One example; `scale` is the feature's maximum, the same for all its examples.
+
+    Args:
+        example: what to show.
+        index: the index that it is from; None of an excerpt's, whose text no index holds: what else fires there, and
+            the rest of the document, cannot be asked for.
+        scale: the strength with the full colour.
+        whole: show its document, which assets/45_document.js reads a part at a time once it comes into view.
+    """
     origin = " · ".join(part for part in (example.title, example.source, example.language) if part)
-    text = _document(example, index, scale) if whole else _snippet(example, index, scale, origin)
+    text = _document(example, index, scale) if whole and index else _snippet(example, index, scale, origin)
     place = f"position {example.document_position:,}"
     return html.Article(
         className="example whole" if whole else "example",
@@ -51,14 +58,19 @@ def example_card(example: Example, index: str, scale: float, whole: bool = False
     )
 
 
-def _isolated(example: Example, index: str) -> list[Any]:
+def _isolated(example: Example, index: str | None) -> list[Any]:
     """Where an example is from; a title that runs right to left keeps its direction to itself, and asks for examples
     of its document alone."""
-    link = html.A(
-        html.Bdi(example.title or f"document {example.document}"),
-        href=feature_link(index, example.feature, document=example.document),
-        title="Only examples from this document",
-        **{"data-stay": "true", "data-carry": CARRIED},
+    title = html.Bdi(example.title or f"document {example.document}")
+    link = (
+        title
+        if index is None
+        else html.A(
+            title,
+            href=feature_link(index, example.feature, document=example.document),
+            title="Only examples from this document",
+            **{"data-stay": "true", "data-carry": CARRIED},
+        )
     )
     parts = [html.Bdi(part) for part in (example.source, example.language) if part]
     return [piece for part in (link, *parts) for piece in (part, " · ")]
@@ -76,7 +88,8 @@ def one_document(index: "FeatureIndex", feature: int, document: int) -> html.P:
     return html.P(["Strongest first in ", html.Bdi(html.Strong(title)), " alone. ", back], className="small only-one")
 
 
-def _snippet(example: Example, index: str, scale: float, origin: str) -> html.Div:
+def _snippet(example: Example, index: str | None, scale: float, origin: str) -> html.Div:
+    row = {} if index is None else {"r": example.start_row, "i": index}
     return token_strip(
         example.tokens,
         example.values,
@@ -84,9 +97,8 @@ def _snippet(example: Example, index: str, scale: float, origin: str) -> html.Di
         centre=example.centre,
         label=f"Example from {origin}, strength {number(example.value)}. Arrow keys step through the tokens.",
         extra={
-            "r": example.start_row,
+            **row,
             "f": example.feature,
-            "i": index,
             "p": example.document_position,
             "from": origin,
             "more": _cut(example),
@@ -109,14 +121,14 @@ def _spec(example: Example, index: str, scale: float) -> str:
     return json.dumps(asked)
 
 
-def _actions(example: Example, index: str, scale: float, where: str, whole: bool) -> list[Any]:
+def _actions(example: Example, index: str | None, scale: float, where: str, whole: bool) -> list[Any]:
     copy = button(
         icon("copy"),
         label="Copy the text",
         className="icon-only tiny",
         **{"data-copy-example": f"feature {example.feature}, strength {exact(example.value)}, {where}"},
     )
-    if whole:
+    if whole or index is None:
         return [copy]
     unfold = button(
         icon("document"),
@@ -138,8 +150,9 @@ def _cut(example: Example) -> tuple[bool, bool]:
     return example.position - example.centre > 1, len(example.tokens) - 1 - example.centre >= AFTER
 
 
-def example_groups(groups: Sequence[ExampleGroup], index: str, scale: float, whole: bool = False) -> html.Div:
-    """Examples under their headings; of whole documents, each document once under a heading."""
+def example_groups(groups: Sequence[ExampleGroup], index: str | None, scale: float, whole: bool = False) -> html.Div:
+    """Examples under their headings, as `example_card` shows them; of whole documents, each document once under a
+    heading."""
     children: list[html.H3 | html.Article] = []
     for group in groups:
         if group.title:

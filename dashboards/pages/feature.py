@@ -7,7 +7,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html,
 from dash.exceptions import PreventUpdate
 
 from dashboards import streams
-from dashboards.components import ablation, live, states
+from dashboards.components import ablation, excerpt_view, live, states
 from dashboards.components.charts import LOGITS_HEIGHT, strength_histogram
 from dashboards.components.controls import button, choice, define, icon
 from dashboards.components.examples import example_groups, one_document
@@ -57,6 +57,7 @@ def render(context: Context, view: View) -> Page:
     feature = summary(index, feature_id(index, view.target), _listed(index, view))
     wanted = request_of(view.query)
     main = _example_part(context, entry.id, feature, wanted) if feature.fires else no_firings(index, feature)
+    sample = excerpt_view.excerpt_part(context, index, feature.id, view.get("whole"))
     worth = ablation.ablation_box(context, entry.id, feature.id, bool(view.get("ablate"))) if feature.fires else None
     label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
     side = feature_side(context.workspace, index, feature, label, logits)
@@ -69,7 +70,8 @@ def render(context: Context, view: View) -> Page:
                 className="columns",
                 children=[
                     html.Div(
-                        [live.live_box(entry.id, feature.id, view.get("try")), main, worth], className="feature-main"
+                        [live.live_box(entry.id, feature.id, view.get("try")), sample, main, worth],
+                        className="feature-main",
                     ),
                     html.Aside(side),
                 ],
@@ -203,6 +205,7 @@ def register(app: Dash, context: Context) -> None:
     streams.register(app.server, context)
     live.register(app, context)
     ablation.register(app, context)
+    excerpt_view.register(app, context)
     _register_logits(app, context)
     _register_choice(app, context)
     _register_paging(app)
