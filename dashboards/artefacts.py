@@ -55,7 +55,8 @@ def describe(workspace: "Workspace", entry: "Entry", index: "FeatureIndex | None
         return Artefact(entry, {}, (), entry.problem)
     try:
         if index is not None:
-            facts = _index_facts(index)
+            excerpt = workspace.excerpt_of(str(index.sae_info["fingerprint"]))
+            facts = {**_index_facts(index), "excerpt_rows": excerpt and int(excerpt.manifest["n_rows"])}
         elif entry.kind == "activation-store":
             facts = _store_facts(workspace.store(entry.id).info())
         else:

@@ -45,12 +45,17 @@ def page_of(made, folder, *excerpts, feature: int, search: str = "") -> str:
 
 def examples_in(content: str) -> list[dict]:
     """What the strips of a page say."""
-    return [json.loads(json.loads(f'"{part}"')) for part in _attributes(content, "data-strip")]
+    found: list[str] = []
 
+    def look(part: object) -> None:
+        if isinstance(part, dict):
+            found.extend([part["data-strip"]] if "data-strip" in part else [])
+            part = list(part.values())
+        for inner in part if isinstance(part, list) else ():
+            look(inner)
 
-def _attributes(content: str, name: str) -> list[str]:
-    parts = content.split(f'"{name}": "')[1:]
-    return [part.split('", "aria-label"')[0] for part in parts]
+    look(json.loads(content))
+    return [json.loads(strip) for strip in found]
 
 
 def test_its_examples_stand_above_those_of_the_index(made, tmp_path):
@@ -98,6 +103,15 @@ def test_a_damaged_one_says_so_and_the_page_stands(made, tmp_path):
     assert "What is known over the whole sample could not be read" in content
     assert "arrays.zst is damaged" in content
     assert any("i" in strip for strip in examples_in(content))
+
+
+def test_the_workspace_page_tells_of_it(made, tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    workspace.add(made.local.path)
+    told = f"examples over {made.whole.n_rows:,} tokens"
+    assert told not in fakes.LocalClient(create_app(workspace)).content("/")
+    workspace.add(made.bare.path)
+    assert told in fakes.LocalClient(create_app(workspace)).content("/")
 
 
 def test_the_index_of_an_sae_with_an_excerpt_is_the_one_that_is_opened(made, tmp_path):

@@ -225,7 +225,8 @@ def _index_card(verifier: Verifier, index: Artefact) -> html.Article:
             stats(_quality(facts)),
             html.P(
                 f"{count(facts['n_firings'])} firings on {count(facts['n_rows'])} tokens of "
-                f"{count(facts['n_documents'])} documents in {len(facts['languages'])} languages",
+                f"{count(facts['n_documents'])} documents in {len(facts['languages'])} languages"
+                + (f"; examples over {count(facts['excerpt_rows'])} tokens" if facts["excerpt_rows"] else ""),
                 className="small muted",
             ),
             html.Div(

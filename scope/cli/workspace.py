@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
     @command(group, "list")
     def list_entries(workspace: Folder = Path("workspace")) -> Outcome:
-        """The stores, SAEs, indexes and circuit graphs of a workspace."""
+        """The stores, SAEs, indexes, excerpts and circuit graphs of a workspace."""
         from scope.workspace import Workspace
 
         entries = Workspace(workspace).entries()
@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
     @command(group, "add")
     def add(
-        path: Annotated[Path, typer.Argument(help="A store, SAE, index or circuit graph that lies elsewhere.")],
+        path: Annotated[
+            Path, typer.Argument(help="A store, SAE, index, excerpt or circuit graph that lies elsewhere.")
+        ],
         workspace: Folder = Path("workspace"),
     ) -> Outcome:
         """Take in an artefact that lies elsewhere; it stays where it is."""

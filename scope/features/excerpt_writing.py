@@ -105,18 +105,7 @@ def make_excerpt(
     return FeatureExcerpt.open(out)
 
 
-_KEPT = [
-    "sae",
-    "model",
-    "hook_name",
-    "d_sae",
-    "n_rows",
-    "n_indexed_rows",
-    "n_firings",
-    "languages",
-    "sources",
-    "metrics",
-]
+_KEPT = ("sae", "model", "hook_name", "d_sae", "n_rows", "n_indexed_rows", "n_firings", "languages", "sources")
 """Entries of the index's manifest that an excerpt's repeats."""
 
 
