@@ -1,5 +1,10 @@
 """Writing from a cache equals running the whole text again, also with interventions, held attention and streaming."""
 
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers_models import KINDS, MORE_KINDS, one_thread, real_model, tiny_model
@@ -7,7 +12,8 @@ from helpers_saes import make
 
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions import ablate, add_direction, combine, patch, project_out, scale, set_features
-from scope.models import LanguageModel
+from scope.models import LanguageModel, attention
+from scope.models.edits import Edits
 from scope.saes.base import SAEMetadata
 
 __all__ = ["one_thread"]
@@ -139,6 +145,32 @@ def test_held_attention_in_a_loss_of_several_windows() -> None:
         logits = model.run(torch.from_numpy(window), edits=edits).logits[:-1].log_softmax(-1)
         expected = -logits.gather(1, torch.from_numpy(window).long()[1:, None])[:, 0]
         torch.testing.assert_close(torch.from_numpy(losses), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_models_hold_attention_at_the_same_time_each_its_own() -> None:
+    models = [tiny_model("llama"), tiny_model("gemma3")]
+    edits = combine(add_direction(HOOK, direction()), freeze_attention=True)
+    alone = [model.run(PROMPT, edits=edits).logits for model in models]
+    both_hold = threading.Barrier(2)
+
+    def meet(value: torch.Tensor, context: object) -> None:
+        both_hold.wait(timeout=30)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = Edits({"blocks.0.hook_resid_pre": meet, **edits}, freeze_attention=True)
+        together = list(pool.map(lambda model: model.run(PROMPT, edits=first).logits, models))
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_nothing_of_a_held_pass_is_kept_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = tiny_model("llama"), []
+    real = attention._weights
+    monkeypatch.setattr(attention, "_weights", lambda *a, **o: kept.append(weakref.ref(w := real(*a, **o))) or w)
+    model.run(PROMPT, edits=combine(add_direction(HOOK, direction()), freeze_attention=True))
+    gc.collect()
+    assert len(kept) == model.n_layers
+    assert not [weights for weights in kept if weights() is not None]
 
 
 def test_interventions_stay_in_force_within_their_block_and_nest() -> None:

@@ -32,8 +32,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.frozen_attention import FrozenAttention, attended, own_attention, recording
+from scope.attribution.frozen_attention import FrozenAttention, attended, recording
 from scope.errors import InvalidInputError
+from scope.models.attention import own_attention
 from scope.models.hooks import HookPoint
 from scope.models.losses import final_norm_gain
 from scope.models.per_layer import PerLayerWrites, layer_scale, write_hooks, write_parts

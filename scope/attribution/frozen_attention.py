@@ -3,7 +3,6 @@
 1. `recording` puts an attention function of our own in the place of the model's, through transformers' interface; it
    keeps each layer's rotated queries, its keys and its mask, and attends as usual.
 2. `FrozenAttention` makes the pattern from them when it is needed, in chunks of queries; a small one it keeps.
-3. `own_attention` is the way in for any such function.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["FrozenAttention", "attended", "own_attention", "recording"]
+from scope.models.attention import own_attention
 
-IMPLEMENTATION = "scope_frozen"
-"""Under this name transformers knows the attention function that records."""
+__all__ = ["FrozenAttention", "attended", "recording"]
+
 QUERY_CHUNK = 512
 
 
@@ -38,9 +37,9 @@ class FrozenAttention:
     W_O: Float[Tensor, "n_heads d_model d_head"]
     output_bias: Float[Tensor, " d_model"] | None
     keep: bool = False
+    """Whether the pattern is kept once made."""
     value_denominator: Float[Tensor, "n_kv_heads seq"] | None = None
     """What each head's values are divided by, where a norm is on them."""
-    """Whether the pattern is kept once made."""
     _pattern: Tensor | None = None
 
     @property
@@ -146,19 +145,3 @@ def attended(pattern: Callable[[slice], Tensor], value: Float[Tensor, "batch n_k
         values = value[:, :, : rows.stop].repeat_interleave(len(made) // value.shape[1], 1)
         parts.append(made @ values)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-@contextmanager
-def own_attention(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Within it the model's attention is a function of ours, of transformers' attention interface."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(IMPLEMENTATION, function)
-    AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
-    before = model.hf.config._attn_implementation
-    model.hf.set_attn_implementation(IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.hf.set_attn_implementation(before)

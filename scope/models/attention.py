@@ -5,9 +5,10 @@
 2. In the changed run these weights take the place of its own, whatever its queries and keys are; values are live.
 
 With a cache both runs have one each, and a step holds the weights of the new tokens alone. transformers' attention
-interface is the door, so that architectures without it are refused.
+interface is the door (`own_attention`), so that architectures without it are refused.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["attention_of_the_plain_run"]
+__all__ = ["AttentionFunction", "attention_of_the_plain_run", "own_attention"]
 
-IMPLEMENTATION = "scope_held"
+IMPLEMENTATION = "scope"
 """Under this name transformers knows the attention function of the moment."""
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+"""As transformers calls it: (module, query, key, value, mask, **options) -> what is attended to, and no weights."""
 
 
 @contextmanager
@@ -53,14 +56,14 @@ def attention_of_the_plain_run(
         return _attended(weights[module.layer_idx], value), None
 
     with model.lock:
-        with torch.no_grad(), _own_attention(model, record):
+        with torch.no_grad(), own_attention(model, record):
             model.hidden_states(tokens, cache)
         if len(weights) != model.n_layers:
             raise InvalidInputError(
                 f"The attention of {type(model.hf).__name__} cannot be held: it does not go through transformers' "
                 "attention interface. Leave freeze_attention off."
             )
-        with _own_attention(model, hold):
+        with own_attention(model, hold):
             yield
 
 
@@ -92,17 +95,32 @@ def _attended(weights: Tensor, value: Float[Tensor, "batch n_kv_heads seq d_head
     return (weights.to(value.dtype) @ values).transpose(1, 2).contiguous()
 
 
+class _OfThread(threading.local):
+    function: AttentionFunction | None = None
+
+
+_in_force = _OfThread()
+
+
+def _dispatch(module: Any, *tensors: Any, **options: Any) -> tuple[Tensor, None]:
+    """transformers has one table of functions for all models; whoever runs a model has a function of their own."""
+    assert _in_force.function is not None
+    return _in_force.function(module, *tensors, **options)
+
+
 @contextmanager
-def _own_attention(model: "LanguageModel", function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Within it the model's attention is a function of ours."""
+def own_attention(model: "LanguageModel", function: AttentionFunction) -> Iterator[None]:
+    """Within it the model's attention is a function of ours, in this thread. Hold `model.lock` around it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(IMPLEMENTATION, function)
+    AttentionInterface.register(IMPLEMENTATION, _dispatch)
     AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
-    before = model.hf.config._attn_implementation
+    before, outer = model.hf.config._attn_implementation, _in_force.function
+    _in_force.function = function
     model.hf.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.hf.set_attn_implementation(before)
+        _in_force.function = outer
