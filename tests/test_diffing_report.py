@@ -4,13 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers_models import one_thread, tiny_folder  # noqa: F401  # a fixture
+from helpers_models import one_thread, tiny_folder, tiny_model  # noqa: F401  # a fixture
 from safetensors.torch import load_file, save_file
 from test_cli import scope
 
-from scope.diffing import DiffReport
+from activations.text import TextSource
+from scope.diffing import ComparisonConfig, DiffReport, ModelPair, diff_models, layer_changes, report
+from scope.diffing.summary import summary_of
+from scope.errors import OccupiedError
+from scope.models.live import LiveActivations
 from scope.saes import formats
 from scope.saes.base import SAEMetadata
 from scope.saes.topk import TopKConfig, TopKSAE
@@ -79,6 +84,47 @@ def test_a_changed_layer_is_found(folder: Path) -> None:
     (folder / "occupied" / "file").write_text("mine")
     refused = scope(*("diff", folder / "same", folder / "tuned", "--out", folder / "occupied", "--json"), code=2)
     assert refused["error"]["type"] == "OccupiedError"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3n", "gemma4"])
+def test_predictions_are_those_of_the_models(kind: str, folder: Path) -> None:
+    """Also where the residual stream is a stack, which the final norm reads the streams of together."""
+    model, text = tiny_model(kind), TextSource([folder / "text.jsonl"])
+    config = ComparisonConfig(context_size=32, layer_tokens=300)
+    found = layer_changes(ModelPair.of(model, model), text, config).predictions.iloc[0]
+    source = LiveActivations(model, text, ["hook_embed"], context_size=32, max_tokens=300)
+    rows = [(plan.columns["sequence"], plan.columns["token_id"]) for plan in source.plans()]
+    sequence, token_id = (np.concatenate(column) for column in zip(*rows, strict=True))
+    windows = [token_id[sequence == one] for one in np.unique(sequence)]
+    losses = np.concatenate(model.cross_entropy([window for window in windows if len(window) > 1]))
+    assert found["n_tokens"] == len(losses)
+    assert found["ce_base"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+def test_a_run_that_was_killed_before_it_told_of_itself_is_taken_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, out = ModelPair(tiny_model("gemma3"), tiny_model("gemma3")), tmp_path / "out"
+    text, sae = TextSource([folder / "text.jsonl"]), formats.load(folder / "sae")
+    config = ComparisonConfig(tokens=300, context_size=32, layer_tokens=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            diff_models(pair, text, out, config, saes={"sae": sae})
+    assert diff_models(pair, text, out, config, saes={"sae": sae}).figures["saes"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OccupiedError, match="is a file"):
+        diff_models(pair, text, tmp_path / "file", config, saes={"sae": sae})
+
+
+def test_a_summary_says_where_no_feature_fires_in_both_models(folder: Path, tmp_path: Path) -> None:
+    pair = ModelPair(tiny_model("gemma3"), tiny_model("gemma3"))
+    config = ComparisonConfig(tokens=300, context_size=32, layer_tokens=0)
+    saes = {"sae": formats.load(folder / "sae")}
+    found = diff_models(pair, TextSource([folder / "text.jsonl"]), tmp_path / "out", config, saes=saes)
+    (sae,) = found.figures["saes"]
+    told = summary_of({**found.figures, "saes": [{**sae, "mean_agreement": 0.0, "mean_decoder_cosine": None}]})
+    assert "none fires in both" in told
 
 
 def test_nothing_is_found_where_nothing_changed(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ and on each row that has a next token in its window, with p the base model's and
     top1                whether both have the same likeliest token
 
 All are means over rows, of all of them and by source. A row counts for as much as any other, so that a sink, whose
-norm is a hundred times the others', does not decide. Intervals resample documents.
+norm is a hundred times the others', does not decide. Intervals resample documents. Where the residual stream is a stack
+(Gemma 3n's AltUp), that of a layer is its active stream, and predictions come from what the final norm reads.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,12 +73,13 @@ def layer_changes(
     Raises:
         MismatchError: the models have different widths.
     """
-    hooks = pair.require_equal_stacks()
+    hooks, final = pair.require_equal_stacks(), pair.base.layout.final_residual
+    computed = tuple(dict.fromkeys([*hooks, final]))
     sources = [
         LiveActivations(
             model,
             text,
-            hooks,
+            computed,
             context_size=min(config.context_size, model.max_context_size),
             dtype="float32",
             max_tokens=config.layer_tokens,
@@ -87,9 +89,9 @@ def layer_changes(
     ]
     table = _Tokens(sources[0])
     sums = _Sums(table, hooks)
-    for rows, base, tuned in _both(sources, hooks):
+    for rows, base, tuned in _both(sources, computed):
         sums.add_layers(rows, base, tuned)
-        sums.add_predictions(pair, rows, base[hooks[-1]], tuned[hooks[-1]])
+        sums.add_predictions(pair, rows, base[final], tuned[final])
         if progress:
             progress(int(rows[-1]) + 1, len(table.token_id))
     return LayerChanges(sums.layers(config.seed), sums.predictions(config.seed))

@@ -126,9 +126,7 @@ def diff_models(
     if conclusions:
         figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, losses)]
     write_atomically(folder / REPORT, (json.dumps(_plain(figures), indent=1) + "\n").encode())
-    if not keep_captures:
-        shutil.rmtree(folder / CAPTURES, ignore_errors=True)
-    manifest = write_manifest(
+    write_manifest(
         folder,
         FORMAT,
         fingerprint,
@@ -137,7 +135,9 @@ def diff_models(
         base=identity["base"],
         tuned=identity["tuned"],
     )
-    return DiffReport(folder, json.loads((folder / REPORT).read_text()), manifest)
+    if not keep_captures:  # last: without them nothing says that a run was under way here
+        shutil.rmtree(folder / CAPTURES, ignore_errors=True)
+    return DiffReport.open(folder)
 
 
 def _hook_of(pair: ModelPair, name: str, sae: SAE) -> str:
@@ -183,6 +183,8 @@ def _identity(
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
     """Whether the folder holds this very report; raises `OccupiedError` where it holds something else."""
+    if folder.is_file():
+        raise OccupiedError(f"{folder} is a file. Give a folder that does not exist yet.")
     inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if MANIFEST in inside and read_manifest(folder)["fingerprint"] == fingerprint:
         return True

@@ -19,9 +19,11 @@ a measurement that tells them:
    *Latent decoupling*: ν^r is high. The other model has it, written by other features.
 
 A feature is *specific* where it seems to be of one model, fires on `FIRINGS` rows or more, and the upper ends of both
-intervals lie below the paper's thresholds, `NU_ERROR` and `NU_RECONSTRUCTION`. One that fires on fewer is *rare*, one
-whose interval crosses a threshold *uncertain*. Rows of more than ten times the median norm are left out; intervals
-resample groups of documents.
+intervals lie below the thresholds with which the authors tell chat-specific features in their code (notebooks/art.py of
+science-of-finetuning/sparsity-artifacts-crosscoders), `NU_ERROR` and `NU_RECONSTRUCTION`. One that fires on fewer is
+*rare*, one whose interval crosses a threshold *uncertain*. Ours, and not the paper's, are `FIRINGS`, the intervals,
+which resample groups of documents, and that ν^r leaves the decoder's bias out, as it is written whatever fires. Rows of
+more than ten times the median norm are left out.
 """
 
 from dataclasses import dataclass

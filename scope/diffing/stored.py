@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from activations.manifest import read_manifest
 from scope.diffing.summary import summary_of
+from scope.errors import IntegrityError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +38,17 @@ class DiffReport:
         """The report in a folder.
 
         Raises:
-            UnknownNameError, InvalidInputError, IntegrityError: as `activations.manifest.read_manifest`.
+            UnknownNameError, InvalidInputError: as `activations.manifest.read_manifest`.
+            IntegrityError: the manifest or the report cannot be read.
         """
-        manifest = read_manifest(Path(folder), FORMAT)
-        return cls(Path(folder), json.loads((Path(folder) / REPORT).read_text()), manifest)
+        folder = Path(folder)
+        manifest = read_manifest(folder, FORMAT)
+        try:
+            return cls(folder, json.loads((folder / REPORT).read_text()), manifest)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{folder / REPORT} cannot be read ({error}). Delete the folder and compare again."
+            ) from error
 
     def sae_table(self, number: int) -> "pd.DataFrame":
         """`FeatureChanges.table` of one of the SAEs."""

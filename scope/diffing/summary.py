@@ -51,10 +51,9 @@ def _sae(sae: Mapping[str, Any]) -> list[str]:
         f"often, {sae['less_often']:,} less), on {sae['n_rows']:,} rows."
     ]
     if sae["mean_agreement"] is not None:
-        lines.append(
-            f"  Features fire on the same rows: mean agreement {sae['mean_agreement']:.3f}; decoder rows keep a cosine "
-            f"of {sae['mean_decoder_cosine']:.4f}."
-        )
+        cosine = sae["mean_decoder_cosine"]  # of features that fire in both models
+        kept = "none fires in both" if cosine is None else f"decoder rows keep a cosine of {cosine:.4f}"
+        lines.append(f"  Features fire on the same rows: mean agreement {sae['mean_agreement']:.3f}; {kept}.")
     for feature, examples in list(sae["examples"].items())[:SHOWN]:
         strongest = (examples["tuned"] or examples["base"])[:3]
         lines.append(f"  {feature}: " + " · ".join(repr(one["token"]) for one in strongest))
