@@ -172,6 +172,29 @@ def test_forced_and_swapped_experts_take_place_and_weight(kind: str) -> None:
     torch.testing.assert_close(model.run(TOKENS, edits=back).logits, model.run(TOKENS).logits)
 
 
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_text_under_edits_of_the_router_is_written_from_a_cache(
+    kind: str, freeze: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(kind)
+    texts = set()
+    for edit in (forbid_expert(model, LAYER, 1), force_expert(model, LAYER, 1), swap_experts(model, LAYER, 0, 1)):
+        edits = combine(edit, freeze_attention=freeze)
+        widths: list[int] = []
+        real = LanguageModel.forward
+        monkeypatch.setattr(LanguageModel, "forward", lambda *a, w=widths, r=real: w.append(a[1].shape[1]) or r(*a))
+        cached = list(model.stream(TOKENS, 12, edits))
+        monkeypatch.undo()
+        assert widths[1:] == [1] * (len(cached) - 1)
+        again = list(model.stream(TOKENS, 12, edits, cache=False))
+        assert [token.token_id for token in cached] == [token.token_id for token in again]
+        found, expected = (torch.tensor([token.log_probability for token in some]) for some in (cached, again))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        texts.add(tuple(found.tolist()))
+    assert len(texts) == 3
+
+
 def test_wrong_experts_and_layers_are_refused() -> None:
     model = tiny_model("qwen3_moe")
     with pytest.raises(OutOfRangeError, match="no expert 4"):

@@ -47,7 +47,7 @@ def forbid_expert(model: Any, layer: int, expert: int, positions: Positions = No
         new[..., expert] = float("-inf")
         return new
 
-    return Edit(f"blocks.{layer}.moe.hook_logits", forbid, as_positions(positions), keep_bos)
+    return Edit(f"blocks.{layer}.moe.hook_logits", forbid, as_positions(positions), keep_bos, by_token=True)
 
 
 def force_expert(model: Any, layer: int, expert: int, positions: Positions = None, *, keep_bos: bool = False) -> Edit:
@@ -60,7 +60,7 @@ def force_expert(model: Any, layer: int, expert: int, positions: Positions = Non
         new[..., -1] = torch.where(there, chosen[..., -1], expert)
         return new
 
-    return Edit(f"blocks.{layer}.moe.hook_experts", force, as_positions(positions), keep_bos)
+    return Edit(f"blocks.{layer}.moe.hook_experts", force, as_positions(positions), keep_bos, by_token=True)
 
 
 def swap_experts(
@@ -75,7 +75,7 @@ def swap_experts(
     def swap(chosen: Int[Tensor, "batch seq k"], context: EditContext) -> Tensor:
         return torch.where(chosen == one, other, torch.where(chosen == other, one, chosen))
 
-    return Edit(f"blocks.{layer}.moe.hook_experts", swap, as_positions(positions), keep_bos)
+    return Edit(f"blocks.{layer}.moe.hook_experts", swap, as_positions(positions), keep_bos, by_token=True)
 
 
 def _check(model: Any, layer: int, expert: int) -> None:
