@@ -105,6 +105,7 @@ def test_skip_and_cross_layer_transcoders_are_whole_too():
     for made in (
         transcoders(model, "skip_transcoder"),
         [cross_layer(model, "jumprelu")],
+        [cross_layer(model, "batchtopk")],
         transcoders(model, layers=[1]),
     ):
         graph = build_graph(model, prompt, made, ALL)

@@ -41,6 +41,21 @@ def test_every_setting_and_every_token_costs(name):
     assert replace(LARGE, n_tokens=8000).total(settings) > LARGE.total(settings)
 
 
+def test_what_layers_own_tables_write_is_counted():
+    model = tiny_model("gemma4")
+    needs = graph_needs(model, 40, mlp_dictionaries(model, transcoders(model)))
+    assert needs.n_tables == model.n_layers
+    without = replace(needs, n_tables=0)
+    settings = GraphSettings(max_features=100, batch_size=32)
+    rows = 4 * 40 * model.n_layers
+    for name, least in (("the prompt", 2 * rows * model.d_model), ("expanding 32 targets at once", 32 * rows)):
+        assert needs.parts(settings)[name] - without.parts(settings)[name] >= least
+    assert needs.d_head == 16  # of full attention, whose heads are the widest
+    assert (
+        graph_needs(tiny_model("gemma3"), 40, mlp_dictionaries(tiny_model("gemma3"), transcoders(model))).n_tables == 0
+    )
+
+
 def test_l0_is_what_the_dictionaries_say():
     model = tiny_model("gemma3")
     assert graph_needs(model, 9, mlp_dictionaries(model, transcoders(model))).l0 == 6 * model.n_layers

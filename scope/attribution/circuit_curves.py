@@ -5,7 +5,8 @@
    2403.19647, section 4).
 2. The model runs with every MLP's output made of its nodes. What is kept is computed anew by the dictionaries from what
    the layers before have left, so that a circuit whose early features are missing does not have its late ones; with
-   `recompute=False` it is held at what it was. A skip transcoder's linear part runs on. Attention and norms react.
+   `recompute=False` it is held at what it was. A skip transcoder's linear part and per-layer embeddings (Gemma 4) run
+   on in every circuit, also in the empty one. Attention and norms react.
 3. With T the target and ∅ the run that keeps no feature,
 
        faithfulness(n) = (T(n) - T(∅)) / (T(x) - T(∅))

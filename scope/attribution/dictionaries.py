@@ -48,7 +48,7 @@ class MlpDictionaries:
     @property
     def separable(self) -> bool:
         """Whether a layer's features depend on that layer's input alone: not where one top-k is taken over all."""
-        return self.clt is None or self.clt.cfg.activation in ("relu", "jumprelu")
+        return self.clt is None or self.clt.activation.name != "topk"
 
     def width(self, layer: int) -> int:
         """Features that read a layer."""

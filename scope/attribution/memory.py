@@ -56,17 +56,20 @@ class GraphNeeds:
     """Features that fire on a token, over all layers."""
     itemsize: int
     """Bytes of a number of the model."""
+    n_tables: int = 0
+    """Layers with an embedding table of their own."""
 
     def parts(self, settings: GraphSettings) -> dict[str, int]:
         """Bytes, by what they are for."""
-        t, d, n = self.n_tokens, self.d_model, self.n_layers
+        t, d, n, tables = self.n_tokens, self.d_model, self.n_layers, self.n_tables
         heads, d_head = self.n_heads, self.d_head
         patterns = 4 * n * heads * t * t
         firing = int(t * self.l0)
-        sources = t * (1 + n) + firing
+        sources = t * (1 + n + tables) + firing
         b = min(settings.batch_size, settings.max_features + settings.max_logits)
         chunk = heads * min(t, QUERY_CHUNK) * t * 4
         prompt = n * t * ((heads + self.n_key_value_heads) * d_head * self.itemsize + 4 * d * 4)
+        prompt += 2 * tables * t * d * 4
         prompt += 2 * t * t * self.itemsize + n * (heads + self.n_key_value_heads) * d_head * d * 4
         prompt += patterns if patterns <= PATTERN_BYTES else 0
         edges = (min(settings.max_features, firing) + settings.max_logits) * min(settings.edges_per_target, sources)
@@ -131,12 +134,13 @@ def graph_needs(model: Any, n_tokens: int, dictionaries: "MlpDictionaries", l0: 
         n_tokens,
         layout.n_layers,
         layout.n_heads,
-        layout.n_key_value_heads,
-        layout.d_head,
+        max(sizes.n_key_value_heads for sizes in layout.sizes),
+        max(sizes.d_head for sizes in layout.sizes),
         layout.d_model,
         max(widths) if dictionaries.clt is None else sum(widths),
         sum(map(_l0, dictionaries.dictionaries)) if l0 is None else l0,
         model.dtype.itemsize,
+        layout.n_layers if layout.d_per_layer else 0,
     )
 
 
