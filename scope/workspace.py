@@ -320,6 +320,8 @@ class Workspace:
             seen.add(path.resolve())
             try:
                 yield self._read(path)
+            except FileNotFoundError:  # removed since it was seen
+                continue
             except ScopeError as error:
                 kind = next((kind for kind, folder in FOLDERS.items() if path.parent.name == folder), None)
                 if kind is not None:

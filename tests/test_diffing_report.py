@@ -84,6 +84,9 @@ def test_a_changed_layer_is_found(folder: Path) -> None:
     (folder / "occupied" / "file").write_text("mine")
     refused = scope(*("diff", folder / "same", folder / "tuned", "--out", folder / "occupied", "--json"), code=2)
     assert refused["error"]["type"] == "OccupiedError"
+    assert "model-diff" in scope("verify", out, "--json", code=2)["error"]["message"]
+    (out / "report.json").write_text("{")
+    assert scope("info", out, "--json", code=1)["error"]["type"] == "IntegrityError"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3n", "gemma4"])

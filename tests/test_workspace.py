@@ -1,5 +1,8 @@
 """The workspace lists artefacts by id, and takes in what lies elsewhere."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from activations.manifest import write_manifest
@@ -51,6 +54,45 @@ def test_a_broken_manifest_is_listed_with_its_problem(tmp_path):
     (entry,) = workspace.indexes()
     assert "not a readable manifest" in entry.problem
     assert "<b>Workspace</b>" in workspace._repr_html_()
+
+
+def test_what_changes_while_others_list_it_is_read_anew_and_what_goes_is_gone(tmp_path):
+    workspace = Workspace(tmp_path)
+    grows, goes = (workspace.path_for("feature-index", name) for name in ("grows", "goes"))
+    make(grows, "feature-index")
+    rounds = 60
+
+    def change():
+        for n_rows in range(rounds):
+            write_manifest(grows, "feature-index", "ab" * 32, (), "tests", n_rows=n_rows)
+            make(goes, "feature-index", "cd" * 32)
+            shutil.rmtree(goes)
+
+    with ThreadPoolExecutor(3) as pool:
+        changing = pool.submit(change)
+
+        def listed():
+            seen = []
+            while not changing.done():
+                entries = {entry.name: entry for entry in workspace.indexes()}
+                assert entries["grows"].problem is None
+                seen.append(entries["grows"].manifest.get("n_rows", -1))
+            return seen
+
+        watching = [pool.submit(listed) for _ in range(2)]
+        changing.result()
+        for watch in watching:
+            assert (seen := watch.result()) == sorted(seen)
+    (left,) = workspace.indexes()
+    assert left.manifest["n_rows"] == rounds - 1
+
+
+def test_an_artefact_that_goes_between_two_looks_is_left_out(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path)
+    folder = make(workspace.path_for("sae", "s"))
+    real = Workspace._read
+    monkeypatch.setattr(Workspace, "_read", lambda own, path: (shutil.rmtree(folder), real(own, path))[1])
+    assert workspace.saes() == []
 
 
 def test_a_newer_format_is_refused_and_said(tmp_path):

@@ -34,7 +34,7 @@ def _open(what: str) -> Any:
         return FeatureExcerpt.open(Path(what))
     raise InvalidInputError(
         f"{what} is of format {format!r}; expected an activation-store, or a feature-index or its excerpt in a local "
-        "folder."
+        "folder: these keep digests of all that they hold."
     )
 
 
