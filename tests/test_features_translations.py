@@ -133,6 +133,8 @@ def test_the_command_says_both(made: tuple[FeatureIndex, ActivationStore], tmp_p
     assert len(found["layers"]) == len(HOOKS)
     text = scope("languages", index.path, "--languages", "small,large", "--store", store.path).stdout
     assert "random pairs" in text
+    told = scope("languages", index.path, "--languages", "small", "--json", code=2)["error"]["message"]
+    assert "two or more" in told
     with pytest.raises(InvalidInputError, match="two different"):
         shared_features(index, "small", "small")
     (tmp_path / "other.txt").write_text("abc" * 10)

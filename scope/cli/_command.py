@@ -34,7 +34,7 @@ class Outcome:
     """What a command did."""
 
     data: dict[str, Any]
-    """JSON-able."""
+    """JSON-able; what is no number becomes null."""
     text: str
     """The same for a person."""
     exit_code: int = 0
@@ -145,7 +145,7 @@ def command(
                 _fail(KeyboardInterrupt("Interrupted."), as_json, 1)
             except OSError as error:
                 _fail(error, as_json, 1)
-            _answer(json_module.dumps(outcome.data, default=str) if as_json else outcome.text)
+            _answer(_as_json(outcome.data) if as_json else outcome.text)
             raise typer.Exit(outcome.exit_code)
 
         run.__signature__ = inspect.Signature([*own, *from_config, *_common_parameters()])  # type: ignore[attr-defined]
@@ -155,6 +155,12 @@ def command(
         return run
 
     return decorate
+
+
+def _as_json(data: dict[str, Any]) -> str:
+    from activations.plain import plain
+
+    return json_module.dumps(plain(data), default=str, allow_nan=False)
 
 
 def _fail(error: BaseException, as_json: bool, exit_code: int) -> NoReturn:

@@ -59,10 +59,8 @@ def _checkpoint(name: str) -> str:
 
 
 def _lists(found: Any) -> dict[str, Any]:
-    pairs = found.matched
-    pairs = pairs.astype(object).where(pairs.notna(), None)
     return {
-        "pairs": pairs.to_dict("records"),
+        "pairs": found.matched.to_dict("records"),
         "only_a": found.unique_a["feature"].tolist(),
         "only_b": found.unique_b["feature"].tolist(),
         "split": found.splits.to_dict("records"),

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.errors import InvalidInputError
 
 __all__ = ["register"]
 
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
         text = TextSource(data or [sample_text()])
         text.check()
         table = measure(encoder_of(model), text, reference)
-        return Outcome({"model": model, "reference": reference, "languages": _plain(table)}, _fertility_text(table))
+        return Outcome({"model": model, "reference": reference, "languages": _rows(table)}, _fertility_text(table))
 
     @command(app, "languages")
     def languages(
@@ -54,6 +55,8 @@ def register(app: typer.Typer) -> None:
 
         opened = FeatureIndex.open(index)
         names = [name.strip() for name in compared.split(",") if name.strip()]
+        if len(names) < 2:
+            raise InvalidInputError(f"--languages is {compared!r}; expected two or more, such as en,de.")
         pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
         features = {pair: shared_features(opened, *pair) for pair in pairs}
         layers = None
@@ -63,17 +66,16 @@ def register(app: typer.Typer) -> None:
         data: dict[str, Any] = {
             "index": str(index),
             "pairs": [
-                {"a": a, "b": b, "n_titles": table.attrs["n_titles"], **_counts(table), "features": _plain(table)}
+                {"a": a, "b": b, "n_titles": table.attrs["n_titles"], **_counts(table), "features": _rows(table)}
                 for (a, b), table in features.items()
             ],
-            "layers": None if layers is None else _plain(layers),
+            "layers": None if layers is None else _rows(layers),
         }
         return Outcome(data, _languages_text(features, layers))
 
 
-def _plain(table: Any) -> list[dict[str, Any]]:
-    """Rows, JSON-able: what is not known is null."""
-    records: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+def _rows(table: Any) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = table.to_dict("records")
     return records
 
 

@@ -21,13 +21,14 @@ A run that stopped goes on with the captures that are there; one that has finish
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from activations.manifest import read_manifest, write_atomically, write_manifest
+from activations.plain import plain
 from activations.spec import fingerprint_of
 from activations.text import TextSource
 from scope._version import __version__
@@ -125,7 +126,7 @@ def diff_models(
             figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, training, report)
     if conclusions:
         figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, losses)]
-    write_atomically(folder / REPORT, (json.dumps(_plain(figures), indent=1) + "\n").encode())
+    write_atomically(folder / REPORT, (json.dumps(plain(figures), indent=1, allow_nan=False) + "\n").encode())
     write_manifest(
         folder,
         FORMAT,
@@ -247,14 +248,3 @@ def _windows(stores: PairedStores, seed: int) -> tuple[list[np.ndarray], list[in
     sequences = sequences[sequences["n_rows"] > 1]
     drawn = sequences.sample(min(CE_WINDOWS, len(sequences)), random_state=seed)
     return stores.base.window_tokens(drawn["sequence"].tolist()), drawn["document"].astype(int).tolist()
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able: numbers of numpy as Python's, and what is no number as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
