@@ -7,9 +7,13 @@ from pathlib import Path
 
 import helpers_models
 import pytest
+from helpers_saes import make
 from typer.testing import CliRunner
 
 from scope.cli import app
+from scope.features.index import FeatureIndex
+from scope.saes.base import SAEMetadata
+from scope.saes.formats import save
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -19,7 +23,7 @@ def scope(*arguments: object, code: int = 0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == code, result.output
     if "--json" in arguments and result.stdout.strip():
-        return json.loads(result.stdout.splitlines()[-1])
+        return json.loads(result.stdout.splitlines()[-1], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     return result
 
 
@@ -90,6 +94,18 @@ def test_a_published_sae_is_indexed_as_our_own_is(line, tmp_path):
     with pytest.warns(UserWarning, match="does not record which model"):
         indexed = scope("index", line["store"], folder, "--out", out, "--hook", HOOK, "--json")
     assert indexed["n_firings"] == scope("info", line["index"], "--json")["n_firings"]
+
+
+def test_an_index_measures_the_features_of_its_own_sae_alone(line, tmp_path):
+    features = FeatureIndex.open(line["index"]).table
+    feature = int(features["n_firings"].idxmax())
+    common = ("steer", "--model", helpers_models.tiny_folder("gemma3"), "--prompt", "the fox", "--max-new-tokens", 2)
+    pushed = ("--feature", feature, "--strength", 2, "--index", line["index"], "--json")
+    found = scope(*common, *pushed, "--sae", line["sae"])
+    assert found["norm"] == pytest.approx(2 * float(features["max_value"][feature]), rel=1e-4)
+    save(make("topk", d_in=32, d_sae=64, metadata=SAEMetadata(hook_name=HOOK)), tmp_path / "other")
+    told = scope(*common, *pushed, "--sae", tmp_path / "other", code=2)["error"]
+    assert told["type"] == "MismatchError"
 
 
 def test_info_of_a_model_lists_its_sizes():

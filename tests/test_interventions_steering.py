@@ -123,10 +123,10 @@ def test_from_the_command_line_and_what_is_wrong(model, sae, tmp_path):
         )["error"]["message"]
     )
     assert "--spec" in scope(*common, code=2)["error"]["message"]
-    named = {"--workspace": tmp_path / "w", "--spec": "kept one"}
-    assert "kept one" in scope(*common, *chain(*named.items()), code=2)["error"]["message"]
+    named = {"--workspace": tmp_path / "w", "--spec": "kept 1.5"}
+    assert "kept 1.5" in scope(*common, *chain(*named.items()), code=2)["error"]["message"]
     Workspace(tmp_path / "w").save_intervention(
-        replace(InterventionSpec.load(tmp_path / "heads.yaml"), name="kept one")
+        replace(InterventionSpec.load(tmp_path / "heads.yaml"), name="kept 1.5")
     )
     again = scope(*common, *chain(*named.items()), "--max-new-tokens", 4)
     assert again["steered"] == by_file["steered"]

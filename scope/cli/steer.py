@@ -8,7 +8,7 @@ import typer
 
 from scope.cli._command import Outcome, command, progress_bar
 from scope.cli.sae import SAE_HELP, DownloadOption
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, MismatchError
 
 __all__ = ["register"]
 
@@ -66,7 +66,8 @@ def register(app: typer.Typer) -> None:
         from scope.models import LanguageModel
 
         declared = _declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
-        saes, maxima = _saes(sae, workspace, allow_download), _maxima(index)
+        saes = _saes(sae, workspace, allow_download)
+        maxima = _maxima(index, saes)
         for one in declared.interventions:
             assert isinstance(one, Intervention)
             if one.features:
@@ -92,8 +93,9 @@ def _declared(spec: str, workspace: Path) -> Any:
     from scope.interventions.spec import InterventionSpec
     from scope.workspace import Workspace
 
-    path = Path(spec)
-    return InterventionSpec.load(path) if path.suffix or path.is_file() else Workspace(workspace).intervention(spec)
+    path = Path(spec)  # a name may have a dot in it, so that an ending alone makes no file
+    is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml", ".toml")
+    return InterventionSpec.load(path) if is_file else Workspace(workspace).intervention(spec)
 
 
 def _pushes(strengths: Mapping[int, float], relative: bool) -> Any:
@@ -129,13 +131,23 @@ def _saes(given: str | None, workspace: Path, allow_download: bool) -> Callable[
     return find
 
 
-def _maxima(index: Path | None) -> Callable[[str, int], float] | None:
+def _maxima(index: Path | None, saes: Callable[[str], Any]) -> Callable[[str, int], float] | None:
     if index is None:
         return None
     from scope.features.index import FeatureIndex
 
     table = FeatureIndex.open(index)
-    return lambda sae, feature: float(table.feature(feature).statistics["max_value"])
+
+    def largest(sae: str, feature: int) -> float:
+        found, known = str(saes(sae).fingerprint), str(table.sae_info["fingerprint"])
+        if found != known:
+            raise MismatchError(
+                f"{index} is of the SAE {known[:12]}; it knows no maximum of a feature of {found[:12]}. Give values as "
+                "firing strengths, or the index of that SAE."
+            )
+        return float(table.feature(feature).statistics["max_value"])
+
+    return largest
 
 
 def _outcome(found: Any, declared: Any, prompt: str) -> Outcome:
