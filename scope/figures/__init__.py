@@ -5,8 +5,7 @@ browser; from Python `figure.write_image("figure.svg")` does, which needs the ex
 Chromium (`BROWSER_PATH=` where it is not found).
 """
 
-from scope.figures.circuit import verification_scatter
-from scope.figures.circuits import faithfulness_curves
+from scope.figures.circuits import faithfulness_curves, verification_scatter
 from scope.figures.comparison import cosine_histogram
 from scope.figures.diffing import layer_lines, scaling_scatter, translation_lines
 from scope.figures.experts import expert_heatmap

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scope.figures.template import PALETTES, Theme, template
+from scope.figures.heatmap import heatmap
+from scope.figures.template import Theme
 from scope.figures.text import as_label, short_number
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ def expert_heatmap(
         frame: what to draw; many groups make a tall figure, so best the largest alone.
         y: what is shown as colour: "share" or "lift".
     """
-    import plotly.graph_objects as go
-
-    palette = PALETTES[theme]
     wide = frame.pivot(index="group", columns="expert", values=y)
     tokens = frame.pivot(index="group", columns="expert", values="tokens").to_numpy()
     hover = [
@@ -36,17 +34,7 @@ def expert_heatmap(
         ]
         for group, values, numbers in zip(wide.index, wide.to_numpy(), tokens, strict=True)
     ]
-    figure = go.Figure(layout={"template": template(theme), "title": {"text": title}, "showlegend": False})
-    figure.add_heatmap(
-        z=wide.to_numpy(),
-        colorscale=palette.sequential,
-        zmin=0,
-        hovertext=hover,
-        hoverinfo="text",
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": y, "side": "right"}, "thickness": 10, "outlinewidth": 0},
-    )
+    figure = heatmap(wide.to_numpy(), hover, theme=theme, title=title, measure=y)
     places, names = np.arange(len(wide)), [as_label(str(group), 18) for group in wide.index]
     figure.update_xaxes(title_text="expert", tickvals=np.arange(len(wide.columns)), ticktext=list(wide.columns))
     figure.update_yaxes(tickvals=places, ticktext=names, autorange="reversed", ticks="")

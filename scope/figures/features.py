@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scope.figures.colours import mix, ramp
+from scope.figures.heatmap import heatmap
 from scope.figures.template import PALETTES, Theme, template
 from scope.figures.text import as_label, one_in, short_number
 
@@ -263,7 +264,6 @@ def token_feature_heatmap(
         features: which to draw, top down; otherwise the `limit` with the strongest firings.
         labels: names of features, shown beside their ids.
     """
-    palette = PALETTES[theme]
     if features is None:
         strongest = frame.groupby("feature")["value"].max().sort_values(ascending=False, kind="stable")
         features = [int(feature) for feature in strongest.index[:limit]]
@@ -276,18 +276,14 @@ def token_feature_heatmap(
         [f"{name}<br>{as_label(token)}<br>{short_number(value)}" for token, value in zip(tokens, row, strict=True)]
         for name, row in zip(names, strengths, strict=True)
     ]
-    figure = _figure(theme, title)
-    figure.add_heatmap(
-        z=strengths,
-        colorscale=palette.sequential,
-        zmin=0,
-        hovertext=hover,
-        hoverinfo="text",
+    figure = heatmap(
+        strengths,
+        hover,
+        theme=theme,
+        title=title,
+        measure="firing strength",
         hoverongaps=False,
-        xgap=1,
-        ygap=1,
         customdata=np.broadcast_to(np.array(features, dtype=int)[:, None], strengths.shape),
-        colorbar={"title": {"text": "firing strength", "side": "right"}, "thickness": 10, "outlinewidth": 0},
     )
     ticks = [as_label(token, 12) for token in tokens]
     figure.update_xaxes(tickvals=np.arange(len(tokens)), ticktext=ticks, title_text="token", tickangle=-60, ticks="")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scope.figures.heatmap import heatmap
 from scope.figures.template import PALETTES, Theme, template
 from scope.figures.text import as_label, short_number
 
@@ -22,9 +23,6 @@ def lens_heatmap(
 ) -> "go.Figure":
     """Columns layer, position, token, top_token, probability (`LogitLens.cells`): a row per layer, the last on top,
     the likeliest token in each cell, its probability as colour."""
-    import plotly.graph_objects as go
-
-    palette = PALETTES[theme]
     wide = frame.pivot(index="layer", columns="position", values="probability")
     words = frame.pivot(index="layer", columns="position", values="top_token")
     tokens = frame.drop_duplicates("position").set_index("position")["token"].reindex(wide.columns)
@@ -36,20 +34,16 @@ def lens_heatmap(
         ]
         for layer, row, shares in zip(wide.index, words.to_numpy(), wide.to_numpy(), strict=True)
     ]
-    figure = go.Figure(layout={"template": template(theme), "title": {"text": title}, "showlegend": False})
-    figure.add_heatmap(
-        z=wide.to_numpy(),
-        colorscale=palette.sequential,
-        zmin=0,
+    figure = heatmap(
+        wide.to_numpy(),
+        hover,
+        theme=theme,
+        title=title,
+        measure="probability",
         zmax=1,
         text=labels,
         texttemplate="%{text}",
-        textfont={"size": 11, "color": palette.text},
-        hovertext=hover,
-        hoverinfo="text",
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": "probability", "side": "right"}, "thickness": 10, "outlinewidth": 0},
+        textfont={"size": 11, "color": PALETTES[theme].text},
     )
     figure.update_xaxes(
         tickvals=np.arange(len(tokens)), ticktext=[as_label(t, 12) for t in tokens], title_text="after token", ticks=""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scope.figures.heatmap import heatmap
 from scope.figures.template import PALETTES, Theme, template
 from scope.figures.text import as_label, short_number
 
@@ -23,9 +24,6 @@ def per_layer_heatmap(
 ) -> "go.Figure":
     """Columns layer, position, token, part, norm, share (`PerLayerReport.writes`): a row per layer, the last on top,
     the part's share of the residual stream's norm as colour."""
-    import plotly.graph_objects as go
-
-    palette = PALETTES[theme]
     rows = frame[frame["part"] == part]
     share = rows.pivot(index="layer", columns="position", values="share")
     norm = rows.pivot(index="layer", columns="position", values="norm").to_numpy()
@@ -39,17 +37,7 @@ def per_layer_heatmap(
         for layer, values, sizes in zip(share.index, share.to_numpy(), norm, strict=True)
     ]
     title = title or f"Written into the residual by {NAMES[part]}"
-    figure = go.Figure(layout={"template": template(theme), "title": {"text": title}, "showlegend": False})
-    figure.add_heatmap(
-        z=share.to_numpy(),
-        colorscale=palette.sequential,
-        zmin=0,
-        hovertext=hover,
-        hoverinfo="text",
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": "share of the residual's norm", "side": "right"}, "thickness": 10},
-    )
+    figure = heatmap(share.to_numpy(), hover, theme=theme, title=title, measure="share of the residual's norm")
     figure.update_xaxes(
         tickvals=np.arange(len(tokens)),
         ticktext=[as_label(token, 12) for token in tokens],
