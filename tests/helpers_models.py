@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from scope.errors import InvalidInputError
-from scope.models import LanguageModel
+from scope.models import HookPoint, LanguageModel
+from scope.models.bridge import bridge_forward
 from scope.models.loading import quiet_transformers
 
 WRONG_TYPE = (InvalidInputError, TypeCheckError)
@@ -265,6 +266,60 @@ def tiny_model(kind: str, attention: Any = None) -> LanguageModel:
 def real_model() -> LanguageModel:
     """Gemma 3 270M (marker `real`), float32 on the CPU, loaded once for all tests."""
     return LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
+
+
+def fast_points(model: LanguageModel) -> list[HookPoint]:
+    """The hooks of the fast path."""
+    return [point for point in model.hook_names() if point.path == "fast"]
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference over the largest of `theirs`."""
+    assert ours.shape == theirs.shape
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-30))
+
+
+def require_both_paths_read_the_same(model: LanguageModel, tokens: torch.Tensor) -> None:
+    """At every fast hook the analysis path sees what the fast path does, in the shape that is listed; and the logits
+    are those of transformers."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        seen[name] = value[0].clone()
+
+    handlers = {point: (lambda value, name=point.name: keep(name, value)) for point in fast_points(model)}
+    with torch.no_grad():
+        logits = bridge_forward(model, tokens[None], handlers, True)
+    result = model.run(tokens, hooks=[point.name for point in fast_points(model)])
+    differences = {name: relative_difference(value, seen[name]) for name, value in result.activations.items()}
+    assert max(differences.values()) <= 1e-5, {name: d for name, d in differences.items() if d > 1e-5}
+    for name, value in result.activations.items():
+        assert value.shape == (len(tokens), *model.hook_shape(name)), name
+    assert result.logits is not None
+    assert logits is not None
+    assert relative_difference(result.logits, logits[0]) <= 1e-5
+    with torch.no_grad():
+        assert relative_difference(result.logits, model.hf(tokens[None]).logits[0]) <= 1e-5
+
+
+def require_both_paths_edit_the_same(
+    model: LanguageModel,
+    tokens: torch.Tensor,
+    points: Iterable[HookPoint],
+    change: Callable[[HookPoint, torch.Tensor], torch.Tensor],
+) -> None:
+    """An edit at each of some hooks does the same on both paths, and something at all."""
+    plain = model.run(tokens).logits
+    assert plain is not None
+    for point in points:
+        handler = functools.partial(change, point)
+        with torch.no_grad():
+            ours = model.forward(tokens[None], {point: handler}, True)
+            theirs = bridge_forward(model, tokens[None], {point: handler}, True)
+        assert ours is not None
+        assert theirs is not None
+        assert relative_difference(ours, theirs) <= 1e-5, point.name
+        assert relative_difference(ours[0], plain) > 1e-4, f"an edit at {point.name} changed nothing"
 
 
 @functools.cache

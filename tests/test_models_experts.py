@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_models import EXPERT_KINDS, TEXT, tiny_model
+from helpers_models import (
+    EXPERT_KINDS,
+    TEXT,
+    fast_points,
+    relative_difference,
+    require_both_paths_edit_the_same,
+    require_both_paths_read_the_same,
+    tiny_model,
+)
 from helpers_models import one_thread as one_thread
 from helpers_saes import make
 from torch import Tensor
@@ -17,7 +25,6 @@ from scope.attribution import attribute, router_logit
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.interventions import combine, forbid_expert, force_expert, swap_experts
 from scope.models import HookPoint, LanguageModel
-from scope.models.bridge import bridge_forward
 from scope.saes.base import SAEMetadata
 
 TOKENS = torch.arange(4, 24)
@@ -27,57 +34,20 @@ NAMES = [f"{MOE}{name}" for name in ("hook_logits", "hook_weights", "hook_expert
 OUT = f"{MOE}hook_out"
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-30))
-
-
-def fast_points(model: LanguageModel) -> list[HookPoint]:
-    return [point for point in model.hook_names() if point.path == "fast"]
-
-
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 def test_the_fast_path_equals_the_analysis_path_at_every_hook(kind: str) -> None:
-    model = tiny_model(kind, "eager")
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, value: Tensor) -> None:
-        seen[name] = value[0].clone()
-
-    handlers = {point: (lambda value, name=point.name: keep(name, value)) for point in fast_points(model)}
-    with torch.no_grad():
-        logits = bridge_forward(model, TOKENS[None], handlers, True)
-    result = model.run(TOKENS, hooks=[point.name for point in fast_points(model)])
-    differences = {name: difference(value, seen[name]) for name, value in result.activations.items()}
-    assert max(differences.values()) <= 1e-5, {name: d for name, d in differences.items() if d > 1e-5}
-    for point in fast_points(model):
-        assert result.activations[point.name].shape == (len(TOKENS), *model.hook_shape(point.name)), point
-    assert result.logits is not None
-    assert logits is not None
-    assert difference(result.logits, logits[0]) <= 1e-5
-    with torch.no_grad():
-        assert difference(result.logits, model.hf(TOKENS[None]).logits[0]) <= 1e-5
+    require_both_paths_read_the_same(tiny_model(kind, "eager"), TOKENS)
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 def test_every_edit_does_the_same_on_both_paths(kind: str) -> None:
     model = tiny_model(kind, "eager")
-    plain = model.run(TOKENS).logits
-    assert plain is not None
-    for point in fast_points(model):
-        if not point.name.startswith(f"blocks.{LAYER}."):
-            continue
+    points = [point for point in fast_points(model) if point.name.startswith(f"blocks.{LAYER}.")]
 
-        def change(value: Tensor) -> Tensor:
-            return value.flip(-1) if point.name.endswith(("experts", "logits")) else 0.5 * value + 0.1  # noqa: B023
+    def change(point: HookPoint, value: Tensor) -> Tensor:
+        return value.flip(-1) if point.name.endswith(("experts", "logits")) else 0.5 * value + 0.1
 
-        with torch.no_grad():
-            ours = model.forward(TOKENS[None], {point: change}, True)
-            theirs = bridge_forward(model, TOKENS[None], {point: change}, True)
-        assert ours is not None
-        assert theirs is not None
-        assert difference(ours, theirs) <= 1e-5, point.name
-        assert difference(ours[0], plain) > 1e-4, f"an edit at {point.name} changed nothing"
+    require_both_paths_edit_the_same(model, TOKENS, points, change)
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
@@ -149,7 +119,7 @@ def test_a_forbidden_expert_gets_no_token_and_the_next_takes_its_place(kind: str
     first = untouched.nonzero()[0].item() if untouched.any() else None
     if first is not None:
         torch.testing.assert_close(after.activations[NAMES[4]][first], before.activations[NAMES[4]][first])
-    assert difference(after.logits, before.logits) > 1e-4  # type: ignore[arg-type]
+    assert relative_difference(after.logits, before.logits) > 1e-4  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, MORE_KINDS, real_model, tiny_model
+from helpers_models import KINDS, MORE_KINDS, fast_points, real_model, relative_difference, tiny_model
 from helpers_models import one_thread as one_thread
 from torch import Tensor
 
@@ -17,15 +17,6 @@ from scope.models import HookPoint, LanguageModel
 
 TOKENS = torch.arange(4, 40)
 REAL_LAYERS = (0, 5, 8, 17)  # sliding and full attention, the first and the last
-
-
-def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
-def fast_points(model: LanguageModel) -> list[HookPoint]:
-    return [point for point in model.hook_names() if point.path == "fast"]
 
 
 def bridge_cache(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

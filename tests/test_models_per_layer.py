@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_models import PER_LAYER_KINDS, TEXT, tiny_folder, tiny_model
+from helpers_models import (
+    PER_LAYER_KINDS,
+    TEXT,
+    fast_points,
+    relative_difference,
+    require_both_paths_edit_the_same,
+    require_both_paths_read_the_same,
+    tiny_folder,
+    tiny_model,
+)
 from helpers_models import one_thread as one_thread
 from torch import Tensor
 
@@ -13,8 +22,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.attribution import logit_lens
 from scope.errors import InvalidInputError
-from scope.models import HookPoint, LanguageModel
-from scope.models.bridge import bridge_forward
+from scope.models import LanguageModel
 from scope.models.per_layer import layer_scale, write_hooks, write_parts
 from scope.training import TrainConfig, train
 
@@ -23,61 +31,17 @@ ALL_KINDS = (*PER_LAYER_KINDS, "gemma4_experts")
 LAYER = 1
 
 
-def fast_points(model: LanguageModel) -> list[HookPoint]:
-    return [point for point in model.hook_names() if point.path == "fast"]
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-
-
-def through_bridge(model: LanguageModel, edits: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every fast hook as the analysis path sees it."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, value: Tensor) -> None:
-        seen[name] = value[0].clone()
-
-    handlers = {point: (lambda value, name=point.name: keep(name, value)) for point in fast_points(model)}
-    with torch.no_grad():
-        logits = bridge_forward(model, TOKENS[None], handlers, True)
-    assert logits is not None
-    return logits[0], seen
-
-
 @pytest.mark.parametrize("kind", [*ALL_KINDS, "gemma4_multimodal"])
 def test_the_fast_path_equals_the_analysis_path_at_every_hook(kind: str) -> None:
-    model = tiny_model(kind, "eager")
-    result = model.run(TOKENS, hooks=[point.name for point in fast_points(model)])
-    logits, seen = through_bridge(model)
-    differences = {name: difference(value, seen[name]) for name, value in result.activations.items()}
-    assert max(differences.values()) <= 1e-5, {name: d for name, d in differences.items() if d > 1e-5}
-    assert result.logits is not None
-    assert difference(result.logits, logits) <= 1e-5
-    with torch.no_grad():
-        assert difference(result.logits, model.hf(TOKENS[None]).logits[0]) <= 1e-5
+    require_both_paths_read_the_same(tiny_model(kind, "eager"), TOKENS)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_edit_does_the_same_on_both_paths(kind: str) -> None:
     model = tiny_model(kind, "eager")
-    plain = model.run(TOKENS).logits
-    assert plain is not None
-    for point in fast_points(model):
-        if point.name.startswith("blocks.") and not point.name.startswith(f"blocks.{LAYER}."):
-            continue
-
-        def halve_and_shift(value: Tensor) -> Tensor:
-            return 0.5 * value + 0.1
-
-        with torch.no_grad():
-            ours = model.forward(TOKENS[None], {point: halve_and_shift}, True)
-            theirs = bridge_forward(model, TOKENS[None], {point: halve_and_shift}, True)
-        assert ours is not None
-        assert theirs is not None
-        assert difference(ours, theirs) <= 1e-5, point.name
-        assert difference(ours[0], plain) > 1e-4, f"an edit at {point.name} changed nothing"
+    elsewhere = [f"blocks.{layer}." for layer in range(model.n_layers) if layer != LAYER]
+    points = [point for point in fast_points(model) if not point.name.startswith(tuple(elsewhere))]
+    require_both_paths_edit_the_same(model, TOKENS, points, lambda point, value: 0.5 * value + 0.1)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -149,7 +113,7 @@ def test_a_zeroed_table_is_what_zeroing_its_hook_is(kind: str) -> None:
     assert edited is not None
     assert zeroed is not None
     torch.testing.assert_close(edited, zeroed)
-    assert difference(zeroed, tiny_model(kind).run(TOKENS).logits) > 1e-4  # type: ignore[arg-type]
+    assert relative_difference(zeroed, tiny_model(kind).run(TOKENS).logits) > 1e-4  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", PER_LAYER_KINDS)
@@ -174,7 +138,7 @@ def test_a_store_of_per_layer_hooks_holds_what_the_model_computes_and_trains_an_
     assert residue.square().sum() < 0.5 * (rows - rows.mean(0)).square().sum()
     spliced = model.run(TOKENS, saes=report.sae, splice="without_error")
     assert spliced.features[product].shape == (len(TOKENS), 32)
-    assert difference(spliced.logits, model.run(TOKENS).logits) > 0  # type: ignore[arg-type]
+    assert relative_difference(spliced.logits, model.run(TOKENS).logits) > 0  # type: ignore[arg-type]
 
 
 def test_attention_that_only_the_bridge_shows_cannot_be_edited() -> None:

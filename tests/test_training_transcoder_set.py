@@ -35,26 +35,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def trained_set(text: Path, out: Path) -> dict:
+    return scope(
+        *("train", "--model", tiny_folder("gemma3"), "--data", text, "--hook", READS, "--hook-out", WRITES, *SIZES),
+        *("--tokens", 6400, "--batch-size", 128, "--context-size", 32, "--evaluate-tokens", 200),
+        *("--out", out, "--json"),
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("set") / "all"
-    found = scope(
-        *("train", "--model", tiny_folder("gemma3"), "--data", text, "--hook", READS, "--hook-out", WRITES, *SIZES),
-        *(
-            "--tokens",
-            6400,
-            "--batch-size",
-            128,
-            "--context-size",
-            32,
-            "--evaluate-tokens",
-            200,
-            "--out",
-            out,
-            "--json",
-        ),
-    )
-    return out, found
+    return out, trained_set(text, out)
 
 
 def test_one_command_trains_a_transcoder_for_each_layer(trained: tuple[Path, dict], text: Path) -> None:
@@ -71,22 +63,7 @@ def test_one_command_trains_a_transcoder_for_each_layer(trained: tuple[Path, dic
     readme = (out / "README.md").read_text()
     assert f"{card['replacement']['kl']:.3f}" in readme
     # The same call finds everything done.
-    again = scope(
-        *("train", "--model", tiny_folder("gemma3"), "--data", text, "--hook", READS, "--hook-out", WRITES, *SIZES),
-        *(
-            "--tokens",
-            6400,
-            "--batch-size",
-            128,
-            "--context-size",
-            32,
-            "--evaluate-tokens",
-            200,
-            "--out",
-            out,
-            "--json",
-        ),
-    )
+    again = trained_set(text, out)
     assert [run["id"] for run in again["runs"]] == [run["id"] for run in found["runs"]]
 
 
