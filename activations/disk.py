@@ -9,6 +9,7 @@
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ def aligned_buffer(n_bytes: int) -> np.ndarray:
 
 def write_file(path: Path, content: bytes | memoryview) -> str:
     """Write a file so that after a crash it is there whole or not at all; return its xxh3-128 (hex)."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Two threads that replace one file at once must not write into each other's.
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     view = memoryview(content)
     digest = xxhash.xxh3_128()
     try:

@@ -270,9 +270,7 @@ class Workspace:
             )
         folder = self.path / INTERVENTIONS
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{spec.name}.part"
-        spec.save(part)
-        part.replace(folder / f"{spec.name}.json")
+        spec.save(folder / f"{spec.name}.json")
 
     def parents(self, entry: Entry) -> list[Entry]:
         """What an artefact was made from, as far as it lies in this workspace."""

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from helpers_activations import FakeModel, expected_rows, tree, write_text
 
-from activations import arrays, ledger, manifest
+from activations import arrays, disk, ledger, manifest
 from activations.capture import CaptureReport, capture
 from activations.errors import IntegrityError, InvalidInputError, LockedError
 from activations.ledger import GroupRecord, Ledger, WriterLock
@@ -85,6 +86,15 @@ def test_a_crash_at_any_write_loses_nothing(kind: str, tmp_path: Path, monkeypat
         assert tree(out) == expected
         point += 3
     assert seen >= {0, 32, 96}
+
+
+def test_threads_that_replace_one_file_leave_one_of_theirs_whole(tmp_path: Path) -> None:
+    contents = [str(number).encode() * 100_000 for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(disk.write_file, tmp_path / "file", contents[number % 4]) for number in range(80)]
+        assert all(write.result() for write in writes)
+    assert (tmp_path / "file").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_leftovers_of_a_dead_writer_are_cleared(tmp_path: Path) -> None:

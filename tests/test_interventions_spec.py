@@ -254,6 +254,7 @@ def test_another_model_or_sae_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"kind": "set", "hook": HOOK, "value": "1"}, "finite"),
         ({"kind": "ablate", "component": "mlp"}, "layer goes with"),
         ({"kind": "ablate", "component": "mpl", "layer": 1}, "mlp"),
+        ({"kind": "ablate", "component": {"mlp": 1}, "layer": 1}, "is text"),
         ({"kind": "add", "hook": HOOK, "value": 1.0}, "needs features, or a direction"),
         ({"kind": "ablate", "hook": HOOK, "direction": [1.0]}, "project_out"),
         ({"kind": "project_out", "hook": HOOK, "direction": [0.0, 0.0]}, "zero"),

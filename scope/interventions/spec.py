@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from activations.manifest import write_atomically
 from scope.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ class InterventionSpec:
         return cls.from_dict(content)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write it as JSON; a file that was there is replaced as a whole."""
+        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
@@ -230,11 +231,11 @@ def _check_types(given: Mapping[str, Any]) -> None:
     for name, known in (("kind", get_args(Kind)), ("unit", get_args(Unit)), ("during", get_args(During))):
         if name in given and given[name] not in known:
             raise UnknownNameError(f"{name} of intervention", str(given[name]), known)
-    if given.get("component") and given["component"] not in COMPONENTS:
-        raise UnknownNameError("component", str(given["component"]), COMPONENTS)
     for name in ("sae", "component", "hook", "prompt"):
         if not isinstance(given.get(name, ""), str):
             raise InvalidInputError(f"{name} of an intervention is text; got {given[name]!r}.")
+    if given.get("component") and given["component"] not in COMPONENTS:
+        raise UnknownNameError("component", given["component"], COMPONENTS)
     for name in ("keep_bos", "error_term"):
         if not isinstance(given.get(name, True), bool):
             raise InvalidInputError(f"{name} of an intervention is true or false; got {given[name]!r}.")
