@@ -14,9 +14,9 @@ from scope.errors import InvalidInputError
 from scope.interventions import splice_edits
 from scope.saes.formats import load
 from scope.training import TrainConfig
+from scope.training.by_layer import hooks_by_layer, one_for_each_layer
 from scope.training.evaluate import held_out_windows
-from scope.training.sweeps import one_for_each_layer
-from scope.training.transcoder_set import evaluate_transcoders, hooks_by_layer
+from scope.training.transcoder_set import evaluate_transcoders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 READS, WRITES = "blocks.*.ln2.hook_out", "blocks.*.hook_mlp_out"

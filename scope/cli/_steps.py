@@ -102,7 +102,7 @@ def open_source(
 
 def every_layer(hooks: "Sequence[str]", known: "Sequence[str]") -> list[str]:
     """Hooks with those that a * for the layer stands for, each once."""
-    from scope.training.transcoder_set import hooks_by_layer
+    from scope.training.by_layer import hooks_by_layer
 
     found = [name for hook in hooks for name in (hooks_by_layer(hook, known) if "*" in hook else [hook])]
     return list(dict.fromkeys(found))

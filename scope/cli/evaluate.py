@@ -105,7 +105,7 @@ def _set(
     from scope.cli._steps import has_held_out, load_model_of, measure_set, open_source
     from scope.models import LiveActivations
     from scope.saes.formats import load
-    from scope.training.transcoder_set import layer_of
+    from scope.training.by_layer import layer_of
 
     if tokens < 2:
         raise InvalidInputError(f"tokens is {tokens:,}; expected 2 or more.")

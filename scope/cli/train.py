@@ -127,9 +127,9 @@ def register(app: typer.Typer) -> None:
             train_runs,
             train_sae,
         )
+        from scope.training.by_layer import is_set, layer_of
         from scope.training.distributed import local_device, own_gpu
         from scope.training.trackers import require_trackers
-        from scope.training.transcoder_set import is_set, layer_of
 
         trackers = require_trackers(tracker or [])
         if beside and store is None:
@@ -193,7 +193,8 @@ def _runs(
     config: TrainConfig, hooks: list[str], hooks_out: list[str], swept: dict[str, tuple[Any, ...]]
 ) -> "list[SweepRun]":
     """What is to be trained: one SAE for each combination and hook; several hooks are one SAE's where it reads many."""
-    from scope.training.sweeps import SweepRun, one_for_each_layer, sweep
+    from scope.training.by_layer import one_for_each_layer
+    from scope.training.sweeps import SweepRun, sweep
 
     architectures = swept.get("arch", (config.arch,))
     together = [name in ("crosscoder", "clt") for name in architectures]

@@ -8,7 +8,7 @@ from typing import Any
 from scope.errors import InvalidInputError
 from scope.training.config import SWEPT, TrainConfig
 
-__all__ = ["SweepRun", "one_for_each_layer", "require_one_pass", "sweep"]
+__all__ = ["SweepRun", "require_one_pass", "sweep"]
 
 SHARED = ("tokens", "batch_size", "seed", "shuffle_bytes", "max_norm_ratio", "parallel", "device")
 """Settings that decide which batches come, and so must be the same for all runs."""
@@ -51,38 +51,6 @@ def sweep(config: TrainConfig, hooks: Sequence[str], **values: Sequence[Any]) ->
             parts = [f"{name}-{_text(value)}" for name, value in chosen.items() if name in varying]
             name = "_".join([hook] * (len(hooks) > 1) + parts) or hook
             runs.append(SweepRun(name, (hook,), (), replace(config, **chosen)))
-    return runs
-
-
-def one_for_each_layer(
-    config: TrainConfig, hooks: Sequence[str], hooks_out: Sequence[str], **values: Sequence[Any]
-) -> list[SweepRun]:
-    """A transcoder for each pair of hooks, such as what every MLP of a model reads and writes, for `train_sweep`.
-
-    Args:
-        config: the settings that all share.
-        hooks: what each reads.
-        hooks_out: what each writes, as many.
-        values: as for `sweep`: all pairs with each combination.
-
-    Returns:
-        Runs named after the layer that they read: layer_00, layer_01, …
-
-    Raises:
-        InvalidInputError: there are not as many hooks to write as to read, or as for `sweep`.
-    """
-    if len(hooks) != len(hooks_out):
-        raise InvalidInputError(
-            f"The architecture {config.arch} reads one hook and writes one; got {len(hooks)} to read and "
-            f"{len(hooks_out)} to write. Give one to write for each, in the same order, or train them one by one."
-        )
-    runs = []
-    for number, (reads, writes) in enumerate(zip(hooks, hooks_out, strict=True)):
-        parts = reads.split(".")
-        layer = int(parts[1]) if parts[0] == "blocks" and parts[1].isdigit() else number
-        for run in sweep(config, [reads], **values):
-            varied = "" if run.name == reads else f"_{run.name}"
-            runs.append(SweepRun(f"layer_{layer:02d}{varied}", (reads,), (writes,), run.config))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""A transcoder for every layer of a model: the runs that train them from one pass, and what the set is worth together.
+"""A transcoder for every layer of a model: what the set is worth together.
 
 `evaluate_transcoders` measures on held-out documents, BOS left as it is:
 
@@ -17,7 +17,6 @@ A circuit graph explains the replacement model; what it says of the model is no 
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -37,6 +36,7 @@ from scope.models.losses import CHUNK_BYTES, unembed
 from scope.models.rows import WindowBatch, check_windows, pack_windows
 from scope.models.taps import tapped
 from scope.saes.base import SAE
+from scope.training.by_layer import layer_of
 from scope.training.evaluate import LIVE_ROWS, Quality, held_out_windows
 from scope.training.metrics import ReconstructionMetrics, mean_activation, reconstruction_metrics
 from scope.training.tally import Interval, bootstrap
@@ -45,51 +45,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scope.models.language_model import LanguageModel
-    from scope.training.sweeps import SweepRun
 
 __all__ = [
     "CARD_NAME",
     "Replacement",
     "SetQuality",
     "evaluate_transcoders",
-    "hooks_by_layer",
-    "is_set",
-    "layer_of",
 ]
 
 CARD_NAME = "card.json"
-LAYER = re.compile(r"blocks\.(\d+)\.")
 COPIES = 5
 """Matrices of the logits' size that a stretch of tokens needs at once."""
 Progress = Callable[[int, int | None], None]
-
-
-def layer_of(hook: str) -> int | None:
-    """The layer that a hook lies in; None for one outside of the layers."""
-    found = LAYER.match(hook)
-    return int(found.group(1)) if found else None
-
-
-def hooks_by_layer(pattern: str, known: Sequence[str]) -> list[str]:
-    """The hooks that a pattern with one * for the layer stands for, by layer: "blocks.*.ln2.hook_out".
-
-    Raises:
-        InvalidInputError: no known hook fits.
-    """
-    expression = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-    found = {int(match.group(1)): name for name in known if (match := expression.fullmatch(name))}
-    if not found:
-        raise InvalidInputError(
-            f"No hook fits {pattern!r}; * stands for a layer's number, as in blocks.*.ln2.hook_out."
-        )
-    return [found[layer] for layer in sorted(found)]
-
-
-def is_set(runs: "Sequence[SweepRun]") -> bool:
-    """Whether some runs make one transcoder for each of several layers."""
-    layers = [(layer_of(run.hooks[0]), layer_of(run.hooks_out[0])) for run in runs if len(run.hooks_out) == 1]
-    paired = all(one is not None and one == other for one, other in layers)
-    return 1 < len(runs) == len(set(layers)) == len(layers) and paired
 
 
 class Replacement(NamedTuple):
