@@ -12,7 +12,7 @@ from helpers_saes import make
 from activations.capture import capture
 from activations.store import ActivationStore
 from activations.text import TextSource
-from scope.errors import InvalidInputError, UnknownNameError
+from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 from scope.features.experts import (
     dense_against_experts,
     expert_load,
@@ -143,6 +143,11 @@ def test_what_is_not_there_is_refused(case):
     coarse = type("Coarse", (), {"__getattr__": lambda self, name: getattr(store, name), "dtype": "bfloat16"})()
     with pytest.raises(InvalidInputError, match="float32"):
         read_routing(coarse, LAYER, n_experts=300)
+    half = {"rows_of": lambda self, hook: store.rows_of(hook) // (2 if hook == HOOK else 1)}
+    partly = type("Partly", (), {"__getattr__": lambda self, name: getattr(store, name), **half})()
+    sae = make("topk", d_in=32, metadata=SAEMetadata(hook_name=HOOK))
+    with pytest.raises(MismatchError, match="Finish its capture"):
+        feature_experts(partly, sae, LAYER)
 
 
 def test_dense_and_experts_side_by_side_are_what_the_layer_adds():

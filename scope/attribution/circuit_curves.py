@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.baselines import Baseline, zero
+from scope.attribution.comparison import shares_kept
 from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
 from scope.attribution.evaluate import check_targets
 from scope.attribution.targets import Target, logit, logit_difference
@@ -160,18 +161,7 @@ def graph_faithfulness(
         for (kind, size, _), value in zip(circuits, values, strict=True):
             found.setdefault((kind, size), []).append(value)
         for (kind, size), own in sorted(found.items()):
-            shares = [(value - none) / (whole - none) if whole != none else float("nan") for value in own]
-            rows.append(
-                {
-                    "nodes": kind,
-                    "errors": errors,
-                    "size": size,
-                    "value": float(np.mean(own)),
-                    "faithfulness": float(np.mean(shares)),
-                    "low": float(np.min(shares)),
-                    "high": float(np.max(shares)),
-                }
-            )
+            rows.append({"nodes": kind, "errors": errors, "size": size, **shares_kept(own, none, whole)})
     return GraphFaithfulness(target.name, whole, baseline.kind, recompute, len(ordered), pd.DataFrame(rows))
 
 

@@ -167,19 +167,20 @@ def faithfulness(
                 own = [v for (name, n, _), v in zip(circuits, values, strict=True) if (name, n) == (kind, size)]
                 if not own:
                     continue
-                shares = [(value - none) / (whole - none) if whole != none else float("nan") for value in own]
-                rows.append(
-                    {
-                        "nodes": kind,
-                        "errors": errors,
-                        "size": size,
-                        "value": float(np.mean(own)),
-                        "faithfulness": float(np.mean(shares)),
-                        "low": float(np.min(shares)),
-                        "high": float(np.max(shares)),
-                    }
-                )
+                rows.append({"nodes": kind, "errors": errors, "size": size, **shares_kept(own, none, whole)})
     return pd.DataFrame(rows)
+
+
+def shares_kept(values: Sequence[float], none: float, whole: float) -> dict[str, float]:
+    """The mean of a target over circuits of one size, and what share of `whole - none` they keep: the mean, low and
+    high."""
+    shares = [(value - none) / (whole - none) if whole != none else float("nan") for value in values]
+    return {
+        "value": float(np.mean(values)),
+        "faithfulness": float(np.mean(shares)),
+        "low": float(np.min(shares)),
+        "high": float(np.max(shares)),
+    }
 
 
 @torch.no_grad()

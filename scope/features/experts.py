@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Grouping",
     "Routing",
+    "dense_against_experts",
     "expert_load",
     "expert_specialisation",
     "feature_experts",
@@ -226,7 +227,7 @@ def feature_experts(store: "ActivationStore", sae: Any, layer: int, min_firings:
         over firings), lift (share over the expert's share of all tokens): by feature, the largest lift first.
 
     Raises:
-        MismatchError: the SAE has another width than the hook.
+        MismatchError: the SAE has another width than the hook, or the hook has fewer rows than the router's.
     """
     import pandas as pd
 
@@ -238,6 +239,11 @@ def feature_experts(store: "ActivationStore", sae: Any, layer: int, min_firings:
     width = int(np.prod(store.hook_shape(hook)))
     if width != sae.d_in:
         raise MismatchError(f"The SAE reads {sae.d_in} dimensions; {hook} has {width}.")
+    if store.rows_of(hook) <= routing.rows[-1]:
+        raise MismatchError(
+            f"{store.path} has {store.rows_of(hook):,} rows of {hook}, fewer than of the router's hooks. Finish its "
+            "capture first."
+        )
     together = np.zeros((sae.d_sae, routing.n_experts), np.int64)
     firings = np.zeros(sae.d_sae, np.int64)
     for start in range(0, int(routing.rows[-1]) + 1, BLOCK_ROWS):
