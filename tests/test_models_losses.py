@@ -112,6 +112,8 @@ def test_progress_and_refusals() -> None:
         model.cross_entropy(windows(), {"blocks.1.hook_resid": lambda value, context: value})
     with pytest.raises(OutOfRangeError, match="Position 5"):
         model.cross_entropy(windows(), combine(ablate("blocks.1.hook_resid_post", 5)))
+    with pytest.raises(InvalidInputError, match="through the bridge"):
+        model.cross_entropy(windows(), combine(ablate("blocks.1.attn.hook_pattern")))
 
 
 @pytest.mark.real

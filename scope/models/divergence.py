@@ -57,7 +57,7 @@ def kl_divergence(
     check_windows(windows, 1, model.max_context_size, model.d_vocab)
     if freezes_attention(edits):
         raise InvalidInputError("kl_divergence does not hold attention; leave freeze_attention off.")
-    changes = resolve_edits(model.hook_table, edits, min(map(len, windows)))
+    changes = resolve_edits(model.hook_table, edits, min(map(len, windows)), bridge=False)
     batch = WindowBatch(windows, [0] * len(windows), model.device)
     bos = model.bos_mask(batch.tokens)
     handlers = {

@@ -111,14 +111,20 @@ def apply_edits(edits: Iterable[EditFunction], value: Tensor, context: EditConte
 
 
 def resolve_edits(
-    table: HookTable, edits: Mapping[str, EditFunction] | None, n_tokens: int
+    table: HookTable, edits: Mapping[str, EditFunction] | None, n_tokens: int, *, bridge: bool = True
 ) -> dict[str, list[EditFunction]]:
     """Edits by canonical hook name, checked as far as that is possible before the model runs.
 
+    Args:
+        table: the model's hooks.
+        edits: by hook name or alias.
+        n_tokens: tokens of the shortest text that is to be run.
+        bridge: whether whoever asks goes through the bridge, where only that can make an edit.
+
     Raises:
         UnknownNameError: there is no such hook.
-        InvalidInputError: an edit is not callable, or refuses this hook or prompt; or attention is to stay as it is
-            beside an edit that only the bridge can make.
+        InvalidInputError: an edit is not callable, or refuses this hook or prompt; or only the bridge can make it, and
+            attention is to stay as it is or the bridge is not there.
     """
     resolved: dict[str, list[EditFunction]] = {}
     for name, edit in (edits or {}).items():
@@ -129,6 +135,11 @@ def resolve_edits(
             raise InvalidInputError(
                 f"{point.name} can be read but not edited on this architecture: the model does not go on with it. "
                 "Edit the attention's output (attn.hook_z) instead."
+            )
+        if point.path == "bridge" and not bridge:
+            raise InvalidInputError(
+                f"{point.name} can only be edited through the bridge, which takes one prompt at a time: model.run and "
+                "model.generate do."
             )
         if freezes_attention(edits) and point.path == "bridge":
             raise InvalidInputError(f"Attention cannot be held beside an edit at {name}, which only the bridge sees.")

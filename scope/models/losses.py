@@ -146,13 +146,14 @@ def cross_entropy(
         Per window an array one shorter than the window: entry t is the loss of predicting token t + 1.
 
     Raises:
-        InvalidInputError: a window is too short or longer than the model's context.
+        InvalidInputError: a window is too short or longer than the model's context, or an edit is at a hook that only
+            the bridge sees.
         OutOfRangeError: a token id that the vocabulary does not have.
         UnknownNameError: an edit names a hook that does not exist.
     """
     check_windows(windows, 2, model.max_context_size, model.d_vocab)
     shortest = min((len(window) for window in windows), default=0)
-    changes = resolve_edits(model.hook_table, edits, shortest)
+    changes = resolve_edits(model.hook_table, edits, shortest, bridge=False)
     names = sorted(changes, key=model.hook_table.rank)
     losses: list[np.ndarray] = [np.empty(0, np.float32)] * len(windows)
     done = 0

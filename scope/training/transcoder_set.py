@@ -287,7 +287,7 @@ def _replacements(
 ) -> tuple[Replacement, Replacement, float]:
     """Changed models against the plain one, and the plain one's cross-entropy."""
     check_windows(windows, 2, model.max_context_size, model.d_vocab)
-    resolved = [resolve_edits(model.hook_table, edits, min(map(len, windows))) for edits in changes]
+    resolved = [resolve_edits(model.hook_table, edits, min(map(len, windows)), bridge=False) for edits in changes]
     found = [_Sums(len(windows)) for _ in changes]
     loss = np.zeros(len(windows))
     for indices in pack_windows(windows, model.default_batch_size):
