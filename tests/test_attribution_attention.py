@@ -7,7 +7,7 @@ from helpers_models import one_thread, tiny_model
 from test_attribution_graph import ALL, KINDS, prompt_of, transcoders
 
 from scope.attribution.attention import edge_heads, qk_pairs
-from scope.attribution.frozen import freeze
+from scope.attribution.freezing import freeze
 from scope.attribution.graph import build_graph
 from scope.errors import InvalidInputError, OutOfRangeError
 

@@ -6,7 +6,7 @@ import torch
 from helpers_models import one_thread, real_model, tiny_model
 from helpers_saes import make
 
-from scope.attribution.frozen import freeze
+from scope.attribution.freezing import freeze
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError

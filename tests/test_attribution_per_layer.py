@@ -9,7 +9,7 @@ from helpers_models import one_thread as one_thread
 from helpers_saes import make
 
 from scope.attribution import build_graph, load_graph, per_layer_writes, prune, save_graph
-from scope.attribution.frozen import freeze
+from scope.attribution.freezing import freeze
 from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError
 from scope.figures.per_layer import per_layer_bars, per_layer_heatmap

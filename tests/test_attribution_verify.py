@@ -6,7 +6,8 @@ import torch
 from helpers_models import one_thread, tiny_model
 from test_attribution_graph import ALL, prompt_of, transcoders
 
-from scope.attribution.frozen import attention_as_frozen, freeze
+from scope.attribution.freezing import freeze
+from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.graph import build_graph
 from scope.attribution.pruning import prune, scores
 from scope.attribution.verification import Agreement, total_effects, verify

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope.attribution.frozen import FrozenModel, FrozenNorm
-from scope.attribution.graph import CircuitGraph, read_prompt
+from scope.attribution.graph import CircuitGraph
+from scope.attribution.reading import read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from scope.attribution.baselines import hooks_of, node_values
 from scope.attribution.dictionaries import mlp_dictionaries
-from scope.attribution.frozen import FrozenModel, freeze
+from scope.attribution.freezing import freeze
+from scope.attribution.frozen import FrozenModel
 from scope.attribution.targets import place_of, single_token
 from scope.errors import InvalidInputError
 from scope.saes.clt import CrossLayerTranscoder

@@ -16,14 +16,14 @@ Where a layer has an embedding table of its own (Gemma 4 E2B and E4B; `scope.mod
 too, so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it
 is on the way of. A norm on values, values that later layers share, and the scalar at a layer's end belong to the map.
 
-1. `freeze` runs the prompt once. An attention function of our own records rotated queries and keys; handlers record
-   the denominators of norms and what every layer wrote.
+1. `scope.attribution.freezing.freeze` runs the prompt once and records queries, keys, the denominators of norms and
+   what every layer wrote.
 2. The pattern of a layer is made from queries and keys when it is needed, in chunks of queries, and kept where it is
    small: nothing of size tokens x tokens is kept for a long prompt.
 3. `pull_back` takes many directions at once, each from its own position, and never looks at later positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -32,18 +32,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.frozen_attention import FrozenAttention, attended, recording
+from scope.attribution.frozen_attention import FrozenAttention, attended
 from scope.errors import InvalidInputError
 from scope.models.attention import own_attention
-from scope.models.hooks import HookPoint
-from scope.models.losses import final_norm_gain
-from scope.models.per_layer import PerLayerWrites, layer_scale, write_hooks, write_parts
-from scope.models.taps import tapped
+from scope.models.per_layer import PerLayerWrites
 
-__all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen", "freeze"]
-
-PATTERN_BYTES = 2**28
-"""Attention patterns of all layers together that are kept; more are made anew each time."""
+__all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,189 +252,6 @@ class FrozenModel:
                 written = frozen.ln1_post(written, rows)
             found.append(written)
         return found
-
-
-def freeze(
-    model: Any, tokens: Int[Tensor, " seq"], extra_hooks: Sequence[str] = ()
-) -> tuple[FrozenModel, dict[str, Float[Tensor, "seq width"]]]:
-    """Run a prompt once and hold its attention patterns and norm denominators.
-
-    Args:
-        model: a `scope.models.LanguageModel`.
-        tokens: the prompt's tokens.
-        extra_hooks: further hooks whose activations are wanted, such as what transcoders read.
-
-    Returns:
-        The frozen model, and the activations of `extra_hooks`, float32.
-
-    Raises:
-        InvalidInputError: an architecture whose attention is not transformers' attention interface, or whose residual
-            stream is a stack (AltUp).
-    """
-    layout = model.layout
-    if layout.n_streams > 1:
-        raise InvalidInputError(
-            f"{type(model.hf).__name__} has {layout.n_streams} residual streams (AltUp), which are mixed by what they "
-            "hold: there is no graph of exact linear effects. attribute() works on its hooks."
-        )
-    recorded: dict[int, dict[str, Any]] = {}
-    seen: dict[str, Tensor] = {}
-    denominators: dict[str, Tensor] = {}
-    family = layout.family
-    after_attention = "attn.hook_out" if family.ln1_post else None
-    norms = ["hook_resid_pre", *([after_attention] if after_attention else []), "hook_mlp_in"]
-    wanted = ["hook_embed", *(["hook_pos_embed"] if family.pos_embed else [])]
-    wanted += [f"blocks.{i}.hook_mlp_out" for i in range(layout.n_layers)]
-    last = f"blocks.{layout.n_layers - 1}.hook_resid_post"
-    names = [f"blocks.{i}.{name}" for i in range(layout.n_layers) for name in norms]
-    table = model.hook_table
-    owners = _value_layers(model)
-    value_hooks = _value_hooks(model, owners)
-    per_layer = [name for i in range(layout.n_layers if layout.d_per_layer else 0) for name in write_hooks(i)]
-
-    def handler(name: str) -> Any:
-        def at(value: Tensor) -> None:
-            row = value[0].flatten(1)
-            if name in names or name == last:
-                denominators[name] = _denominator(row, family.centred_norm, _eps(model, name))
-            if name in keep:
-                seen[name] = row.float().clone()
-
-        return at
-
-    keep = {*wanted, last, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
-    ordered = sorted({*names, *keep}, key=table.rank)
-    handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in ordered}
-    with torch.no_grad(), model.lock, recording(model, recorded), tapped(model.hf, handlers, stop=False):
-        model.hidden_states(tokens[None])
-    if len(recorded) != layout.n_layers:
-        raise InvalidInputError(
-            f"The attention of {type(model.hf).__name__} cannot be frozen: it does not go through transformers' "
-            "attention interface."
-        )
-    size = 4 * layout.n_layers * layout.n_heads * len(tokens) ** 2
-    layers = tuple(
-        _layer(model, index, owners[index], value_hooks, recorded[index], denominators, seen, size <= PATTERN_BYTES)
-        for index in range(layout.n_layers)
-    )
-    embedding = seen["hook_embed"] + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
-    norm = model.hf.get_submodule(layout.module(family.final_norm))
-    final = FrozenNorm(
-        final_norm_gain(model).detach().float(),
-        denominators[last],
-        family.centred_norm,
-        None if getattr(norm, "bias", None) is None else norm.bias.detach().float(),
-    )
-    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {})
-    return frozen, {name: seen[table[name].name] for name in extra_hooks}
-
-
-def _eps(model: Any, name: str) -> float:
-    norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
-    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-
-
-def _denominator(x: Float[Tensor, "*rows width"], centred: bool, eps: float) -> Float[Tensor, "*rows"]:
-    x = x.float()
-    if centred:
-        x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1) + eps).sqrt()
-
-
-def _value_layers(model: Any) -> list[int]:
-    """Per layer the one whose values it attends to: its own, or the last of its kind of attention that has any."""
-    layout = model.layout
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["attention"] * layout.n_layers
-    owners: list[int] = []
-    last: dict[str, int] = {}
-    for index, kind in enumerate(kinds):
-        if "k" in layout.sizes[index].projections:
-            last[kind] = index
-        owners.append(last[kind])
-    return owners
-
-
-def _value_hooks(model: Any, owners: Sequence[int]) -> dict[int, str]:
-    """Per layer with a norm on its values the hook of what goes into that: values, or keys where these are values."""
-    found = {}
-    for layer in sorted(set(owners)):
-        attention = model.hf.get_submodule(model.layout.layer(layer, model.layout.family.attention))
-        if hasattr(attention, "v_norm"):
-            letter = "v" if "v" in model.layout.sizes[layer].projections else "k"
-            found[layer] = f"blocks.{layer}.attn.hook_{letter}"
-    return found
-
-
-def _layer(
-    model: Any,
-    index: int,
-    owner: int,
-    value_hooks: Mapping[int, str],
-    recorded: dict[str, Any],
-    denominators: Mapping[str, Tensor],
-    seen: Any,
-    keep: bool,
-) -> FrozenLayer:
-    layout, family = model.layout, model.layout.family
-    block = f"blocks.{index}."
-
-    def norm(relative: str, hook: str) -> FrozenNorm:
-        module = model.hf.get_submodule(layout.layer(index, relative))
-        gain = module.weight.detach().float() + (1.0 if family.gain_offset else 0.0)
-        bias = getattr(module, "bias", None)
-        return FrozenNorm(gain, denominators[block + hook], family.centred_norm, None if bias is None else bias.float())
-
-    sizes = layout.sizes[owner]
-    W_V, value_bias = _projection(model, owner, "v")
-    W_O, output_bias = _projection(model, index, "o")
-    value_denominator = None
-    if owner in value_hooks:
-        norm_of_values = model.hf.get_submodule(layout.layer(owner, family.attention)).v_norm
-        values = seen[value_hooks[owner]].unflatten(-1, (sizes.n_key_value_heads, sizes.d_head))
-        value_denominator = _denominator(values, False, norm_of_values.eps).T
-        if value_bias is not None:
-            raise InvalidInputError("A bias on values that are normed afterwards is not supported by graphs.")
-    attention = FrozenAttention(
-        recorded["query"],
-        recorded["key"],
-        recorded["mask"],
-        recorded["scaling"],
-        recorded["softcap"],
-        W_V.unflatten(0, (sizes.n_key_value_heads, sizes.d_head)),
-        None if value_bias is None else value_bias.unflatten(0, (sizes.n_key_value_heads, sizes.d_head)),
-        W_O.unflatten(1, (layout.n_heads, sizes.d_head)).permute(1, 0, 2).contiguous(),
-        output_bias,
-        keep,
-        value_denominator,
-    )
-    post = norm(family.ln1_post, "attn.hook_out") if family.ln1_post else None
-    mlp_out = seen[f"{block}hook_mlp_out"]
-    return FrozenLayer(
-        norm(family.ln1, "hook_resid_pre"),
-        attention,
-        post,
-        norm(family.ln2, "hook_mlp_in"),
-        mlp_out,
-        owner,
-        write_parts(model, index, seen) if layout.d_per_layer else None,
-        layer_scale(model, index),
-    )
-
-
-def _projection(model: Any, index: int, which: str) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias of v or o, float32: Linear's, or GPT-2's Conv1D's, which is transposed."""
-    layout, family = model.layout, model.layout.family
-    fused = which == "v" and len(family.qkv) == 1
-    value = 0 if fused else 2 if "v" in layout.sizes[index].projections else 1
-    path = family.o if which == "o" else family.qkv[value]
-    module = model.hf.get_submodule(layout.layer(index, path))
-    weight = module.weight.detach().float()
-    weight = weight if isinstance(module, torch.nn.Linear) else weight.T
-    bias = None if module.bias is None else module.bias.detach().float()
-    if fused:
-        start = (layout.n_heads + layout.n_key_value_heads) * layout.d_head
-        weight, bias = weight[start:], None if bias is None else bias[start:]
-    return weight, bias
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scope.models.attention import own_attention
 
-__all__ = ["FrozenAttention", "attended", "recording"]
+__all__ = ["QUERY_CHUNK", "FrozenAttention", "attended", "recording"]
 
 QUERY_CHUNK = 512
 

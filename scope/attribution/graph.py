@@ -12,7 +12,8 @@ frozen model to what the layer of s writes at the position of s (`scope.attribut
 transcoder writes several layers; its edge is the sum over those before t. Doubling s changes t by the edge's weight. A
 logit node is a token's logit relative to the mean over the vocabulary.
 
-1. `_read` runs the prompt once: all firing features, their decoder rows, errors, embeddings, the likeliest next tokens.
+1. The prompt is read once (`scope.attribution.reading`): all firing features, errors, embeddings, the likeliest next
+   tokens.
 2. Logits are expanded first, that is, all their edges are computed. Then, in rounds, the features with the most
    influence on the logits through what is known so far, until there are `max_features` of them.
 3. Edges are kept by target, the largest first, `edges_per_target` of them: there is never a dense matrix.
@@ -25,32 +26,29 @@ too, a "table" node of that layer and position; what the projection of the main 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
-from scope.attribution.frozen import FrozenModel, freeze
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
-from scope.attribution.memory import graph_needs, require_graph_fits
+from scope.attribution.memory import POSITION_CHUNK, graph_needs, require_graph_fits
+from scope.attribution.reading import Prompt, read
 from scope.attribution.targets import single_token
-from scope.models.losses import CHUNK_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["CircuitGraph", "Prompt", "build_graph", "read_prompt"]
+__all__ = ["CircuitGraph", "build_graph"]
 
 KINDS = ("embedding", "error", "table", "feature", "logit")
 Progress = Callable[[str, int, int | None], None]
-POSITION_CHUNK = 256
-"""Positions whose decoder rows are gathered at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,51 +97,6 @@ class CircuitGraph:
         return f"CircuitGraph({self.prompt[:40]!r}: {words} nodes, {len(self.weight):,} edges)"
 
 
-class Firing(NamedTuple):
-    """The features of one layer that fire."""
-
-    position: Int[Tensor, " n"]
-    feature: Int[Tensor, " n"]
-    activation: Float[Tensor, " n"]
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A prompt, read once: everything that edges are made of."""
-
-    frozen: FrozenModel
-    dictionaries: MlpDictionaries
-    firing: Mapping[int, Firing]
-    errors: Mapping[int, Float[Tensor, "seq d_model"]]
-    first_feature: Mapping[int, int]
-    """Number of a layer's first feature source; sources are embeddings, errors by layer, tables by layer (where the
-    model has them), features by layer."""
-    attention_biases: list[Float[Tensor, "seq d_model"]]
-    mlp_biases: Mapping[int, Float[Tensor, " d_model"]]
-    """Per layer that a dictionary writes, what it writes whatever fires."""
-    logit_ids: Int[Tensor, " n"]
-    logit_probabilities: Float[Tensor, " n"]
-    logit_values: Float[Tensor, " n"]
-    mean_unembedding: Float[Tensor, " d_model"]
-
-    @property
-    def n_sources(self) -> int:
-        return self.n_fixed + sum(len(firing.feature) for firing in self.firing.values())
-
-    @property
-    def n_fixed(self) -> int:
-        """Embeddings, errors and tables."""
-        return _n_fixed(self.frozen)
-
-    def first_table(self, layer: int) -> int:
-        """Number of a layer's first table source."""
-        return self.frozen.n_tokens * (1 + len(self.frozen.layers) + layer)
-
-
-def _n_fixed(frozen: FrozenModel) -> int:
-    return frozen.n_tokens * (1 + len(frozen.layers) + sum(layer.per_layer is not None for layer in frozen.layers))
-
-
 def build_graph(
     model: Any,
     prompt: Any,
@@ -177,82 +130,12 @@ def build_graph(
     require_graph_fits(graph_needs(model, len(tokens), dictionaries), settings, model.device)
     tell("reading the prompt", 0, None)
     with torch.no_grad():
-        read = _read(model, tokens, dictionaries, settings, wanted)
-        l0 = (read.n_sources - read.n_fixed) / len(tokens)
+        found = read(model, tokens, dictionaries, settings, wanted)
+        l0 = (found.n_sources - found.n_fixed) / len(tokens)
         require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
-        work = _Expansion(read, settings)
+        work = _Expansion(found, settings)
         work.run(tell)
         return work.graph(prompt if isinstance(prompt, str) else "")
-
-
-def read_prompt(model: Any, tokens: Int[Tensor, " seq"], transcoders: Sequence[Any]) -> Prompt:
-    """A prompt read once: the frozen model, firing features, errors, biases."""
-    with torch.no_grad():
-        return _read(model, tokens, mlp_dictionaries(model, transcoders), GraphSettings(), [])
-
-
-def _read(
-    model: Any, tokens: Int[Tensor, " seq"], dictionaries: MlpDictionaries, settings: GraphSettings, wanted: list[int]
-) -> Prompt:
-    hooks = {layer: f"blocks.{layer}.ln2.hook_out" for layer in dictionaries.layers}
-    frozen, seen = freeze(model, tokens, list(hooks.values()))
-    reads = {layer: seen[hook] for layer, hook in hooks.items()}
-    errors = {layer: frozen_layer.mlp_out for layer, frozen_layer in enumerate(frozen.layers)}
-    firing, skips, mlp_biases = {}, {}, {}
-    for layer in dictionaries.layers:
-        mlp_biases[layer] = dictionaries.b_dec(layer).to(tokens.device)
-        errors[layer] = errors[layer] - mlp_biases[layer]
-        skip = dictionaries.skip(layer)
-        if skip is not None:
-            skips[layer] = skip.to(tokens.device)
-            errors[layer] = errors[layer] - reads[layer] @ skips[layer].T
-            norm_bias = frozen.layers[layer].ln2.bias
-            if norm_bias is not None:
-                mlp_biases[layer] = mlp_biases[layer] + skips[layer] @ norm_bias
-    has_bos = bool(model.bos_mask(tokens[None])[0, 0])
-    together = {} if dictionaries.clt is None else dictionaries.encode(reads)
-    for layer in dictionaries.layers:
-        features = together[layer] if together else dictionaries.encode_layer(layer, reads[layer])
-        if has_bos:
-            features[0] = 0.0
-        for written in dictionaries.written_from(layer):
-            errors[written] = errors[written] - dictionaries.decode(layer, features, written)
-        position, feature = features.nonzero(as_tuple=True)
-        firing[layer] = Firing(position, feature, features[position, feature])
-    first, number = {}, _n_fixed(frozen)
-    for layer, there in firing.items():
-        first[layer] = number
-        number += len(there.feature)
-    frozen = FrozenModel(**{**vars(frozen), "skips": skips})
-    ids, probabilities, values, mean = _logits(model, frozen, settings, wanted)
-    attention_biases = frozen.attention_constants()
-    return Prompt(
-        frozen, dictionaries, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
-    )
-
-
-def _logits(
-    model: Any, frozen: FrozenModel, settings: GraphSettings, wanted: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, probabilities and centred logits of the tokens to explain, and the mean row of W_U."""
-    hidden = frozen.final_norm(frozen.final[-1:], slice(frozen.n_tokens - 1, frozen.n_tokens))[0]
-    if frozen.final_norm.bias is not None:
-        hidden = hidden + frozen.final_norm.bias
-    rows = max(1, CHUNK_BYTES // (4 * model.d_model))
-    logits = torch.cat([hidden @ part.float().T for part in model.W_U.split(rows)], dim=-1)
-    head = model.hf.get_submodule(model.layout.head)
-    if getattr(head, "bias", None) is not None:
-        logits = logits + head.bias.float()
-    cap = model.layout.final_logit_softcapping
-    probabilities = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
-    if wanted:
-        ids = torch.tensor(wanted, device=logits.device)
-    else:
-        share, ids = probabilities.topk(min(settings.max_logits, len(logits)))
-        enough = int((share.cumsum(0) < settings.logit_share).sum()) + 1
-        ids = ids[:enough]
-    mean = model.W_U.mean(0, dtype=torch.float32)
-    return ids, probabilities[ids], logits[ids] - logits.mean(), mean
 
 
 class _Expansion:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scope.attribution.freezing import PATTERN_BYTES
+from scope.attribution.frozen_attention import QUERY_CHUNK
 from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from scope.attribution.dictionaries import MlpDictionaries
 
 __all__ = [
+    "POSITION_CHUNK",
     "AttributionNeeds",
     "GraphNeeds",
     "attribution_needs",
@@ -33,9 +36,8 @@ ROOM = 1.2
 """Multiple of what is counted that is asked for."""
 UNKNOWN_L0 = 64
 """Features of a layer that are taken to fire on a token where the dictionary does not say."""
-QUERY_CHUNK = 512
 POSITION_CHUNK = 256
-PATTERN_BYTES = 2**28
+"""Positions whose decoder rows a graph gathers at once."""
 SMALLEST = {"batch_size": 1, "edges_per_target": 128, "max_features": 64}
 """How far settings are lowered in search of some that fit."""
 

@@ -27,7 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
-from scope.attribution.frozen import attention_as_frozen, freeze
+from scope.attribution.freezing import freeze
+from scope.attribution.frozen import attention_as_frozen
 from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
 from scope.models.taps import Handler, tapped
