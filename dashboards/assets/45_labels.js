@@ -1,4 +1,4 @@
-/* A label that was saved shows wherever the page names the feature, and its confirmation goes after a while. */
+/* A label that was saved shows wherever the page names the feature. */
 (function () {
   "use strict";
 
@@ -9,6 +9,9 @@
       for (const shown of document.querySelectorAll('[data-label-of="' + CSS.escape(said.of) + '"]')) {
         shown.textContent = said.label || shown.dataset.labelElse || "";
       }
+      const id = { of: said.of, part: "label-text" };
+      const box = document.getElementById(JSON.stringify(id));
+      if (box && said.label !== said.typed && box.value === said.typed) window.scope.setProps(id, { value: said.label });
       document.dispatchEvent(new CustomEvent("scope:label", { detail: said }));
       return clientside.no_update;
     },

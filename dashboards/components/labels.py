@@ -130,14 +130,15 @@ def _source(label: Label, others: Sequence[StoredLabel]) -> list[Any]:
 def register(app: Dash, context: Context) -> None:
     """Save what changes.
 
-    The names to choose from stay as they were: given new ones, the input drops every tag that is not among them, and
-    one typed while an answer is under way would be lost.
+    What is kept can read otherwise than what was typed (blanks go; an imported label comes back where one's own is
+    taken away): assets/45_labels.js puts it into the box, unless one has typed on meanwhile. The names to choose from
+    stay as they were: given new ones, the input drops every tag that is not among them, and one typed while an answer
+    is under way would be lost.
     """
 
     @app.callback(
         Output(_id("status", MATCH), "children"),
         Output(_id("status", MATCH), "className"),
-        Output(_id("text", MATCH), "value"),
         Output(_id("source", MATCH), "children"),
         Output(_id("star", MATCH), "children"),
         Output(_id("star", MATCH), "aria-pressed"),
@@ -148,32 +149,40 @@ def register(app: Dash, context: Context) -> None:
         Input(_id("notes", MATCH), "value"),
         Input(_id("star", MATCH), "n_clicks"),
         Input(_id("lists", MATCH), "value"),
+        State(_id("status", MATCH), "className"),
         prevent_initial_call=True,
     )
-    def change(text: str | None, notes: str | None, clicks: int | None, names: list[str] | None) -> tuple[Any, ...]:
-        part = str(ctx.triggered_id["part"]).removeprefix("label-")
-        index_id, _, number = str(ctx.triggered_id["of"]).rpartition(":")
+    def change(
+        text: str | None, notes: str | None, clicks: int | None, names: list[str] | None, shown: str
+    ) -> tuple[Any, ...]:
+        ids = list(ctx.triggered_prop_ids.values())  # several, where one has changed a part and gone on to the next
+        parts = [str(id["part"]).removeprefix("label-") for id in ids]
+        index_id, _, number = str(ids[0]["of"]).rpartition(":")
+        said = []
         try:
             index = context.index(index_id)
             feature = feature_id(index, number)
-            before = index.labels.get(feature)
-            after = _changed(index.labels, feature, before, part, text or "", notes or "", names or [])
+            after = index.labels.get(feature)
+            for part in parts:
+                before = after
+                after = _changed(index.labels, feature, before, part, text or "", notes or "", names or [])
+                if after != before:
+                    said.append(SAVED.get(part) or ("Starred" if after.starred else "Star taken away"))
         except ScopeError as problem:
-            return (f"Not saved. {problem}", "label-status failed", *[no_update] * 7)
-        if after == before and part != "text":
+            return (f"Not saved. {problem}", "label-status failed", *[no_update] * 6)
+        typed = text or "" if "text" in parts else after.text
+        if not said and typed == after.text and "failed" not in shown:
             raise PreventUpdate
-        said = {"star": "Starred" if after.starred else "Star taken away"}.get(part) or SAVED[part]
         pressed = _pressed(after)
         return (
-            said if after != before else "",
+            ". ".join(said),
             "label-status",
-            after.text if part == "text" and after.text != (text or "") else no_update,
             _source(after, index.labels.all(feature)),
             _star(after.starred),
             pressed["aria-pressed"],
             pressed["aria-label"],
             pressed["title"],
-            {"of": f"{index_id}:{feature}", "label": after.text, "starred": after.starred},
+            {"of": f"{index_id}:{feature}", "label": after.text, "typed": typed, "starred": after.starred},
         )
 
     app.clientside_callback(
