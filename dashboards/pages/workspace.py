@@ -65,15 +65,17 @@ def render(context: Context, view: View) -> Page:
         parts += _diffs(diffs)
         pending = any(job.pending for job in _jobs(verifier, [*indexes, *saes, *stores]))
         parts.append(dcc.Interval(id="verify-poll", interval=POLL_MS, disabled=not pending))
+        parts.append(dcc.Store(id="verify-asked"))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
 
 
 def register(app: Dash, context: Context) -> None:
-    """Verifying on demand."""
+    """Verifying on demand. A click goes through `#verify-asked`, so that `watch` looks once more: its answer of just
+    before would end the polling."""
     verifier = _verifier(context)
 
     @app.callback(
-        Output("verify-poll", "disabled"),
+        Output("verify-asked", "data"),
         Input({"type": "verify", "id": ALL}, "n_clicks"),
         prevent_initial_call=True,
     )
@@ -81,10 +83,10 @@ def register(app: Dash, context: Context) -> None:
         if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
             raise PreventUpdate
         verifier.start(str(ctx.triggered_id["id"]))
-        return False
+        return time.time()
 
     @app.callback(
-        Output("verify-poll", "disabled", allow_duplicate=True),
+        Output("verify-asked", "data", allow_duplicate=True),
         Input({"type": "verify-cancel", "id": ALL}, "n_clicks"),
         prevent_initial_call=True,
     )
@@ -92,20 +94,21 @@ def register(app: Dash, context: Context) -> None:
         if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
             raise PreventUpdate
         verifier.cancel(str(ctx.triggered_id["id"]))
-        return False
+        return time.time()
 
     @app.callback(
         Output({"type": "verify-bar", "id": ALL}, "hidden"),
         Output({"type": "verify-step", "id": ALL}, "children"),
         Output({"type": "verify-share", "id": ALL}, "style"),
         Output({"type": "verify-found", "id": ALL}, "children"),
-        Output("verify-poll", "disabled", allow_duplicate=True),
+        Output("verify-poll", "disabled"),
         Input("verify-poll", "n_intervals"),
+        Input("verify-asked", "data"),
         State({"type": "verify-bar", "id": ALL}, "id"),
         prevent_initial_call=True,
         running=jobs.one_at_a_time("verify-poll", POLL_MS),
     )
-    def watch(_: int | None, ids: list[dict[str, str]]) -> tuple[Any, ...]:
+    def watch(_: int | None, asked: float | None, ids: list[dict[str, str]]) -> tuple[Any, ...]:
         jobs_of = [verifier.job(one["id"]) for one in ids]
         drawn = [_standing(verifier, job) for job in jobs_of]
         columns = [list(column) for column in zip(*drawn, strict=True)] if drawn else [[], [], [], []]
