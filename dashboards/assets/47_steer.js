@@ -1,6 +1,18 @@
 /* Interventions: the sliders of the steering page, whose places go into the address; a feature that is ablated. */
 (function () {
   "use strict";
+
+  /* A feature more, or one less: the others stay where their sliders are by now. */
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-push], [data-unpush]");
+    if (!button) return;
+    const feature = button.dataset.push || button.dataset.unpush;
+    const now = (new URL(location.href).searchParams.get("push") || "").split(",");
+    const pushes = now.filter((one) => one && Number(one.split(":")[0]) !== Number(feature));
+    if (button.dataset.push) pushes.push(feature + ":1");
+    window.scope.select({ push: pushes.join(",") || null, named: null });
+  });
+
   const clientside = (window.dash_clientside = window.dash_clientside || {});
   clientside.scope = Object.assign(clientside.scope || {}, {
     /** The effect of ablating a feature is asked for: that is part of the address. */

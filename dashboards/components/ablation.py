@@ -1,20 +1,18 @@
 """What a feature is worth to the model: on demand the model worker ablates it on its strongest examples, and the change
 of the loss colours their tokens. That it has been asked for is part of the address (`ablate`)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html
-from dash.exceptions import PreventUpdate
+from dash import Dash, dcc, html
 
 from dashboards.components.controls import button, define, link_button
-from dashboards.components.progress import Asked, progress_box, register_progress
+from dashboards.components.progress import progress_box, register_demand
 from dashboards.components.strip import legend, token_strip
 from dashboards.context import Context
 from dashboards.format import exact, number, plural
 from dashboards.links import steer_link
 from dashboards.prompts import prompt_jobs
 from dashboards.worker import Job
-from scope.errors import ScopeError
 
 if TYPE_CHECKING:
     from scope.features.ablation import AblationEffect
@@ -54,39 +52,13 @@ def ablation_box(context: Context, index: str, feature: int, asked: bool) -> htm
 
 def register(app: Dash, context: Context) -> None:
     """From the button to a job, and from its result to coloured tokens."""
-    app.clientside_callback(
-        ClientsideFunction("scope", "askAblation"),
-        Output("ablation-request", "data"),
-        Input("ablation-ask", "n_clicks"),
-        prevent_initial_call=True,
-    )
 
-    @app.callback(
-        Output("ablation-job", "data"),
-        Output("ablation-result", "children", allow_duplicate=True),
-        Input("ablation-request", "data"),
-        State("feature-of-page", "data"),
-        prevent_initial_call="initial_duplicate",
-    )
-    def start(asked: Asked | None, about: Asked) -> tuple[Asked, Any]:
-        if not asked:
-            raise PreventUpdate
-        index, feature = about["index"], int(about["feature"])
-        try:
-            job = context.worker.submit(
-                _key(index, feature), lambda job: _ablate(context, job, index, feature), TIME_LIMIT
-            )
-        except ScopeError as problem:
-            return {**about, "problem": str(problem)}, []
-        return {**about, "id": job.id}, []
+    def submit(index: str, feature: int) -> Job:
+        return context.worker.submit(
+            _key(index, feature), lambda job: _ablate(context, job, index, feature), TIME_LIMIT
+        )
 
-    register_progress(
-        app,
-        context.worker,
-        "ablation",
-        lambda asked, job: draw(job.result),
-        "The feature could not be ablated",
-    )
+    register_demand(app, context.worker, "ablation", "askAblation", submit, draw, "The feature could not be ablated")
 
 
 def _key(index: str, feature: int) -> tuple[str, str, int]:

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
-from dashboards.components.controls import button
-from dashboards.format import duration, plural
+from dashboards.components.jobs import one_at_a_time, standing
+from dashboards.components.waiting import progress_bar
 from dashboards.worker import Job, JobState, ModelWorker
 from scope.errors import ScopeError
 
-__all__ = ["Asked", "progress_box", "progress_step", "register_progress"]
+__all__ = ["Asked", "progress_box", "register_demand", "register_progress"]
 
 Asked = dict[str, Any]
 """What a page asked of the worker: the job's `id`, or the `problem` why there is none, and what the page needs to draw
@@ -20,31 +20,56 @@ its result."""
 POLL_MS = 350
 
 
-def progress_box(prefix: str, hidden: bool = True) -> html.Div:
-    """Stands still while its content changes: a button that is drawn anew each time cannot be pressed. Its parts have
-    the ids PREFIX-progress (`hidden`), PREFIX-share (`style`), PREFIX-step (`children`), PREFIX-cancel (`n_clicks`);
-    PREFIX-job holds what was asked, PREFIX-poll asks again."""
-    box = html.Div(
-        id=f"{prefix}-progress",
-        className="progress",
-        role="status",
-        hidden=hidden,
-        children=[
-            html.Div(html.I(id=f"{prefix}-share"), className="progress-track"),
-            html.Span(id=f"{prefix}-step", className="small muted"),
-            button("Cancel", id=f"{prefix}-cancel"),
-        ],
-    )
+def progress_box(prefix: str) -> html.Div:
+    """The bar (`waiting.progress_bar`), PREFIX-job, which holds what was asked, and PREFIX-poll, which asks again."""
     poll = dcc.Interval(id=f"{prefix}-poll", interval=POLL_MS, disabled=True)
-    return html.Div([box, poll, dcc.Store(id=f"{prefix}-job")])
+    return html.Div([progress_bar(prefix), poll, dcc.Store(id=f"{prefix}-job")])
 
 
-def progress_step(worker: ModelWorker, job: Job) -> tuple[str, dict[str, Any]]:
-    """What a job is doing, in words, and how far it is as the style of the bar."""
-    ahead = worker.position(job)
-    step = f"{plural(ahead, 'request')} before this one" if job.state is JobState.QUEUED and ahead else job.step
-    style = {"width": f"{100 * job.done / job.total:.0f}%", "animation": "none", "left": "0"} if job.total else {}
-    return f"{step[:1].upper()}{step[1:]} … {duration(job.seconds)}", style
+def register_demand(
+    app: Dash,
+    worker: ModelWorker,
+    prefix: str,
+    ask: str,
+    submit: Callable[[str, int], Job],
+    draw: Callable[[Any], Any],
+    failed: str,
+) -> None:
+    """What a feature's page computes when it is asked for: a click on PREFIX-ask fills PREFIX-request (as the address
+    does that asks for it), which submits the job, watched as by `register_progress`.
+
+    Args:
+        app: the dashboard.
+        worker: runs the job.
+        prefix: of the ids.
+        ask: the clientside function from clicks to a request, which notes it in the address.
+        submit: from the index's id and the feature to the job.
+        draw: from the job's result to what is shown.
+        failed: the request in words.
+    """
+    app.clientside_callback(
+        ClientsideFunction("scope", ask),
+        Output(f"{prefix}-request", "data"),
+        Input(f"{prefix}-ask", "n_clicks"),
+        prevent_initial_call=True,
+    )
+
+    @app.callback(
+        Output(f"{prefix}-job", "data"),
+        Output(f"{prefix}-result", "children", allow_duplicate=True),
+        Input(f"{prefix}-request", "data"),
+        State("feature-of-page", "data"),
+        prevent_initial_call="initial_duplicate",
+    )
+    def start(asked: Asked | None, about: Asked) -> tuple[Asked, Any]:
+        if not asked:
+            raise PreventUpdate
+        try:
+            return {**about, "id": submit(about["index"], int(about["feature"])).id}, []
+        except ScopeError as problem:
+            return {**about, "problem": str(problem)}, []
+
+    register_progress(app, worker, prefix, lambda asked, job: draw(job.result), failed)
 
 
 def register_progress(
@@ -69,6 +94,7 @@ def register_progress(
         Input(f"{prefix}-poll", "n_intervals"),
         Input(f"{prefix}-job", "data"),
         prevent_initial_call=True,
+        running=one_at_a_time(f"{prefix}-poll", POLL_MS),
     )
     def watch(_: int | None, asked: Asked | None) -> tuple[Any, ...]:
         if not asked:
@@ -77,7 +103,7 @@ def register_progress(
             return True, "", None, states.error(ScopeError(asked["problem"]), failed), True
         job = worker.get(asked["id"])
         if job is not None and job.pending:
-            return False, *progress_step(worker, job), no_update, False
+            return False, *standing(worker, job), no_update, False
         return True, "", None, _ended(asked, job, draw, failed), True
 
     @app.callback(

@@ -1,16 +1,19 @@
-"""The form of the prompt page and the logit lens: a text or the turns of a chat; assets/25_prompt.js runs it."""
+"""The form of the pages that take a prompt: a text or the turns of a chat; assets/25_prompt.js runs it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dash_mantine_components as dmc
-from dash import html
+from dash import dcc, html
 
 from dashboards.components.controls import button
 from dashboards.prompts import Asked
 
-__all__ = ["invitation", "prompt_form"]
+__all__ = ["invitation", "prompt_form", "prompt_stores"]
+
+NAMES = ("text", "chat", "text2", "chat2")
+"""What of an address says what to run."""
 
 
 def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt-run") -> html.Div:
@@ -86,6 +89,18 @@ def _editor(asked: Asked, suffix: str, name: str) -> html.Div:
             ),
         ],
     )
+
+
+def prompt_stores(page: str, index: str, query: Mapping[str, str], poll_ms: int, *more: str) -> list[Any]:
+    """What such a page keeps: PAGE-request, what to run; PAGE-selection, the address's query; PAGE-poll, which asks for
+    news of what runs every `poll_ms` milliseconds; and more empty stores."""
+    request = {"index": index, **{name: query[name] for name in NAMES if query.get(name)}}
+    return [
+        dcc.Store(id=f"{page}-request", data=request),
+        dcc.Store(id=f"{page}-selection", data=query),
+        *(dcc.Store(id=f"{page}-{name}") for name in more),
+        dcc.Interval(id=f"{page}-poll", interval=poll_ms, disabled=True),
+    ]
 
 
 def invitation(words: str, samples: Sequence[str | tuple[str, str]]) -> html.Div:

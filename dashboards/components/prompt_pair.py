@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dash import html
 
-from dashboards.components.controls import define
+from dashboards.components.controls import define, panel
 from dashboards.components.firings import choice, pin_feature, plain_bar, signed_bar
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
 from dashboards.components.states import skeleton
@@ -260,19 +260,12 @@ def _differences(view: PairView) -> html.Section:
         body.append(
             html.Div(choice(f"Show {more} more", {"rows": view.a.selection.rows + ROWS}, False), className="more")
         )
-    return html.Section(
-        className="panel",
-        children=[
-            html.Header(
-                [
-                    html.H2("Features that differ"),
-                    html.Span("over the whole prompts, largest change first", className="unit"),
-                    define("change"),
-                ]
-            ),
-            html.Div(chips, className="chips"),
-            *body,
-        ],
+    return panel(
+        "Features that differ",
+        html.Div(chips, className="chips"),
+        *body,
+        term="change",
+        unit="over the whole prompts, largest change first",
     )
 
 

@@ -178,15 +178,15 @@ def _pushed(push: Push) -> list[Any]:
 
 
 def next_token_field(prefix: str = "prompt", words: str = "or type another token, then Enter") -> list[Any]:
-    """A field for a token that is not in the list, and the place for what is said about it: PREFIX-target-text and
-    PREFIX-typed-answer."""
+    """A field for a token that is not in the list, and the place for what is said about it: PREFIX-target-text, which
+    Enter sends to the store PREFIX-sent (assets/27_typing.js), and PREFIX-typed-answer."""
     return [
         dmc.TextInput(
             id=f"{prefix}-target-text",
             placeholder=words,
             size="xs",
             className="target-text",
-            attributes={"input": {"aria-label": "Another next token"}},
+            attributes={"input": {"aria-label": "Another next token", "data-typing": f"{prefix}-sent"}},
         ),
         html.Div(id=f"{prefix}-typed-answer"),
     ]

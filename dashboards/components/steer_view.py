@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import dash_mantine_components as dmc
 from dash import html
 
-from dashboards.components.controls import button, define
+from dashboards.components.controls import button, define, panel
 from dashboards.components.firings import choice, signed_bar
 from dashboards.components.stats import stat, stats
 from dashboards.components.strip import legend, token, token_strip
@@ -46,7 +46,7 @@ def draw_controls(
 
 
 def _pushes_part(index: "FeatureIndex", wanted: Steer) -> html.Section:
-    rows = [_pushed(index, push, wanted) for push in wanted.pushes if push.feature < index.d_sae]
+    rows = [_pushed(index, push) for push in wanted.pushes if push.feature < index.d_sae]
     none = html.P(
         "No feature yet. Add one by its number, or search for words of its label or tokens.", className="muted small"
     )
@@ -59,18 +59,19 @@ def _pushes_part(index: "FeatureIndex", wanted: Steer) -> html.Section:
                 id="steer-add",
                 placeholder="Add a feature: its number, or words, then Enter",
                 size="xs",
-                attributes={"input": {"aria-label": "Add a feature by its number or by words"}},
+                attributes={
+                    "input": {"aria-label": "Add a feature by its number or by words", "data-typing": "steer-sent"}
+                },
             ),
             html.Div(id="steer-answer", className="chips"),
         ],
     )
 
 
-def _pushed(index: "FeatureIndex", push: Push, wanted: Steer) -> html.Li:
+def _pushed(index: "FeatureIndex", push: Push) -> html.Li:
     row = table_row(index, push.feature)
     name = feature_name(row, 4) or "no tokens"
     largest = float(row["max_value"])
-    rest = tuple(one for one in wanted.pushes if one.feature != push.feature)
     id = {"feature": push.feature}
     return html.Li(
         className="pushed",
@@ -88,12 +89,11 @@ def _pushed(index: "FeatureIndex", push: Push, wanted: Steer) -> html.Li:
                 className="pushed-times number",
                 title=f"times its maximum, a firing strength of {exact(largest)}",
             ),
-            choice(
+            button(
                 "×",
-                {"push": pushes_text(rest)},
-                False,
-                className="button icon-only tiny",
-                **{"aria-label": f"Do not push feature {push.feature}"},
+                label=f"Do not push feature {push.feature}",
+                className="icon-only tiny",
+                **{"data-unpush": str(push.feature)},
             ),
             dmc.Slider(
                 id={"type": "steer-push", **id},
@@ -110,13 +110,14 @@ def _pushed(index: "FeatureIndex", push: Push, wanted: Steer) -> html.Li:
     )
 
 
-def suggestions(index: "FeatureIndex", features: Sequence[int], wanted: Steer) -> list[Any]:
+def suggestions(index: "FeatureIndex", features: Sequence[int]) -> list[Any]:
     """Features that words have found, to be pushed."""
     return [
-        choice(
+        html.Button(
             [html.Span(str(feature), className="muted number"), html.Span(feature_name(table_row(index, feature), 3))],
-            {"push": pushes_text((*wanted.pushes, Push(feature, 1.0))), "named": None},
-            False,
+            type="button",
+            className="chip",
+            **{"data-push": str(feature)},
         )
         for feature in features
     ]
@@ -228,9 +229,15 @@ def _kept_part(wanted: Steer, kept: Sequence[str]) -> html.Section:
                         id="steer-name",
                         placeholder="Name for what is pushed now",
                         size="xs",
-                        attributes={"input": {"aria-label": "Name for what is pushed now", "maxLength": 60}},
+                        attributes={
+                            "input": {
+                                "aria-label": "Name for what is pushed now",
+                                "maxLength": 60,
+                                "data-typing": "steer-name-sent",
+                            }
+                        },
                     ),
-                    button("Save", id="steer-save"),
+                    button("Save", id="steer-save", **{"data-sends": "steer-name"}),
                 ],
             )
         )
@@ -324,34 +331,19 @@ def _changes(found: Steered) -> html.Section:
         )
         for row in changes.to_dict("records")
     ]
-    return html.Section(
-        className="panel",
-        children=[
-            html.Header(
-                [
-                    html.H2("Right after the prompt"),
-                    html.Span("probability of the next token, largest changes first", className="unit"),
-                ]
-            ),
-            html.Div(
-                html.Table(
-                    [
-                        html.Thead(
-                            html.Tr(
-                                [
-                                    html.Th(words, scope="col", className="number" if 0 < place < len(head) - 1 else "")
-                                    for place, words in enumerate(head)
-                                ]
-                            )
-                        ),
-                        html.Tbody(rows),
-                    ],
-                    className="table steer-changes",
-                ),
-                className="scroll",
-                role="region",
-                tabIndex=0,
-                **{"aria-label": "Probabilities of the next token"},
-            ),
-        ],
+    heads = [
+        html.Th(words, scope="col", className="number" if 0 < place < len(head) - 1 else "")
+        for place, words in enumerate(head)
+    ]
+    table = html.Table([html.Thead(html.Tr(heads)), html.Tbody(rows)], className="table steer-changes")
+    return panel(
+        "Right after the prompt",
+        html.Div(
+            table,
+            className="scroll",
+            role="region",
+            tabIndex=0,
+            **{"aria-label": "Probabilities of the next token"},
+        ),
+        unit="probability of the next token, largest changes first",
     )

@@ -19,7 +19,7 @@ from dashboards.components.feature_view import (
     no_firings,
 )
 from dashboards.components.labels import label_panel_of
-from dashboards.components.progress import Asked, progress_box, register_progress
+from dashboards.components.progress import Asked, progress_box, register_demand
 from dashboards.components.strip import legend
 from dashboards.context import Context
 from dashboards.feature_jobs import FeatureJobs
@@ -241,30 +241,8 @@ def register(app: Dash, context: Context) -> None:
 def _register_logits(app: Dash, context: Context) -> None:
     """The effects on all logits, by the model worker."""
     jobs = FeatureJobs(context)
-    app.clientside_callback(
-        ClientsideFunction("scope", "askLogits"),
-        Output("logits-request", "data"),
-        Input("logits-ask", "n_clicks"),
-        prevent_initial_call=True,
-    )
-
-    @app.callback(
-        Output("logits-job", "data"),
-        Output("logits-result", "children", allow_duplicate=True),
-        Input("logits-request", "data"),
-        State("feature-of-page", "data"),
-        prevent_initial_call="initial_duplicate",
-    )
-    def start(asked: Asked | None, about: Asked) -> tuple[Asked, Any]:
-        if not asked:
-            raise PreventUpdate
-        try:
-            return {**about, "id": jobs.submit_logits(about["index"], about["feature"]).id}, []
-        except ScopeError as problem:
-            return {**about, "problem": str(problem)}, []
-
-    register_progress(
-        app, context.worker, "logits", lambda asked, job: all_logits(job.result), "The logits could not be computed"
+    register_demand(
+        app, context.worker, "logits", "askLogits", jobs.submit_logits, all_logits, "The logits could not be computed"
     )
 
     @app.callback(

@@ -8,15 +8,16 @@
 
 from typing import Any
 
-from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
 from dashboards.components.charts import theme_of_request
 from dashboards.components.controls import define
+from dashboards.components.jobs import one_at_a_time, standing
 from dashboards.components.lens_view import LensSelection, LensView, draw_lens
-from dashboards.components.prompt_form import invitation, prompt_form
-from dashboards.components.waiting import progress_bar, step_of, trouble_of
+from dashboards.components.prompt_form import invitation, prompt_form, prompt_stores
+from dashboards.components.waiting import progress_bar, trouble_of
 from dashboards.context import Context
 from dashboards.links import View, lens_link
 from dashboards.pages import Page
@@ -44,7 +45,6 @@ def render(context: Context, view: View) -> Page:
     """The page, with the prompt and the selection of its address."""
     entry = context.entry(view)
     asked = Asked.of(view.query)
-    request = {"index": entry.id, **{name: view.query[name] for name in ("text", "chat") if view.query.get(name)}}
     content = html.Div(
         id="selection-box",
         className="prompt-page lens-page",
@@ -55,12 +55,7 @@ def render(context: Context, view: View) -> Page:
             progress_bar("lens"),
             html.Div(id="lens-status"),
             html.Div(states.skeleton(*SKELETON) if not asked.empty else _invitation(), id="lens-result"),
-            dcc.Store(id="lens-request", data=request),
-            dcc.Store(id="lens-selection", data=view.query),
-            dcc.Store(id="lens-jobs"),
-            dcc.Store(id="lens-ready"),
-            dcc.Store(id="lens-typed"),
-            dcc.Interval(id="lens-poll", interval=POLL_MS, disabled=True),
+            *prompt_stores("lens", entry.id, view.query, POLL_MS, "jobs", "ready", "drawn", "sent", "typed"),
         ],
     )
     return Page(content, "Logit lens", "lens", "" if view.index else lens_link(entry.id, **view.query))
@@ -141,6 +136,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
         Input("lens-jobs", "data"),
         State("lens-ready", "data"),
         prevent_initial_call=True,
+        running=one_at_a_time("lens-poll", POLL_MS),
     )
     def watch(_: int | None, now: Record | None, ready: Record | None) -> tuple[Any, ...]:
         if not now:
@@ -159,7 +155,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
         changed = news if news != ready else no_update
         waiting = [job for job in known if job is not None and job.pending]
         if waiting:
-            return False, *step_of(context, waiting[0]), None, changed, False
+            return False, *standing(context.worker, waiting[0]), None, changed, False
         return True, "", None, trouble_of(known, FAILED), changed, True
 
     @app.callback(
@@ -178,26 +174,37 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
 
 
 def _register_drawing(app: Dash, context: Context, jobs: PromptJobs) -> None:
+    """What is known, for what is selected; drawn anew only where there is more to show, as on the prompt page."""
+
     @app.callback(
         Output("lens-result", "children"),
+        Output("lens-drawn", "data"),
         Input("lens-ready", "data"),
         Input("lens-selection", "data"),
         Input("theme-now", "data"),
         State("lens-request", "data"),
         State("lens-jobs", "data"),
+        State("lens-drawn", "data"),
         prevent_initial_call=True,
     )
-    def draw(_: Any, query: Record | None, theme: str, asked: Record | None, now: Record | None) -> Any:
+    def draw(
+        _: Any, query: Record | None, theme: str, asked: Record | None, now: Record | None, drawn: Any
+    ) -> tuple[Any, Any]:
         prompt, selection = Asked.of(asked), LensSelection.of_query(query)
         if not asked or prompt.empty:
-            return _invitation()
-        lens = jobs.lens(asked["index"], prompt, selection.mode)
-        if lens is None:
-            return [] if _over([context.worker.get(id) for id in _ids(now)]) else states.skeleton(*SKELETON)
+            return _invitation(), None
         try:
-            return draw_lens(_view(jobs, asked["index"], prompt, selection, lens))
+            lens = jobs.lens(asked["index"], prompt, selection.mode)
+            view = _view(jobs, asked["index"], prompt, selection, lens) if lens is not None else None
+            failed = view is None and _over([context.worker.get(id) for id in _ids(now)])
+            parts = [one is not None for one in (view.followed, view.plain, view.tracked)] if view else None
+            shown = [asked, query, theme, parts, failed]
+            if shown != drawn:
+                waiting = [] if failed else states.skeleton(*SKELETON)
+                return waiting if view is None else draw_lens(view), shown
         except Exception as problem:
-            return states.error(problem, "The logit lens could not be shown")
+            return states.error(problem, "The logit lens could not be shown"), None
+        raise PreventUpdate
 
 
 def _ids(now: Record | None) -> list[str]:
@@ -226,16 +233,15 @@ def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
     @app.callback(
         Output("lens-typed", "data"),
         Output("lens-typed-answer", "children"),
-        Input("lens-target-text", "n_submit"),
-        State("lens-target-text", "value"),
+        Input("lens-sent", "data"),
         State("lens-request", "data"),
         State("lens-selection", "data"),
         prevent_initial_call=True,
     )
-    def typed(submits: int | None, value: str | None, asked: Record, query: Record | None) -> tuple[Any, Any]:
-        if not submits or not value:
+    def typed(sent: Record | None, asked: Record, query: Record | None) -> tuple[Any, Any]:
+        if not sent or not sent["text"]:
             raise PreventUpdate
-        job = jobs.submit_typed(asked["index"], value)
+        job = jobs.submit_typed(asked["index"], str(sent["text"]))
         context.worker.wait(job, TYPED_TIMEOUT)
         if job.state is not JobState.DONE:
             problem = job.error or TimeoutError("The model is busy with another request. Try again in a moment.")

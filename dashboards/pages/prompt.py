@@ -9,16 +9,16 @@ token; or two prompts beside each other.
 
 from typing import Any
 
-from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from dash.exceptions import PreventUpdate
 
 from dashboards.components import states
-from dashboards.components.jobs import one_at_a_time
-from dashboards.components.prompt_form import invitation, prompt_form
+from dashboards.components.jobs import one_at_a_time, standing
+from dashboards.components.prompt_form import invitation, prompt_form, prompt_stores
 from dashboards.components.prompt_pair import PairView, draw_pair, selected_pair
 from dashboards.components.prompt_state import PromptView, Selection
 from dashboards.components.prompt_view import draw_prompt
-from dashboards.components.waiting import progress_bar, step_of, trouble_of
+from dashboards.components.waiting import progress_bar, trouble_of
 from dashboards.context import Context
 from dashboards.links import View, prompt_link
 from dashboards.pages import Page
@@ -37,8 +37,6 @@ TYPED_TIMEOUT = 20.0
 SKELETON = (30, 56, 16, 28, 28, 28, 28)
 """Heights of what will stand there."""
 FAILED = "The prompt could not be run"
-NAMES = ("text", "chat", "text2", "chat2")
-"""What of an address says what to run."""
 INVITATION = "Which features fire on each token, and which next token do they push? Type a text, or start with:"
 SAMPLES: tuple[str | tuple[str, str], ...] = (
     "The opposite of hot is",
@@ -53,7 +51,6 @@ def render(context: Context, view: View) -> Page:
     """The page, with the prompts and the selection of its address."""
     entry = context.entry(view)
     first, second = Asked.of(view.query), Asked.of(view.query, "2")
-    request = {"index": entry.id, **{name: view.query[name] for name in NAMES if view.query.get(name)}}
     content = html.Div(
         id="selection-box",
         className="prompt-page",
@@ -64,12 +61,7 @@ def render(context: Context, view: View) -> Page:
             progress_bar("prompt"),
             html.Div(id="prompt-status"),
             html.Div(states.skeleton(*SKELETON) if not first.empty else _invitation(), id="prompt-result"),
-            dcc.Store(id="prompt-request", data=request),
-            dcc.Store(id="prompt-selection", data=view.query),
-            dcc.Store(id="prompt-jobs"),
-            dcc.Store(id="prompt-ready"),
-            dcc.Store(id="prompt-typed"),
-            dcc.Interval(id="prompt-poll", interval=POLL_MS, disabled=True),
+            *prompt_stores("prompt", entry.id, view.query, POLL_MS, "jobs", "ready", "drawn", "sent", "typed"),
         ],
     )
     return Page(content, "Prompt", "prompt", "" if view.index else prompt_link(entry.id, **view.query))
@@ -179,7 +171,7 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
         changed = news if news != ready else no_update
         waiting = [job for job in known.values() if job is not None and job.pending]
         if waiting:
-            return False, *step_of(context, waiting[0]), None, changed, False
+            return False, *standing(context.worker, waiting[0]), None, changed, False
         return True, "", None, trouble_of(known.values(), FAILED), changed, True
 
     @app.callback(
@@ -199,32 +191,45 @@ def _register_watching(app: Dash, context: Context, jobs: PromptJobs) -> None:
 
 
 def _register_drawing(app: Dash, context: Context, jobs: PromptJobs, pushes: PushJobs) -> None:
-    """What is known, for what is selected."""
+    """What is known, for what is selected; drawn anew only where there is more to show, since what is drawn anew cannot
+    be clicked or typed into meanwhile."""
 
     @app.callback(
         Output("prompt-result", "children"),
+        Output("prompt-drawn", "data"),
         Input("prompt-ready", "data"),
         Input("prompt-selection", "data"),
         State("prompt-request", "data"),
         State("prompt-jobs", "data"),
+        State("prompt-drawn", "data"),
         prevent_initial_call=True,
     )
-    def draw(_: Any, query: Record | None, asked: Record | None, now: Record | None) -> Any:
+    def draw(_: Any, query: Record | None, asked: Record | None, now: Record | None, drawn: Any) -> tuple[Any, Any]:
         first, second = Asked.of(asked), Asked.of(asked, "2")
         if not asked or first.empty:
-            return _invitation()
+            return _invitation(), None
         try:
-            drawn = _drawn(context, jobs, pushes, asked["index"], first, second, Selection.of(query))
+            view = _view(context, jobs, pushes, asked["index"], first, second, Selection.of(query))
+            known = [context.worker.get(id) for id in ((now or {}).get("ids") or {}).values()]
+            failed = view is None and any(
+                job is None or job.state in (JobState.FAILED, JobState.CANCELLED) for job in known
+            )
+            more = view.distributions if isinstance(view, PairView) else view.push if view is not None else None
+            shown = [asked, query, view is not None, more is not None, failed]
+            if shown != drawn:
+                return _drawn(view, failed), shown
         except Exception as problem:
-            return states.error(problem, "This prompt could not be shown")
-        if drawn is not None:
-            return drawn
-        known = [context.worker.get(id) for id in ((now or {}).get("ids") or {}).values()]
-        failed = any(job is None or job.state in (JobState.FAILED, JobState.CANCELLED) for job in known)
+            return states.error(problem, "This prompt could not be shown"), None
+        raise PreventUpdate
+
+
+def _drawn(view: PromptView | PairView | None, failed: bool) -> Any:
+    if view is None:
         return [] if failed else states.skeleton(*SKELETON)
+    return draw_pair(view) if isinstance(view, PairView) else draw_prompt(view)
 
 
-def _drawn(
+def _view(
     context: Context,
     jobs: PromptJobs,
     pushes: PushJobs,
@@ -232,21 +237,21 @@ def _drawn(
     first: Asked,
     second: Asked,
     selection: Selection,
-) -> html.Div | None:
-    """The result; None while it is not known."""
+) -> PromptView | PairView | None:
+    """What is known of the result; None where that is too little to show."""
     a = jobs.analysis(index, first)
     opened = context.index(index)
     if a is None:
         return None
     if second.empty:
-        return draw_prompt(PromptView(opened, a, pushes.found(index, first, selection.push), selection))
+        return PromptView(opened, a, pushes.found(index, first, selection.push), selection)
     b = jobs.analysis(index, second)
     if b is None:
         return None
     sides = (PromptView(opened, a, None, selection), PromptView(opened, b, None, selection))
     view = PairView(*sides, jobs.comparison(a, b), None)
     known = jobs.distributions(index, first, view.places[0], second, view.places[1])
-    return draw_pair(PairView(*sides, view.comparison, known))
+    return PairView(*sides, view.comparison, known)
 
 
 def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
@@ -255,15 +260,14 @@ def _register_typed(app: Dash, context: Context, jobs: PromptJobs) -> None:
     @app.callback(
         Output("prompt-typed", "data"),
         Output("prompt-typed-answer", "children"),
-        Input("prompt-target-text", "n_submit"),
-        State("prompt-target-text", "value"),
+        Input("prompt-sent", "data"),
         State("prompt-request", "data"),
         prevent_initial_call=True,
     )
-    def typed(submits: int | None, value: str | None, asked: Record) -> tuple[Any, Any]:
-        if not submits or not value:
+    def typed(sent: Record | None, asked: Record) -> tuple[Any, Any]:
+        if not sent or not sent["text"]:
             raise PreventUpdate
-        job = jobs.submit_typed(asked["index"], value)
+        job = jobs.submit_typed(asked["index"], str(sent["text"]))
         context.worker.wait(job, TYPED_TIMEOUT)
         if job.state is not JobState.DONE:
             problem = job.error or TimeoutError("The model is busy with another request. Try again in a moment.")

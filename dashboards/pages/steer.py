@@ -16,7 +16,7 @@ from dash.exceptions import PreventUpdate
 from dashboards.components import states
 from dashboards.components.controls import define
 from dashboards.components.jobs import one_at_a_time, standing
-from dashboards.components.prompt_form import invitation, prompt_form
+from dashboards.components.prompt_form import invitation, prompt_form, prompt_stores
 from dashboards.components.steer_view import draw_controls, draw_result, draw_writing, suggestions
 from dashboards.components.waiting import progress_bar
 from dashboards.context import Context
@@ -47,7 +47,6 @@ def render(context: Context, view: View) -> Page:
     """The page, with the prompt and what its address asks for."""
     entry = context.entry(view)
     asked = Asked.of(view.query)
-    request = {"index": entry.id, **{name: view.query[name] for name in ("text", "chat") if view.query.get(name)}}
     content = html.Div(
         id="selection-box",
         className="prompt-page steer-page",
@@ -71,13 +70,8 @@ def render(context: Context, view: View) -> Page:
                     ),
                 ],
             ),
-            dcc.Store(id="steer-request", data=request),
-            dcc.Store(id="steer-selection", data=view.query),
+            *prompt_stores("steer", entry.id, view.query, POLL_MS, "job", "kept", "sent", "added", "name-sent"),
             dcc.Store(id="steer-drawn", data=_signature(view.query)),
-            dcc.Store(id="steer-job"),
-            dcc.Store(id="steer-kept"),
-            dcc.Store(id="steer-added"),
-            dcc.Interval(id="steer-poll", interval=POLL_MS, disabled=True),
         ],
     )
     return Page(content, "Steer", "steer", "" if view.index else steer_link(entry.id, **view.query))
@@ -222,16 +216,15 @@ def _register_adding(app: Dash, context: Context) -> None:
     @app.callback(
         Output("steer-added", "data"),
         Output("steer-answer", "children"),
-        Input("steer-add", "n_submit"),
-        State("steer-add", "value"),
+        Input("steer-sent", "data"),
         State("steer-request", "data"),
         State("steer-selection", "data"),
         prevent_initial_call=True,
     )
-    def add(submits: int | None, value: str | None, asked: Record, query: Record | None) -> tuple[Any, Any]:
-        if not submits or not (value or "").strip():
+    def add(sent: Record | None, asked: Record, query: Record | None) -> tuple[Any, Any]:
+        text, wanted = str((sent or {}).get("text", "")).strip(), Steer.of(query)
+        if not text:
             raise PreventUpdate
-        text, wanted = str(value).strip(), Steer.of(query)
         index = context.index(asked["index"])
         if len(wanted.pushes) >= MAX_PUSHED:
             return no_update, html.Span(f"At most {MAX_PUSHED} features at once.", className="small", role="alert")
@@ -245,7 +238,7 @@ def _register_adding(app: Dash, context: Context) -> None:
             return no_update, html.Span(str(problem), className="small", role="alert")
         if not found:
             return no_update, html.Span("No feature is called that or fires on it.", className="small", role="alert")
-        return no_update, suggestions(index, found, wanted)
+        return no_update, suggestions(index, found)
 
     app.clientside_callback(
         ClientsideFunction("scope", "chooseTyped"),
@@ -259,20 +252,17 @@ def _register_saving(app: Dash, jobs: SteerJobs) -> None:
     @app.callback(
         Output("steer-kept", "data"),
         Output("steer-saved", "children"),
-        Input("steer-save", "n_clicks"),
-        State("steer-name", "value"),
+        Input("steer-name-sent", "data"),
         State("steer-request", "data"),
         State("steer-selection", "data"),
         State("steer-kept", "data"),
         prevent_initial_call=True,
     )
-    def save(
-        clicks: int | None, name: str | None, asked: Record, query: Record | None, before: Record | None
-    ) -> tuple[Any, Any]:
-        if not clicks:
+    def save(sent: Record | None, asked: Record, query: Record | None, before: Record | None) -> tuple[Any, Any]:
+        if not sent:
             raise PreventUpdate
         try:
-            spec = jobs.save(asked["index"], Steer.of(query), name or "")
+            spec = jobs.save(asked["index"], Steer.of(query), str(sent["text"]))
         except (ScopeError, OSError) as problem:
             return no_update, html.Span(str(problem), role="alert")
         return {"at": (before or {}).get("at", 0) + 1, "name": spec.name}, no_update
