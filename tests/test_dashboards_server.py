@@ -153,3 +153,16 @@ def test_importing_the_dashboard_leaves_torch_alone() -> None:
     code = "import sys, dashboards.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_what_asks_again_waits_for_the_answer(client: Any) -> None:
+    """Dash drops the answer to a request that another has followed: a slow server would be asked in vain."""
+    asking = [
+        spec
+        for spec in get(client, "/_dash-dependencies").json
+        if any(one["property"] == "n_intervals" for one in spec["inputs"])
+    ]
+    assert len(asking) > 5
+    for spec in asking:
+        (poll,) = (one["id"] for one in spec["inputs"] if one["property"] == "n_intervals")
+        assert f"{poll}.interval" in (spec.get("running") or {}).get("running", {}), spec["output"]

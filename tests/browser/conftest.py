@@ -81,10 +81,21 @@ class Visit:
         return self.page
 
     def until(self, expression: str) -> None:
-        """Wait until a JavaScript expression holds (the page's own policy forbids Playwright's wait_for_function)."""
+        """Wait until a JavaScript expression holds (the page's own policy forbids Playwright's wait_for_function). One
+        that fails asks for what is not there yet, or of a page that is being left."""
+        from playwright.sync_api import Error
+
         deadline = time.monotonic() + TIMEOUT / 1000
-        while not self.page.evaluate(expression):
-            assert time.monotonic() < deadline, f"never true: {expression}"
+        while True:
+            try:
+                found = self.page.evaluate(expression)
+            except Error as problem:
+                found, said = False, f": {problem}"
+            else:
+                said = ""
+            if found:
+                return
+            assert time.monotonic() < deadline, f"never true: {expression}{said}"
             self.page.wait_for_timeout(30)
 
     def check(self) -> None:
@@ -130,7 +141,7 @@ def serve() -> Iterator[Callable[[Any], Server]]:
 
 @pytest.fixture(scope="session")
 def fake_model() -> Iterator[None]:
-    """A `FakeIndex` gets a `FakeModel`, and that is answered by the fakes; any other model as always."""
+    """A `FakeIndex` gets a `FakeModel`, and the fakes answer what is asked about either; all else is as always."""
     import dashboards.prompts as prompts
     import scope.attribution.direct as direct
     import scope.attribution.lens as lens
@@ -141,63 +152,29 @@ def fake_model() -> Iterator[None]:
     import scope.interventions.steering as steering
     import scope.models.losses as losses
 
-    real_load = prompts._load_model
-    real_features, real_direct = prompt.features_on_prompt, direct.direct_logit_effects
-    real_lens, real_logits = lens.logit_lens, losses.residual_logits
+    fake_answers = [
+        (prompts, "_load_model", fakes.FakeModel),
+        (prompt, "features_on_prompt", fakes.fake_features_on_prompt),
+        (direct, "direct_logit_effects", fakes.fake_direct_logit_effects),
+        (lens, "logit_lens", fakes.fake_logit_lens),
+        (losses, "residual_logits", lambda model, residual: model.residual_logits(residual)),
+        (methods, "attribute", fakes.fake_attribute),
+        (ablation, "ablation_effect", fakes.fake_ablation_effect),
+        (resolving, "resolve", lambda spec, model, *rest: fakes.fake_resolve(spec, model).edits),
+        (resolving, "control", fakes.fake_resolve),
+        (steering, "steer_with", fakes.fake_steer_with),
+    ]
 
-    def features(model: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_features_on_prompt if isinstance(model, fakes.FakeModel) else real_features
-        return answer(model, *rest, **more)
+    def either(fake: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*of: Any, **more: Any) -> Any:
+            about_a_fake = any(isinstance(one, fakes.FakeModel | fakes.FakeIndex) for one in of[:2])
+            return (fake if about_a_fake else real)(*of, **more)
 
-    def effects(model: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_direct_logit_effects if isinstance(model, fakes.FakeModel) else real_direct
-        return answer(model, *rest, **more)
-
-    def look(model: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_logit_lens if isinstance(model, fakes.FakeModel) else real_lens
-        return answer(model, *rest, **more)
-
-    def logits(model: Any, residual: Any) -> Any:
-        fake = isinstance(model, fakes.FakeModel)
-        return model.residual_logits(residual) if fake else real_logits(model, residual)
-
-    real_resolve, real_control, real_steer = resolving.resolve, resolving.control, steering.steer_with
-
-    def resolve(spec: Any, model: Any, *rest: Any) -> Any:
-        fake = isinstance(model, fakes.FakeModel)
-        return fakes.fake_resolve(spec, model).edits if fake else real_resolve(spec, model, *rest)
-
-    def control(spec: Any, model: Any, *rest: Any) -> Any:
-        return (fakes.fake_resolve if isinstance(model, fakes.FakeModel) else real_control)(spec, model, *rest)
-
-    def steer(model: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_steer_with if isinstance(model, fakes.FakeModel) else real_steer
-        return answer(model, *rest, **more)
-
-    real_attribute, real_ablation = methods.attribute, ablation.ablation_effect
-
-    def attribute(model: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_attribute if isinstance(model, fakes.FakeModel) else real_attribute
-        return answer(model, *rest, **more)
-
-    def ablate(index: Any, *rest: Any, **more: Any) -> Any:
-        answer = fakes.fake_ablation_effect if isinstance(index, fakes.FakeIndex) else real_ablation
-        return answer(index, *rest, **more)
-
-    def load(index: Any) -> Any:
-        return fakes.FakeModel(index) if isinstance(index, fakes.FakeIndex) else real_load(index)
+        return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "_load_model", load)
-        patch.setattr(prompt, "features_on_prompt", features)
-        patch.setattr(direct, "direct_logit_effects", effects)
-        patch.setattr(lens, "logit_lens", look)
-        patch.setattr(losses, "residual_logits", logits)
-        patch.setattr(methods, "attribute", attribute)
-        patch.setattr(ablation, "ablation_effect", ablate)
-        patch.setattr(resolving, "resolve", resolve)
-        patch.setattr(resolving, "control", control)
-        patch.setattr(steering, "steer_with", steer)
+        for module, name, fake in fake_answers:
+            patch.setattr(module, name, either(fake, getattr(module, name)))
         yield
 
 
@@ -233,6 +210,7 @@ def visit(browser: Any, contexts: dict[tuple[int, str], Any], fake_dashboard: Se
         return Visit(pages[-1], (server or fake_dashboard).url)
 
     yield start
+    fakes.GATE.set()  # no job of a test that has failed keeps the worker from the next one
     for page in pages:
         if page.url.startswith("http"):
             page.evaluate("localStorage.clear()")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers_browser import query, serious
 from helpers_features import FakeModel, GrowingStore, small_sae, tiny_index
-from test_pages import AXE, query
 
 from scope.features import build_index, make_excerpt
 from scope.workspace import Workspace
@@ -31,17 +31,13 @@ def known(tmp_path_factory: pytest.TempPathFactory, serve: Callable[[Any], Any])
 
 @pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
 def test_it_is_accessible_and_fits(visit: Callable, known: SimpleNamespace, width: int, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     opened = visit(width=width, theme=theme, server=known.server)
     for feature in (known.awake, known.asleep, 5):
         page = opened.open(f"/feature/{feature}", ".excerpt")
         if page.locator(".excerpt summary").count():
             page.click(".excerpt > details > summary")
             page.wait_for_selector("#excerpt-histogram .bars")
-        found = Axe().run(page, options=AXE).response["violations"]
-        serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-        assert serious == [], feature
+        assert serious(page) == [], feature
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     opened.check()
 

@@ -1,6 +1,7 @@
 """The feature browser and the feature page: filters, the scatter plot, contrast, labels, documents, the live test."""
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import helpers_dashboards as fakes
 import pandas as pd
 import pytest
+from helpers_browser import query, serious
 
 from dashboards.listing import FeatureQuery, listing
 
@@ -16,13 +18,8 @@ pytestmark = pytest.mark.browser
 
 ROWS = ".features-grid .ag-row[row-id] a"
 POINTS = ".scatter-note:has-text('features')"
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 MODEL_TIMEOUT = 180_000
 """Milliseconds that the first text may take: the model is loaded for it."""
-
-
-def query(page: Any) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
 def listed(page: Any) -> list[int]:
@@ -31,13 +28,6 @@ def listed(page: Any) -> list[int]:
         "all => all.map(one => [Number(one.getAttribute('row-index')), Number(one.getAttribute('row-id'))])"
     )
     return [feature for _, feature in sorted(rows)]
-
-
-def serious(page: Any) -> list[tuple[str, str]]:
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page, options=AXE).response["violations"]
-    return [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
 
 
 @pytest.fixture
@@ -141,10 +131,9 @@ def test_stars_and_labels_are_written_in_the_row(visit: Callable, own: Any) -> N
     page.fill(".ag-cell-inline-editing input", "<i>weather</i>")
     page.press(".ag-cell-inline-editing input", "Enter")
     page.wait_for_selector(".ag-row[row-id='4'] .label:has-text('<i>weather</i>')")
-    deadline = 200
-    while (not index.labels.get(2).starred or not index.labels.get(4).text) and deadline:
+    deadline = time.monotonic() + 60
+    while not (index.labels.get(2).starred and index.labels.get(4).text) and time.monotonic() < deadline:
         page.wait_for_timeout(50)
-        deadline -= 1
     assert (index.labels.get(2).starred, index.labels.get(4).text) == (True, "<i>weather</i>")
     assert page.url.split("?")[0].endswith("/features")
     page = opened.open("/features?starred=1", ROWS)
@@ -174,9 +163,9 @@ def test_a_snippet_unfolds_into_its_document_and_is_copied(visit: Callable) -> N
     page = opened.open("/feature/2", ".example .tok.centre")
     page.click(".example [data-unfold] >> nth=1")
     page.wait_for_selector(".example .document .tok.centre[data-on]")
+    page.wait_for_selector(".document-status:has-text('the whole document')")
     text = "".join(page.locator(".document .tok").all_text_contents()).replace("⏎", "")
     assert any(text.replace("\n", "") == whole[3].replace("\n", "") for whole in fakes.TEXTS)
-    page.wait_for_selector(".document-status:has-text('the whole document')")
     page.hover(".document .tok.centre")
     page.wait_for_selector("#tip:has-text('rank')")
     page.click(".example [data-copy-example] >> nth=0")

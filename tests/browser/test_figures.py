@@ -34,25 +34,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, serve: Callable[[Any], Any
     return serve(Workspace(trained_workspace(tmp_path_factory.mktemp("runs") / "workspace")))
 
 
-def save_all(page: Any, n: int, saved_ones: int = 2) -> None:
+def save_all(opened: Any, n: int, saved_ones: int = 2) -> None:
     """Each figure of a page has its two buttons; save some of them both ways, and look at the files."""
-    page.wait_for_timeout(200)
-    frames = {
-        id(frame): frame
-        for kind, around in FRAMES.items()
-        for frame in page.query_selector_all(f"{around}:has({kind})")
-    }
-    drawn = page.locator(FIGURES).count()
-    assert drawn >= n
-    assert len(frames) == drawn
-    for frame in list(frames.values())[:saved_ones]:
+    page = opened.page
+    opened.until(f"document.querySelectorAll('{FIGURES}').length >= {n}")
+    frames = page.locator(", ".join(f"{around}:has({kind})" for kind, around in FRAMES.items()))
+    opened.until(f"document.querySelectorAll('{FIGURES}').length === {frames.count()}")
+    for place in range(frames.count()):
+        saves = frames.nth(place).locator("[data-save-figure], [data-save-grid], [data-save-scatter]")
+        assert saves.all_text_contents() == ["PNG", "SVG"]
+    for place in range(min(saved_ones, frames.count())):
+        frame = frames.nth(place)
         for kind in ("png", "svg"):
-            (button,) = frame.query_selector_all(
-                f"[data-save-figure={kind}], [data-save-grid={kind}], [data-save-scatter={kind}]"
-            )
             frame.hover()
             with page.expect_download() as saved:
-                button.click()
+                frame.locator(f"[data-save-figure={kind}], [data-save-grid={kind}], [data-save-scatter={kind}]").click()
             content = Path(saved.value.path()).read_bytes()
             assert saved.value.suggested_filename.endswith(f".{kind}")
             assert len(content) > 500
@@ -60,20 +56,19 @@ def save_all(page: Any, n: int, saved_ones: int = 2) -> None:
                 assert content.startswith(b"\x89PNG")
             else:
                 assert ElementTree.fromstring(content).tag == "{http://www.w3.org/2000/svg}svg"
-    for frame in frames.values():
-        saves = frame.query_selector_all("[data-save-figure], [data-save-grid], [data-save-scatter]")
-        assert [one.text_content() for one in saves] == ["PNG", "SVG"]
 
 
 def test_figures_about_an_index_are_saved(visit: Callable) -> None:
     opened = visit()
     for path, (ready, n) in PAGES.items():
-        save_all(opened.open(path, ready), n)
+        opened.open(path, ready)
+        save_all(opened, n)
     opened.check()
 
 
 def test_figures_about_trainings_are_saved(visit: Callable, trained: Any) -> None:
     opened = visit(server=trained)
     for path, (ready, n) in RUNS.items():
-        save_all(opened.open(path, ready), n, saved_ones=1)
+        opened.open(path, ready)
+        save_all(opened, n, saved_ones=1)
     opened.check()

@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers_browser import serious
 from helpers_features import tiny_index
 
+from dashboards.components import labels
 from scope.features.labels import ImportedLabel
 from scope.workspace import Workspace
 
@@ -135,15 +138,51 @@ def test_what_is_too_long_is_not_saved_and_says_so(panel, real):
     assert real.labels.get(8).text == ""
 
 
+def test_what_is_typed_while_a_label_is_saved_stays(panel, real, monkeypatch):
+    asked, gate = threading.Event(), threading.Event()
+    save = labels._changed
+
+    def slow(*rest):
+        asked.set()
+        assert gate.wait(PATIENCE / 1000)
+        return save(*rest)
+
+    monkeypatch.setattr(labels, "_changed", slow)
+    tab = panel(9)
+    tab.page.fill(TEXT, "one  ")
+    tab.page.press(TEXT, "Enter")
+    assert asked.wait(PATIENCE / 1000)
+    tab.page.keyboard.type("two")
+    gate.set()
+    said(tab, "Label saved")
+    until(tab, "document.querySelector('[data-label-of]').textContent === 'one'")
+    assert tab.page.input_value(TEXT) == "one  two"
+    tab.page.keyboard.press("Enter")
+    until(tab, f"document.querySelector('{TEXT}').value === 'one two'")
+    assert real.labels.get(9).text == "one two"
+
+
+def test_two_parts_that_change_at_once_are_both_saved(panel, real):
+    tab = panel(1)
+    tab.page.evaluate(
+        """of => {
+          window.scope.setProps({ of, part: "label-text" }, { value: "both" });
+          window.scope.setProps({ of, part: "label-star" }, { n_clicks: 1 });
+        }""",
+        f"{real.index.id}:1",
+    )
+    said(tab, "Starred")
+    assert (real.labels.get(1).text, real.labels.get(1).starred) == ("both", True)
+
+
 def test_what_was_typed_is_saved_when_one_goes_on_to_the_next_feature(panel, real):
     tab = panel(2)
     tab.page.fill(TEXT, "typed and left")
     tab.page.click("[data-key=ArrowRight]")
     until(tab, "document.querySelector('h1').textContent.includes('Feature') && !location.pathname.endsWith('/2')")
     until(tab, f"!!document.querySelector('{TEXT}') && document.querySelector('{TEXT}').value === ''")
-    for _ in range(200):
-        if real.labels.get(2).text:
-            break
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not real.labels.get(2).text and time.monotonic() < deadline:
         tab.page.wait_for_timeout(50)
     assert real.labels.get(2).text == "typed and left"
     other = int(tab.page.evaluate("location.pathname").rsplit("/", 1)[1])
@@ -151,12 +190,9 @@ def test_what_was_typed_is_saved_when_one_goes_on_to_the_next_feature(panel, rea
 
 
 def test_the_panel_is_accessible(panel):
-    from axe_playwright_python.sync_playwright import Axe
-
     for theme in ("light", "dark"):
         tab = panel(4, theme=theme)
-        found = Axe().run(tab.page, context=".label-panel").response["violations"]
-        assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+        assert serious(tab.page, ".label-panel") == []
 
 
 def test_a_figure_is_saved_without_a_network(panel):

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import helpers_dashboards as fakes
 import pytest
+from helpers_browser import query
 
 from dashboards.listing import FeatureQuery, listing
 
 pytestmark = pytest.mark.browser
 
 ROWS = ".features-grid .ag-row[row-id] a"
-
-
-def query(page: Any) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
 def test_the_next_feature_is_the_next_of_the_list(visit: Callable, fake_dashboard: Any) -> None:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import quote
 
 import helpers_dashboards as fakes
 import pytest
+from helpers_browser import query, serious
 
 pytestmark = pytest.mark.browser
 
@@ -17,7 +18,6 @@ PAGES = {
     "dead": f"/feature/{fakes.DEAD}",
     "prompt": "/prompt?text=" + quote(MARKUP) + "&token=4&target=2",
 }
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 READY = {
     "workspace": ".card",
     "features": ".features-grid .cell-spark",
@@ -27,21 +27,13 @@ READY = {
 }
 
 
-def query(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_page_is_quiet_accessible_and_stays_on_this_machine(visit: Callable, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     opened = visit(theme=theme)
     for name, path in PAGES.items():
         page = opened.open(path, READY[name])
         page.wait_for_timeout(150)
-        found = Axe().run(page, options=AXE).response["violations"]
-        serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-        assert serious == [], name
+        assert serious(page) == [], name
         assert page.title().endswith("Scope")
     opened.check()
 

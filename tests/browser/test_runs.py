@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_browser import serious
 from helpers_runs import trained_workspace, write_lines
 
 pytestmark = pytest.mark.browser
 
 LONG = 60_000
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,11 @@ PAGES = {
 
 @pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
 def test_pages_are_quiet_accessible_and_fit(visit: Callable, served: Any, width: int, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     opened = visit(width=width, theme=theme, server=served)
     opened.page.set_default_timeout(LONG)
     for path, ready in PAGES.items():
         page = opened.open(path, ready)
-        found = Axe().run(page, options=AXE).response["violations"]
-        serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-        assert serious == [], path
+        assert serious(page) == [], path
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     opened.check()
 

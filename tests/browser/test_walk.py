@@ -4,9 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
+from helpers_browser import query
 
 pytestmark = [pytest.mark.browser, pytest.mark.real]
 
@@ -20,10 +21,6 @@ def walked(demo_workspace: Path, serve: Callable[[Any], Any]) -> Any:
     from scope.workspace import Workspace
 
     return serve(Workspace(demo_workspace))
-
-
-def query(page: Any) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
 def test_walk(visit: Callable, walked: Any) -> None:
