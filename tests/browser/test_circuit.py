@@ -61,7 +61,7 @@ def supernodes(workspace: Workspace) -> list[tuple[str, ...]]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -20,7 +20,8 @@ from scope.workspace import Workspace
 pytestmark = pytest.mark.browser
 
 HARD = ['<script>alert("x")</script>', "=cmd()", "قط يجلس على السطح", "長い" * 100]
-PATIENCE = 60_000
+PATIENCE = 60.0
+"""Seconds."""
 TEXT = '[id*="label-text"]'
 NOTES = '[id*="label-notes"]'
 STAR = ".label-panel .star"
@@ -45,7 +46,6 @@ def panel(visit: Callable, real: SimpleNamespace) -> Iterator[Callable]:
         key = tuple(settings.items())
         if key not in tabs:
             tabs[key] = visit(server=real.server, **settings)
-            tabs[key].page.set_default_timeout(PATIENCE)
         tab = tabs[key]
         tab.open(f"/feature/{feature}?index={real.index.id}", f'.label-panel [id*="label-text"][id*=":{feature}"]')
         return tab
@@ -55,16 +55,8 @@ def panel(visit: Callable, real: SimpleNamespace) -> Iterator[Callable]:
         tab.check()
 
 
-def until(tab, expression: str) -> None:
-    """As `Visit.until`, with more patience: a machine that does other work takes its time to save."""
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not tab.page.evaluate(expression):
-        assert time.monotonic() < deadline, f"never true: {expression}"
-        tab.page.wait_for_timeout(50)
-
-
 def said(tab, words: str) -> None:
-    until(tab, f"document.querySelector('{STATUS}').textContent.includes({json.dumps(words)})")
+    tab.until(f"document.querySelector('{STATUS}').textContent.includes({json.dumps(words)})")
 
 
 def test_a_label_is_saved_and_shows_as_text(panel, real):
@@ -98,7 +90,7 @@ def test_by_keyboard_alone_notes_star_and_lists(panel, real):
     tab.page.keyboard.press("Enter")
     tab.page.keyboard.type("second line")
     tab.page.keyboard.press("Tab")
-    until(tab, f"document.querySelector('{STATUS}').textContent === 'Notes saved'")
+    tab.until(f"document.querySelector('{STATUS}').textContent === 'Notes saved'")
     tab.page.keyboard.type("to look at")
     tab.page.keyboard.press("Enter")
     said(tab, "Lists saved")
@@ -122,11 +114,11 @@ def test_ones_own_label_stands_before_an_imported_one_and_taken_away_shows_it_ag
     tab.page.fill(TEXT, "my own")
     tab.page.press(TEXT, "Enter")
     said(tab, "Label saved")
-    until(tab, "document.querySelector('.label-source').textContent.includes('<b>imported</b>')")
+    tab.until("document.querySelector('.label-source').textContent.includes('<b>imported</b>')")
     assert [stored.source for stored in real.labels.all(7)] == ["own", "neuronpedia: a model"]
     tab.page.fill(TEXT, "")
     tab.page.press(TEXT, "Enter")
-    until(tab, f"document.querySelector('{TEXT}').value === '<b>imported</b>'")
+    tab.until(f"document.querySelector('{TEXT}').value === '<b>imported</b>'")
     assert [stored.source for stored in real.labels.all(7)] == ["neuronpedia: a model"]
 
 
@@ -144,21 +136,21 @@ def test_what_is_typed_while_a_label_is_saved_stays(panel, real, monkeypatch):
 
     def slow(*rest):
         asked.set()
-        assert gate.wait(PATIENCE / 1000)
+        assert gate.wait(PATIENCE)
         return save(*rest)
 
     monkeypatch.setattr(labels, "_changed", slow)
     tab = panel(9)
     tab.page.fill(TEXT, "one  ")
     tab.page.press(TEXT, "Enter")
-    assert asked.wait(PATIENCE / 1000)
+    assert asked.wait(PATIENCE)
     tab.page.keyboard.type("two")
     gate.set()
     said(tab, "Label saved")
-    until(tab, "document.querySelector('[data-label-of]').textContent === 'one'")
+    tab.until("document.querySelector('[data-label-of]').textContent === 'one'")
     assert tab.page.input_value(TEXT) == "one  two"
     tab.page.keyboard.press("Enter")
-    until(tab, f"document.querySelector('{TEXT}').value === 'one two'")
+    tab.until(f"document.querySelector('{TEXT}').value === 'one two'")
     assert real.labels.get(9).text == "one two"
 
 
@@ -179,9 +171,9 @@ def test_what_was_typed_is_saved_when_one_goes_on_to_the_next_feature(panel, rea
     tab = panel(2)
     tab.page.fill(TEXT, "typed and left")
     tab.page.click("[data-key=ArrowRight]")
-    until(tab, "document.querySelector('h1').textContent.includes('Feature') && !location.pathname.endsWith('/2')")
-    until(tab, f"!!document.querySelector('{TEXT}') && document.querySelector('{TEXT}').value === ''")
-    deadline = time.monotonic() + PATIENCE / 1000
+    tab.until("document.querySelector('h1').textContent.includes('Feature') && !location.pathname.endsWith('/2')")
+    tab.until(f"!!document.querySelector('{TEXT}') && document.querySelector('{TEXT}').value === ''")
+    deadline = time.monotonic() + PATIENCE
     while not real.labels.get(2).text and time.monotonic() < deadline:
         tab.page.wait_for_timeout(50)
     assert real.labels.get(2).text == "typed and left"
@@ -199,7 +191,7 @@ def test_a_figure_is_saved_without_a_network(panel):
     tab = panel(3)
     tab.page.wait_for_selector("#feature-histogram .main-svg")
     for kind, head in (("png", b"\x89PNG"), ("svg", b"<svg")):
-        with tab.page.expect_download(timeout=PATIENCE) as waited:
+        with tab.page.expect_download() as waited:
             tab.page.locator(f".figure [data-save-figure={kind}]").first.click()
         content = waited.value.path().read_bytes()
         assert waited.value.suggested_filename.endswith(f".{kind}")
@@ -209,10 +201,10 @@ def test_a_figure_is_saved_without_a_network(panel):
 
 def test_files_are_downloaded_from_the_page(panel, real):
     tab = panel(3)
-    with tab.page.expect_download(timeout=PATIENCE) as waited:
+    with tab.page.expect_download() as waited:
         tab.page.click("a[href$='/feature/3/neuronpedia.json']")
     assert json.loads(waited.value.path().read_text("utf-8"))["index"] == "3"
-    with tab.page.expect_download(timeout=PATIENCE) as waited:
+    with tab.page.expect_download() as waited:
         tab.page.click("a[href$='/feature/3/activations.csv']")
     rows = list(csv.DictReader(io.StringIO(waited.value.path().read_text("utf-8-sig"))))
     assert len(rows) == real.index.table["n_firings"][3]

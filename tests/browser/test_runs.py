@@ -11,8 +11,6 @@ from helpers_runs import trained_workspace, write_lines
 
 pytestmark = pytest.mark.browser
 
-LONG = 60_000
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +36,6 @@ PAGES = {
 @pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
 def test_pages_are_quiet_accessible_and_fit(visit: Callable, served: Any, width: int, theme: str) -> None:
     opened = visit(width=width, theme=theme, server=served)
-    opened.page.set_default_timeout(LONG)
     for path, ready in PAGES.items():
         page = opened.open(path, ready)
         assert serious(page) == [], path
@@ -55,7 +52,6 @@ def test_a_training_grows_while_one_looks_and_runs_are_chosen(
     write_lines(copy, "live", range(1, 4))
     opened = visit(server=serve(Workspace(copy)))
     page = opened.page
-    page.set_default_timeout(LONG)
     opened.open("/training", ".curves .main-svg")
     page.wait_for_selector("tr:has-text('live') .number:text-is('300')")
     write_lines(copy, "live", range(4, 9))
@@ -75,7 +71,6 @@ def test_a_training_grows_while_one_looks_and_runs_are_chosen(
 def test_an_artefact_is_verified_from_the_workspace_page(visit: Callable, served: Any) -> None:
     opened = visit(server=served)
     page = opened.page
-    page.set_default_timeout(LONG)
     opened.open("/", ".table")
     page.click("[aria-label='Verify topk-4']")
     page.wait_for_selector("tr:has-text('topk-4') .health:has-text('as it was written')")
@@ -87,7 +82,6 @@ def test_an_artefact_is_verified_from_the_workspace_page(visit: Callable, served
 def test_two_saes_are_chosen_and_compared(visit: Callable, served: Any) -> None:
     opened = visit(server=served)
     page = opened.page
-    page.set_default_timeout(LONG)
     opened.open("/compare", ".compare-form")
     for id, name in (("compare-a", "topk-2"), ("compare-b", "topk-4")):
         page.click(f"#{id}")
