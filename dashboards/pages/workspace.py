@@ -1,15 +1,13 @@
 """The workspace: models, stores, SAEs, indexes, trainings, graphs, comparisons: how good they are, what they were made
 from, and whether their bytes are what was written (asked for with a button, read in a thread of its own)."""
 
-import time
 from typing import Any
 
-from dash import ALL, Dash, Input, Output, State, ctx, dcc, html
-from dash.exceptions import PreventUpdate
+from dash import Dash, html
 
 from dashboards.artefacts import Artefact, Model, describe, models
-from dashboards.components import jobs, states
-from dashboards.components.controls import button, code, link_button
+from dashboards.components import states, verify
+from dashboards.components.controls import code, link_button
 from dashboards.components.stats import interval, stat, stats
 from dashboards.components.tables import stacking_table
 from dashboards.context import Context
@@ -17,25 +15,21 @@ from dashboards.format import count, exact, number, percent, plural
 from dashboards.links import View, circuit_link, compare_link, features_link, prompt_link, training_link
 from dashboards.pages import Page
 from dashboards.trainings import settings_in_words
-from dashboards.verifications import Checked, Verifier
-from dashboards.worker import Job, JobState
+from dashboards.verifications import Verifier
 from scope.errors import ScopeError
 from scope.training.runs import Run, RunState
 
 __all__ = ["register", "render"]
 
-POLL_MS = 500
 RUNS = 8
 """Finished trainings that are listed, at most."""
 HEALTH = {RunState.RUNNING: "running", RunState.FINISHED: "good", RunState.STOPPED: "bad", RunState.LOST: "bad"}
-VERIFY = "Read every byte and compare it with what was recorded when it was written"
-
 UNITS = (("d_sae", "features"), ("rows", "tokens"), ("documents", "documents"), ("trained_on", "tokens of training"))
 
 
 def render(context: Context, view: View) -> Page:
     """The page of the whole workspace."""
-    workspace, verifier = context.workspace, _verifier(context)
+    workspace, verifier = context.workspace, verify.verifier_of(context)
     indexes = [_described_index(context, entry) for entry in workspace.indexes()]
     saes = [describe(workspace, entry) for entry in workspace.saes()]
     stores = [_described_store(context, entry) for entry in workspace.stores()]
@@ -63,115 +57,13 @@ def render(context: Context, view: View) -> Page:
         )
         parts += [_trainings(runs, saes), _models(models([*stores, *indexes])), _graphs(graphs)]
         parts += _diffs(diffs)
-        pending = any(job.pending for job in _jobs(verifier, [*indexes, *saes, *stores]))
-        parts.append(dcc.Interval(id="verify-poll", interval=POLL_MS, disabled=not pending))
-        parts.append(dcc.Store(id="verify-asked"))
+        parts.append(verify.verify_poll(verifier, [artefact.entry for artefact in (*indexes, *saes, *stores)]))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
 
 
 def register(app: Dash, context: Context) -> None:
-    """Verifying on demand. A click goes through `#verify-asked`, so that `watch` looks once more: its answer of just
-    before would end the polling."""
-    verifier = _verifier(context)
-
-    @app.callback(
-        Output("verify-asked", "data"),
-        Input({"type": "verify", "id": ALL}, "n_clicks"),
-        prevent_initial_call=True,
-    )
-    def start(clicks: list[int | None]) -> Any:
-        if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
-            raise PreventUpdate
-        verifier.start(str(ctx.triggered_id["id"]))
-        return time.time()
-
-    @app.callback(
-        Output("verify-asked", "data", allow_duplicate=True),
-        Input({"type": "verify-cancel", "id": ALL}, "n_clicks"),
-        prevent_initial_call=True,
-    )
-    def cancel(clicks: list[int | None]) -> Any:
-        if not ctx.triggered_id or not any(clicks) or not ctx.triggered[0]["value"]:
-            raise PreventUpdate
-        verifier.cancel(str(ctx.triggered_id["id"]))
-        return time.time()
-
-    @app.callback(
-        Output({"type": "verify-bar", "id": ALL}, "hidden"),
-        Output({"type": "verify-step", "id": ALL}, "children"),
-        Output({"type": "verify-share", "id": ALL}, "style"),
-        Output({"type": "verify-found", "id": ALL}, "children"),
-        Output("verify-poll", "disabled"),
-        Input("verify-poll", "n_intervals"),
-        Input("verify-asked", "data"),
-        State({"type": "verify-bar", "id": ALL}, "id"),
-        prevent_initial_call=True,
-        running=jobs.one_at_a_time("verify-poll", POLL_MS),
-    )
-    def watch(_: int | None, asked: float | None, ids: list[dict[str, str]]) -> tuple[Any, ...]:
-        jobs_of = [verifier.job(one["id"]) for one in ids]
-        drawn = [_standing(verifier, job) for job in jobs_of]
-        columns = [list(column) for column in zip(*drawn, strict=True)] if drawn else [[], [], [], []]
-        return *columns, not any(job is not None and job.pending for job in jobs_of)
-
-
-def _verifier(context: Context) -> Verifier:
-    return context.once("verifier", lambda: Verifier(context))
-
-
-def _jobs(verifier: Verifier, artefacts: list[Artefact]) -> list[Job]:
-    return [job for artefact in artefacts if (job := verifier.job(artefact.entry.id)) is not None]
-
-
-def _standing(verifier: Verifier, job: Job | None) -> tuple[bool, str, dict[str, str], Any]:
-    """Of a verification: whether its bar is hidden, what it does, how far it is, and what it found."""
-    if job is None:
-        return True, "", {}, None
-    if job.pending:
-        return False, *jobs.standing(verifier.worker, job), None
-    return True, "", {}, _found(job)
-
-
-def _found(job: Job) -> Any:
-    if job.state is JobState.CANCELLED:
-        return html.Span("Cancelled", className="muted small")
-    if job.error is not None:
-        return html.Span(str(job.error), className="health bad wrapping", role="alert")
-    checked: Checked = job.result
-    when = time.strftime("%H:%M", time.localtime(checked.at))
-    if not checked.n_faults:
-        return html.Span(f"as it was written, read at {when}", className="health good")
-    return html.Div(
-        role="alert",
-        children=[
-            html.Span(f"{plural(checked.n_faults, 'fault')}, read at {when}", className="health bad"),
-            html.Ul([html.Li(html.Code(fault)) for fault in checked.faults], className="small faults"),
-        ],
-    )
-
-
-def _check(verifier: Verifier, artefact: Artefact) -> html.Div:
-    """The button that verifies, the bar while it does, and what it found."""
-    id = artefact.entry.id
-    hidden, words, style, found = _standing(verifier, verifier.job(id))
-
-    def named(part: str) -> dict[str, str]:
-        return {"type": part, "id": id}
-
-    bar = jobs.progress(
-        named("verify-bar"), named("verify-share"), named("verify-step"), named("verify-cancel"), hidden=hidden
-    )
-    bar.children[0].children.style = style
-    bar.children[1].children = words
-    label = f"Verify {artefact.entry.name}"
-    return html.Div(
-        className="verify",
-        children=[
-            button("Verify", id=named("verify"), className="tiny", **{"aria-label": label, "title": VERIFY}),
-            bar,
-            html.Div(found, id=named("verify-found"), role="status"),
-        ],
-    )
+    """Verifying on demand."""
+    verify.register(app, context)
 
 
 def _described_index(context: Context, entry: Any) -> Artefact:
@@ -243,7 +135,7 @@ def _index_card(verifier: Verifier, index: Artefact) -> html.Article:
                 html.P(f"Built although it does not fit: {mismatch}", className="small warning")
                 for mismatch in facts["mismatches"]
             ),
-            _check(verifier, index),
+            verify.verify_box(verifier, index.entry),
             _provenance(index),
         ],
     )
@@ -324,7 +216,7 @@ def _table(verifier: Verifier, title: str, artefacts: list[Artefact], command: s
             html.Code(artefact.entry.id or "–"),
             _describe_row(artefact),
             _parents(artefact) if not artefact.problem else "",
-            [_health(artefact), *([] if artefact.problem else [_check(verifier, artefact)])],
+            [_health(artefact), *([] if artefact.problem else [verify.verify_box(verifier, artefact.entry)])],
         ]
         for artefact in artefacts
     ]
