@@ -6,9 +6,10 @@ import torch
 from helpers_models import one_thread, tiny_model
 from test_attribution_graph import ALL, KINDS, prompt_of, transcoders
 
-from scope.attribution.attention import edge_heads, qk_pairs
+from scope.attribution.attention import edge_heads, node_heads
 from scope.attribution.freezing import freeze
 from scope.attribution.graph import build_graph
+from scope.attribution.query_key import qk_pairs
 from scope.errors import InvalidInputError, OutOfRangeError
 
 __all__ = ["one_thread"]
@@ -63,24 +64,81 @@ def test_one_layer_apart_a_head_carries_its_pattern_times_its_ov():
         assert found["weight"][1, head] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def own_bias(model, made, end):
+    """What the bias of the norm in front of a node adds to it."""
+    norm = model.hf.transformer.ln_f if end.kind == "logit" else model.hf.transformer.h[end.layer].ln_2
+    reads = model.W_U[end.feature] - model.W_U.mean(0) if end.kind == "logit" else made[end.layer].W_enc[:, end.feature]
+    return float(norm.bias @ reads)
+
+
+def test_heads_into_a_node_add_up_to_what_it_is(case):
+    model, made, _, graph = case
+    ends = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
+    for end in [*ends.sample(6, random_state=1).itertuples(), next(ends[ends["kind"] == "logit"].itertuples())]:
+        table = node_heads(graph, model, made, end.node)
+        expected = end.value - (own_bias(model, made, end) if hasattr(model.hf, "transformer") else 0.0)
+        assert table["weight"].sum() == pytest.approx(expected, rel=2e-3, abs=3e-4)
+        assert table["key"].max() <= end.position
+    # In front of the first layer there are embeddings alone: its heads carry what their edges say.
+    end = ends[(ends["layer"] == 1) & (ends["position"] == 7)].iloc[0]
+    own = node_heads(graph, model, made, int(end["node"])).set_index(["layer", "head"])["weight"]
+    edges = [
+        edge_heads(graph, model, made, int(s), int(end["node"])) for s in graph.source[graph.target == end["node"]]
+    ]
+    summed = sum(table.set_index(["layer", "head"])["weight"].reindex(own.index, fill_value=0.0) for table in edges)
+    np.testing.assert_allclose(summed.loc[0], own.loc[0], rtol=5e-3, atol=3e-4)
+
+
+def scores_of(model, prompt, layer, head, query):
+    """Pre-softmax scores of a query with the keys that it sees, and which these are."""
+    frozen, _ = freeze(model, prompt)
+    attention = frozen.layers[layer].attention
+    scores = attention.query[head, query] @ attention.key[head // attention.group, : query + 1].T
+    seen = torch.ones(query + 1, dtype=torch.bool)
+    if attention.mask is not None:
+        seen = attention.mask[query, : query + 1] > -1
+    return scores * attention.scaling, seen, attention.pattern(slice(0, len(prompt)))[head, query]
+
+
 def test_pairs_add_up_to_the_score_before_the_softmax(case):
     model, made, prompt, _ = case
-    frozen, _ = freeze(model, prompt)
-    for layer, head, query, key in ((0, 0, 5, 2), (2, 3, 11, 8), (1, 1, 7, 7)):
-        attention = frozen.layers[layer].attention
-        scores = attention.query[head, query] @ attention.key[head // attention.group, : query + 1].T
-        scores = scores * attention.scaling
+    for layer, head, query, key in ((0, 0, 5, 2), (2, 3, 11, 8), (1, 1, 7, 7), (1, 0, 0, 0)):
+        scores, seen, pattern = scores_of(model, prompt, layer, head, query)
         found = qk_pairs(model, prompt, made, layer, head, query, key, top=None)
         assert found.score == pytest.approx(float(scores[key]), rel=2e-3, abs=2e-4)
         assert found.table["weight"].sum() == pytest.approx(found.score, rel=1e-3, abs=1e-4)
-        seen = scores
-        if attention.mask is not None:
-            seen = scores[attention.mask[query, : query + 1] > -1]
-        assert found.relative == pytest.approx(float(scores[key] - seen.mean()), rel=2e-3, abs=2e-4)
-        assert found.pattern == pytest.approx(float(attention.pattern(slice(0, 12))[head, query, key]), abs=1e-5)
-        names = set(found.table["query_node"])
-        assert {"embedding", "bias"} <= names
-        assert any("feature" in name for name in names) == (layer > 0)
+        seen[key] = False
+        others = float(scores[seen].mean()) if seen.any() else 0.0
+        assert found.n_others == int(seen.sum())
+        assert found.relative == pytest.approx(float(scores[key]) - others, rel=2e-3, abs=3e-4)
+        for table in (found.table, found.kinds):
+            assert table["relative"].sum() == pytest.approx(found.relative, rel=1e-3, abs=1e-4)
+        np.testing.assert_allclose(found.attention, pattern[: query + 1], atol=1e-5)
+        kinds = set(found.table["query_kind"])
+        assert {"embedding", "bias"} <= kinds
+        assert ("feature" in kinds) == (layer > 0 and (query > 0 or model.bos_token_id is None))
+        assert ("skip" in kinds) == (bool(layer) and hasattr(made[0], "W_skip"))
+
+
+def test_a_pair_is_set_against_the_same_pair_at_the_other_keys(case):
+    """Each pair's relative weight from the pairs of every other key, asked for one by one."""
+    model, made, prompt, _ = case
+    layer, head, query, key = 1, 2, 9, 6
+    names = ["query_kind", "query_layer", "query_feature", "key_kind", "key_layer", "key_feature"]
+
+    def pairs(at):
+        table = qk_pairs(model, prompt, made, layer, head, query, at, top=None).table
+        return table[table["key_kind"] != "elsewhere"].set_index(names)["weight"]
+
+    found = qk_pairs(model, prompt, made, layer, head, query, key, top=None).table.set_index(names)
+    _, seen, _ = scores_of(model, prompt, layer, head, query)
+    others = [at for at in seen.nonzero()[:, 0].tolist() if at != key]
+    means = sum(pairs(at).reindex(found.index, fill_value=0.0) for at in others) / len(others)
+    here = found.index.get_level_values("key_kind") != "elsewhere"
+    np.testing.assert_allclose(found["relative"][here], (found["weight"] - means)[here], rtol=1e-3, atol=1e-4)
+    # What fires elsewhere only is of no weight here, and counts against it.
+    assert (found["weight"][~here] == 0).all()
+    assert (found["relative"][~here] != 0).any()
 
 
 def test_bad_input(case):
@@ -93,3 +151,5 @@ def test_bad_input(case):
         edge_heads(graph, model, made, 0, 10**6)
     with pytest.raises(InvalidInputError, match="No edge goes"):
         edge_heads(graph, model, made, 0, 1)
+    with pytest.raises(InvalidInputError, match="Nothing comes into"):
+        node_heads(graph, model, made, 0)

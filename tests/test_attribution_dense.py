@@ -12,10 +12,11 @@ from helpers_models import one_thread, tiny_model
 from helpers_saes import shaken
 from test_attribution_graph import ALL, frozen_run, prompt_of, transcoders
 
-from scope.attribution.attention import edge_heads, qk_pairs
+from scope.attribution.attention import edge_heads, node_heads
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph import build_graph
 from scope.attribution.pruning import prune
+from scope.attribution.query_key import qk_pairs
 from scope.attribution.verification import verify
 from scope.errors import InvalidInputError
 from scope.saes import registry
@@ -169,6 +170,9 @@ def test_a_cross_layer_graph_is_verified_and_its_attention_explained():
     for source, target, weight in tried:
         heads = edge_heads(graph, model, [clt], int(source), int(target))
         assert heads["weight"].sum() == pytest.approx(weight, rel=1e-3, abs=1e-4)
+        end = graph.nodes.iloc[int(target)]
+        into = node_heads(graph, model, [clt], int(target))
+        assert into["weight"].sum() == pytest.approx(end["value"], rel=1e-3, abs=1e-3)
     pairs = qk_pairs(model, prompt, [clt], 2, 1, 6, 3, top=None)
     assert pairs.table["weight"].sum() == pytest.approx(pairs.score, rel=1e-4)
     expected = qk_pairs(model, prompt, transcoders(model), 2, 1, 6, 3).score

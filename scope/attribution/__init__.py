@@ -12,7 +12,7 @@ Names are loaded when they are first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scope.attribution.attention import edge_heads, qk_pairs
+    from scope.attribution.attention import edge_heads, node_heads
     from scope.attribution.baselines import counterfactual, mean, zero
     from scope.attribution.circuit_curves import GraphFaithfulness, graph_faithfulness
     from scope.attribution.comparison import compare_methods, faithfulness
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scope.attribution.methods import Attribution, attribute
     from scope.attribution.per_layer import PerLayerReport, per_layer_writes
     from scope.attribution.pruning import prune, scores
+    from scope.attribution.query_key import qk_pairs
     from scope.attribution.targets import (
         feature,
         log_probability,
@@ -61,6 +62,7 @@ __all__ = [
     "logit_lens",
     "loss",
     "mean",
+    "node_heads",
     "per_layer_writes",
     "projection",
     "prune",
@@ -73,7 +75,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attention": ("edge_heads", "qk_pairs"),
+    "attention": ("edge_heads", "node_heads"),
     "baselines": ("counterfactual", "mean", "zero"),
     "circuit_curves": ("GraphFaithfulness", "graph_faithfulness"),
     "components": ("LogitComponents", "logit_components"),
@@ -86,6 +88,7 @@ _HOMES = {
     "methods": ("Attribution", "attribute"),
     "per_layer": ("PerLayerReport", "per_layer_writes"),
     "pruning": ("prune", "scores"),
+    "query_key": ("qk_pairs",),
     "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection", "router_logit"),
     "verification": ("verify",),
 }

@@ -1,0 +1,332 @@
+"""`qk_pairs`: why a head looked from one position at another, as pairs of what was written at the two.
+
+Norms held at their denominators, query and key are linear in their residual streams, and those are sums of what was
+written before: embeddings, features, error nodes, attention layers, biases. With R the rotation of a position:
+
+    score = scaling (R_q W_Q x_q) . (R_k W_K x_k) = Σ_{i, j} w_ij(k)
+    w_ij(k) = scaling (R_q W_Q x_q^i) . (R_k W_K x_k^j)
+
+(Kamath et al. 2025, "Tracing Attention Computation Through Feature Interactions"). The softmax does not see what all
+keys have in common. So each pair is set against what the same pair comes to at the other keys that the query can see:
+
+    relative_ij = w_ij(k) - mean over other keys k' of w_ij(k')
+
+where a feature that does not fire at k' counts 0 there, and those that fire at other keys but not at this one are one
+node for each layer, "elsewhere". The relative weights add up to the score minus its mean over the other keys. Scores
+are before soft-capping.
+
+1. The prompt is read once (`scope.attribution.reading.read_prompt`), and what every attention layer wrote.
+2. What was written at the query and at each key goes through the layer's norm, its projection and the rotation.
+3. Pairs at this key, and the sum over the other keys, node by node.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scope.attribution.frozen import FrozenNorm
+from scope.attribution.reading import Prompt, read_prompt
+from scope.errors import OutOfRangeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["PAIR_KINDS", "PairNode", "QkPairs", "qk_pairs"]
+
+PAIR_KINDS = ("embedding", "feature", "elsewhere", "attention", "error", "skip", "bias")
+Progress = Callable[[int, int | None], None]
+
+
+class PairNode(NamedTuple):
+    """Something that was written to the residual stream at a query or a key."""
+
+    kind: str
+    """One of `PAIR_KINDS`: "attention" is what a layer's attention wrote, "skip" a skip transcoder's linear part,
+    "elsewhere" the features of a layer that fire at other keys only."""
+    layer: int = -1
+    feature: int = -1
+
+    def __str__(self) -> str:
+        if self.kind == "feature":
+            return f"L{self.layer} feature {self.feature}"
+        if self.kind == "elsewhere":
+            return f"L{self.layer} features of other keys"
+        return self.kind if self.layer < 0 else f"L{self.layer} {self.kind}"
+
+
+class QkPairs(NamedTuple):
+    """The score of one head for one query and one key, as a sum over pairs of nodes."""
+
+    table: "pd.DataFrame"
+    """query_kind, query_layer, query_feature, key_kind, key_layer, key_feature (see `PairNode`; layer and feature are
+    -1 where there is none), weight, relative: by absolute relative weight, the largest first."""
+    kinds: "pd.DataFrame"
+    """query_kind, key_kind, relative: all pairs summed by their kinds, in the same order."""
+    score: float
+    """Before softmax, soft-capping and mask: the sum of all weights."""
+    relative: float
+    """The score minus its mean over the other keys that the query can see: the sum of all relative weights. The score
+    itself where there is no other key."""
+    n_others: int
+    """Other keys that the query can see."""
+    attention: tuple[float, ...]
+    """How much the head attends to each position up to the query."""
+
+
+@torch.no_grad()
+def qk_pairs(
+    model: Any,
+    prompt: Any,
+    transcoders: Sequence[Any],
+    layer: int,
+    head: int,
+    query: int,
+    key: int,
+    top: int | None = 50,
+    *,
+    progress: Progress | None = None,
+) -> QkPairs:
+    """Why a head looked from one position at another.
+
+    Args:
+        model: a `scope.models.LanguageModel`.
+        prompt: a text, chat messages or token ids.
+        transcoders: from MLP inputs to outputs; layers without one count as errors.
+        layer: the layer.
+        head: the query head.
+        query: position of the query.
+        key: position of the key, at most the query's.
+        top: rows of the table, at most; None for all pairs.
+        progress: called with (other keys done, how many there are).
+
+    Raises:
+        OutOfRangeError: there is no such layer, head or position, or the key lies behind the query.
+        InvalidInputError: the model has normed or shared values, or layers that scale the stream (Gemma 4).
+    """
+    tokens = model.prompt_tokens(prompt)
+    layout = model.layout
+    for name, value, end in (
+        ("layer", layer, layout.n_layers),
+        ("head", head, layout.n_heads),
+        ("query", query, len(tokens)),
+        ("key", key, query + 1),
+    ):
+        if not 0 <= value < end:
+            raise OutOfRangeError(f"{name} is {value}; expected 0 to {end - 1}.")
+    read = read_prompt(model, tokens, transcoders)
+    read.frozen.require_plain_attention("The score of a head as pairs of nodes")
+    block = f"blocks.{layer}."
+    hooks = [f"{block}attn.hook_q", f"{block}attn.hook_k"] + [f"blocks.{i}.hook_attn_out" for i in range(layer)]
+    rotation, seen = _rotation(model, tokens, layer, hooks)
+    frozen = read.frozen.layers[layer]
+    kv_head = head // frozen.attention.group
+    written = _Written(read, [seen[f"blocks.{i}.hook_attn_out"] for i in range(layer)], layer)
+    query_side = _Side(model, layer, "q", head, seen[f"{block}attn.hook_q"], rotation)
+    key_side = _Side(model, layer, "k", kv_head, seen[f"{block}attn.hook_k"], rotation)
+    query_nodes, queries = written.at(query, query_side)
+    key_nodes, keys = written.at(key, key_side)
+    others = [place for place in _visible(frozen.attention.mask, query) if place != key]
+    key_nodes, mean = _mean_of_others(written, key_side, key_nodes, others, progress or (lambda done, total: None))
+    keys = torch.cat([keys, keys.new_zeros(len(key_nodes) - len(keys), keys.shape[1])])
+    scaling = frozen.attention.scaling
+    weights = scaling * queries @ keys.T
+    relative = weights - scaling * queries @ mean.T
+    attention = frozen.attention.pattern(slice(query, query + 1))[head, 0].tolist()
+    return QkPairs(
+        _table(query_nodes, key_nodes, weights, relative, top),
+        _by_kind(query_nodes, key_nodes, relative),
+        float(weights.sum()),
+        float(relative.sum()),
+        len(others),
+        tuple(attention),
+    )
+
+
+def _visible(mask: Tensor | None, query: int) -> list[int]:
+    """The keys that a query can see."""
+    if mask is None:
+        return list(range(query + 1))
+    seen: list[int] = (mask[query, : query + 1] > -1.0).nonzero()[:, 0].tolist()
+    return seen
+
+
+def _mean_of_others(
+    written: "_Written", side: "_Side", nodes: list[PairNode], others: list[int], tell: Progress
+) -> tuple[list[PairNode], Float[Tensor, "n d_head"]]:
+    """The nodes of a key with one for each layer's features elsewhere, and the mean over other keys of what each
+    comes to in the head's keys."""
+    nodes = [*nodes, *(PairNode("elsewhere", layer) for layer in written.layers)]
+    place = {node: row for row, node in enumerate(nodes)}
+    total = torch.zeros(len(nodes), len(side.weight), device=side.weight.device)
+    for number, key in enumerate(others):
+        there, keys = written.at(key, side)
+        rows = [place[node] if node in place else place[PairNode("elsewhere", node.layer)] for node in there]
+        total.index_add_(0, torch.tensor(rows, device=total.device), keys)
+        tell(number + 1, len(others))
+    return nodes, total / max(1, len(others))
+
+
+def _table(
+    query_nodes: list[PairNode],
+    key_nodes: list[PairNode],
+    weights: Float[Tensor, "n_query n_key"],
+    relative: Float[Tensor, "n_query n_key"],
+    top: int | None,
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    flat = relative.flatten()
+    n = len(flat) if top is None else min(top, len(flat))
+    order = flat.abs().sort(descending=True, stable=True).indices[:n]
+    ends = {
+        side: [nodes[number] for number in numbers.tolist()]
+        for side, nodes, numbers in (
+            ("query", query_nodes, order // len(key_nodes)),
+            ("key", key_nodes, order % len(key_nodes)),
+        )
+    }
+    named = {
+        f"{side}_{name}": [getattr(node, name) for node in nodes]
+        for side, nodes in ends.items()
+        for name in PairNode._fields
+    }
+    return pd.DataFrame({**named, "weight": weights.flatten()[order].tolist(), "relative": flat[order].tolist()})
+
+
+def _by_kind(
+    query_nodes: list[PairNode], key_nodes: list[PairNode], relative: Float[Tensor, "n_query n_key"]
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    n = len(PAIR_KINDS)
+    rows, columns = (
+        torch.tensor([PAIR_KINDS.index(node.kind) for node in nodes], device=relative.device)
+        for nodes in (query_nodes, key_nodes)
+    )
+    sums = relative.new_zeros(n, n)
+    sums.index_put_((rows[:, None], columns[None]), relative, accumulate=True)
+    found = [
+        {"query_kind": one, "key_kind": other, "relative": float(sums[i, j])}
+        for i, one in enumerate(PAIR_KINDS)
+        for j, other in enumerate(PAIR_KINDS)
+        if one in {node.kind for node in query_nodes} and other in {node.kind for node in key_nodes}
+    ]
+    table = pd.DataFrame(found)
+    return table.sort_values("relative", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+class _Written:
+    """Everything that was written to the residual stream in front of a layer, position by position."""
+
+    def __init__(self, read: Prompt, attention_out: list[Tensor], layer: int) -> None:
+        self.read, self.attention_out, self.until = read, attention_out, layer
+        self.layers = [index for index in read.firing if index < layer]
+        """Of the features."""
+
+    def at(self, position: int, side: "_Side") -> tuple[list[PairNode], Float[Tensor, "n d_head"]]:
+        """The nodes of a position, biases last, and what each comes to in a head's query or key there."""
+        nodes, parts = self._parts(position)
+        norm = self.read.frozen.layers[self.until].ln1
+        heads = side.project(norm(parts[:, None], slice(position, position + 1))[:, 0], position)
+        heads[-1] += side.bias(norm, position)
+        return nodes, heads
+
+    def _parts(self, position: int) -> tuple[list[PairNode], Float[Tensor, "n d_model"]]:
+        read, d = self.read, self.read.dictionaries
+        nodes, parts = [PairNode("embedding")], [read.frozen.embedding[position][None]]
+        rests = [frozen.mlp_out[position] for frozen in read.frozen.layers[: self.until]]
+        for index in self.layers:
+            firing = read.firing[index]
+            ends = torch.tensor([position, position + 1], device=firing.position.device)
+            start, stop = torch.searchsorted(firing.position, ends).tolist()
+            ids, values = firing.feature[start:stop], firing.activation[start:stop, None]
+            total = torch.zeros(len(ids), parts[0].shape[1], device=parts[0].device)
+            for written in d.written_from(index):
+                if written < self.until:
+                    rows = values * d.decoder(index, ids, written).to(total.device)
+                    rests[written] = rests[written] - rows.sum(0)
+                    total += rows
+            nodes += [PairNode("feature", index, feature) for feature in ids.tolist()]
+            parts.append(total)
+        bias = torch.zeros_like(parts[0])
+        for index, rest in enumerate(rests):
+            error = read.errors[index][position]
+            nodes += [PairNode("attention", index), PairNode("error", index)]
+            parts += [self.attention_out[index][position][None], error[None]]
+            if index in read.mlp_biases:
+                bias = bias + read.mlp_biases[index]
+            if index in read.frozen.skips:
+                nodes.append(PairNode("skip", index))
+                parts.append((rest - error - read.mlp_biases[index])[None])
+        return [*nodes, PairNode("bias")], torch.cat([*parts, bias])
+
+
+class _Side:
+    """The linear map from a layer's normed residual stream to one head's query or key, rotation included."""
+
+    def __init__(self, model: Any, layer: int, which: str, head: int, seen: Tensor, rotation: Any) -> None:
+        layout, family = model.layout, model.layout.family
+        fused = len(family.qkv) == 1
+        module = model.hf.get_submodule(layout.layer(layer, family.qkv[0 if fused else "qk".index(which)]))
+        weight = module.weight.detach().float()
+        weight = weight if isinstance(module, torch.nn.Linear) else weight.T
+        start = (layout.n_heads * layout.d_head if fused and which == "k" else 0) + head * layout.d_head
+        self.weight = weight[start : start + layout.d_head]
+        self.offset = None if module.bias is None else module.bias.detach().float()[start : start + layout.d_head]
+        self.rotation = rotation
+        self.gain = None
+        if layout.query_key_norms:
+            norm = model.hf.get_submodule(layout.layer(layer, f"{family.attention}.{which}_norm"))
+            eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+            own = seen[:, head].float()
+            gain = norm.weight.detach().float() + (1.0 if family.gain_offset else 0.0)
+            self.gain = gain / (own.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def project(self, normed: Float[Tensor, "n d_model"], position: int) -> Float[Tensor, "n d_head"]:
+        """Queries or keys of some parts of the stream at a position."""
+        return self._placed(normed @ self.weight.T, position)
+
+    def bias(self, norm: FrozenNorm, position: int) -> Float[Tensor, " d_head"]:
+        """What the biases of the projection and of the norm before it come to."""
+        found = torch.zeros(len(self.weight), device=self.weight.device)
+        if self.offset is not None:
+            found = found + self.offset
+        if norm.bias is not None:
+            found = found + self.weight @ norm.bias
+        return self._placed(found[None], position)[0]
+
+    def _placed(self, heads: Float[Tensor, "n d_head"], position: int) -> Float[Tensor, "n d_head"]:
+        if self.gain is not None:
+            heads = heads * self.gain[position]
+        if self.rotation is None:
+            return heads
+        cos, sin = (part[position].float() for part in self.rotation)
+        half = heads.shape[-1] // 2
+        turned = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
+        return heads * cos + turned * sin
+
+
+def _rotation(
+    model: Any, tokens: Tensor, layer: int, hooks: list[str]
+) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Tensor]]:
+    """The rotary embedding's cos and sin for one layer, (seq, d_head), and the activations of some hooks."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        cos, sin = kwargs["position_embeddings"]
+        found.append((cos[0], sin[0]))
+
+    family = model.layout.family
+    handle = None
+    if family.rotary:
+        module = model.hf.get_submodule(model.layout.layer(layer, family.attention))
+        handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        seen = model.run(tokens, hooks=hooks, logits=False).activations
+    finally:
+        if handle is not None:
+            handle.remove()
+    return (found[0] if found else None), seen
