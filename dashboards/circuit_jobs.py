@@ -1,9 +1,10 @@
-"""What the circuit page asks of the model worker: making a graph, verifying one, and which heads carry an edge.
+"""What the circuit page asks of the model worker: making a graph, verifying one, and what explains its attention.
 
 1. `make` explains a prompt's next token with transcoders of the workspace, prunes the graph to what its file keeps, and
    puts it into the workspace; the job's result is its id.
 2. `verify` intervenes on every feature of a graph in the model itself, and puts what it measured beside the graph.
-3. `heads` splits one edge by the attention heads on its way.
+3. `heads` splits one edge by the attention heads on its way, or what one node reads by those that wrote it.
+4. `pairs` splits the score of one head for one query and key by what was written at the two.
 """
 
 import re
@@ -17,14 +18,15 @@ from dashboards.dictionaries import Dictionary, dictionaries, require_one_model
 from dashboards.prompts import prompt_jobs
 from dashboards.worker import Job
 from scope.attribution.graph_settings import GraphSettings
-from scope.errors import InvalidInputError, MismatchError, UnknownNameError
+from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scope.attribution.graph import CircuitGraph
+    from scope.attribution.query_key import QkPairs
 
-__all__ = ["KEPT_EDGES", "KEPT_NODES", "CircuitJobs", "MakeRequest", "circuit_jobs"]
+__all__ = ["KEPT_EDGES", "KEPT_NODES", "CircuitJobs", "HeadPlace", "MakeRequest", "circuit_jobs"]
 
 MAX_GRAPH_TOKENS = 256
 """Longest prompt that the page makes a graph of; the command line takes longer ones."""
@@ -35,6 +37,8 @@ TIME_LIMIT = 3600.0
 MAX_VERIFIED = 256
 """Feature nodes that are intervened on, those with the most influence."""
 MAX_NAME = 40
+MAX_PAIRS = 60
+"""Pairs of a head's score that are listed."""
 
 
 class MakeRequest(NamedTuple):
@@ -46,6 +50,33 @@ class MakeRequest(NamedTuple):
     targets: tuple[str, ...] = ()
     """Next tokens to explain; none for the likeliest."""
     max_features: int = GraphSettings.max_features
+
+
+class HeadPlace(NamedTuple):
+    """An attention head at a query position, and the key position that is asked about."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
+
+    def __str__(self) -> str:
+        """As in an address: LAYER.HEAD.QUERY.KEY."""
+        return ".".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> "HeadPlace":
+        """What `str` wrote.
+
+        Raises:
+            InvalidInputError: it is not four whole numbers.
+        """
+        parts = text.split(".")
+        if len(parts) != len(cls._fields) or not all(part.isdecimal() and len(part) < 9 for part in parts):
+            raise InvalidInputError(
+                f"The head is {text[:40]!r}; expected LAYER.HEAD.QUERY.KEY as whole numbers, such as 3.1.7.4."
+            )
+        return cls(*map(int, parts))
 
 
 class CircuitJobs:
@@ -87,15 +118,36 @@ class CircuitJobs:
         return self.context.worker.submit(("verify-graph", id), lambda job: self._verify(job, id, chosen), TIME_LIMIT)
 
     def submit_heads(self, id: str, source: str, target: str) -> Job:
-        """Queue the splitting of an edge by attention heads; the job's result is a frame of layer, head, weight.
+        """Queue the splitting of an edge, or with "" for its source of all that comes into a node, by attention heads;
+        the job's result is a frame of layer, head, key, weight.
 
         Raises:
             UnknownNameError: there is no such graph or node, or its transcoders are not in the workspace.
         """
-        numbers = [circuits(self.context).number(id, node) for node in (source, target)]
+        numbers = [circuits(self.context).number(id, node) for node in (source, target) if node]
         chosen = self._dictionaries(id)
         return self.context.worker.submit(
             ("heads", id, source, target), lambda job: self._heads(job, id, numbers, chosen), TIME_LIMIT
+        )
+
+    def submit_pairs(self, id: str, place: HeadPlace) -> Job:
+        """Queue the splitting of a head's score by pairs of what was written; the job's result is a `QkPairs`.
+
+        Raises:
+            UnknownNameError: there is no such graph, or its transcoders are not in the workspace.
+            OutOfRangeError: the graph has no such layer or position.
+        """
+        graph = circuits(self.context).graph(id)
+        for name, value, end in (
+            ("layer", place.layer, graph.n_layers),
+            ("query", place.query, len(graph.tokens)),
+            ("key", place.key, place.query + 1),
+        ):
+            if not 0 <= value < end:
+                raise OutOfRangeError(f"The head's {name} is {value}; expected 0 to {end - 1}.")
+        chosen = self._dictionaries(id)
+        return self.context.worker.submit(
+            ("pairs", id, place), lambda job: self._pairs(job, id, place, chosen), TIME_LIMIT
         )
 
     def _dictionaries(self, id: str) -> list[Dictionary]:
@@ -165,11 +217,25 @@ class CircuitJobs:
         return id
 
     def _heads(self, job: Job, id: str, numbers: Sequence[int], chosen: Sequence[Dictionary]) -> "pd.DataFrame":
-        from scope.attribution.attention import edge_heads
+        from scope.attribution.attention import edge_heads, node_heads
 
         graph, model, loaded = self._opened(job, id, chosen)
-        job.report("splitting the edge by heads")
-        return edge_heads(graph, model, loaded, *numbers)
+        job.report("splitting by heads")
+        return (edge_heads if len(numbers) > 1 else node_heads)(graph, model, loaded, *numbers)
+
+    def _pairs(self, job: Job, id: str, place: HeadPlace, chosen: Sequence[Dictionary]) -> "QkPairs":
+        from scope.attribution.query_key import qk_pairs
+
+        graph, model, loaded = self._opened(job, id, chosen)
+        job.report("reading what was written")
+        return qk_pairs(
+            model,
+            list(graph.token_ids),
+            loaded,
+            *place,
+            top=MAX_PAIRS,
+            progress=lambda done, total: job.report("comparing with the other keys", done, total),
+        )
 
     def _opened(self, job: Job, id: str, chosen: Sequence[Dictionary]) -> "tuple[CircuitGraph, Any, list[Any]]":
         graph = circuits(self.context).graph(id)

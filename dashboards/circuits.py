@@ -19,6 +19,8 @@ from dashboards.queries import tokens_label
 from scope.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from scope.attribution.graph import CircuitGraph
     from scope.attribution.graph_json import Supernode
     from scope.attribution.verdicts import Verdicts
@@ -170,11 +172,11 @@ class Circuits:
             "thresholds": wanted._asdict(),
             "whole": {"nodes": len(whole.nodes), "edges": len(whole.weight)},
             "n_edges": len(graph.weight),
-            "indexes": {layer: index.id for layer, index in self._indexes(graph).items()},
+            "indexes": {layer: index.id for layer, index in self.indexes(graph).items()},
             "nodes": {
                 "id": shown.ids,
                 **{name: table[name].tolist() for name in ("kind", "layer", "position", "feature", "label")},
-                "name": self._names(graph),
+                "name": self.names(graph, _features_of(table)),
                 **{name: _numbers(table[name]) for name in ("activation", "influence", "probability")},
                 "holds": nodes,
             },
@@ -266,7 +268,7 @@ class Circuits:
         known = dictionaries(self._context)
         return {one.layer: one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved}
 
-    def _indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
+    def indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
         """By layer, the index of its transcoder's features."""
         by_sae = {str(entry.manifest.get("sae", {}).get("fingerprint")): entry for entry in self._context.indexes()}
         prints = {layer: one.entry.manifest["fingerprint"] for layer, one in self.used(graph).items()}
@@ -274,23 +276,24 @@ class Circuits:
 
     def index_of(self, id: str, layer: int) -> "FeatureIndex | None":
         """The index of the features of one layer of a graph, where the workspace has one."""
-        entry = self._indexes(self.graph(id)).get(layer)
+        entry = self.indexes(self.graph(id)).get(layer)
         return None if entry is None else self._context.index(entry.id)
 
-    def _names(self, graph: "CircuitGraph") -> list[str]:
-        """Per node what its feature is called: its label, or the tokens it fires on; "" where nothing is known."""
+    def names(self, graph: "CircuitGraph", features: Iterable[tuple[int, int] | None]) -> list[str]:
+        """What features, layer and number each, are called: their labels, or the tokens they fire on; "" where nothing
+        is known, and for None."""
         from scope.features.labels import FeatureLabels
 
-        used, indexes = self.used(graph), self._indexes(graph)
+        used, indexes = self.used(graph), self.indexes(graph)
         labels: dict[int, dict[int, str]] = {}
         for layer, one in used.items():
             own = FeatureLabels(one.entry.manifest["fingerprint"], self._context.workspace.database).table()
             labels[layer] = dict(zip(own["feature"].tolist(), own["label"].tolist(), strict=True))
         found = []
-        columns = (graph.nodes[name].tolist() for name in ("kind", "layer", "feature"))
-        for kind, layer, feature in zip(*columns, strict=True):
-            name = labels.get(layer, {}).get(feature, "") if kind == "feature" else ""
-            if kind == "feature" and not name and layer in indexes:
+        for asked in features:
+            layer, feature = asked or (-1, -1)
+            name = labels.get(layer, {}).get(feature, "")
+            if asked and not name and layer in indexes:
                 index = self._context.index(indexes[layer].id)
                 known = 0 <= feature < index.d_sae
                 name = tokens_label({"top_tokens": index.table["top_tokens"].iloc[int(feature)]}) if known else ""
@@ -333,6 +336,12 @@ def _forget(kept: "OrderedDict[Any, Any]", n: int) -> None:
 
 def _numbers(column: Any) -> list[float | None]:
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in column.to_numpy(dtype="float64")]
+
+
+def _features_of(nodes: "pd.DataFrame") -> list[tuple[int, int] | None]:
+    """Layer and number of each node's feature; None for other nodes."""
+    columns = (nodes[name].tolist() for name in ("kind", "layer", "feature"))
+    return [(layer, feature) if kind == "feature" else None for kind, layer, feature in zip(*columns, strict=True)]
 
 
 def _by_influence(graph: "CircuitGraph") -> np.ndarray:

@@ -420,7 +420,22 @@ GLOSSARY: dict[str, Definition] = {
     "edge_heads": Definition(
         "the heads of an edge",
         "An edge is the sum of what went along the residual stream alone and of what each attention head moved to the "
-        "target's position, by the last head on the way.",
+        "target's position, by the last head on the way. “Reads” is the token that most of it was read at.",
         "edge = g · (written at the target's position) + Σ g · head(v)",
+    ),
+    "node_heads": Definition(
+        "the heads into a node",
+        "What a node reads is the sum of what stands in the residual stream at its position without any head (its "
+        "embedding, MLPs, biases) and of what each attention head wrote there. “Reads” is the token that most of it "
+        "was read at.",
+        "value = g · (stream) + Σ g · head",
+    ),
+    "qk_pairs": Definition(
+        "query–key attribution",
+        "With its norms held, a head's score for a query and a key is a sum over pairs of what was written at the two: "
+        "embeddings, features, errors, what earlier heads wrote, biases. The softmax does not see what all keys have "
+        "in common, so each pair is set against what it comes to, on average, at the other keys that the query can "
+        "see. The pairs add up to the score minus its mean over the other keys.",
+        "score = Σ scaling (R W_Q xᵢ) · (R W_K xⱼ),  relative = pair here − mean of the pair over other keys",
     ),
 }

@@ -98,7 +98,8 @@ def lens_link(index: str, /, **query: object) -> str:
 
 
 def circuit_link(graph: str = "", /, **query: object) -> str:
-    """All circuit graphs, or the page of one; `query` as in its address (nodes, edges, pin, edge, hide)."""
+    """All circuit graphs, or the page of one; `query` as in its address (nodes, edges, pin, edge, head,
+    hide)."""
     return _link("/circuit", {"graph": graph, **query})
 
 

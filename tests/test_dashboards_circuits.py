@@ -12,7 +12,7 @@ from helpers_circuits import made_graph
 from helpers_models import one_thread, tiny_folder, tiny_model
 from test_attribution_graph import transcoders
 
-from dashboards.circuit_jobs import MakeRequest, circuit_jobs
+from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
@@ -22,7 +22,7 @@ from scope.attribution.pruning import only_nodes, prune
 from scope.attribution.supernodes import Supernodes
 from scope.attribution.verdicts import load_verification, save_verification, verdicts
 from scope.attribution.verification import Agreement, Verification
-from scope.errors import IntegrityError, InvalidInputError, UnknownNameError
+from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.labels import FeatureLabels
 from scope.figures import verification_scatter
 from scope.saes.formats import save
@@ -260,7 +260,19 @@ def test_a_graph_is_made_verified_and_its_edges_split(dictionary_folder: Path, t
     ends = ids[graph.source[edge]], ids[graph.target[edge]]
     table = ended(context, jobs.submit_heads(id, *ends)).result
     assert table["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=1e-3)
+    into = ended(context, jobs.submit_heads(id, "", ends[1])).result
+    # The worker's model may run in bfloat16, as the machine has it.
+    assert into["weight"].sum() == pytest.approx(float(graph.nodes["value"].iloc[graph.target[edge]]), rel=2e-2)
     assert known.examples(id, ends[1])["examples"] == []
+    # Why the strongest head looked where it did.
+    head = into[into["layer"] >= 0].iloc[0]
+    query = int(graph.nodes["position"].iloc[graph.target[edge]])
+    place = HeadPlace(int(head["layer"]), int(head["head"]), query, int(head["key"]))
+    assert HeadPlace.parse(str(place)) == place
+    why = ended(context, jobs.submit_pairs(id, place)).result
+    assert len(why.attention) == query + 1
+    assert sum(why.attention) == pytest.approx(1, abs=1e-4)
+    assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-4)
 
 
 def test_bad_requests_are_answered_before_any_model(dictionary_folder: Path, tmp_path: Path) -> None:
@@ -281,3 +293,9 @@ def test_bad_requests_are_answered_before_any_model(dictionary_folder: Path, tmp
         jobs.submit_heads("made", "nothing", "either")
     with pytest.raises(UnknownNameError, match="circuit-graph"):
         jobs.submit_verify("../../etc/passwd")
+    for place, told in (((99, 0, 1, 0), "layer is 99"), ((1, 0, 99, 0), "query is 99"), ((1, 0, 2, 3), "key is 3")):
+        with pytest.raises(OutOfRangeError, match=told):
+            jobs.submit_pairs("made", HeadPlace(*place))
+    for text in ("", "1.2.3", "1.2.3.x", "1.2.3.-4", "1.2.3.<b>"):
+        with pytest.raises(InvalidInputError, match=r"LAYER\.HEAD"):
+            HeadPlace.parse(text)

@@ -113,6 +113,8 @@
   function pick(strip, place) {
     const spec = specs.get(strip);
     if (!spec || !spec.pick || place < 0 || place >= spec.t.length) return;
+    // A page may take it its own way.
+    if (!strip.dispatchEvent(new CustomEvent("scope-pick", { bubbles: true, cancelable: true, detail: { spec, place } }))) return;
     window.scope.select(Object.assign({ [spec.name || "token"]: place }, Object.fromEntries((spec.lets || []).map((name) => [name, null]))));
   }
 

@@ -135,6 +135,7 @@
       parts.push(this.groups());
       this.panel.replaceChildren(...parts.filter(Boolean));
       this.aboutEdge();
+      this.aboutHead();
     }
 
     head(item) {
@@ -158,6 +159,7 @@
         box.append(members);
       }
       const actions = el("div", "chips");
+      if (item.kind === "feature" || item.kind === "logit") actions.append(this.headsOf(":" + item.key, "Which attention heads write what it reads", "Heads that write " + this.title(item)));
       actions.append(this.button("Let go", "", () => this.setPin(null)), this.button("Hide", "", () => this.hide()));
       box.append(actions);
       return box;
@@ -208,29 +210,46 @@
       const cell = el("td");
       const [source, target] = [this.picture.items[one.source], this.picture.items[one.target]];
       if (source.kind === "group" || target.kind === "group") return cell;
-      const key = source.key + ":" + target.key;
+      cell.append(this.headsOf(source.key + ":" + target.key, "Which attention heads carry this edge", "Heads of " + this.title(source) + " to " + this.title(target)));
+      return cell;
+    }
+
+    /** A button that asks for the heads of an edge (SOURCE:TARGET) or of what a node reads (:NODE). */
+    headsOf(key, title, label) {
       const button = this.button("Heads", "", () => {
         this.edge = this.edge === key ? null : key;
+        this.asked = null;
         this.keep();
         this.list();
-      }, "Which attention heads carry this edge");
+      }, title);
       button.setAttribute("aria-pressed", String(this.edge === key));
-      button.setAttribute("aria-label", "Heads of " + this.title(source) + " to " + this.title(target));
-      cell.append(button);
-      return cell;
+      button.setAttribute("aria-label", label);
+      return button;
     }
 
     /** The edge of the address goes to the server, once, with its ends in words. */
     aboutEdge() {
       const part = document.getElementById("circuit-edge-part");
       if (!part) return;
-      const [source, target] = (this.edge || "").split(":").map((id) => this.picture.byKey.get(id));
-      part.hidden = source === undefined || target === undefined;
+      const [from, to] = (this.edge || "").split(":");
+      const [source, target] = [from, to].map((id) => this.picture.byKey.get(id));
+      part.hidden = target === undefined || (from !== "" && source === undefined);
       if (part.hidden || part.dataset.edge === this.edge) return;
       part.dataset.edge = this.edge;
-      const words = this.title(this.picture.items[source]) + " → " + this.title(this.picture.items[target]);
-      const [from, to] = this.edge.split(":");
+      const words = (from ? this.title(this.picture.items[source]) + " → " : "") + this.title(this.picture.items[target]);
       setProps("circuit-edge", { data: { graph: this.graph, source: from, target: to, words } });
+    }
+
+    /** The head of the address (LAYER.HEAD.QUERY.KEY) goes to the server, once. */
+    aboutHead() {
+      const part = document.getElementById("circuit-pairs-part");
+      if (!part) return;
+      part.hidden = !this.asked;
+      const at = (this.asked || "").split(".").slice(0, 3).join(".") + ".";
+      document.querySelectorAll("[data-head]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.head.startsWith(at))));
+      if (part.hidden || part.dataset.asked === this.asked) return;
+      part.dataset.asked = this.asked;
+      setProps("circuit-head", { data: { graph: this.graph, head: this.asked } });
     }
 
     groups() {

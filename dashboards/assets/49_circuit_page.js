@@ -1,7 +1,8 @@
 /* What happens on a circuit graph: pointing, pinning, grouping, hiding, thresholds, keys, and the address that keeps it.
 
    `.circuit[data-circuit]` is filled here. Its address: graph, nodes and edges (thresholds), pin (a node's id, or
-   group:NAME), edge (SOURCE:TARGET), hide (ids), verdicts ("off": what does not hold is not marked). */
+   group:NAME), edge (SOURCE:TARGET, or :NODE for all that comes into one), head (LAYER.HEAD.QUERY.KEY), hide (ids),
+   verdicts ("off": what does not hold is not marked). */
 (function () {
   "use strict";
   const { el, number, getJson, setProps, refine } = window.scope;
@@ -20,6 +21,7 @@
       this.thresholds = given.thresholds;
       this.pin = query.get("pin");
       this.edge = query.get("edge");
+      this.asked = query.get("head");
       this.hidden = new Set((query.get("hide") || "").split(",").filter(Boolean));
       this.marked = query.get("verdicts") !== "off";
       this.selected = new Set();
@@ -153,7 +155,7 @@
 
     /** The address says what is shown. */
     keep() {
-      refine({ pin: this.pin, edge: this.edge, hide: Array.from(this.hidden).join(",") });
+      refine({ pin: this.pin, edge: this.edge, head: this.asked, hide: Array.from(this.hidden).join(",") });
     }
 
     /* --- pointing -------------------------------------------------------------------------------------------------- */
@@ -251,7 +253,7 @@
 
     setPin(key) {
       this.pin = key;
-      this.edge = null;
+      this.edge = this.asked = null;
       this.all = { in: false, out: false };
       this.over = undefined;
       setProps("circuit-edge", { data: null });
@@ -279,7 +281,7 @@
       if (!ids.length) { window.scope.toast("Pin or select a node first"); return; }
       ids.forEach((id) => this.hidden.add(id));
       this.selected.clear();
-      this.pin = this.edge = null;
+      this.pin = this.edge = this.asked = null;
       this.keep();
       this.draw();
     }
@@ -310,9 +312,17 @@
       this.data.supernodes = supernodes;
       setProps("circuit-groups", { data: { graph: this.graph, supernodes, at: Date.now() } });
       this.pin = pin;
-      this.edge = null;
+      this.edge = this.asked = null;
       this.keep();
       this.draw();
+    }
+
+    /** Why a head looked where it did: asked, or asked no more. */
+    why(head) {
+      this.asked = this.asked === head ? null : head;
+      this.keep();
+      this.aboutHead();
+      if (this.asked) document.getElementById("circuit-pairs-part").scrollIntoView({ block: "nearest" });
     }
 
     focus() { this.picture.svg.focus({ preventScroll: true }); }
@@ -377,8 +387,19 @@
     if (box) now = new Circuit(box);
     const go = root.matches("[data-go]") ? root : root.querySelector("[data-go]");
     if (go) window.scope.go(go.dataset.go);
+    if (now && now.picture && root.querySelector("[data-head]")) now.aboutHead();
     if (now && (root.matches("[data-verified]") || root.querySelector("[data-verified]")) && now.data) now.load();
   }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest && event.target.closest("[data-head]");
+    if (button && now) now.why(button.dataset.head);
+  });
+  document.addEventListener("scope-pick", (event) => {
+    const { spec, place } = event.detail;
+    if (!spec.head || !now) return;
+    event.preventDefault();
+    if (place !== spec.s) now.why(spec.head + "." + place);
+  });
   new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(scan))).observe(
     document.documentElement, { subtree: true, childList: true });
 })();

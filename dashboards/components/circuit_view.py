@@ -1,4 +1,4 @@
-"""Parts of the circuit page: the list of graphs, the form that makes one, what verifying has found, an edge's heads."""
+"""Parts of the circuit page: the list of graphs, the form that makes one, a graph's frame, what verifying has found."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dashboards.components.controls import button, code, define, link_button
 from dashboards.components.progress import progress_box
 from dashboards.components.stats import stat, stats
 from dashboards.dictionaries import Dictionary
-from dashboards.format import count, exact, number, percent, plural
+from dashboards.format import count, exact, number, percent
 from dashboards.links import circuit_link
 from scope.figures import Theme, verification_scatter
 from scope.figures.text import visible_token
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scope.attribution.verification import Verification
     from scope.workspace import Entry
 
-__all__ = ["graph_table", "graph_view", "heads", "make_form", "verification"]
+__all__ = ["graph_table", "graph_view", "make_form", "verification"]
 
 PAGE_FEATURES = 1024
 """Feature nodes that a graph made on the page has, at most, unless more are asked for."""
@@ -194,6 +194,7 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
                             html.Div(id="circuit-panel", className="circuit-panel"),
                             html.Section(
                                 id="circuit-edge-part",
+                                className="circuit-edge",
                                 hidden=True,
                                 children=[progress_box("circuit-heads"), html.Div(id="circuit-heads-result")],
                             ),
@@ -201,6 +202,12 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
                         **{"aria-label": "What is pinned"},
                     ),
                 ],
+            ),
+            html.Section(
+                id="circuit-pairs-part",
+                className="circuit-pairs",
+                hidden=True,
+                children=[progress_box("circuit-pairs"), html.Div(id="circuit-pairs-result")],
             ),
             html.Section(
                 className="circuit-verification",
@@ -222,6 +229,7 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
             ),
             dcc.Store(id="circuit-view", data={"graph": entry.id}),
             dcc.Store(id="circuit-edge"),
+            dcc.Store(id="circuit-head"),
             dcc.Store(id="circuit-groups"),
             dcc.Store(id="circuit-saved"),
         ],
@@ -298,43 +306,3 @@ def verification(found: "Verification", judged: "Verdicts", theme: Theme) -> htm
 
 def _of(holds: "pd.Series[bool]") -> str:
     return f"{count(int(holds.sum()))} of {count(len(holds))}"
-
-
-def heads(table: "pd.DataFrame", words: str) -> html.Div:
-    """Which heads carry an edge: columns layer, head, weight, the largest first."""
-    total = float(table["weight"].sum())
-    shown = table[table["weight"].abs() > 0].head(12)
-    most = float(shown["weight"].abs().max()) if len(shown) else 1.0
-    rows = []
-    for layer, head, weight in zip(*(shown[name].tolist() for name in ("layer", "head", "weight")), strict=True):
-        rows.append(
-            html.Tr(
-                [
-                    html.Td("along the stream, no head" if layer < 0 else f"L{layer} head {head}"),
-                    html.Td(
-                        f"{'+' if weight > 0 else ''}{number(weight)}",
-                        className=f"number circuit-weight {'negative' if weight < 0 else 'positive'}",
-                        style={"--v": f"{abs(weight) / most:.3f}"},
-                        title=exact(weight),
-                    ),
-                    html.Td(percent(weight / total) if total else "–", className="number"),
-                ]
-            )
-        )
-    names = html.Tr(
-        [
-            html.Th("By way of", scope="col"),
-            *(html.Th(name, scope="col", className="number") for name in ("Weight", "Share")),
-        ]
-    )
-    return html.Div(
-        className="circuit-list",
-        children=[
-            html.H3(["Heads that carry the edge ", define("edge_heads")]),
-            html.P(html.Bdi(words), className="small muted"),
-            html.Table([html.Thead(names), html.Tbody(rows)]),
-            html.P(
-                f"In all {number(total)}, of {plural(len(table) - 1, 'head')} and the stream.", className="small muted"
-            ),
-        ],
-    )

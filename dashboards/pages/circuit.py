@@ -4,7 +4,8 @@
    worker; when the graph is there its page opens.
 2. With one (`graph`), assets/49_circuit_page.js fetches it at the thresholds of the address and draws it; what is
    pinned and hidden is in the address, supernodes go into the workspace (`#circuit-groups`).
-3. Verifying, and which heads carry an edge (`#circuit-edge`), are jobs of the same worker.
+3. Verifying, which heads carry an edge or write what a node reads (`#circuit-edge`), and why a head looked where it did
+   (`#circuit-head`), are jobs of the same worker.
 """
 
 import re
@@ -13,11 +14,12 @@ from typing import Any
 from dash import Dash, Input, Output, State, html
 from dash.exceptions import PreventUpdate
 
-from dashboards.circuit_jobs import MakeRequest, circuit_jobs
+from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import circuits, thresholds_of
 from dashboards.components import states
 from dashboards.components.charts import theme_of_request
-from dashboards.components.circuit_view import PAGE_FEATURES, graph_table, graph_view, heads, make_form, verification
+from dashboards.components.circuit_attention import heads, pairs
+from dashboards.components.circuit_view import PAGE_FEATURES, graph_table, graph_view, make_form, verification
 from dashboards.components.controls import define, link_button
 from dashboards.components.progress import Asked, register_progress
 from dashboards.context import Context
@@ -81,10 +83,11 @@ def _verified(context: Context, id: str) -> Any:
 
 
 def register(app: Dash, context: Context) -> None:
-    """Making, verifying, grouping, and the heads of an edge."""
+    """Making, verifying, grouping, and what explains attention."""
     _register_making(app, context)
     _register_verifying(app, context)
     _register_heads(app, context)
+    _register_pairs(app, context)
 
     @app.callback(Output("circuit-saved", "data"), Input("circuit-groups", "data"), prevent_initial_call=True)
     def group(asked: Asked | None) -> Any:
@@ -171,10 +174,40 @@ def _register_heads(app: Dash, context: Context) -> None:
             return {**asked, "problem": str(problem)}
         return {**asked, "id": job.id}
 
-    register_progress(
-        app,
-        context.worker,
-        "circuit-heads",
-        lambda asked, job: heads(job.result, str(asked.get("words", ""))),
-        "The heads of this edge could not be found",
-    )
+    def found(asked: Asked, job: Job) -> Any:
+        graph = circuits(context).graph(asked["graph"])
+        query = int(graph.nodes["position"].iloc[circuits(context).number(asked["graph"], asked["target"])])
+        return heads(job.result, str(asked.get("words", "")), graph.tokens, query, of_edge=bool(asked["source"]))
+
+    register_progress(app, context.worker, "circuit-heads", found, "The heads could not be found")
+
+
+def _register_pairs(app: Dash, context: Context) -> None:
+    @app.callback(Output("circuit-pairs-job", "data"), Input("circuit-head", "data"), prevent_initial_call=True)
+    def start(asked: Asked | None) -> Asked:
+        if not asked:
+            raise PreventUpdate
+        try:
+            job = circuit_jobs(context).submit_pairs(asked["graph"], HeadPlace.parse(asked["head"]))
+        except ScopeError as problem:
+            return {**asked, "problem": str(problem)}
+        return {**asked, "id": job.id}
+
+    def found(asked: Asked, job: Job) -> Any:
+        known = circuits(context)
+        graph = known.graph(asked["graph"])
+        table = job.result.table
+        ends = {
+            side: [
+                (layer, feature) if kind == "feature" else None
+                for kind, layer, feature in zip(
+                    *(table[f"{side}_{name}"].tolist() for name in ("kind", "layer", "feature")), strict=True
+                )
+            ]
+            for side in ("query", "key")
+        }
+        names = {side: known.names(graph, features) for side, features in ends.items()}
+        indexes = {layer: index.id for layer, index in known.indexes(graph).items()}
+        return pairs(job.result, HeadPlace.parse(asked["head"]), graph.tokens, names, indexes)
+
+    register_progress(app, context.worker, "circuit-pairs", found, "Why the head looked there could not be found")
