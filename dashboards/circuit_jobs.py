@@ -5,6 +5,7 @@
 2. `verify` intervenes on every feature of a graph in the model itself, and puts what it measured beside the graph.
 3. `heads` splits one edge by the attention heads on its way, or what one node reads by those that wrote it.
 4. `pairs` splits the score of one head for one query and key by what was written at the two.
+5. `test` path-patches the edges out of one node, and puts what it measured beside the graph.
 """
 
 import re
@@ -150,11 +151,23 @@ class CircuitJobs:
             ("pairs", id, place), lambda job: self._pairs(job, id, place, chosen), TIME_LIMIT
         )
 
+    def submit_test(self, id: str, source: str) -> Job:
+        """Queue the path patching of all edges out of a node; the job's result is the graph's id.
+
+        Raises:
+            UnknownNameError: there is no such graph or node, or its transcoders are not in the workspace.
+        """
+        number = circuits(self.context).number(id, source)
+        chosen = self._dictionaries(id)
+        return self.context.worker.submit(
+            ("test-edges", id, source), lambda job: self._test(job, id, number, chosen), TIME_LIMIT
+        )
+
     def _dictionaries(self, id: str) -> list[Dictionary]:
         """The transcoders of a graph, all of which have to be in the workspace."""
         known = circuits(self.context)
         graph = known.graph(id)
-        used = list(known.used(graph).values())
+        used = list({one.entry.id: one for one in known.used(graph).values()}.values())
         if len(used) < max(1, len(graph.transcoders)):
             raise UnknownNameError(
                 "transcoder",
@@ -237,6 +250,17 @@ class CircuitJobs:
             progress=lambda done, total: job.report("comparing with the other keys", done, total),
         )
 
+    def _test(self, job: Job, id: str, source: int, chosen: Sequence[Dictionary]) -> str:
+        from scope.attribution.path_patching import merged, path_patching
+        from scope.attribution.verdicts import load_verification, save_verification
+
+        graph, model, loaded = self._opened(job, id, chosen)
+        job.report("patching the paths out of the node")
+        found = path_patching(graph, model, loaded, [source])
+        path = self.context.workspace.edge_tests_path(id)
+        save_verification(merged(load_verification(path), found), path)
+        return id
+
     def _opened(self, job: Job, id: str, chosen: Sequence[Dictionary]) -> "tuple[CircuitGraph, Any, list[Any]]":
         graph = circuits(self.context).graph(id)
         loaded = [self._loaded(job, one) for one in chosen]
@@ -251,7 +275,8 @@ class CircuitJobs:
         """A transcoder, loaded once."""
         fingerprint = one.entry.manifest["fingerprint"]
         if fingerprint not in self._transcoders:
-            job.report(f"loading the transcoder of layer {one.layer}")
+            where = f"layers {one.layers[0]} to {one.layers[-1]}" if one.across else f"layer {one.layers[0]}"
+            job.report(f"loading the transcoder of {where}")
             self._transcoders[fingerprint] = self.context.workspace.sae(one.entry.id)
         return self._transcoders[fingerprint]
 

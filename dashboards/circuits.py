@@ -88,7 +88,7 @@ class Circuits:
         self._context = context
         self._graphs: OrderedDict[str, tuple[CircuitGraph, list[str]]] = OrderedDict()
         self._views: OrderedDict[tuple[str, Thresholds], Shown] = OrderedDict()
-        self._verified: dict[str, tuple[int, Verification, Verdicts]] = {}
+        self._verified: dict[Path, tuple[int, Verification, Verdicts]] = {}
 
     # --- graphs ---------------------------------------------------------------------------------------------------
 
@@ -162,8 +162,7 @@ class Circuits:
         shown = self.shown(id, wanted)
         graph = shown.graph
         order = _by_influence(graph)[:MAX_EDGES]
-        judged = self.verdicts(id)
-        nodes, edges = _verdicts_of(judged, shown, order)
+        nodes, edges = _verdicts_of(self.verdicts(id), self.edge_verdicts(id), shown, order)
         table = graph.nodes
         return {
             "id": entry.id,
@@ -173,6 +172,7 @@ class Circuits:
             "whole": {"nodes": len(whole.nodes), "edges": len(whole.weight)},
             "n_edges": len(graph.weight),
             "indexes": {layer: index.id for layer, index in self.indexes(graph).items()},
+            "writes": {layer: one.written_from(layer) for layer, one in self.used(graph).items() if one.across},
             "nodes": {
                 "id": shown.ids,
                 **{name: table[name].tolist() for name in ("kind", "layer", "position", "feature", "label")},
@@ -234,44 +234,55 @@ class Circuits:
 
     def verification(self, id: str) -> "Verification | None":
         """What verifying a graph has measured, where someone has."""
-        known = self._measured(id)
-        return None if known is None else known[1]
+        known = self._measured(self._context.workspace.verification_path(id))
+        return None if known is None else known[0]
 
     def verdicts(self, id: str) -> "Verdicts | None":
         """What holds of a graph, where it was verified."""
-        known = self._measured(id)
-        return None if known is None else known[2]
+        known = self._measured(self._context.workspace.verification_path(id))
+        return None if known is None else known[1]
 
-    def _measured(self, id: str) -> "tuple[int, Verification, Verdicts] | None":
+    def edge_tests(self, id: str) -> "Verification | None":
+        """What path patching has measured of a graph's edges, as far as they were tested."""
+        known = self._measured(self._context.workspace.edge_tests_path(id))
+        return None if known is None else known[0]
+
+    def edge_verdicts(self, id: str) -> "Verdicts | None":
+        """Which of the edges that were tested one by one hold."""
+        known = self._measured(self._context.workspace.edge_tests_path(id))
+        return None if known is None else known[1]
+
+    def _measured(self, path: Path) -> "tuple[Verification, Verdicts] | None":
         from scope.attribution.verdicts import load_verification, verdicts
 
-        entry = self.entry(id)
-        path = self._context.workspace.verification_path(entry.id)
         if not path.is_file():
             return None
         at = path.stat().st_mtime_ns
-        known = self._verified.get(entry.id)
+        known = self._verified.get(path)
         if known is None or known[0] != at:
             found = load_verification(path)
             if found is None:
                 return None
-            known = self._verified[entry.id] = (at, found, verdicts(found))
-        return known
+            known = self._verified[path] = (at, found, verdicts(found))
+        return known[1:]
 
     # --- dictionaries ---------------------------------------------------------------------------------------------
 
     def used(self, graph: "CircuitGraph") -> dict[int, Dictionary]:
-        """By layer, the transcoders of the workspace that a graph was made with: those at the paths that it names, or
-        of the same name, where a path leads nowhere any more because the workspace was moved."""
+        """By layer that features read, the transcoders of the workspace that a graph was made with: those at the paths
+        that it names, or of the same name, where a path leads nowhere any more because the workspace was moved. A
+        cross-layer transcoder stands at each of its layers."""
         wanted = {Path(path).resolve() for path in graph.transcoders}
         moved = {path.name for path in wanted if not path.exists()}
         known = dictionaries(self._context)
-        return {one.layer: one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved}
+        here = [one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved]
+        return {layer: one for one in here for layer in one.layers}
 
     def indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
-        """By layer, the index of its transcoder's features."""
+        """By layer, the index of its transcoder's features. Of a cross-layer transcoder there is none."""
         by_sae = {str(entry.manifest.get("sae", {}).get("fingerprint")): entry for entry in self._context.indexes()}
-        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in self.used(graph).items()}
+        used = {layer: one for layer, one in self.used(graph).items() if not one.across}
+        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in used.items()}
         return {layer: by_sae[name] for layer, name in prints.items() if name in by_sae}
 
     def index_of(self, id: str, layer: int) -> "FeatureIndex | None":
@@ -292,7 +303,7 @@ class Circuits:
         found = []
         for asked in features:
             layer, feature = asked or (-1, -1)
-            name = labels.get(layer, {}).get(feature, "")
+            name = labels[layer].get(used[layer].number(layer, feature), "") if layer in used else ""
             if asked and not name and layer in indexes:
                 index = self._context.index(indexes[layer].id)
                 known = 0 <= feature < index.d_sae
@@ -353,14 +364,18 @@ def _by_influence(graph: "CircuitGraph") -> np.ndarray:
 
 
 def _verdicts_of(
-    judged: "Verdicts | None", shown: Shown, order: np.ndarray
+    judged: "Verdicts | None", tested: "Verdicts | None", shown: Shown, order: np.ndarray
 ) -> tuple[list[bool | None], list[bool | None]]:
-    """Whether each node that is shown, and each edge in this order, holds; None where that was not tested."""
-    if judged is None:
-        return [None] * len(shown.ids), [None] * len(order)
-    nodes = dict(zip(judged.nodes["source"].tolist(), judged.nodes["holds"].tolist(), strict=True))
-    ends = zip(judged.pairs["source"].tolist(), judged.pairs["target"].tolist(), strict=True)
-    pairs = dict(zip(ends, judged.pairs["holds"].tolist(), strict=True))
+    """Whether each node that is shown, and each edge in this order, holds; None where that was not tested. An edge that
+    was tested by itself counts as that has shown, others as the effect of their source on their target."""
+    nodes = (
+        {} if judged is None else dict(zip(*(judged.nodes[name].tolist() for name in ("source", "holds")), strict=True))
+    )
+    pairs: dict[tuple[int, int], bool] = {}
+    for found in (judged, tested):
+        if found is not None:
+            ends = zip(found.pairs["source"].tolist(), found.pairs["target"].tolist(), strict=True)
+            pairs.update(zip(ends, found.pairs["holds"].tolist(), strict=True))
     source, target = (shown.numbers[end[order]].tolist() for end in (shown.graph.source, shown.graph.target))
     return (
         [nodes.get(number) for number in shown.numbers.tolist()],

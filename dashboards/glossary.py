@@ -417,6 +417,15 @@ GLOSSARY: dict[str, Definition] = {
         "at least 0.5. Beside it, how many would hold with random features in their place.",
         "½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
     ),
+    "path_patching": Definition(
+        "testing an edge",
+        "Path patching: the edge's source is set to 0 and to twice its value in the real model, and every MLP is held "
+        "at what it wrote, so that nothing of the change goes by way of another node. Attention and norms react. "
+        "Predicted is the edge itself, measured the change of its target. It holds where it was measured with the "
+        "predicted sign and from half to twice the predicted size. An edge that was tested is marked by this, other "
+        "edges by the effect of their source over all paths.",
+        "predicted = (factor − 1) × edge,  ½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
+    ),
     "edge_heads": Definition(
         "the heads of an edge",
         "An edge is the sum of what went along the residual stream alone and of what each attention head moved to the "

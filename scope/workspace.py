@@ -213,6 +213,10 @@ class Workspace:
         """Where what verifying a graph has measured lies, or will lie (`scope.attribution.verdicts`)."""
         return self.path / FOLDERS["circuit-graph"] / VERIFIED / f"{self.find(id, 'circuit-graph').id}.parquet"
 
+    def edge_tests_path(self, id: str) -> Path:
+        """Where what path patching has measured of a graph's edges lies, or will lie (the same format)."""
+        return self.verification_path(id).with_suffix(".edges.parquet")
+
     def labels(self, id: str) -> "FeatureLabels":
         """The labels of an SAE's features. `id` is that of the SAE or of an index of it, or a path or address that
         `scope.saes.formats.load` takes.

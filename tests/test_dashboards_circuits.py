@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from helpers_circuits import made_graph
 from helpers_models import one_thread, tiny_folder, tiny_model
+from test_attribution_dense import cross_layer
 from test_attribution_graph import transcoders
 
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
@@ -221,6 +222,13 @@ def dictionary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.path
 
 
+def add_cross_layer(workspace: Workspace) -> None:
+    """Put a cross-layer transcoder of the tiny Gemma into a workspace."""
+    clt = cross_layer(tiny_model("gemma3"), "jumprelu")
+    clt.cfg = replace(clt.cfg, metadata=replace(clt.cfg.metadata, model_name=str(tiny_folder("gemma3"))))
+    save(clt, workspace.path_for("sae", "across"))
+
+
 def ended(context: Context, job: Job) -> Job:
     context.worker.wait(job, 120)
     assert job.state is JobState.DONE, job.error
@@ -232,13 +240,13 @@ def test_a_graph_is_made_verified_and_its_edges_split(dictionary_folder: Path, t
     context = Context(Workspace(tmp_path / "w"))
     jobs, known = circuit_jobs(context), Circuits(context)
     chosen = dictionaries(context)
-    assert [one.layer for one in chosen] == list(range(len(chosen)))
+    assert [one.layers for one in chosen] == [(layer,) for layer in range(len(chosen))]
     asked = MakeRequest("The cat sat on the mat", tuple(one.entry.id for one in chosen), ("the",), 64)
     id = ended(context, jobs.submit_make(asked)).result
     graph = known.graph(id)
     assert context.workspace.find(id).name == "the-cat-sat-on-the-mat"
     assert list(graph.nodes.loc[graph.nodes["kind"] == "logit", "label"]) in (["the"], [" the"])
-    assert sorted(known.used(graph)) == [one.layer for one in chosen]
+    assert sorted(known.used(graph)) == list(range(len(chosen)))
     # Names: what is said of a feature in the workspace.
     row = graph.nodes[graph.nodes["kind"] == "feature"].iloc[0]
     own = known.used(graph)[row["layer"]].entry.manifest["fingerprint"]
@@ -264,15 +272,70 @@ def test_a_graph_is_made_verified_and_its_edges_split(dictionary_folder: Path, t
     # The worker's model may run in bfloat16, as the machine has it.
     assert into["weight"].sum() == pytest.approx(float(graph.nodes["value"].iloc[graph.target[edge]]), rel=2e-2)
     assert known.examples(id, ends[1])["examples"] == []
+    # The edge, tested by itself: its verdict is the one that is shown from then on.
+    ended(context, jobs.submit_test(id, ends[0]))
+    tested, of_edges = known.edge_tests(id), known.edge_verdicts(id)
+    assert tested is not None
+    assert of_edges is not None
+    own = of_edges.pairs[of_edges.pairs["target"] == graph.target[edge]]
+    assert len(own) == 1
+    assert len(tested.pairs) == 2 * (graph.source == graph.source[edge]).sum()
+    payload = known.payload(id, Thresholds(1.0, 1.0))
+    drawn = list(zip(payload["edges"]["source"], payload["edges"]["target"], strict=True))
+    place = {name: n for n, name in enumerate(payload["nodes"]["id"])}
+    shown = payload["edges"]["holds"][drawn.index((place[ends[0]], place[ends[1]]))]
+    assert shown is bool(own["holds"].iloc[0])
     # Why the strongest head looked where it did.
     head = into[into["layer"] >= 0].iloc[0]
     query = int(graph.nodes["position"].iloc[graph.target[edge]])
-    place = HeadPlace(int(head["layer"]), int(head["head"]), query, int(head["key"]))
-    assert HeadPlace.parse(str(place)) == place
-    why = ended(context, jobs.submit_pairs(id, place)).result
+    asked_head = HeadPlace(int(head["layer"]), int(head["head"]), query, int(head["key"]))
+    assert HeadPlace.parse(str(asked_head)) == asked_head
+    why = ended(context, jobs.submit_pairs(id, asked_head)).result
     assert len(why.attention) == query + 1
     assert sum(why.attention) == pytest.approx(1, abs=1e-4)
     assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-4)
+
+
+def test_a_graph_of_a_cross_layer_transcoder_is_made_and_explained(tmp_path: Path) -> None:
+    context = Context(Workspace(tmp_path / "w"))
+    add_cross_layer(context.workspace)
+    jobs, known = circuit_jobs(context), Circuits(context)
+    (clt,) = dictionaries(context)
+    assert (clt.layers, clt.across, clt.width) == ((0, 1, 2, 3), True, 40)
+    assert clt.written_from(2) == (2, 3)
+    id = ended(context, jobs.submit_make(MakeRequest("The cat sat on the mat", (clt.entry.id,), (), 64))).result
+    graph = known.graph(id)
+    assert set(known.used(graph)) == {0, 1, 2, 3}
+    # A label is kept under the feature's number in the whole dictionary.
+    row = graph.nodes[(graph.nodes["kind"] == "feature") & (graph.nodes["layer"] == 1)].iloc[0]
+    labels = FeatureLabels(clt.entry.manifest["fingerprint"], context.workspace.database)
+    labels.set(clt.number(1, int(row["feature"])), "mine")
+    payload = known.payload(id, Thresholds(1.0, 1.0))
+    assert payload["writes"] == {0: (0, 1, 2, 3), 1: (1, 2, 3), 2: (2, 3), 3: (3,)}
+    assert payload["indexes"] == {}
+    nodes = payload["nodes"]
+    named = {(nodes["layer"][n], nodes["feature"][n]) for n, name in enumerate(nodes["name"]) if name}
+    assert named == {(1, row["feature"])}
+    ids = node_ids(graph)
+    edge = int(np.argmax(np.abs(graph.weight) * (graph.nodes["kind"].to_numpy() == "feature")[graph.source]))
+    ends = ids[graph.source[edge]], ids[graph.target[edge]]
+    table = ended(context, jobs.submit_heads(id, *ends)).result
+    assert table["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=2e-2)
+    ended(context, jobs.submit_test(id, ends[0]))
+    ended(context, jobs.submit_verify(id))
+    assert known.edge_verdicts(id) is not None
+    why = ended(context, jobs.submit_pairs(id, HeadPlace(2, 1, 4, 2))).result
+    assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-3)
+
+
+def test_a_cross_layer_transcoder_stands_alone(dictionary_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dictionary_folder, tmp_path / "w")
+    context = Context(Workspace(tmp_path / "w"))
+    add_cross_layer(context.workspace)
+    chosen = dictionaries(context)
+    assert [one.across for one in chosen] == [False] * 4 + [True]
+    with pytest.raises(InvalidInputError, match="stands alone"):
+        circuit_jobs(context).submit_make(MakeRequest("x", tuple(one.entry.id for one in chosen)))
 
 
 def test_bad_requests_are_answered_before_any_model(dictionary_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,13 @@
   const NEAR = 60;
   let now = null;
 
+  /** Layers in words: "L3 to L17", or one by one where some are left out. */
+  function layersOf(layers) {
+    const [first, last] = [layers[0], layers[layers.length - 1]];
+    const whole = layers.length > 2 && last - first === layers.length - 1;
+    return whole ? "L" + first + " to L" + last : layers.map((layer) => "L" + layer).join(", ");
+  }
+
   class Circuit extends Parts {
     constructor(box) {
       super();
@@ -220,6 +227,9 @@
       }
       const n = item.members[0];
       if (nodes.name[n]) parts.push(el("div", "circuit-name", nodes.name[n]));
+      if (item.kind === "feature" && this.data.writes[nodes.layer[n]]) {
+        parts.push(el("div", "circuit-layers", "reads L" + nodes.layer[n] + " · writes " + layersOf(this.data.writes[nodes.layer[n]])));
+      }
       const facts = [];
       if (item.kind === "feature") facts.push("activation " + number(nodes.activation[n]));
       else if (item.kind === "logit") facts.push("probability " + percent(nodes.probability[n]), "logit " + number(nodes.activation[n]));

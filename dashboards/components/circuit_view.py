@@ -10,6 +10,7 @@ from dash import dcc, html
 from dashboards.circuits import Thresholds
 from dashboards.components import states
 from dashboards.components.charts import chart
+from dashboards.components.circuit_edge import test_part
 from dashboards.components.controls import button, code, define, link_button
 from dashboards.components.progress import progress_box
 from dashboards.components.stats import stat, stats
@@ -85,13 +86,15 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
                 code(MAKE.format(workspace=workspace)),
             ],
         )
-    first: dict[tuple[str, int], str] = {}
+    # One for each layer of the first model; a cross-layer one where there are no others.
+    model, chosen = known[0].model, {}
     for one in known:
-        first.setdefault((one.model, one.layer), one.entry.id)
-    model = known[0].model
+        if one.model == model and (not one.across or not chosen):
+            chosen.setdefault(one.layers, one.entry.id)
     groups: dict[str, list[dict[str, str]]] = {}
     for one in known:
-        label = f"L{one.layer} · {one.entry.name} ({one.about})"
+        where = f"L{one.layers[0]} to L{one.layers[-1]}, cross-layer" if one.across else f"L{one.layers[0]}"
+        label = f"{where} · {one.entry.name} ({one.about})"
         groups.setdefault(one.model or "unknown model", []).append({"value": one.entry.id, "label": label})
     return html.Section(
         className="circuit-make",
@@ -112,9 +115,9 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
             ),
             dmc.MultiSelect(
                 id="circuit-transcoders",
-                label="Transcoders, one for each layer",
+                label="Transcoders, one for each layer; or one cross-layer transcoder",
                 data=[{"group": name, "items": items} for name, items in groups.items()],
-                value=[id for (of, _), id in first.items() if of == model],
+                value=list(chosen.values()),
                 searchable=True,
                 comboboxProps={"shadow": "md"},
             ),
@@ -196,18 +199,21 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
                                 id="circuit-edge-part",
                                 className="circuit-edge",
                                 hidden=True,
-                                children=[progress_box("circuit-heads"), html.Div(id="circuit-heads-result")],
+                                children=[
+                                    test_part(),
+                                    html.Div([progress_box("circuit-heads"), html.Div(id="circuit-heads-result")]),
+                                ],
                             ),
                         ],
                         **{"aria-label": "What is pinned"},
                     ),
+                    html.Section(
+                        id="circuit-pairs-part",
+                        className="circuit-pairs",
+                        hidden=True,
+                        children=[progress_box("circuit-pairs"), html.Div(id="circuit-pairs-result")],
+                    ),
                 ],
-            ),
-            html.Section(
-                id="circuit-pairs-part",
-                className="circuit-pairs",
-                hidden=True,
-                children=[progress_box("circuit-pairs"), html.Div(id="circuit-pairs-result")],
             ),
             html.Section(
                 className="circuit-verification",

@@ -5,7 +5,7 @@
 2. With one (`graph`), assets/49_circuit_page.js fetches it at the thresholds of the address and draws it; what is
    pinned and hidden is in the address, supernodes go into the workspace (`#circuit-groups`).
 3. Verifying, which heads carry an edge or write what a node reads (`#circuit-edge`), and why a head looked where it did
-   (`#circuit-head`), are jobs of the same worker.
+   (`#circuit-head`), and testing an edge in the model (`#circuit-test-run`), are jobs of the same worker.
 """
 
 import re
@@ -19,6 +19,7 @@ from dashboards.circuits import circuits, thresholds_of
 from dashboards.components import states
 from dashboards.components.charts import theme_of_request
 from dashboards.components.circuit_attention import heads, pairs
+from dashboards.components.circuit_edge import tested
 from dashboards.components.circuit_view import PAGE_FEATURES, graph_table, graph_view, make_form, verification
 from dashboards.components.controls import define, link_button
 from dashboards.components.progress import Asked, register_progress
@@ -88,6 +89,7 @@ def register(app: Dash, context: Context) -> None:
     _register_verifying(app, context)
     _register_heads(app, context)
     _register_pairs(app, context)
+    _register_testing(app, context)
 
     @app.callback(Output("circuit-saved", "data"), Input("circuit-groups", "data"), prevent_initial_call=True)
     def group(asked: Asked | None) -> Any:
@@ -211,3 +213,46 @@ def _register_pairs(app: Dash, context: Context) -> None:
         return pairs(job.result, HeadPlace.parse(asked["head"]), graph.tokens, names, indexes)
 
     register_progress(app, context.worker, "circuit-pairs", found, "Why the head looked there could not be found")
+
+
+def _register_testing(app: Dash, context: Context) -> None:
+    def drawn(edge: Asked) -> Any:
+        """What testing an edge has shown, where someone has tested it."""
+        known = circuits(context)
+        try:
+            found, judged = known.edge_tests(edge["graph"]), known.edge_verdicts(edge["graph"])
+            ends = [known.number(edge["graph"], edge[name]) for name in ("source", "target")]
+        except ScopeError as problem:
+            return states.error(problem, "What was tested could not be read")
+        return None if found is None or judged is None else tested(found, judged, *ends)
+
+    @app.callback(
+        Output("circuit-test-part", "hidden"),
+        Output("circuit-test-result", "children", allow_duplicate=True),
+        Input("circuit-edge", "data"),
+        prevent_initial_call=True,
+    )
+    def chosen(edge: Asked | None) -> Any:
+        if not edge or not edge["source"]:
+            return True, None
+        return False, drawn(edge)
+
+    @app.callback(
+        Output("circuit-test-job", "data"),
+        Input("circuit-test-run", "n_clicks"),
+        State("circuit-edge", "data"),
+        prevent_initial_call=True,
+    )
+    def start(clicks: int | None, edge: Asked | None) -> Asked:
+        if not clicks or not edge or not edge["source"]:
+            raise PreventUpdate
+        try:
+            job = circuit_jobs(context).submit_test(edge["graph"], edge["source"])
+        except ScopeError as problem:
+            return {**edge, "problem": str(problem), "run": clicks}
+        return {**edge, "id": job.id, "run": clicks}
+
+    def done(asked: Asked, job: Job) -> Any:
+        return html.Div(drawn(asked), **{"data-verified": job.result})
+
+    register_progress(app, context.worker, "circuit-test", done, "The edge could not be tested")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scope.attribution.graph_settings import GraphSettings
     from scope.attribution.lens import LogitLens, logit_lens
     from scope.attribution.methods import Attribution, attribute
+    from scope.attribution.path_patching import path_patching
     from scope.attribution.per_layer import PerLayerReport, per_layer_writes
     from scope.attribution.pruning import prune, scores
     from scope.attribution.query_key import qk_pairs
@@ -63,6 +64,7 @@ __all__ = [
     "loss",
     "mean",
     "node_heads",
+    "path_patching",
     "per_layer_writes",
     "projection",
     "prune",
@@ -86,6 +88,7 @@ _HOMES = {
     "graph_settings": ("GraphSettings",),
     "lens": ("LogitLens", "logit_lens"),
     "methods": ("Attribution", "attribute"),
+    "path_patching": ("path_patching",),
     "per_layer": ("PerLayerReport", "per_layer_writes"),
     "pruning": ("prune", "scores"),
     "query_key": ("qk_pairs",),

@@ -17,21 +17,19 @@ the real one with attention patterns held, which is nearer to how the graph was 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
+from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns
 from scope.errors import InvalidInputError
-from scope.models.hooks import HookPoint
-from scope.models.taps import Handler, tapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Agreement", "Verification", "total_effects", "verify"]
 
-FACTORS = (0.0, 2.0)
-"""What each feature is set to, times its value."""
 Progress = Callable[[int, int | None], None]
 
 
@@ -151,7 +147,7 @@ def verify(
         raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
     dictionaries = mlp_dictionaries(model, transcoders)
     tokens = torch.tensor(graph.token_ids, device=model.device)
-    bench = _Bench(graph, model, dictionaries, tokens)
+    bench = GraphRuns(graph, model, dictionaries, tokens)
     effects = total_effects(graph)
     frozen, _ = freeze(model, tokens)
     rng = np.random.default_rng(seed)
@@ -192,100 +188,8 @@ def verify(
     return Verification(plain, random, held, pairs)
 
 
-class _FeatureNode(NamedTuple):
-    node: int
-    layer: int
-    position: int
-    feature: int
-    activation: float
-
-
-def _features(graph: "CircuitGraph", n: int) -> list[_FeatureNode]:
+def _features(graph: "CircuitGraph", n: int) -> list[FeatureNode]:
     """The feature nodes with the most influence, in the graph's order."""
     table = graph.nodes[graph.nodes["kind"] == "feature"].nlargest(n, "influence").sort_values("node")
-    columns = [table[name].tolist() for name in _FeatureNode._fields]
-    return [_FeatureNode(*values) for values in zip(*columns, strict=True)]
-
-
-Write = list[tuple[int, int, Tensor]]
-"""What one run adds: (layer, position, what its MLP's output gets)."""
-
-
-class _Bench:
-    """Runs of the prompt with something added to what MLPs write, and the graph's nodes read off."""
-
-    def __init__(self, graph: "CircuitGraph", model: Any, dictionaries: MlpDictionaries, tokens: Tensor) -> None:
-        self.graph, self.model, self.dictionaries, self.tokens = graph, model, dictionaries, tokens
-        targets = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
-        self.features = targets[targets["kind"] == "feature"]
-        self.logits = targets[targets["kind"] == "logit"]
-        self.nodes = np.concatenate([self.features["node"].to_numpy(), self.logits["node"].to_numpy()])
-        self.layers = np.concatenate([self.features["layer"].to_numpy(), self.logits["layer"].to_numpy()])
-        self.positions = np.concatenate([self.features["position"].to_numpy(), self.logits["position"].to_numpy()])
-        logit_ids = torch.tensor(self.logits["feature"].to_numpy(), device=model.device)
-        self.directions = model.W_U[logit_ids].float() - model.W_U.mean(0, dtype=torch.float32)
-        self.held = {
-            layer: set(own["feature"].tolist())
-            for layer, own in graph.nodes[graph.nodes["kind"] == "feature"].groupby("layer")
-        }
-
-    def write(self, node: _FeatureNode, feature: int, size: float) -> Write:
-        """So many units of a node's value, written along the rows of a feature of its layer, as long as its own."""
-        ids = torch.tensor([node.feature, feature])
-        rows = {
-            layer: self.dictionaries.decoder(node.layer, ids, layer)
-            for layer in self.dictionaries.written_from(node.layer)
-        }
-        own, other = torch.stack([torch.cat(list(part)).norm() for part in zip(*rows.values(), strict=True)])
-        scale = size * own / other.clamp_min(1e-12)
-        return [(layer, node.position, scale * row[1]) for layer, row in rows.items()]
-
-    def other(self, node: _FeatureNode, rng: np.random.Generator) -> int:
-        """A random feature of the same layer that the graph does not hold."""
-        choices = np.setdiff1d(np.arange(self.dictionaries.width(node.layer)), list(self.held[node.layer]))
-        return int(rng.choice(choices))
-
-    def is_behind(self, node: _FeatureNode) -> np.ndarray:
-        """Which nodes a feature can change at all."""
-        return (self.layers > node.layer) & (self.positions >= node.position)
-
-    def measure(
-        self, writes: Sequence[Write], attention: AbstractContextManager[None]
-    ) -> Float[np.ndarray, "runs nodes"]:
-        """Pre-activations and centred logits of the graph's nodes, each run with what is written in it."""
-        model, table = self.model, self.model.hook_table
-        runs = max(1, len(writes))
-        found = torch.zeros(runs, len(self.nodes), device=model.device)
-        handlers: dict[HookPoint, Handler] = {}
-        written = {layer for write in writes for layer, _, _ in write}
-        for layer in sorted({*self.features["layer"].tolist(), *written}):
-            here = self.features["layer"].to_numpy() == layer
-            if here.any():
-                handlers[table[f"blocks.{layer}.ln2.hook_out"]] = self._reader(layer, here, found)
-            added = [(run, place, what) for run, write in enumerate(writes) for at, place, what in write if at == layer]
-            if added:
-                handlers[table[f"blocks.{layer}.hook_mlp_out"]] = _writer(added)
-        with model.lock, attention, tapped(model.hf, handlers, stop=False):
-            hidden = model.hidden_states(self.tokens.expand(runs, -1))
-        found[:, len(self.features) :] = hidden[:, -1].float() @ self.directions.T
-        return found.cpu().numpy()
-
-    def _reader(self, layer: int, here: np.ndarray, found: Tensor) -> Callable[[Tensor], None]:
-        columns = self.dictionaries.encoder(layer, torch.tensor(self.features["feature"].to_numpy()[here]))
-        places = torch.tensor(self.features["position"].to_numpy()[here], device=columns.device)
-        where = torch.tensor(np.nonzero(here)[0], device=found.device)
-
-        def read(value: Tensor) -> None:
-            found[:, where] = (value[:, places].float() * columns).sum(-1).to(found.device)
-
-        return read
-
-
-def _writer(added: Sequence[tuple[int, int, Tensor]]) -> Callable[[Tensor], Tensor]:
-    def write(value: Tensor) -> Tensor:
-        new = value.clone()
-        for run, position, what in added:
-            new[run, position] += what.to(new.device, new.dtype)
-        return new
-
-    return write
+    columns = [table[name].tolist() for name in FeatureNode._fields]
+    return [FeatureNode(*values) for values in zip(*columns, strict=True)]

@@ -1,4 +1,5 @@
-"""Attention on the circuit page in a browser: heads of an edge and of a node, and why one looked where it did."""
+"""Attention and single edges on the circuit page in a browser: heads of an edge and of a node, why one looked where it
+did, and whether an edge holds in the model."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from helpers_models import one_thread, tiny_folder, tiny_model
 from test_attribution_graph import ALL, transcoders
-from test_dashboards_circuits import dictionary_folder
+from test_dashboards_circuits import add_cross_layer, dictionary_folder
 
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_json import save_graph
@@ -38,7 +39,21 @@ def dashboard(dictionary_folder: Path, tmp_path_factory: pytest.TempPathFactory,
     save_graph(
         replace(graph, transcoders=paths, model_name=folder_of_model), workspace.path_for("circuit-graph", "small")
     )
+    add_cross_layer(workspace)
+    across = next(entry for entry in workspace.saes() if entry.name == "across")
+    graph = prune(build_graph(model, PROMPT, [workspace.sae(across.id)], ALL), 0.6, 0.9)
+    graph = replace(graph, transcoders=(str(across.path),), model_name=folder_of_model)
+    save_graph(graph, workspace.path_for("circuit-graph", "across"))
     return serve(workspace)
+
+
+def serious(page) -> list[tuple[str, str]]:
+    """What axe finds serious."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.wait_for_timeout(200)
+    found = Axe().run(page, options=AXE).response["violations"]
+    return [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
 
 
 def query(page) -> dict[str, str]:
@@ -81,10 +96,59 @@ def test_a_head_of_a_node_says_why_it_looked_there(visit: Callable, dashboard) -
     assert query(page)["head"] == other
     # Markup in a prompt stays text.
     assert page.locator(".circuit-keys b, .circuit-why h2 b").count() == 0
+    assert serious(page) == []
     # Asked no more.
     page.locator("#circuit-panel button:has-text('Let go')").click()
     assert page.is_hidden("#circuit-pairs-part")
     assert not {"head", "edge", "pin"} & query(page).keys()
+    opened.check()
+
+
+def test_an_edge_is_tested_and_marked_by_what_that_shows(visit: Callable, dashboard) -> None:
+    opened = visit(server=dashboard)
+    page = opened.open(GRAPH, SVG)
+    assert page.is_hidden(".circuit-sample .fails")
+    page.locator(".node.kind-logit").first.click()
+    page.locator(".circuit-list td button:has-text('Heads')").first.click()
+    page.wait_for_selector("#circuit-test-run", state="visible")
+    page.click("#circuit-test-run")
+    page.wait_for_selector("#circuit-test-result .circuit-tested")
+    said = page.text_content("#circuit-test-result strong")
+    held = said == "It holds"
+    rows = page.locator("#circuit-test-result tbody tr")
+    assert [rows.nth(n).locator("th").text_content() for n in range(2)] == ["set to 0", "doubled"]
+    assert page.locator(f".circuit-tested td.{'circuit-holds' if held else 'circuit-fails'}").count() == 2
+    # The list beside says so too, and so does the page when it is opened again.
+    opened.until("document.querySelector('#circuit-panel th:nth-child(3)')?.textContent === 'Holds'")
+    word = page.text_content("#circuit-panel tbody tr:first-child td:nth-child(3)")
+    assert word == ("yes" if held else "no")
+    page.reload()
+    page.wait_for_selector("#circuit-test-result .circuit-tested")
+    assert page.text_content("#circuit-test-result strong") == said
+    # Of a node there is nothing to test by itself.
+    page.locator(".circuit-head button:has-text('Heads')").click()
+    opened.until("document.querySelector('#circuit-test-part').hidden")
+    opened.check()
+
+
+def test_a_feature_of_a_cross_layer_transcoder_says_what_it_reads_and_writes(visit: Callable, dashboard) -> None:
+    opened = visit(server=dashboard)
+    page = opened.open("/circuit?graph=across", SVG)
+    keys = page.eval_on_selector_all(".node.kind-feature", "marks => marks.map((mark) => mark.dataset.node)")
+    for layer, said in (("0", "reads L0 · writes L0 to L3"), ("2", "reads L2 · writes L2, L3")):
+        key = next(key for key in keys if key.startswith(layer + "_"))
+        page.locator(f'[data-node="{key}"]').hover()
+        page.wait_for_selector("#tip .circuit-layers")
+        page.locator(f'[data-node="{key}"]').click()
+        opened.until(f"document.querySelector('#circuit-panel .circuit-layers')?.textContent === '{said}'")
+    page.locator(".circuit-head button:has-text('Heads')").click()
+    page.wait_for_selector("#circuit-heads-result [data-head]")
+    page.locator("#circuit-heads-result [data-head]").first.click()
+    page.wait_for_selector("#circuit-pairs-result tbody tr")
+    # It can be chosen for another graph, beside those of single layers.
+    page = opened.open("/circuit", "#circuit-transcoders")
+    page.click("#circuit-transcoders")
+    page.wait_for_selector("text=L0 to L3, cross-layer")
     opened.check()
 
 
@@ -96,14 +160,15 @@ def test_a_head_that_is_not_there_is_said(visit: Callable, dashboard) -> None:
     assert page.locator("#circuit-pairs-result b").count() == 0
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1440), ("dark", 390)])
-def test_it_is_accessible(visit: Callable, dashboard, theme: str, width: int) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    opened = visit(theme=theme, width=width, server=dashboard)
+def test_it_is_accessible_on_a_phone_in_the_dark(visit: Callable, dashboard) -> None:
+    opened = visit(theme="dark", width=390, server=dashboard)
     page = open_pairs(opened)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.wait_for_timeout(200)
-    found = Axe().run(page, options=AXE).response["violations"]
-    assert [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")] == []
+    page.locator(".circuit-list td button:has-text('Heads')").first.click()
+    page.wait_for_selector("#circuit-test-run", state="visible")
+    page.click("#circuit-test-run")
+    page.wait_for_selector("#circuit-test-result .circuit-tested")
+    page.locator("#circuit-heads-result [data-head]").first.click()
+    page.wait_for_selector("#circuit-pairs-result tbody tr")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert serious(page) == []
     opened.check()
