@@ -118,6 +118,22 @@ def test_from_the_command_line(folder, tmp_path):
     checked = scope("graph", "verify", out, "--json")
     assert {"slope", "correlation", "sign_agreement", "random", "attention_frozen"} <= checked.keys()
     assert set(checked["random"]) == {"slope", "correlation", "sign_agreement", "n"}
+    alone = scope("graph", "verify", out, "--edges", "--json")
+    assert 0 < alone["n"] < checked["n"]
+    assert alone["attention_frozen"]["correlation"] > alone["random"]["correlation"]
+
+
+def test_a_logit_as_a_sum_of_components_from_the_command_line(folder):
+    token, other = tiny_model("gemma3").vocabulary_strings([305, 311])
+    common = ("attribute", "--method", "components", "--model", tiny_folder("gemma3"), "--prompt", PROMPT, "--json")
+    plain = scope(*common, "--target", token, "--against", other, "--top", 1000)
+    assert sum(row["effect"] for row in plain["effects"]) == pytest.approx(plain["value"], rel=1e-4)
+    assert sum(row["effect"] for row in plain["by_component"]) == pytest.approx(plain["value"], rel=1e-4)
+    assert {row["component"] for row in plain["effects"]} == {"embedding", "attention", "mlp", "rounding"}
+    assert all(row["strength"] is None for row in plain["effects"])
+    split = scope(*common, "--target", token, "--against", other, "--top", 1000, "--sae", folder / "transcoders")
+    assert {"feature", "error"} <= {row["component"] for row in split["effects"]}
+    assert split["value"] == pytest.approx(plain["value"], rel=1e-4)
 
 
 def test_what_is_wrong_is_said(folder, tmp_path):
@@ -126,6 +142,8 @@ def test_what_is_wrong_is_said(folder, tmp_path):
         (("attribute", "--sae", folder / "sae", "--target", "xylophone quartz"), "a target is one token"),
         (("attribute", "--sae", folder / "sae", "--target", "a", "--method", "guess"), "integrated_gradients"),
         (("attribute", "--sae", folder / "sae", "--target", "a", "--position", 400), "out of range"),
+        (("attribute", "--target", "a"), "--method components"),
+        (("attribute", "--target", "a", "--method", "components", "--counterfactual", "x"), "--counterfactual"),
         (("graph", "--transcoders", folder / "sae", "--out", tmp_path / "g.json"), "ln2.hook_out"),
         (("graph", "--transcoders", tmp_path, "--out", tmp_path / "g.json"), "holds no transcoders"),
         (("graph", "--transcoders", folder, "--out", tmp_path / "g.json", "--node-share", 2), "node_share"),

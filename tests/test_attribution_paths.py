@@ -66,9 +66,8 @@ def by_hand(model, made, graph, source, factor):
             error = error - clean[reads[layer]] @ d.skip(layer).T
         new[layer][place] += size * error[place]
     else:
-        embedding[place] += (
-            size * (embedding + (model.hf.transformer.wpe.weight[: len(prompt)] if is_gpt2(model) else 0))[place]
-        )
+        positions = model.hf.transformer.wpe.weight[: len(prompt)] if hasattr(model.hf, "transformer") else 0.0
+        embedding[place] += size * (embedding + positions)[place]
     seen = {}
 
     def edit(layer):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from scope.attribution.graph import CircuitGraph
 
-__all__ = ["merged", "path_patching"]
+__all__ = ["merged", "path_patching", "strongest_sources"]
 
 SOURCES = ("feature", "error", "embedding")
 """Kinds of nodes whose edges are tested."""
@@ -106,6 +106,19 @@ def path_patching(
             )
         tell(start + len(batch), len(asked))
     return _verification(pd.concat(found, ignore_index=True))
+
+
+def strongest_sources(graph: "CircuitGraph", n: int) -> list[int]:
+    """The feature nodes with the most influence that edges go out of, in the graph's order.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    nodes = graph.nodes[(graph.nodes["kind"] == "feature") & graph.nodes["node"].isin(graph.source)]
+    if nodes.empty:
+        raise InvalidInputError("The graph has no edges out of features; there is none to test. Prune less of it.")
+    found: list[int] = sorted(nodes.nlargest(n, "influence")["node"].tolist())
+    return found
 
 
 def merged(old: Verification | None, new: Verification) -> Verification:

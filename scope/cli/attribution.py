@@ -16,6 +16,10 @@ ModelOption = Annotated[str, typer.Option(help="A Hugging Face id, a folder, a G
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")]
 
 
+COMPONENTS = "components"
+"""The method that is no difference to a baseline."""
+
+
 class _MakesByDefault(TyperGroup):
     """`scope graph --model …` makes a graph; `scope graph verify …` does something with one."""
 
@@ -31,9 +35,15 @@ def register(app: typer.Typer) -> None:
     @command(app, "attribute")
     def attribute(
         model: ModelOption,
-        sae: Annotated[list[str], typer.Option(help=f"Whose features are asked about; may be repeated. {SAE_HELP}")],
         prompt: Annotated[str, typer.Option(help="The text.")],
         target: Annotated[str, typer.Option(help="The next token that is asked about, with its space: ' cold'.")],
+        sae: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Whose features are asked about; may be repeated. The method components works without one, too. "
+                f"{SAE_HELP}"
+            ),
+        ] = None,
         against: Annotated[
             str | None, typer.Option(help="Another next token: the difference of their logits is explained.")
         ] = None,
@@ -45,7 +55,8 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Option(
                 help="activation_patching (exact), gradient_x_activation, attribution_patching, integrated_gradients "
-                "or eap_ig."
+                "or eap_ig; or components: the logit as a sum over what embedding, heads, MLPs (or their features) and "
+                "biases wrote, the direct path alone."
             ),
         ] = "integrated_gradients",
         position: Annotated[int, typer.Option(help="After which token; -1 is the last.")] = -1,
@@ -58,12 +69,26 @@ def register(app: typer.Typer) -> None:
         device: DeviceOption = None,
         allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Attribute a next token to the features and errors of some SAEs."""
+        """Attribute a next token to the features and errors of some SAEs, or to the model's own components."""
         from scope.attribution.baselines import counterfactual as against_prompt
         from scope.attribution.baselines import zero
         from scope.attribution.methods import attribute as run
         from scope.attribution.targets import logit, logit_difference
+        from scope.errors import InvalidInputError
 
+        if method == COMPONENTS:
+            if counterfactual is not None:
+                raise InvalidInputError(
+                    "--method components takes no --counterfactual: it splits the logit itself, not its difference to "
+                    "a baseline. Leave it out, or take another method."
+                )
+            opened, dictionaries = _opened(model, _transcoder_paths(sae) if sae else [], device, allow_download)
+            return _components(opened, prompt, target, against, dictionaries, position, top)
+        if not sae:
+            raise InvalidInputError(
+                f"--method {method} needs an SAE whose features are asked about: --sae DIR. Without one there is "
+                "--method components."
+            )
         opened, saes = _opened(model, sae, device, allow_download)
         asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
@@ -170,19 +195,27 @@ def register(app: typer.Typer) -> None:
             list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
         ] = None,
         max_features: Annotated[int, typer.Option(help="Feature nodes to test, at most.")] = 256,
+        edges: Annotated[
+            bool, typer.Option("--edges", help="Test single edges by path patching, and not effects over all paths.")
+        ] = False,
         seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
         device: DeviceOption = None,
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Set each feature of a graph to 0 and to twice its value in the model itself, and compare with the graph."""
         from scope.attribution.graph_json import load_graph
+        from scope.attribution.path_patching import path_patching, strongest_sources
         from scope.attribution.verification import verify as run
 
         read = load_graph(graph)
         paths = _transcoder_paths(transcoders or list(read.transcoders))
         opened, saes = _opened(model or read.model_name, paths, device, allow_download)
         with progress_bar("Intervening (runs)") as progress:
-            found = run(read, opened, saes, max_features=max_features, seed=seed, progress=progress)
+            if edges:
+                sources = strongest_sources(read, max_features)
+                found = path_patching(read, opened, saes, sources, seed=seed, progress=progress)
+            else:
+                found = run(read, opened, saes, max_features=max_features, seed=seed, progress=progress)
         lines = [
             f"{name:<18} slope {part.slope:6.3f}   correlation {part.correlation:6.3f}   signs agree "
             f"{part.sign_agreement:6.1%}   of {part.n:,} pairs"
@@ -259,6 +292,30 @@ def register(app: typer.Typer) -> None:
             index=False, float_format=lambda number: f"{number:.3f}"
         )
         return Outcome(found.to_dict(), text)
+
+
+def _components(
+    model: Any, prompt: str, target: str, against: str | None, dictionaries: list[Any], position: int, top: int
+) -> Outcome:
+    from scope.attribution.components import logit_components
+
+    found = logit_components(model, prompt, target, against, dictionaries, position)
+    rows = found.table.head(top).astype(object)
+    rows = rows.where(rows.notna(), None)
+    summed = found.by_component()
+    data = {
+        "target": found.target,
+        "value": found.value,
+        "method": COMPONENTS,
+        "position": found.position,
+        "effects": rows.to_dict("records"),
+        "by_component": summed.to_dict("records"),
+    }
+    text = (
+        f"{found.target} = {found.value:.4g}, the sum over {len(found.table):,} components\n"
+        f"{found.table.head(top).to_string(index=False, na_rep='')}\n\n{summed.to_string(index=False)}"
+    )
+    return Outcome(data, text)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

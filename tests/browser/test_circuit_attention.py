@@ -60,6 +60,13 @@ def query(page) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
+def again(opened) -> None:
+    """Leave the page and come back to the same address."""
+    path = opened.page.url.removeprefix(opened.url)
+    opened.open("/circuit", ".circuit-page .table")
+    opened.open(path, SVG)
+
+
 def open_pairs(opened):
     """A logit pinned, its heads shown, and the strongest head asked about."""
     page = opened.open(GRAPH, SVG)
@@ -90,7 +97,7 @@ def test_a_head_of_a_node_says_why_it_looked_there(visit: Callable, dashboard) -
     opened.until(
         "document.querySelector('.circuit-keys .tok[aria-selected=true]')?.dataset.n === " + repr(other.split(".")[3])
     )
-    page.reload()
+    again(opened)
     page.wait_for_selector("#circuit-pairs-result tbody tr")
     page.wait_for_selector("#circuit-heads-result [data-head][aria-pressed=true]")
     assert query(page)["head"] == other
@@ -122,7 +129,7 @@ def test_an_edge_is_tested_and_marked_by_what_that_shows(visit: Callable, dashbo
     opened.until("document.querySelector('#circuit-panel th:nth-child(3)')?.textContent === 'Holds'")
     word = page.text_content("#circuit-panel tbody tr:first-child td:nth-child(3)")
     assert word == ("yes" if held else "no")
-    page.reload()
+    again(opened)
     page.wait_for_selector("#circuit-test-result .circuit-tested")
     assert page.text_content("#circuit-test-result strong") == said
     # Of a node there is nothing to test by itself.
