@@ -119,6 +119,36 @@ def test_skip_and_cross_layer_transcoders_are_whole_too():
     assert of(found, "all", "kept")["faithfulness"].iloc[0] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_a_mean_baseline_of_a_cross_layer_transcoder_is_what_its_nodes_are_on_average(layers):
+    """With every feature and error at its mean, each MLP writes its own mean."""
+    model = tiny_model("gemma3")
+    prompt = prompt_of(model)
+    other = prompt.flip(0).roll(1)
+    made = [cross_layer(model, "jumprelu", layers=layers)]
+    hooks = [f"blocks.{i}.hook_mlp_out" for i in range(model.n_layers)]
+    runs = [model.run(tokens, hooks=hooks).activations for tokens in (prompt, other)]
+    means = {hook: torch.cat([run[hook][1:] for run in runs]).mean(0) for hook in hooks}
+
+    def edit(hook):
+        def write(value, context):
+            value[0, 1:] = means[hook]
+
+        return write
+
+    token = 305
+    logits = model.run(prompt, edits={hook: edit(hook) for hook in hooks}).logits[-1]
+    graph = build_graph(model, prompt, made, ALL)
+    base = mean(model, made, [prompt, other])
+    found = graph_faithfulness(graph, model, made, logit(token), base, sizes=(0,), n_random=0)
+    assert found.baseline == "mean"
+    assert of(found, "graph", "ablated", 0)["value"] == pytest.approx(float(logits[token] - logits.mean()), abs=1e-3)
+    with pytest.raises(MismatchError, match="not of this transcoder"):
+        graph_faithfulness(graph, model, [cross_layer(model, "jumprelu", layers=[0, 3])], baseline=base)
+    with pytest.raises(InvalidInputError, match="besides BOS"):
+        mean(model, made, [])
+
+
 def test_what_makes_no_sense_is_said(case):
     model, made, graph = case
     with pytest.raises(InvalidInputError, match="0 or more"):

@@ -8,7 +8,8 @@ A baseline says what each node would be without what is asked about: f'_i and er
 x' = Σ_i f'_i W_dec[i] + b_dec + error'.
 
 - `zero()`: no feature fires, no error. Far from anything that the model ever sees: zero ablation breaks models.
-- `mean(…)`: each feature's mean and the mean error, over the tokens of some text.
+- `mean(…)`: each feature's mean and the mean error, over the tokens of some text; of a cross-layer transcoder layer by
+  layer, what all layers before it write counted.
 - `counterfactual(prompt)`: what a prompt of as many tokens makes of them, at the same position. It keeps what both have
   in common: the one to take where there is a behaviour (Zhang & Nanda 2023, arXiv 2309.16042, section 2).
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from scope.errors import InvalidInputError, MismatchError
 from scope.models.dictionaries import as_read, hook_of
+from scope.saes.clt import CrossLayerTranscoder
 
 __all__ = ["Baseline", "NodeValues", "counterfactual", "hooks_of", "mean", "node_values", "zero"]
 
@@ -134,9 +136,17 @@ def counterfactual(prompt: Any) -> Baseline:
 def mean(model: Any, saes: Sequence[Any], texts: Sequence[Any]) -> Baseline:
     """Each node's mean over the tokens of some texts, BOS left out.
 
+    Args:
+        model: a `scope.models.LanguageModel`.
+        saes: SAEs and transcoders of one hook each; or one cross-layer transcoder, for ablations of its graphs.
+        texts: texts, chats or token ids.
+
     Raises:
-        InvalidInputError: there is no text, or nothing but BOS in them.
+        InvalidInputError: there is no text, or nothing but BOS in them; or there are others beside a cross-layer
+            transcoder.
     """
+    if any(isinstance(sae, CrossLayerTranscoder) for sae in saes):
+        return Baseline("mean", means=_means_of_mlps(model, saes, texts))
     sums: dict[str, list[Tensor]] = {}
     count = 0
     pairs = {sae: hooks_of(model, sae) for sae in saes}
@@ -150,7 +160,31 @@ def mean(model: Any, saes: Sequence[Any], texts: Sequence[Any]) -> Baseline:
             nodes = node_values(sae, seen[reads].flatten(1), seen[writes].flatten(1), has_bos)
             parts = [nodes.features[has_bos:].double().sum(0), nodes.errors[has_bos:].double().sum(0)]
             sums[reads] = [a + b for a, b in zip(sums[reads], parts, strict=True)] if reads in sums else parts
+    return Baseline("mean", means=_divided(sums, count))
+
+
+def _means_of_mlps(model: Any, saes: Sequence[Any], texts: Sequence[Any]) -> dict[str, NodeValues]:
+    """Means by what each layer's MLP reads; a layer without features has an error only."""
+    # It stands on this module.
+    from scope.attribution.dictionaries import mlp_dictionaries, mlp_values
+
+    dictionaries = mlp_dictionaries(model, saes)
+    sums: dict[str, list[Tensor]] = {}
+    count = 0
+    for text in texts:
+        tokens = model.prompt_tokens(text)
+        has_bos = bool(model.bos_mask(tokens[None])[0, 0])
+        values = mlp_values(model, dictionaries, tokens)
+        count += len(tokens) - has_bos
+        for layer, errors in values.errors.items():
+            features = values.features.get(layer, errors.new_zeros(len(errors), 0))
+            parts = [part[has_bos:].double().sum(0) for part in (features, errors)]
+            hook = f"blocks.{layer}.ln2.hook_out"
+            sums[hook] = [a + b for a, b in zip(sums[hook], parts, strict=True)] if hook in sums else parts
+    return _divided(sums, count)
+
+
+def _divided(sums: dict[str, list[Tensor]], count: int) -> dict[str, NodeValues]:
     if count == 0:
         raise InvalidInputError("The mean baseline needs texts with at least one token besides BOS.")
-    means = {hook: NodeValues(*((part / count).float()[None] for part in parts)) for hook, parts in sums.items()}
-    return Baseline("mean", means=means)
+    return {hook: NodeValues(*((part / count).float()[None] for part in parts)) for hook, parts in sums.items()}

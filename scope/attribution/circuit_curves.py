@@ -13,23 +13,24 @@
 
    once with every error node as it was and once with all of them at the baseline.
 4. Beside it stand random circuits of as many of the features that fire, and the run that keeps all of them: with the
-   errors kept that is the model itself, with the errors ablated it is the best that these dictionaries can do.
+   errors kept that is the model itself (but for features that fire in the baseline alone), with the errors ablated it
+   is the best that these dictionaries can do.
 
 A layer without a dictionary is all error. What BOS makes of an MLP is error, and no zero or mean baseline changes it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from scope.attribution.baselines import Baseline, zero
 from scope.attribution.comparison import shares_kept
-from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
+from scope.attribution.dictionaries import MlpDictionaries, MlpValues, mlp_dictionaries, mlp_values
 from scope.attribution.evaluate import check_targets
 from scope.attribution.targets import Target, logit, logit_difference
 from scope.errors import InvalidInputError, MismatchError
@@ -165,13 +166,6 @@ def graph_faithfulness(
     return GraphFaithfulness(target.name, whole, baseline.kind, recompute, len(ordered), pd.DataFrame(rows))
 
 
-class _Values(NamedTuple):
-    """What the nodes of a prompt are, by layer, float32."""
-
-    features: Mapping[int, Float[Tensor, "seq d_sae"]]
-    errors: Mapping[int, Float[Tensor, "seq d_model"]]
-
-
 class _Bench:
     """Runs of a prompt whose MLPs' outputs are made of nodes."""
 
@@ -191,7 +185,7 @@ class _Bench:
         self.model, self.tokens, self.dictionaries, self.recompute = model, tokens, dictionaries, recompute
         self.layers = range(model.n_layers)
         self.has_bos = bool(model.bos_mask(tokens[None])[0, 0])
-        self.actual = self._values(tokens)
+        self.actual = mlp_values(model, dictionaries, tokens)
         self.base = self._baseline(baseline)
 
     @property
@@ -268,31 +262,9 @@ class _Bench:
         states = seen["target"].flatten(2)
         return [float(target.value(model, state, self.tokens)) for state in states]
 
-    def _values(self, tokens: Int[Tensor, " seq"]) -> _Values:
-        d = self.dictionaries
-        reads = {layer: f"blocks.{layer}.ln2.hook_out" for layer in d.layers}
-        writes = {layer: f"blocks.{layer}.hook_mlp_out" for layer in self.layers}
-        seen = self.model.run(tokens, hooks=[*reads.values(), *writes.values()], logits=False).activations
-        features = d.encode({layer: seen[hook].float() for layer, hook in reads.items()})
-        if bool(self.model.bos_mask(tokens[None])[0, 0]):
-            for values in features.values():
-                values[0] = 0.0
-        errors = {}
-        for layer, hook in writes.items():
-            rest = seen[hook].float()
-            for source in d.writers_of(layer):
-                rest = rest - d.decode(source, features[source], layer)
-            if layer in d.layers:
-                rest = rest - d.b_dec(layer).to(rest.device)
-                skip = d.skip(layer)
-                if skip is not None:
-                    rest = rest - seen[reads[layer]].float() @ skip.to(rest.device).T
-            errors[layer] = rest
-        return _Values(features, errors)
-
-    def _baseline(self, baseline: Baseline) -> _Values:
+    def _baseline(self, baseline: Baseline) -> MlpValues:
         if baseline.kind == "counterfactual":
-            return self._values(baseline.tokens(self.model, self.tokens))
+            return mlp_values(self.model, self.dictionaries, baseline.tokens(self.model, self.tokens))
         if baseline.kind == "zero":
             features = {layer: torch.zeros_like(values) for layer, values in self.actual.features.items()}
             errors = {layer: torch.zeros_like(values) for layer, values in self.actual.errors.items()}
@@ -303,26 +275,26 @@ class _Bench:
                 errors[layer][0] = self.actual.errors[layer][0]
                 if layer in features:
                     features[layer][0] = 0.0
-        return _Values(features, errors)
+        return MlpValues(features, errors)
 
     def _means(self, baseline: Baseline) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         d = self.dictionaries
-        plain = d.clt is None and all(d.skip(layer) is None for layer in d.layers)
-        if not plain or len(d.layers) < len(self.layers):
-            raise InvalidInputError(
-                "A mean baseline of a graph needs a transcoder without a linear part for every layer; use zero() or "
-                "counterfactual(prompt)."
-            )
         features, errors = {}, {}
-        for layer in d.layers:
+        for layer in self.layers:
             found = baseline.means.get(f"blocks.{layer}.ln2.hook_out")
-            if found is None or found.features.shape[1] != d.width(layer):
+            width = d.width(layer) if layer in d.layers else 0
+            has_linear_part = bool(width) and d.skip(layer) is not None
+            if has_linear_part or (found is None and not width):
+                raise InvalidInputError(
+                    "A mean baseline of a graph needs a transcoder without a linear part for every layer, or a "
+                    "cross-layer transcoder; use zero() or counterfactual(prompt)."
+                )
+            if found is None or found.features.shape[1] != width:
                 raise MismatchError(
                     f"The mean baseline is not of this transcoder of layer {layer}: make it with "
                     "mean(model, transcoders, texts)."
                 )
-            actual = self.actual.features[layer], self.actual.errors[layer]
-            features[layer], errors[layer] = (
-                mean.to(own.device).expand_as(own).clone() for mean, own in zip(found, actual, strict=True)
-            )
+            errors[layer] = found.errors.to(self.tokens.device).expand_as(self.actual.errors[layer]).clone()
+            if width:
+                features[layer] = found.features.to(self.tokens.device).expand_as(self.actual.features[layer]).clone()
         return features, errors

@@ -10,7 +10,7 @@ Features are numbered within the layer that they read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from scope.errors import InvalidInputError, MismatchError
 from scope.models.dictionaries import as_read
 from scope.saes.clt import CrossLayerTranscoder
 
-__all__ = ["MlpDictionaries", "mlp_dictionaries"]
+__all__ = ["MlpDictionaries", "MlpValues", "mlp_dictionaries", "mlp_values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +152,39 @@ class MlpDictionaries:
 
 def _to_weights(sae: Any, x: Tensor) -> Tensor:
     return as_read(sae, x[None] if x.ndim == 2 else x).view(x.shape)
+
+
+class MlpValues(NamedTuple):
+    """What the nodes of a prompt are, by layer, float32."""
+
+    features: Mapping[int, Float[Tensor, "seq d_sae"]]
+    """Of the layers that are read; 0 on BOS."""
+    errors: Mapping[int, Float[Tensor, "seq d_model"]]
+    """Of every layer: what its MLP wrote and no feature, bias or linear part stands for."""
+
+
+def mlp_values(model: Any, dictionaries: MlpDictionaries, tokens: Int[Tensor, " seq"]) -> MlpValues:
+    """The nodes of a prompt, from one run of the model."""
+    d = dictionaries
+    reads = {layer: f"blocks.{layer}.ln2.hook_out" for layer in d.layers}
+    writes = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(model.n_layers)}
+    seen = model.run(tokens, hooks=[*reads.values(), *writes.values()], logits=False).activations
+    features = d.encode({layer: seen[hook].float() for layer, hook in reads.items()})
+    if bool(model.bos_mask(tokens[None])[0, 0]):
+        for values in features.values():
+            values[0] = 0.0
+    errors = {}
+    for layer, hook in writes.items():
+        rest = seen[hook].float()
+        for source in d.writers_of(layer):
+            rest = rest - d.decode(source, features[source], layer)
+        if layer in d.layers:
+            rest = rest - d.b_dec(layer).to(rest.device)
+            skip = d.skip(layer)
+            if skip is not None:
+                rest = rest - seen[reads[layer]].float() @ skip.to(rest.device).T
+        errors[layer] = rest
+    return MlpValues(features, errors)
 
 
 def mlp_dictionaries(model: Any, transcoders: Sequence[Any]) -> MlpDictionaries:

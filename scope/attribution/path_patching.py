@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from scope.attribution.frozen import attention_as_frozen
-from scope.attribution.reading import Prompt, read_prompt
 from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns, Write
+from scope.attribution.reading import Prompt, read_prompt
 from scope.attribution.verification import Agreement, Verification
 from scope.errors import InvalidInputError, OutOfRangeError
 
