@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
+    from activations.chats import Chat, Message
     from activations.selection import RowSelection
     from activations.shuffle import Selection, ShuffledBatches
     from activations.source import ActivationBatch, ActivationSource, HookedModel, ModelIdentity, PendingRows, RowFlag
@@ -22,9 +23,11 @@ _MODULES = {
     "ActivationStore": "store",
     "CaptureReport": "capture",
     "CaptureSpec": "spec",
+    "Chat": "chats",
     "Document": "text",
     "Fault": "store",
     "HookedModel": "source",
+    "Message": "chats",
     "ModelIdentity": "source",
     "PendingRows": "source",
     "RowFlag": "source",
@@ -41,9 +44,11 @@ __all__ = [
     "ActivationStore",
     "CaptureReport",
     "CaptureSpec",
+    "Chat",
     "Document",
     "Fault",
     "HookedModel",
+    "Message",
     "ModelIdentity",
     "PendingRows",
     "RowFlag",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from activations.append import Appended, check_append, start_append
+from activations.chats import CONTENT_KINDS, ROLES
 from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
@@ -25,7 +26,7 @@ from activations.layout import PLAN, appended_from
 from activations.passes import PassSettings, Progress, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
-from activations.source import ROLES, HookedModel
+from activations.source import HookedModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, require_sizes, rows_per_group_for
 from activations.storage import Storage, storage_at
 from activations.store import ActivationStore
@@ -286,11 +287,17 @@ class _Choice(NamedTuple):
 
     selection: RowSelection
     chat_template: str | None
+    stored: Mapping[str, Any] | None = None
+    """What the store keeps of how its chats are written, where no text is added."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the manifest keeps of it."""
-        chats = None if self.chat_template is None else {"template": self.chat_template, "roles": list(ROLES)}
+        template = self.chat_template
+        codes = {"roles": list(ROLES), "kinds": list(CONTENT_KINDS)}
+        chats = None if template is None else {"template": template, **codes}
+        if self.stored is not None and self.stored["template"] == template:
+            chats = dict(self.stored)
         return {"selection": self.selection.settings, "chats": chats}
 
 
@@ -308,12 +315,13 @@ def _choice(
     if selection is None:
         selection = RowSelection.from_settings(stored.get("selection") if adopt else None)
     if text is None:
-        return _Choice(selection, chats["template"] if chats and chat_template is None else chat_template)
+        return _Choice(selection, chats["template"] if chats and chat_template is None else chat_template, chats)
     if not text.is_chats:
         if chats is not None and adopt:
             raise MismatchError(f"The store holds chats, {', '.join(text.names)} none. Give text with messages.")
-        if selection.roles or chat_template is not None:
+        if selection.roles or selection.kinds or chat_template is not None:
             given = "a chat template was given" if chat_template is not None else f"roles is {list(selection.roles)}"
+            given = f"kinds is {list(selection.kinds)}" if selection.kinds else given
             raise InvalidInputError(f"{given}, but the text is no chats. Name the column of their messages.")
         return _Choice(selection, None)
     if manifest is not None and chats is None:

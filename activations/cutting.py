@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from activations.chats import CHAT_COLUMNS
 from activations.documents import Document, is_held_out
 from activations.selection import Choosing, WindowTokens
 from activations.source import RowFlag
 
-__all__ = ["ROLE_COLUMN", "TOKEN_COLUMNS", "Cut", "Windowing", "cut_document"]
+__all__ = ["CHAT_COLUMNS", "TOKEN_COLUMNS", "Cut", "Windowing", "cut_document"]
 
 TOKEN_COLUMNS = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
 """Per-token columns and their dtypes; `position` counts from the window's start, BOS included."""
-ROLE_COLUMN = {"role": "uint8"}
-"""The column that chats have besides: `activations.source.ROLES`."""
+NOBODY = {"role": 0, "kind": 0, "message": -1}
+"""What BOS is of a chat."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,21 @@ class Cut(NamedTuple):
     """First row of each window, relative to the document's first; windows without rows are not counted."""
     window_offsets: np.ndarray
     """Place of each window's first token in the document, BOS not counted."""
-    windows: Sequence[tuple[np.ndarray, np.ndarray | None]]
-    """All tokens of each window and their roles, where only some are rows."""
+    windows: Sequence[Mapping[str, np.ndarray]]
+    """`token_id` of all tokens of each window, and of chats what they are, where only some are rows."""
     is_windowed: bool
     """Whether the document is longer than a window."""
 
 
 def cut_document(
     tokens: np.ndarray,
-    roles: np.ndarray | None,
+    spoken: Mapping[str, np.ndarray],
     document: Document,
     windowing: Windowing,
     max_rows: int | None,
     choosing: Choosing | None,
 ) -> Cut | None:
-    """The rows of a document's tokens, at most `max_rows`; None without tokens."""
+    """The rows of a document's tokens, at most `max_rows`; None without tokens. `spoken`: of a chat `CHAT_COLUMNS`."""
     if not len(tokens):
         return None
     per_window, has_bos = windowing.text_tokens_per_window, windowing.bos_token_id is not None
@@ -69,7 +70,8 @@ def cut_document(
     if has_bos:
         before = np.arange(n_windows) * per_window
         tokens = np.insert(tokens, before, windowing.bos_token_id)  # type: ignore[arg-type]
-        roles = None if roles is None else np.insert(roles[: len(tokens) - n_windows], before, 0)
+        n = len(tokens) - n_windows
+        spoken = {name: np.insert(values[:n], before, NOBODY[name]) for name, values in spoken.items()}
     row = np.arange(len(tokens))
     position, window = row % windowing.context_size, row // windowing.context_size
     columns = {
@@ -77,9 +79,9 @@ def cut_document(
         "sequence": window,
         "position": position,
         "flags": _flags(tokens, position, document, windowing),
-        **({} if roles is None else {"role": roles[: len(tokens)]}),
+        **{name: values[: len(tokens)] for name, values in spoken.items()},
     }
-    kinds = TOKEN_COLUMNS | ROLE_COLUMN
+    kinds = TOKEN_COLUMNS | CHAT_COLUMNS
     columns = {name: values.astype(kinds[name]) for name, values in columns.items()}
     if choosing is None or choosing.selection.keeps_all:
         columns = {name: values[:max_rows] for name, values in columns.items()}
@@ -94,11 +96,14 @@ def _chosen(columns: Mapping[str, np.ndarray], windowing: Windowing, max_rows: i
     window, position = columns["sequence"], columns["position"]
     offset = window * windowing.text_tokens_per_window
     document_position = offset + np.maximum(position - (windowing.bos_token_id is not None), 0)
-    tokens = WindowTokens(columns["token_id"], position, document_position, columns["flags"], columns.get("role"))
+    tokens = WindowTokens(
+        columns["token_id"], position, document_position, columns["flags"], columns.get("role"), columns.get("kind")
+    )
     chosen = np.flatnonzero(choosing.selection.chosen(tokens, choosing.matches))[:max_rows]
     kept, starts, numbers = np.unique(window[chosen], return_index=True, return_inverse=True)
     parts = [slice(start, start + windowing.context_size) for start in (kept * windowing.context_size).tolist()]
-    windows = [(tokens.token_id[part], None if tokens.role is None else tokens.role[part]) for part in parts]
+    whole = [name for name in columns if name == "token_id" or name in CHAT_COLUMNS]
+    windows = [{name: columns[name][part] for name in whole} for part in parts]
     chosen_columns = {name: values[chosen] for name, values in columns.items()}
     chosen_columns["sequence"] = numbers.astype(TOKEN_COLUMNS["sequence"])
     is_windowed = bool(window[-1] > 0)

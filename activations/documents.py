@@ -1,6 +1,6 @@
 """Documents, and the files that hold them: parquet, JSON lines and plain text, read block by block.
 
-A document is a text, or a chat: a list of messages, `{"role": …, "content": …}` each.
+A document is a text, or a chat: a list of messages, and the tools that they may call (`activations.chats`).
 
 A *block* is some documents that are loaded together (a parquet row group, 4,096 lines, 64 text files); it knows how
 many there are without loading them. Making the blocks of a file is also what checks it.
@@ -15,14 +15,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from activations.chats import Chat, Message, chat_from, cleaned, tools_from, without_nulls
 from activations.errors import InvalidInputError, UnknownNameError
-from activations.source import Message
 
 __all__ = ["KNOWN_SUFFIXES", "Block", "Document", "blocks_of", "document_from", "is_held_out", "name_of"]
 
 LINES_PER_BLOCK = 4096
 FILES_PER_BLOCK = 64
 KNOWN_COLUMNS = ("title", "source", "language", "license")
+TOOLS_COLUMN = "tools"
+"""Where a chat's tools stand, beside its messages."""
 MAX_EXTRA_LENGTH = 1000
 PARQUET_SUFFIXES = (".parquet", ".pq")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -44,6 +46,13 @@ class Document:
     """Further columns with short values, as text."""
     messages: tuple[Message, ...] = ()
     """The turns, where the document is a chat; its text is what they say, one after the other."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What these may call."""
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation."""
+        return Chat(self.messages, self.tools)
 
 
 def is_held_out(document: Document) -> bool:
@@ -105,44 +114,24 @@ def document_from(row: Mapping[str, Any], text_column: str, default_source: str,
     """The document of a row; columns that have no place of their own go to `extra` if they are short.
 
     Raises:
-        ValueError: the row's messages are none.
+        ValueError: the row's messages or tools are none.
     """
-    known: dict[str, Any] = {name: _clean(str(row[name])) for name in KNOWN_COLUMNS if row.get(name) is not None}
+    known: dict[str, Any] = {name: cleaned(str(row[name])) for name in KNOWN_COLUMNS if row.get(name) is not None}
     known.setdefault("source", default_source)
     extra = {
-        _clean(str(name)): _clean(str(value))
+        cleaned(str(name)): cleaned(str(value))
         for name, value in row.items()
         if name != text_column
         and name not in KNOWN_COLUMNS
+        and not (chats and name == TOOLS_COLUMN)
         and isinstance(value, str | int | float | bool)
         and len(str(value)) <= MAX_EXTRA_LENGTH
     }
     if chats:
-        messages = tuple(_message(message) for message in row[text_column] or ())
-        text = "\n".join(message.content for message in messages)
-        return Document(text=text, extra=extra, messages=messages, **known)
-    return Document(text=_clean(row[text_column] or ""), extra=extra, **known)
-
-
-def _message(value: Any) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
-        raise ValueError(f"expected messages with role and content, got {str(value)[:80]}")
-    role, content = value["role"], value["content"]
-    if not isinstance(content, str) and isinstance(content, Sequence):  # a list of parts, as multimodal models take
-        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        content = None if None in texts else "".join(map(str, texts))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"expected a message whose role and content are text, got {str(value)[:80]}")
-    return Message(role, _clean(content))
-
-
-def _clean(text: str) -> str:
-    """The text, with lone surrogates (JSON can hold them, UTF-8 and tokenizers can't) as U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        messages = chat_from(row[text_column] or ()).messages
+        text = "\n".join(message.text for message in messages)
+        return Document(text=text, extra=extra, messages=messages, tools=tools_from(row.get(TOOLS_COLUMN)), **known)
+    return Document(text=cleaned(row[text_column] or ""), extra=extra, **known)
 
 
 def _text_blocks(files: Sequence[Path]) -> list[Block]:
@@ -221,7 +210,9 @@ def _parquet_blocks(file: Path, text_column: str, chats: bool) -> list[Block]:
         expected = "lists of messages" if chats else "text"
         raise InvalidInputError(f"{file}: the column {text_column!r} holds {kind}; expected {expected}.")
     scalars = [field.name for field in schema if _is_text(field.type) or pyarrow.types.is_primitive(field.type)]
-    columns = [*scalars, text_column] if chats else scalars
+    columns = scalars
+    if chats:
+        columns = list(dict.fromkeys([*scalars, text_column, *({TOOLS_COLUMN} & set(schema.names))]))
     return [
         Block(metadata.row_group(group).num_rows, partial(_load_parquet, file, text_column, chats, columns, group))
         for group in range(metadata.num_row_groups)
@@ -251,6 +242,6 @@ def _load_parquet(file: Path, text_column: str, chats: bool, columns: Sequence[s
     except (pyarrow.ArrowException, OSError) as error:
         raise InvalidInputError(f"{file}, row group {group} cannot be read: {error}") from error
     try:
-        return [document_from(row, text_column, file.stem, chats) for row in rows]
+        return [document_from(without_nulls(row) if chats else row, text_column, file.stem, chats) for row in rows]
     except ValueError as error:
         raise InvalidInputError(f"{file}, row group {group}: {error}.") from error

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from activations.arrays import ArrayLayout, ObjectRecord
+from activations.chats import CHAT_COLUMNS
 from activations.ledger import GroupRecord
-from activations.plan import ROLE_COLUMN, TOKEN_COLUMNS
+from activations.plan import TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
 
 __all__ = [
@@ -68,13 +69,13 @@ class StoreLayout:
 
     Args:
         spec: the store's.
-        has_roles: whether its text is chats, so that tokens have roles.
+        spoken: of chats, which of `CHAT_COLUMNS` their tokens have.
         has_windows: whether only some tokens are rows, so that whole windows are kept in a table.
     """
 
-    def __init__(self, spec: CaptureSpec, has_roles: bool = False, has_windows: bool = False) -> None:
+    def __init__(self, spec: CaptureSpec, spoken: Sequence[str] = (), has_windows: bool = False) -> None:
         self.spec, self.has_windows = spec, has_windows
-        self.token_columns = TOKEN_COLUMNS | (ROLE_COLUMN if has_roles else {})
+        self.token_columns = TOKEN_COLUMNS | {name: CHAT_COLUMNS[name] for name in spoken}
         """Per-token columns and their dtypes."""
         self.tables = (*TABLES, WINDOWS) if has_windows else TABLES
 
@@ -83,7 +84,7 @@ class StoreLayout:
         """The layout of the store with this manifest."""
         return cls(
             CaptureSpec(**manifest["spec"]),
-            has_roles=manifest.get("chats") is not None,
+            spoken=_spoken(manifest.get("chats")),
             has_windows=manifest.get("selection") is not None,
         )
 
@@ -136,3 +137,10 @@ class StoreLayout:
         """Layouts of these hooks' activations and norms, by path below the store."""
         arrays = {self.hook_array(hook): self.hook(shape) for hook, shape in shapes.items()}
         return arrays | {self.norm_array(hook): self.norm for hook in shapes}
+
+
+def _spoken(chats: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The columns of a store's chats, given its manifest's entry; stores of before kinds were told have roles alone."""
+    if chats is None:
+        return ()
+    return tuple(CHAT_COLUMNS) if "kinds" in chats else ("role",)

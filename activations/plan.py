@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations.cutting import ROLE_COLUMN, TOKEN_COLUMNS, Cut, Windowing, cut_document
+from activations.chats import CHAT_COLUMNS
+from activations.cutting import TOKEN_COLUMNS, Cut, Windowing, cut_document
 from activations.selection import Choosing
 from activations.source import RowFlag
 from activations.text import Document, TextSource, is_held_out
 
-__all__ = ["ROLE_COLUMN", "TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
+__all__ = ["TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
 
 ENCODE_DOCUMENTS = 64
 FIRST_CHARACTERS, ENCODE_CHARACTERS = 2**15, 2**18
@@ -65,7 +66,8 @@ class PlannedGroup(NamedTuple):
     """Columns `document, title, source, language, license, extra, n_tokens, held_out`."""
     state: PlanState
     windows: Mapping[str, list[Any]] = {}  # nobody writes to it
-    """Columns `sequence, tokens` and, of chats, `roles`: whole windows, where only some of their tokens are rows."""
+    """Columns `sequence, tokens` and, of chats, `roles, kinds, messages`: whole windows, where only some of their
+    tokens are rows."""
 
 
 @dataclass
@@ -103,7 +105,8 @@ class _Encoded(NamedTuple):
     document: Document
     ordinal: int
     tokens: np.ndarray
-    roles: np.ndarray | None
+    spoken: Mapping[str, np.ndarray]
+    """Of a chat: `CHAT_COLUMNS`."""
 
 
 def plan_groups(
@@ -167,11 +170,11 @@ def _document_rows(
     sequence = state.n_sequences
     number = state.n_documents - resumed
     windowed = state.windowed_documents
-    for document, ordinal, tokens, roles in _encoded(text, encode, state.ordinal, choosing):
+    for document, ordinal, tokens, spoken in _encoded(text, encode, state.ordinal, choosing):
         left = None if windowing.max_tokens is None else windowing.max_tokens - row
         if len(tokens) and left is not None and left <= 0:
             return
-        cut = cut_document(tokens[: windowing.max_document_tokens], roles, document, windowing, left, choosing)
+        cut = cut_document(tokens[: windowing.max_document_tokens], spoken, document, windowing, left, choosing)
         if cut is None or not len(cut.window_starts):
             empty.count += 1
             continue
@@ -201,8 +204,8 @@ def _encoded(
         written = [document for document in some if document.text.strip()]
         encoded = iter(_tokens_of(written, encode, choosing) if written else ())
         for offset, document in enumerate(some):
-            tokens, roles = next(encoded) if document.text.strip() else (np.empty(0, np.int32), None)
-            yield _Encoded(document, ordinal + offset, tokens, roles)
+            tokens, spoken = next(encoded) if document.text.strip() else (np.empty(0, np.int32), {})
+            yield _Encoded(document, ordinal + offset, tokens, spoken)
 
     for document in text.documents(start):
         some.append(document)
@@ -216,10 +219,11 @@ def _encoded(
 
 def _tokens_of(
     documents: Sequence[Document], encode: Callable[[Sequence[str]], list[np.ndarray]], choosing: Choosing | None
-) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
+) -> Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
     if choosing is not None and choosing.encode_chats is not None:
-        return choosing.encode_chats([document.messages for document in documents])
-    return [(tokens, None) for tokens in encode([document.text for document in documents])]
+        chats = choosing.encode_chats([document.chat for document in documents])
+        return [(chat.token_id, {name: getattr(chat, name) for name in CHAT_COLUMNS}) for chat in chats]
+    return [(tokens, {}) for tokens in encode([document.text for document in documents])]
 
 
 def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: int, complete: bool) -> PlannedGroup:
@@ -230,7 +234,7 @@ def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: in
     documents: dict[str, list[Any]] = {
         name: [] for name in ("document", "title", "source", "language", "license", "extra", "n_tokens", "held_out")
     }
-    names = ("sequence", "tokens", "roles") if "role" in columns else ("sequence", "tokens")
+    names = ("sequence", "tokens", *(f"{name}s" for name in CHAT_COLUMNS if name in columns))
     windows: dict[str, list[Any]] = {name: [] for name in names} if pending[0].cut.windows else {}
     for item in pending:
         first, last = max(0, start - item.row_start), min(item.n_rows, stop - item.row_start)
@@ -274,11 +278,9 @@ def _list_sequences(
             table["n_rows"].append(end - start)
             table["document_offset"].append(int(item.cut.window_offsets[window]))
             if windows:
-                tokens, roles = item.cut.windows[window]
                 windows["sequence"].append(item.first_sequence + window)
-                windows["tokens"].append(tokens)
-                if roles is not None:
-                    windows["roles"].append(roles)
+                for name, values in item.cut.windows[window].items():
+                    windows["tokens" if name == "token_id" else f"{name}s"].append(values)
 
 
 def _state_at(pending: list[_DocumentRows], stop: int, complete: bool) -> PlanState:

@@ -8,8 +8,9 @@ A token becomes a row if all conditions that are given hold for it:
 - `pattern`: the regular expression is found in the token's own text, in which " the" begins with its space.
 - `roles`: it belongs to a turn of one of these roles. A turn is what the message says and the special token right after
   it, such as an end of turn; what else the chat template writes belongs to nobody ("none").
+- `kinds`: it is of one of these kinds of content, such as a tool call (`activations.chats.CONTENT_KINDS`).
 
-BOS belongs to no text: it stays only where none of the last three is given.
+BOS belongs to no text: it stays only where none of the last four is given.
 """
 
 import re
@@ -19,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from activations.chats import CONTENT_KINDS, ROLES, Chat, ChatTokens
 from activations.errors import InvalidInputError, UnknownNameError
-from activations.source import ROLES, ChatTokens, HookedModel, Message, RowFlag
+from activations.source import HookedModel, RowFlag
 
 __all__ = ["Choosing", "RowSelection", "WindowTokens", "choosing_for"]
 
@@ -35,7 +37,9 @@ class WindowTokens(NamedTuple):
     """Number in the document, BOS not counted; that of the token after it for a BOS."""
     flags: np.ndarray
     role: np.ndarray | None
-    """Codes as in `activations.source.ROLES`, where the document is a chat."""
+    """Codes as in `activations.chats.ROLES`, where the document is a chat."""
+    kind: np.ndarray | None
+    """Codes as in `activations.chats.CONTENT_KINDS`, likewise."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ class RowSelection:
     """A regular expression that is searched in each token's own text."""
     roles: tuple[str, ...] = ()
     """Of chats: keep only the turns of these roles."""
+    kinds: tuple[str, ...] = ()
+    """Of chats: keep only tokens of these kinds."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(sorted(set(self.roles))))
+        object.__setattr__(self, "kinds", tuple(sorted(set(self.kinds))))
         if self.every < 1:
             raise InvalidInputError(f"every is {self.every}; expected 1 (all tokens) or more.")
         if self.every_in not in ("window", "document"):
@@ -64,6 +71,9 @@ class RowSelection:
         for role in self.roles:
             if role not in ROLES:
                 raise UnknownNameError("role", role, ROLES)
+        for kind in self.kinds:
+            if kind not in CONTENT_KINDS:
+                raise UnknownNameError("kind of content", kind, CONTENT_KINDS)
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
@@ -78,7 +88,10 @@ class RowSelection:
     @property
     def settings(self) -> dict[str, Any] | None:
         """What the manifest keeps (JSON-able), None where all tokens are kept."""
-        return None if self.keeps_all else {**asdict(self), "roles": list(self.roles)}
+        if self.keeps_all:
+            return None
+        settings = {**asdict(self), "roles": list(self.roles), "kinds": list(self.kinds)}
+        return settings if self.kinds else {name: value for name, value in settings.items() if name != "kinds"}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any] | None) -> "RowSelection":
@@ -89,7 +102,7 @@ class RowSelection:
         """Which of the tokens become rows (bool). `matches` says for token ids whether the pattern is found."""
         is_bos = (tokens.flags & RowFlag.BOS) > 0
         chosen = np.ones(len(tokens.token_id), bool)
-        if self.skip_bos or self.every > 1 or self.pattern is not None or self.roles:
+        if self.skip_bos or self.every > 1 or self.pattern is not None or self.roles or self.kinds:
             chosen &= ~is_bos
         if self.skip_special:
             chosen &= (tokens.flags & RowFlag.SPECIAL) == 0
@@ -102,6 +115,9 @@ class RowSelection:
         if self.roles:
             assert tokens.role is not None
             chosen &= np.isin(tokens.role, [ROLES.index(role) for role in self.roles])
+        if self.kinds:
+            assert tokens.kind is not None
+            chosen &= np.isin(tokens.kind, [CONTENT_KINDS.index(kind) for kind in self.kinds])
         return chosen
 
 
@@ -111,8 +127,8 @@ class Choosing(NamedTuple):
     selection: RowSelection
     matches: Callable[[np.ndarray], np.ndarray] | None
     """Whether the pattern is found in each token's text (bool by token)."""
-    encode_chats: Callable[[Sequence[Sequence[Message]]], list[ChatTokens]] | None
-    """Tokens and roles of chats, where the text is chats."""
+    encode_chats: Callable[[Sequence[Chat]], list[ChatTokens]] | None
+    """Tokens of chats and what they are, where the text is chats."""
 
 
 def choosing_for(model: HookedModel, selection: RowSelection, chat_template: str | None) -> Choosing | None:
@@ -129,7 +145,7 @@ def choosing_for(model: HookedModel, selection: RowSelection, chat_template: str
     if chat_template is not None:
         template = chat_template
 
-        def encode_chats(chats: Sequence[Sequence[Message]]) -> list[ChatTokens]:
+        def encode_chats(chats: Sequence[Chat]) -> list[ChatTokens]:
             return model.encode_chats(chats, template)
 
     matches = None if selection.pattern is None else _Matcher(selection.pattern, model.token_texts)

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from activations.chats import Chat, ChatTokens
 from activations.spec import StorageDtype
 
 __all__ = [
-    "ROLES",
     "ActivationBatch",
     "ActivationSource",
-    "ChatTokens",
     "HookedModel",
-    "Message",
     "ModelIdentity",
     "PendingRows",
     "RowFlag",
@@ -41,26 +39,6 @@ class RowFlag(IntFlag):
     """A soft token of a sound."""
     HELD_OUT = 16
     """A row of a held-out document: for metrics, never for training."""
-
-
-ROLES = ("none", "system", "developer", "user", "assistant", "tool", "other")
-"""Whose turn a token of a chat belongs to, by its code in the `role` column (uint8)."""
-
-
-class Message(NamedTuple):
-    """A turn of a chat."""
-
-    role: str
-    content: str
-
-
-class ChatTokens(NamedTuple):
-    """A chat as a model reads it, `(n,)` each."""
-
-    token_id: np.ndarray
-    """int32."""
-    role: np.ndarray
-    """uint8: codes as in `ROLES`."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +104,8 @@ class HookedModel(Protocol):
         """The tokenizer's own way to write chats; None where it has none."""
         ...
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
-        """Token ids and roles of each chat as the template writes it, without the BOS that windows begin with.
+    def encode_chats(self, chats: Sequence[Chat], template: str) -> list[ChatTokens]:
+        """Token ids, roles and kinds of each chat as the template writes it, without the BOS that windows begin with.
         Raises `InvalidInputError` where the template fails, or does not let roles be told."""
         ...
 

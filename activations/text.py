@@ -42,7 +42,8 @@ class TextSource:
         text_column: the column (parquet, data set) or key (JSON lines) that holds the text.
         shuffle_seed: shuffle the documents with this seed; None keeps the order of the files.
         max_document_tokens: use only the first so many tokens of each document.
-        messages_column: in place of `text_column`, the column that holds chats: a list of `{role, content}` each.
+        messages_column: in place of `text_column`, the column that holds chats, a list of messages each; the tools
+            that they may call stand in a column `tools`. `activations.chats` says which shapes are read.
     """
 
     paths: Sequence[str | Path] | str | Path

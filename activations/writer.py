@@ -363,7 +363,8 @@ def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:
 
     text, truth, number = pyarrow.string(), pyarrow.bool_(), pyarrow.int64()
     kinds = dict.fromkeys(("title", "source", "language", "license", "extra"), text) | {"held_out": truth}
-    kinds |= {"tokens": pyarrow.list_(pyarrow.int32()), "roles": pyarrow.list_(pyarrow.uint8())}
+    kinds |= {name: pyarrow.list_(pyarrow.int32()) for name in ("tokens", "messages")}
+    kinds |= {name: pyarrow.list_(pyarrow.uint8()) for name in ("roles", "kinds")}
     schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns])
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(dict(columns), schema=schema), stream, compression="zstd")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from activations.chats import CONTENT_KINDS, Chat, ChatTokens, role_code
 from activations.errors import UnknownNameError
-from activations.source import ROLES, ChatTokens, Message, ModelIdentity, float32_to_bf16
+from activations.source import ModelIdentity, float32_to_bf16
 from activations.spec import StorageDtype
 from activations.store import ActivationStore
 
@@ -64,18 +65,34 @@ class FakeModel:
     def chat_template(self) -> str | None:
         return "fake"
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
-        """Turns are written `<role>content` and the special token 1."""
+    def encode_chats(self, chats: Sequence[Chat], template: str) -> list[ChatTokens]:
+        """Turns are written `<role>content`, calls as `name`, and the special token 1."""
         encoded = []
         for chat in chats:
-            pieces = []
-            for message in chat:
-                code = ROLES.index(message.role) if message.role in ROLES else ROLES.index("other")
+            pieces: list[tuple[np.ndarray, int, str, int]] = []
+            for number, message in enumerate(chat.messages):
+                code = role_code(message.role)
                 head, said = self.encode_documents([f"<{message.role}>", message.content])
-                pieces.append((head, np.zeros(len(head))))
-                pieces.append((np.append(said, 1), np.full(len(said) + 1, code)))
-            tokens, roles = (np.concatenate(part) for part in zip(*pieces, strict=True))
-            encoded.append(ChatTokens(tokens.astype(np.int32), roles.astype(np.uint8)))
+                calls = self.encode_documents(["".join(call["function"]["name"] for call in message.tool_calls)])[0]
+                pieces.append((head, 0, "markup", -1))
+                pieces.append((said, code, "tool_response" if message.role == "tool" else "text", number))
+                pieces.append((calls, code, "tool_call", number))
+                pieces.append((np.array([1]), code, "markup", number))
+            tokens = np.concatenate([piece for piece, *_ in pieces])
+            columns = (
+                np.concatenate([np.full(len(piece), value) for (piece, *_), value in zip(pieces, values, strict=True)])
+                for values in (
+                    [role for _, role, _, _ in pieces],
+                    [CONTENT_KINDS.index(kind) for _, _, kind, _ in pieces],
+                    [number for *_, number in pieces],
+                )
+            )
+            role, kind, number = columns
+            encoded.append(
+                ChatTokens(
+                    tokens.astype(np.int32), role.astype(np.uint8), kind.astype(np.uint8), number.astype(np.int32)
+                )
+            )
         return encoded
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:

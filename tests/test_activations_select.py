@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from activations.batching import chosen_windows, pack_batches
 from activations.capture import CaptureReport, capture
+from activations.chats import CONTENT_KINDS, ROLES, Message
 from activations.errors import InvalidInputError, MismatchError, UnknownNameError
 from activations.export import export_store
 from activations.plan import PlannedGroup, PlanState, Windowing, plan_groups
 from activations.selection import RowSelection, choosing_for
-from activations.source import ROLES, RowFlag
+from activations.source import RowFlag
 from activations.store import ActivationStore
 from activations.text import Document, TextSource
 
@@ -325,7 +326,7 @@ def test_chats_have_roles(tmp_path: Path, suffix: str) -> None:
     assert spoken(store, "other") == "hm|"
     heads = [f"<{role}>" for role, _ in itertools.chain(*CHATS)]
     assert spoken(store, "none") == "".join(heads)
-    assert store.manifest["chats"] == {"template": "fake", "roles": list(ROLES)}
+    assert store.manifest["chats"] == {"template": "fake", "roles": list(ROLES), "kinds": list(CONTENT_KINDS)}
     assert store.documents()["title"].tolist() == ["chat 0", "chat 1", "chat 2"]
     assert store.verify() == []
     other = run(chats, tmp_path / "t.zarr", chat_template="another").store
@@ -390,7 +391,7 @@ def test_messages_in_other_files(tmp_path: Path) -> None:
         '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}\n'
     )
     (document,) = TextSource(tmp_path / "b.jsonl", messages_column="messages").documents()
-    assert document.messages == (("user", "ab"),)
+    assert document.messages == (Message("user", "ab"),)
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from activations.batching import Window
+from activations.chats import ChatTokens
 from activations.engines.crew import Objects
 from activations.layout import PLAN
 from activations.ledger import GroupRecord, Ledger
 from activations.passes import GROUPS_IN_FLIGHT, CapturePass, PassSettings
 from activations.pipeline import Channel, Stopped, Worker
-from activations.source import ChatTokens, HookedModel, ModelIdentity
+from activations.source import HookedModel, ModelIdentity
 from activations.spec import CaptureSpec
 from activations.writer import StoreWriter
 

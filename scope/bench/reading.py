@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from activations.capture import capture
+from activations.chats import Chat, ChatTokens
 from activations.shuffle import NO_FLAGS, Selection, ShuffledBatches
-from activations.source import ChatTokens, Message, ModelIdentity
+from activations.source import ModelIdentity
 from activations.spec import StorageDtype
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -64,7 +65,7 @@ class _RowMaker:
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1 for text in texts]
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str) -> list[ChatTokens]:
+    def encode_chats(self, chats: Sequence[Chat], template: str) -> list[ChatTokens]:
         raise AssertionError("the benchmark's text is no chats")
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:

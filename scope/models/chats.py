@@ -1,18 +1,26 @@
-"""Chats as tokens, each with the role of the turn that it belongs to.
+"""Chats as tokens, each with whose turn it belongs to, which message, and what kind of content it is.
 
-A chat template is a program: what it writes around messages follows from the messages. Whose turn a token belongs to is
-found without reading that program:
+A chat template is a program: what it writes around messages follows from the messages. What a token is, is found
+without reading that program, and without looking for what was said in what was written:
 
-1. The chat is written twice: as it is, and with a mark in the place of each message's content.
-2. What stands between the marks is markup. Markup and contents, put together, must be the chat as it is (a template may
-   strip whitespace off contents); then it is known where each content stands. If they are not, because the template
-   changes contents in another way, roles can't be told and the chat is refused.
-3. A turn is the content and the special token right behind it, such as an end of turn, with whitespace between them.
-   All other markup belongs to nobody.
-4. A token belongs to the turn that it has a character of.
+1. The template writes the chat, as `apply_chat_template` does, and writes it again with marks in the chat's words
+   (`scope.models.chat_marks`). Marks travel with the words, whatever the template does around them, and it is checked
+   that they changed nothing else; where they do in every way that is tried, the chat is refused.
+2. *Kind*: between its marks stands what a message says, thinks, calls or answers for a tool, or the definition of a
+   tool. Everything else is markup.
+3. *Turn*: a message's words, all that is between them, pairs of tags right around its calls or its answer, and the
+   special token that closes it, such as an end of turn (with whitespace before it; after a call also brackets and
+   closing tags). The assistant's turn begins where the markup ends that the template writes to ask for an answer. All
+   other markup, and definitions of tools, are of no turn.
+4. A token belongs to what it has a character of; of two, to the later one.
 
-`apply_chat_template(return_assistant_tokens_mask=True)` of transformers, which wants templates that are marked for it,
-says the same of the assistant's turns (tested).
+The role is the message's own, also where the template writes it under another heading: Gemma 3's writes the system's
+words in the user's turn. `apply_chat_template(return_assistant_tokens_mask=True)`, which wants templates that are
+marked for it, says the same of the assistant's turns (tested).
+
+What can't be told: words that a template cuts, counts or compares (the chat is refused); a thought that stands inside
+a content, in tags of its own, is text like the rest; where a call is neither JSON, Python nor in tags, it is what its
+own words reach from and to.
 """
 
 import re
@@ -22,22 +30,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations.source import ROLES, ChatTokens, Message
+from activations.chats import CONTENT_KINDS, ROLES, Chat, ChatTokens, role_code
 from scope.errors import InvalidInputError
+from scope.models.chat_marks import Words, mark, wrapped
 
 __all__ = ["encode_chats", "own_template"]
 
 ALWAYS = datetime(2000, 1, 1)
 """The date for templates that write today's (Llama 3.2's do): a capture that is resumed tomorrow must read the same."""
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-MARK = "\ue000{}\ue001"
-MARKED = re.compile("\ue000(\\d+)\ue001")
+BLANK, BRACKETS = re.compile(r"\s*"), re.compile(r"[\s\])}]*")
+CLOSING_TAG = re.compile(r"</[^<>\n]*>|\[/[^\[\]\n]*\]")
+CALL, ANSWER = CONTENT_KINDS.index("tool_call"), CONTENT_KINDS.index("tool_response")
 
 
 class _Turn(NamedTuple):
     start: int
     stop: int
-    role: int
+    message: int
+
+
+class _Written(NamedTuple):
+    """A chat as its template writes it."""
+
+    text: str
+    words: Sequence[Words]
+    turns: Sequence[_Turn]
 
 
 def own_template(tokenizer: Any) -> str | None:
@@ -47,92 +65,131 @@ def own_template(tokenizer: Any) -> str | None:
 
 
 def encode_chats(
-    tokenizer: Any, special_ids: frozenset[int], chats: Sequence[Sequence[Message]], template: str, answer: bool = False
+    tokenizer: Any, special_ids: frozenset[int], chats: Sequence[Chat], template: str, answer: bool = False
 ) -> list[ChatTokens]:
-    """Token ids and roles of chats; see `activations.source.HookedModel.encode_chats`.
+    """Token ids of chats and what each is; see `activations.source.HookedModel.encode_chats`.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         special_ids: ids of its special tokens.
-        chats: the messages of each.
+        chats: the conversations.
         template: a Jinja template.
         answer: add the markup that the assistant's next turn begins with.
+
+    Raises:
+        InvalidInputError: the template fails, or what a token is can't be told.
     """
     template = TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
     specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
-    written = [_write(tokenizer, chat, template, specials, answer) for chat in chats]
-    encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in written], add_special_tokens=False)
-    encoded = []
-    for encoding, (_, turns) in zip(encodings, written, strict=True):
-        tokens = np.asarray(encoding.ids, np.int32)
-        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-        roles = np.zeros(len(tokens), np.uint8)
-        for turn in turns:
-            roles[(offsets[:, 1] > turn.start) & (offsets[:, 0] < turn.stop)] = turn.role
-        n_bos = int(len(tokens) > 0 and tokens[0] == tokenizer.bos_token_id)  # every window begins with one anyway
-        encoded.append(ChatTokens(tokens[n_bos:], roles[n_bos:]))
-    return encoded
-
-
-def _write(
-    tokenizer: Any, chat: Sequence[Message], template: str, specials: Sequence[str], answer: bool
-) -> tuple[str, list[_Turn]]:
-    """Steps 1 to 3."""
-    text = _rendered(tokenizer, chat, template, answer)
-    marked = [
-        message._replace(content=MARK.format(number)) if message.content.strip() else message
-        for number, message in enumerate(chat)
+    written = [_written(tokenizer, chat, template, specials, answer) for chat in chats]
+    encodings = tokenizer.backend_tokenizer.encode_batch([one.text for one in written], add_special_tokens=False)
+    return [
+        _tokens(tokenizer.bos_token_id, encoding, one, chat)
+        for encoding, one, chat in zip(encodings, written, chats, strict=True)
     ]
-    pieces = MARKED.split(_rendered(tokenizer, marked, template, answer))
-    markup, numbers = pieces[::2], list(map(int, pieces[1::2]))
-    expected = [number for number, message in enumerate(chat) if message.content.strip()]
-    turns = _turns(text, markup, [chat[number] for number in numbers]) if numbers == expected else None
-    if turns is None:
+
+
+def _tokens(bos: int | None, encoding: Any, written: _Written, chat: Chat) -> ChatTokens:
+    """Step 4."""
+    tokens = np.asarray(encoding.ids, np.int32)
+    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+    role, kind = np.zeros(len(tokens), np.uint8), np.zeros(len(tokens), np.uint8)
+    message = np.full(len(tokens), -1, np.int32)
+    for turn in written.turns:
+        own = (offsets[:, 1] > turn.start) & (offsets[:, 0] < turn.stop)
+        role[own], message[own] = role_code(chat.messages[turn.message].role), turn.message
+    for words in written.words:
+        kind[(offsets[:, 1] > words.start) & (offsets[:, 0] < words.stop)] = words.kind
+    n_bos = int(len(tokens) > 0 and tokens[0] == bos)  # every window begins with one anyway
+    return ChatTokens(tokens[n_bos:], role[n_bos:], kind[n_bos:], message[n_bos:])
+
+
+def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str], answer: bool) -> _Written:
+    """Steps 1 to 3."""
+    messages = [message.as_dict for message in chat.messages]
+    text = _rendered(tokenizer, chat, messages, chat.tools, template, answer)
+    words = None
+    for marked in mark(chat):
+        try:
+            again = _rendered(tokenizer, chat, marked.messages, marked.tools, template, answer)
+        except InvalidInputError:
+            continue
+        words = marked.found(again, text)
+        if words is not None:
+            break
+    if words is None:
         raise InvalidInputError(
-            f"The chat template changes what messages say, so that it cannot be told whose turn a token belongs to: in "
-            f"the chat that begins with {chat[0].content[:60]!r}. Give another with --chat-template."
+            f"The chat template changes what messages say, so that it cannot be told what a token is: in the chat that "
+            f"begins with {_beginning(chat)!r}. Give another with --chat-template."
         )
-    return text, [turn._replace(stop=_closed(text, turn.stop, specials)) for turn in turns]
+    asked = text if answer else _rendered(tokenizer, chat, messages, chat.tools, template, True)
+    plain = _rendered(tokenizer, chat, messages, chat.tools, template, False) if answer else text
+    heading = asked[len(plain) :] if asked.startswith(plain) else ""
+    return _Written(text, words, _turns(text, words, chat, heading, specials))
 
 
-def _turns(text: str, markup: Sequence[str], messages: Sequence[Message]) -> list[_Turn] | None:
-    """Where each message's content stands, if the text is made of this markup and these contents."""
-    if not text.startswith(markup[0]):
-        return None
-    place = len(markup[0])
-    turns = []
-    for message, following in zip(messages, markup[1:], strict=True):
-        said = message.content
-        for content in (said, said.strip(), said.rstrip(), said.lstrip()):
-            if text.startswith(content + following, place):
-                break
+def _turns(text: str, words: Sequence[Words], chat: Chat, heading: str, specials: Sequence[str]) -> list[_Turn]:
+    """Step 3; `heading` asks for the assistant's answer."""
+    turns: list[_Turn] = []
+    last_kind = []
+    for number, one in enumerate(words):
+        if one.message < 0:
+            continue
+        low = words[number - 1].stop if number else 0
+        high = words[number + 1].start if number + 1 < len(words) else len(text)
+        start, stop = one.start, one.stop
+        if one.kind in (CALL, ANSWER):
+            start, stop = wrapped(text, start, stop, low, high)
+        if turns and turns[-1].message == one.message:
+            turns[-1] = turns[-1]._replace(stop=stop)
+            last_kind[-1] = one.kind
         else:
-            return None
-        role = message.role if message.role in ROLES else "other"
-        turns.append(_Turn(place, place + len(content), ROLES.index(role)))
-        place += len(content) + len(following)
-    return turns if place == len(text) else None
+            if heading.strip() and role_code(chat.messages[one.message].role) == ROLES.index("assistant"):
+                found = text.rfind(heading, low, start)
+                start = start if found < 0 else found + len(heading)
+            turns.append(_Turn(start, stop, one.message))
+            last_kind.append(one.kind)
+    ends = [*(turn.start for turn in turns[1:]), len(text)][: len(turns)]
+    return [
+        turn._replace(stop=_closed(text, turn.stop, end, specials, called=kind == CALL))
+        for turn, end, kind in zip(turns, ends, last_kind, strict=True)
+    ]
 
 
-def _closed(text: str, stop: int, specials: Sequence[str]) -> int:
-    """The end of a turn whose content ends at `stop`."""
-    behind = stop + len(text[stop:]) - len(text[stop:].lstrip())
-    for special in specials:
-        if text.startswith(special, behind):
-            return behind + len(special)
+def _closed(text: str, stop: int, end: int, specials: Sequence[str], called: bool) -> int:
+    """The end of a turn whose words end at `stop`, before the next one's at `end`."""
+    skipped = BRACKETS if called else BLANK
+    place: int | None = stop
+    while place is not None:
+        blank = skipped.match(text, place, end)
+        place = place if blank is None else blank.end()
+        for special in specials:
+            if text.startswith(special, place, end):
+                return place + len(special)
+        tag = CLOSING_TAG.match(text, place, end) if called else None
+        place = None if tag is None else tag.end()
     return stop
 
 
-def _rendered(tokenizer: Any, chat: Sequence[Message], template: str, answer: bool) -> str:
+def _beginning(chat: Chat) -> str:
+    return next((message.text for message in chat.messages if message.text), "")[:60]
+
+
+def _rendered(
+    tokenizer: Any, chat: Chat, messages: Sequence[Any], tools: Sequence[Any], template: str, answer: bool
+) -> str:
     from jinja2 import TemplateError
 
-    messages = [message._asdict() for message in chat]
     try:
         written = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=answer
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answer,
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidInputError(
-            f"The chat template fails on the chat that begins with {chat[0].content[:60]!r}: {error}"
+            f"The chat template fails on the chat that begins with {_beginning(chat)!r}: {error}"
         ) from error
     return str(written)

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from activations.source import ChatTokens, Message, ModelIdentity
+from activations.chats import Chat, ChatTokens
+from activations.source import ModelIdentity
 from activations.spec import StorageDtype
 from activations.text import TextSource
 from scope.errors import InvalidInputError
@@ -207,8 +208,8 @@ class LanguageModel:
         """The tokenizer's own way to write chats, a Jinja template; None where it has none."""
         return own_template(self.tokenizer)
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]], template: str, answer: bool = False) -> list[ChatTokens]:
-        """Token ids and roles of chats as a template writes them, without BOS; `answer` adds the markup that the
+    def encode_chats(self, chats: Sequence[Chat], template: str, answer: bool = False) -> list[ChatTokens]:
+        """Token ids, roles and kinds of chats as a template writes them, without BOS; `answer` adds the markup that the
         assistant's next turn begins with. See `scope.models.chats`."""
         return encode_chats(self.tokenizer, self.special_token_ids, chats, template, answer)
 
