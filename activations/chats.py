@@ -199,7 +199,7 @@ def _calls_of(value: Mapping[str, Any]) -> Sequence[Any]:
     return calls
 
 
-def _call(value: Any) -> Mapping[str, Any]:
+def _call(value: Any) -> dict[str, Any]:
     function = value.get("function", value) if isinstance(value, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
@@ -214,4 +214,5 @@ def _call(value: Any) -> Mapping[str, Any]:
         raise ValueError(f"expected the arguments of the call of {name} as an object, got {str(arguments)[:80]}")
     id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     called = {"name": name, "arguments": arguments or {}}
-    return cleaned({"type": "function", "function": called, **id})  # type: ignore[no-any-return]  # as it is given
+    call: dict[str, Any] = cleaned({"type": "function", "function": called, **id})
+    return call

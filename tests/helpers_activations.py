@@ -69,28 +69,23 @@ class FakeModel:
         """Turns are written `<role>content`, calls as `name`, and the special token 1."""
         encoded = []
         for chat in chats:
-            pieces: list[tuple[np.ndarray, int, str, int]] = []
+            tokens, roles, kinds, numbers = [], [], [], []
             for number, message in enumerate(chat.messages):
-                code = role_code(message.role)
                 head, said = self.encode_documents([f"<{message.role}>", message.content])
-                calls = self.encode_documents(["".join(call["function"]["name"] for call in message.tool_calls)])[0]
-                pieces.append((head, 0, "markup", -1))
-                pieces.append((said, code, "tool_response" if message.role == "tool" else "text", number))
-                pieces.append((calls, code, "tool_call", number))
-                pieces.append((np.array([1]), code, "markup", number))
-            tokens = np.concatenate([piece for piece, *_ in pieces])
-            columns = (
-                np.concatenate([np.full(len(piece), value) for (piece, *_), value in zip(pieces, values, strict=True)])
-                for values in (
-                    [role for _, role, _, _ in pieces],
-                    [CONTENT_KINDS.index(kind) for _, _, kind, _ in pieces],
-                    [number for *_, number in pieces],
-                )
-            )
-            role, kind, number = columns
+                (calls,) = self.encode_documents(["".join(call["function"]["name"] for call in message.tool_calls)])
+                spoken = "tool_response" if message.role == "tool" else "text"
+                end = np.array([1])
+                for piece, kind in ((head, "markup"), (said, spoken), (calls, "tool_call"), (end, "markup")):
+                    tokens.append(piece)
+                    roles.append(np.full(len(piece), 0 if piece is head else role_code(message.role)))
+                    kinds.append(np.full(len(piece), CONTENT_KINDS.index(kind)))
+                    numbers.append(np.full(len(piece), -1 if piece is head else number))
             encoded.append(
                 ChatTokens(
-                    tokens.astype(np.int32), role.astype(np.uint8), kind.astype(np.uint8), number.astype(np.int32)
+                    np.concatenate(tokens).astype(np.int32),
+                    np.concatenate(roles).astype(np.uint8),
+                    np.concatenate(kinds).astype(np.uint8),
+                    np.concatenate(numbers).astype(np.int32),
                 )
             )
         return encoded

@@ -1,7 +1,12 @@
 """Chat templates of the shapes that are about, written for the tests, and conversations with tools."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from activations.chats import Chat, chat_from
 
@@ -133,3 +138,18 @@ def character_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[2:]
     )
+
+
+def write_chats(path: Path, chats: list[Chat]) -> Path:
+    """A file of chats with their tools."""
+    rows = [
+        {"messages": [message.as_dict for message in chat.messages], "tools": list(chat.tools), "title": f"chat {n}"}
+        for n, chat in enumerate(chats)
+    ]
+    if path.suffix == ".parquet":
+        for row in rows:
+            row["tools"] = json.dumps(row["tools"])  # as many data sets have them
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -82,7 +82,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         messages_column: Annotated[
             str | None,
-            typer.Option(help="Text is chats: the column with the messages, a list of {role, content} each."),
+            typer.Option(
+                help="Text is chats: the column with the messages, with roles, contents and tool_calls; tools are in a "
+                "column tools."
+            ),
         ] = None,
         chat_template: Annotated[
             Path | None, typer.Option(help="A Jinja file that writes chats, in place of the tokenizer's own template.")
@@ -100,6 +103,13 @@ def register(app: typer.Typer) -> None:
         roles: Annotated[
             list[str] | None,
             typer.Option(help="Of chats: make rows of the turns of this role alone (assistant). May be repeated."),
+        ] = None,
+        kinds: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Of chats: make rows of this kind of content alone (text, tool_call, tool_response, markup). May "
+                "be repeated."
+            ),
         ] = None,
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
@@ -161,6 +171,7 @@ def register(app: typer.Typer) -> None:
             every_in=every_in,  # type: ignore[arg-type]  # RowSelection names the ways that there are
             pattern=token_pattern,
             roles=tuple(roles or ()),
+            kinds=tuple(kinds or ()),
         )
         template = None if chat_template is None else _read_template(chat_template)
         text = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activations.chats import CHAT_COLUMNS
 from activations.ledger import WriterLock
 from activations.manifest import read_manifest, write_atomically
 from activations.source import RowFlag
@@ -251,7 +252,9 @@ def _run(
     from scope.features.segments import SegmentLog
 
     logs = [
-        SegmentLog(build.out, build.sae.d_sae, None if build.growing is None else build.growing.grown)
+        SegmentLog(
+            build.out, build.sae.d_sae, None if build.growing is None else build.growing.grown, _spoken(source, build)
+        )
         for build in builds
     ]
     held = sum(0 if build.growing is None else build.growing.n_rows for build in builds)
@@ -289,6 +292,13 @@ def _run(
                 steps.of(number),
                 build.growing,
             )
+
+
+def _spoken(source: Any, build: _Build) -> dict[str, str]:
+    """The columns of chats that the rows of an index have: those of the source, if it does not grow without."""
+    known = set(getattr(source, "token_columns", ()))
+    own = known if build.growing is None else build.growing.columns
+    return dict(CHAT_COLUMNS) if set(CHAT_COLUMNS) <= known & own else {}
 
 
 @contextmanager

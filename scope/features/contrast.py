@@ -1,9 +1,9 @@
 """Features that fire on A and not on B, as rates.
 
-1. Count, for every feature, on how many of A's rows and on how many of B's it fires. A language or a source alone is
-   counted when the index is built; any other condition's rows are looked at (`selection`), and of more than
-   250,000 a sample. "Everything that is not A" is what A leaves of all firings, or a sample of the other rows where
-   A is a sample itself.
+1. Count, for every feature, on how many of A's rows and on how many of B's it fires. A language, a source, a role or a
+   kind of content alone is counted when the index is built; any other condition's rows are looked at (`selection`), and
+   of more than 250,000 a sample. "Everything that is not A" is what A leaves of all firings, or a sample of the other
+   rows where A is a sample itself.
 2. Rates are firings per row, with Wilson's 95% interval.
 3. `log_ratio` is log2 of A's rate over B's, each smoothed with rows at the rate p of both together, as many as hold
    half a firing but no more than there are rows:  r = (k + m p) / (n + m),  m = min(1 / 2p, n).
@@ -187,7 +187,7 @@ def count_condition(reader: "IndexReader", condition: Condition) -> Counted:
         UnknownNameError, OutOfRangeError, InvalidInputError: the condition names what is not there.
     """
     terms = condition.terms
-    if len(terms) == 1 and terms[0].kind in ("language", "source"):
+    if len(terms) == 1 and terms[0].kind in ("language", "source", *reader.spoken):
         known = dict(reader.manifest[f"{terms[0].kind}s"])
         if terms[0].value in known:
             counts = reader.array(f"statistics/{terms[0].kind}_firings").all()

@@ -32,6 +32,7 @@ def info(index: "FeatureIndex") -> dict[str, Any]:
         "over_dense": int(table["over_dense"].sum()),
         "languages": dict(index.manifest["languages"]),
         "sources": dict(index.manifest["sources"]),
+        **{name: dict(index.manifest[name]) for name in ("roles", "kinds") if name in index.manifest},
         "bytes": index.n_bytes,
         "metrics": index.metrics,
         "allowed_mismatches": list(index.manifest["allowed_mismatches"]),

@@ -151,7 +151,7 @@ class Encoder:
             return
         self.log.commit(
             RowFirings(*map(np.concatenate, zip(*(part.firings for part in parts), strict=True))),
-            {name: np.concatenate([part.columns[name] for part in parts]) for name in ROW_COLUMNS},
+            {name: np.concatenate([part.columns[name] for part in parts]) for name in self.log.columns},
             sum(part.n_indexed for part in parts),
             LeftOut(*map(np.concatenate, zip(*(part.left_out for part in parts), strict=True))),
         )
@@ -197,6 +197,8 @@ def encode_segments(
                         continue
                     first = encoder.n_rows
                     columns = {name: np.asarray(getattr(rows, name))[first - start :] for name in ROW_COLUMNS}
+                    for name in encoder.log.columns.keys() - columns.keys():
+                        columns[name] = np.asarray(source.column(name, first, stop))
                     block = encoder.encode(batch, source.dtype, batch_size)
                     where = _Where(source, encoder.hook, first)
                     waiting.append(thread.submit(encoder.take, block, columns, each, where))

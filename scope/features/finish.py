@@ -30,7 +30,7 @@ from scope.features.layout import (
     DERIVED_PARTS,
     FIRINGS,
     FORMAT,
-    ROW_COLUMNS,
+    SPOKEN,
     dtype_of,
     file_of,
     grown_folder,
@@ -40,7 +40,7 @@ from scope.features.layout import (
 from scope.features.lists import ListReader, ListWriter
 from scope.features.merge import Run, merge_runs, open_runs
 from scope.features.segments import SegmentLog
-from scope.features.statistics import ListStatistics, RowLookup, SpreadStatistics, TokenStatistics, extremes
+from scope.features.statistics import Codes, ListStatistics, RowLookup, SpreadStatistics, TokenStatistics, extremes
 from scope.features.steps import Step
 from scope.features.table import Gathered, feature_table
 from scope.features.texts import RowCounts, Texts, count_rows, read_texts
@@ -98,7 +98,7 @@ def finish_index(
         step("check", number, len(log.segments))
     arrays = _Arrays(folder, log, derived)
     texts = read_texts(source, log.n_rows)
-    rows = count_rows({name: arrays[f"rows/{name}"] for name in ROW_COLUMNS}, texts, int(extra["excluded_flags"]))
+    rows = count_rows({name: arrays[f"rows/{name}"] for name in log.columns}, texts, int(extra["excluded_flags"]))
     runs = open_runs(log.segments, [log.run_path(segment.number) for segment in log.segments], log.d_sae)
     lists = _merge([*([] if growing is None else [growing.run]), *runs], log, arrays, texts, rows, budget, step)
     cofiring = _cofiring(arrays, lists.indptr, step)
@@ -129,10 +129,27 @@ def finish_index(
         n_firings=log.n_firings,
         languages=[[name, int(n)] for name, n in zip(texts.languages, rows.by_language, strict=True)],
         sources=[[name, int(n)] for name, n in zip(texts.sources, rows.by_source, strict=True)],
+        **_spoken(source, rows),
         arrays=arrays.description(),
         **({"derived": derived} if derived else {}),
     )
     step("write", 1)
+
+
+def _spoken(source: Any, rows: RowCounts) -> dict[str, Any]:
+    """What the manifest says of chats: rows of each role and kind that there is, and how they are written."""
+    if not rows.by_spoken:
+        return {}
+    listed = {
+        f"{name}s": [[SPOKEN[name][code], int(counts[code])] for code in np.flatnonzero(counts)]
+        for name, counts in rows.by_spoken.items()
+    }
+    return {**listed, "chat_template": source.manifest["chats"]["template"]}
+
+
+def _codes(code: np.ndarray, counts: np.ndarray) -> Codes:
+    there = counts > 0
+    return Codes(code, np.cumsum(there) - 1, int(there.sum()))
 
 
 class _Arrays:
@@ -174,6 +191,7 @@ def _merge(
         texts.document_of,
         len(texts.languages),
         len(texts.sources),
+        {name: _codes(arrays[f"rows/{name}"], counts) for name, counts in rows_of.by_spoken.items()},
     )
     indptr = sum((run.indptr for run in runs), np.zeros(log.d_sae + 1, np.int64))
     low, high = extremes(runs, log.d_sae)
@@ -252,6 +270,8 @@ def _write_statistics(arrays: _Arrays, gathered: Gathered, cofiring: Cofiring) -
         ("special_strength", "float64", gathered.special),
         ("source_firings", count, lists.by_source),
         ("source_strength", "float32", lists.strength_by_source),
+        *((f"{name}_firings", count, counts) for name, counts in lists.by_spoken.items()),
+        *((f"{name}_strength", "float32", strengths) for name, strengths in lists.strength_by_spoken.items()),
         ("token_id", "int32", tokens.tokens),
         ("token_firings", count, tokens.counts),
         ("token_strength", "float32", tokens.strengths),

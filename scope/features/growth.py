@@ -77,6 +77,12 @@ class GrowingIndex:
         return Grown(reader.n_rows, int(reader.manifest["n_firings"]), special)
 
     @property
+    def columns(self) -> frozenset[str]:
+        """The columns of its rows."""
+        arrays = self._reader.manifest["arrays"]
+        return frozenset(name.partition("/")[2] for name in arrays if name.startswith("rows/"))
+
+    @property
     def run(self) -> ListRun:
         """Its feature lists."""
         reader = self._reader

@@ -168,6 +168,21 @@ class FeatureIndex:
     def sources(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.manifest["sources"])
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose turns there are, where the text is chats; none of plain text."""
+        return tuple(name for name, _ in self.manifest.get("roles", ()))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of content that there are, likewise: `activations.chats.CONTENT_KINDS`."""
+        return tuple(name for name, _ in self.manifest.get("kinds", ()))
+
+    @property
+    def chat_template(self) -> str | None:
+        """What the chats are written with; None of plain text."""
+        return self.manifest.get("chat_template")
+
     def info(self) -> dict[str, Any]:
         """What `scope info` prints; JSON-able."""
         return description.info(self)
@@ -277,6 +292,18 @@ class FeatureIndex:
         """As `by_language`, with `source` as its first column."""
         return profile.by_group(self._reader, "source", self._reader.check_feature(feature))
 
+    def by_role(self, feature: int) -> pd.DataFrame:
+        """As `by_language`, with `role` as its first column: whose turn it fires in.
+
+        Raises:
+            InvalidInputError: the text is no chats, or was captured before roles were kept in indexes.
+        """
+        return self._by_spoken("role", feature)
+
+    def by_kind(self, feature: int) -> pd.DataFrame:
+        """As `by_role`, with `kind` as its first column: on text, calls, answers of tools, markup."""
+        return self._by_spoken("kind", feature)
+
     # --- one place of the text --------------------------------------------------------------------------------
 
     def features_at(self, row: int) -> pd.DataFrame:
@@ -297,7 +324,8 @@ class FeatureIndex:
         return self._reader.values_on(self._reader.check_feature(feature), start, stop)
 
     def tokens(self, start: int, stop: int) -> pd.DataFrame:
-        """Columns row, token (display string), token_id, sequence, position, flags."""
+        """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind (names)
+        and message (-1 for none)."""
         self._reader.check_rows(start, stop)
         return text_rows.tokens(self._reader, np.arange(start, stop))
 
@@ -500,6 +528,11 @@ class FeatureIndex:
         feature = self._reader.check_feature(feature)
         firings = choose(self._reader, ranked_firings(self._reader, feature, kept), n, distinct, per_sequence)
         return show(self._reader, feature, firings, window)
+
+    def _by_spoken(self, group: str, feature: int) -> pd.DataFrame:
+        feature = self._reader.check_feature(feature)
+        self._reader.require_spoken(group)
+        return profile.by_group(self._reader, group, feature)
 
     def _logits(self, side: str, feature: int, n: int) -> pd.DataFrame:
         row = self.table.iloc[self._reader.check_feature(feature)]

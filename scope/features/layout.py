@@ -2,11 +2,13 @@
 
     manifest.json                written last; its `arrays` says dtype and shape of every flat array
     digests.json                 size and xxh3-128 digests of every file
-    rows/                        token_id, sequence, position, flags: one entry per row of the store
+    rows/                        token_id, sequence, position, flags: one entry per row of the store; of chats also
+                                 role, kind, message
     by_token/                    indptr, feature, value: CSR, within a row the strongest first
     by_feature/indptr            where each feature's list starts
     by_feature/firings.zarr/     row, value: CSC, within a feature the strongest first, equal ones by row
-    statistics/                  histograms, counts by language, source and token, co-firing features
+    statistics/                  histograms, counts by language, source and token, of chats by role and kind,
+                                 co-firing features
     tables/                      features, documents, sequences, vocabulary (parquet)
     build/                       only while it is being built: identity.json, one record and one sorted run per segment
 
@@ -24,6 +26,8 @@ from typing import Final
 
 import numpy as np
 
+from activations.chats import CONTENT_KINDS, ROLES
+
 __all__ = [
     "APPENDED_PARTS",
     "DERIVED_PARTS",
@@ -35,6 +39,7 @@ __all__ = [
     "N_NEIGHBOURS",
     "N_TOKENS",
     "ROW_COLUMNS",
+    "SPOKEN",
     "dtype_of",
 ]
 __all__ += ["feature_dtype", "file_of", "grown_folder", "is_appended", "place_of", "row_dtype"]
@@ -60,6 +65,8 @@ DERIVED_PARTS: Final = ("by_feature", "statistics", "tables")
 """Folders that are made anew when an index grows."""
 
 ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
+SPOKEN: Final = {"role": ROLES, "kind": CONTENT_KINDS}
+"""What the rows of chats are grouped by, and the names of the codes."""
 
 
 def dtype_of(suffix: str) -> np.dtype:

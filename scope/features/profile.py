@@ -10,8 +10,8 @@ __all__ = ["by_group", "cofiring", "described", "neighbours", "top_tokens"]
 
 
 def by_group(reader: IndexReader, group: str, feature: int) -> pd.DataFrame:
-    """Firings by language or by source; see `FeatureIndex.by_language`."""
-    listed = reader.manifest[{"language": "languages", "source": "sources"}[group]]
+    """Firings by language, source, role or kind; see `FeatureIndex.by_language`."""
+    listed = reader.manifest[f"{group}s"]
     names, rows = [name for name, _ in listed], np.array([n for _, n in listed], np.int64)
     firings = reader.array(f"statistics/{group}_firings").slice(feature, feature + 1)[0].astype(np.int64)
     strength = reader.array(f"statistics/{group}_strength").slice(feature, feature + 1)[0]

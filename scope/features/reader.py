@@ -16,7 +16,7 @@ from activations.manifest import read_manifest
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
 from scope.features.digests import BLOCK, CheckedArray, digest_file, gone, read_digests
-from scope.features.layout import FIRINGS, FORMAT, dtype_of, file_of, is_appended, place_of, row_dtype
+from scope.features.layout import FIRINGS, FORMAT, SPOKEN, dtype_of, file_of, is_appended, place_of, row_dtype
 from scope.features.lists import ListReader
 
 if TYPE_CHECKING:
@@ -201,6 +201,19 @@ class IndexReader:
     def row_column(self, name: str) -> CheckedArray:
         """token_id, sequence, position or flags of every row."""
         return self.array(f"rows/{name}")
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """ "role" and "kind" where the text is chats."""
+        return tuple(name for name in SPOKEN if f"{name}s" in self.manifest)
+
+    def require_spoken(self, group: str) -> None:
+        """Raise InvalidInputError unless rows have a role, or a kind."""
+        if group not in self.spoken:
+            raise InvalidInputError(
+                f"The tokens of this index have no {group}: its text is no chats. Capture chats with --messages-column "
+                "and index that store."
+            )
 
     def fired_on(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What fires on rows `start` to `stop`: row ids (int64), features, strengths (float32)."""

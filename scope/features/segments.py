@@ -12,7 +12,7 @@ An index that grows is appended to in the same way, from the rows that it has (`
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,18 +77,23 @@ class SegmentLog:
         folder: the index.
         d_sae: number of features.
         grown: what it held before, where it grows.
+        spoken: the columns of chats that its rows have besides, with their dtypes.
     """
 
-    def __init__(self, folder: Path, d_sae: int, grown: Grown | None = None) -> None:
+    def __init__(
+        self, folder: Path, d_sae: int, grown: Grown | None = None, spoken: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.d_sae = d_sae
         self.grown = grown or Grown(0, 0, np.zeros(d_sae))
         self.build = folder / "build"
+        self.columns = ROW_COLUMNS | dict(spoken or {})
+        """The columns of `rows/` and their dtypes."""
         self.arrays = {
             "by_token/indptr": "int64",
             "by_token/feature": feature_dtype(d_sae),
             "by_token/value": "bfloat16",
-            **{f"rows/{name}": dtype for name, dtype in ROW_COLUMNS.items()},
+            **{f"rows/{name}": dtype for name, dtype in self.columns.items()},
         }
         for part in ("by_token", "rows", "build"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ class SegmentLog:
             "by_token/indptr": ends if start else np.concatenate([[0], ends]),
             "by_token/feature": firings.features,
             "by_token/value": firings.values,
-            **{f"rows/{name}": columns[name] for name in ROW_COLUMNS},
+            **{f"rows/{name}": columns[name] for name in self.columns},
         }
         digests = {}
         for name, dtype in self.arrays.items():

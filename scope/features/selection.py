@@ -2,7 +2,8 @@
 
 1. A condition that names a feature starts from that feature's own list; one that holds on few windows of the text
    (a document, a small language) from their rows. The other terms are asked of these rows.
-2. Any other is asked of all rows, a stretch at a time, by language and source of their window and by token id.
+2. Any other is asked of all rows, a stretch at a time, by language and source of their window, by token id, and of
+   chats by role and kind.
 3. BOS and special rows, on which nothing may fire, are left out.
 4. Of more than `MAX_ROWS` rows a sample of about `SAMPLE` is kept: the rows in order are cut into so many equal parts
    and one is drawn from each, the same ones whenever the same is asked. Where it is known how many rows there are, the
@@ -21,6 +22,7 @@ from scope.errors import UnknownNameError
 from scope.features.beside import both
 from scope.features.conditions import Condition
 from scope.features.counting import fires_on
+from scope.features.layout import SPOKEN
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -52,7 +54,7 @@ def rows_of(reader: "IndexReader", condition: Condition) -> Rows:
     """The rows that a condition holds on.
 
     Raises:
-        UnknownNameError: there is no such language, source or token.
+        UnknownNameError: there is no such language, source, role, kind or token.
         OutOfRangeError: there is no such document or feature.
         InvalidInputError: a regular expression cannot be read.
     """
@@ -63,7 +65,7 @@ def rows_of(reader: "IndexReader", condition: Condition) -> Rows:
         return _sample(np.sort(asked.of_features()))
     if asked.windows is not None and asked.n_window_rows <= FEW_ROWS:
         return _sample(asked.passing(asked.window_rows()))
-    if asked.windows is None and asked.token_ids is not None:
+    if asked.windows is None and not asked.spoken and asked.token_ids is not None:
         return rows_of_tokens(reader, asked.token_ids)
     return _sample_mask(asked.mask())
 
@@ -113,6 +115,7 @@ class _Asked:
         self.features = [reader.check_feature(feature) for feature in condition.features]
         self.windows = _windows(reader, condition)
         self.token_ids = _token_ids(reader, condition)
+        self.spoken = _spoken(reader, condition)
 
     @property
     def n_window_rows(self) -> int:
@@ -130,7 +133,7 @@ class _Asked:
     @property
     def is_one_feature(self) -> bool:
         """Whether it asks for nothing but one feature."""
-        return len(self.features) == 1 and self.windows is None and self.token_ids is None
+        return len(self.features) == 1 and self.windows is None and self.token_ids is None and not self.spoken
 
     def of_features(self) -> np.ndarray:
         """The rows on which all of the features fire and the rest holds, in no order."""
@@ -162,6 +165,8 @@ class _Asked:
             holds &= self.windows[windows.place[reader.row_column("sequence").take(rows)]]
         if self.token_ids is not None:
             holds &= _is_one(reader.row_column("token_id").take(rows), self.token_ids)
+        for column, code in self.spoken:
+            holds &= reader.row_column(column).take(rows) == code
         return holds
 
     def mask(self) -> np.ndarray:
@@ -181,6 +186,8 @@ class _Asked:
         flags = reader.row_column("flags")
         for chunk in _chunks(reader.n_rows):
             mask[chunk] &= reader.indexed(flags.slice(chunk.start, chunk.stop))
+            for column, code in self.spoken:
+                mask[chunk] &= reader.row_column(column).slice(chunk.start, chunk.stop) == code
         return mask
 
 
@@ -199,6 +206,18 @@ def _windows(reader: "IndexReader", condition: Condition) -> np.ndarray | None:
         own = reader.windows.document == document
         kept = own if kept is None else kept & own
     return kept
+
+
+def _spoken(reader: "IndexReader", condition: Condition) -> list[tuple[str, int]]:
+    """Of chats: columns of the rows, and the code that they must have."""
+    asked = []
+    for group, names in SPOKEN.items():
+        for value in condition.values(group):
+            reader.require_spoken(group)
+            if value not in names:
+                raise UnknownNameError(group, str(value), [name for name, _ in reader.manifest[f"{group}s"]])
+            asked.append((group, names.index(str(value))))
+    return asked
 
 
 def _token_ids(reader: "IndexReader", condition: Condition) -> np.ndarray | None:

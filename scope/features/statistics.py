@@ -1,12 +1,12 @@
 """Statistics of every feature, gathered while the merged lists stream by.
 
 `ListStatistics.add` takes the pieces of `merge.merge_runs` in order and adds up, per feature: the sum and the sum of
-squares of its strengths, its histogram, its quantiles, firings and summed strength by language and by source, the sum
-of its positions and how they spread. `TokenStatistics` does the same by token id and keeps the strongest tokens,
-`SpreadStatistics` counts windows and documents. All sums are float64.
+squares of its strengths, its histogram, its quantiles, firings and summed strength by language, by source and, of
+chats, by role and by kind, the sum of its positions and how they spread. `TokenStatistics` does the same by token id
+and keeps the strongest tokens, `SpreadStatistics` counts windows and documents. All sums are float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from scope.features.merge import Piece, Run
 
 __all__ = [
     "QUANTILES",
+    "Codes",
     "ListStatistics",
     "RowLookup",
     "SpreadStatistics",
@@ -50,6 +51,19 @@ class RowLookup(NamedTuple):
     """Document by sequence, ascending."""
     n_languages: int
     n_sources: int
+    spoken: "Mapping[str, Codes]"
+    """Of chats, by "role" and "kind": which of the groups that have rows each row is of."""
+
+
+class Codes(NamedTuple):
+    """Groups of rows, by row."""
+
+    code: np.ndarray
+    """By row id, a code as in `activations.chats`."""
+    number_of: np.ndarray
+    """By code, its place among those that have rows."""
+    n: int
+    """How many have."""
 
 
 def extremes(runs: Sequence[Run], d_sae: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +105,9 @@ class ListStatistics:
         self.strength_by_language = np.zeros((d_sae, lookup.n_languages))
         self.by_source = np.zeros((d_sae, lookup.n_sources), np.int64)
         self.strength_by_source = np.zeros((d_sae, lookup.n_sources))
+        self.by_spoken = {name: np.zeros((d_sae, codes.n), np.int64) for name, codes in lookup.spoken.items()}
+        """Firings by role and by kind."""
+        self.strength_by_spoken = {name: np.zeros((d_sae, codes.n)) for name, codes in lookup.spoken.items()}
 
     def add(self, piece: Piece) -> None:
         """Take in the next piece of the merged lists."""
@@ -110,11 +127,14 @@ class ListStatistics:
         self.histogram[present] += _counts(local, np.minimum(bins.astype(np.int64), N_BINS - 1), len(present), N_BINS)
         self._take_quantiles(piece.start, present, values)
         sequences = self._lookup.sequence[rows]
-        for codes, counts, strengths in (
-            (self._lookup.language, self.by_language, self.strength_by_language),
-            (self._lookup.source, self.by_source, self.strength_by_source),
-        ):
-            code = codes[sequences]
+        groups = [
+            (self._lookup.language[sequences], self.by_language, self.strength_by_language),
+            (self._lookup.source[sequences], self.by_source, self.strength_by_source),
+        ]
+        for name, codes in self._lookup.spoken.items():
+            own = codes.number_of[codes.code[rows]]
+            groups.append((own, self.by_spoken[name], self.strength_by_spoken[name]))
+        for code, counts, strengths in groups:
             counts[present] += _counts(local, code, len(present), counts.shape[1])
             strengths[present] += _counts(local, code, len(present), counts.shape[1], weights=values)
 

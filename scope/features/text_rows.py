@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scope.features.layout import ROW_COLUMNS
+from scope.features.layout import ROW_COLUMNS, SPOKEN
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -15,8 +15,12 @@ __all__ = ["firings", "tokens"]
 
 
 def tokens(reader: "IndexReader", rows: np.ndarray) -> pd.DataFrame:
-    """Columns row, token (display string), token_id, sequence, position, flags."""
+    """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind, message."""
     columns = {name: reader.row_column(name).take(rows) for name in ROW_COLUMNS}
+    for name in reader.spoken:
+        columns[name] = np.array(SPOKEN[name], object)[reader.row_column(name).take(rows)]
+    if reader.spoken:
+        columns["message"] = reader.row_column("message").take(rows)
     return pd.DataFrame({"row": rows, "token": reader.vocabulary.display(columns["token_id"]), **columns})
 
 

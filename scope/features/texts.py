@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scope.features.layout import SPOKEN
 from scope.features.statistics import N_POSITION_BINS, position_bins
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class RowCounts(NamedTuple):
     by_token_indexed: np.ndarray
     by_position: np.ndarray
     """By `position_bins`."""
+    by_spoken: Mapping[str, np.ndarray]
+    """Of chats by "role" and "kind": rows of each code."""
 
 
 def read_texts(source: Any, n_rows: int) -> Texts:
@@ -76,6 +79,7 @@ def count_rows(columns: Mapping[str, np.ndarray], texts: Texts, excluded: int) -
     by_source = np.zeros(len(texts.sources), np.int64)
     by_token = np.zeros(1 + int(columns["token_id"].max()), np.int64)
     by_token_indexed, by_position = np.zeros_like(by_token), np.zeros(N_POSITION_BINS, np.int64)
+    by_spoken = {name: np.zeros(len(names), np.int64) for name, names in SPOKEN.items() if name in columns}
     for start in range(0, len(columns["flags"]), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         indexed = columns["flags"][chunk] & excluded == 0
@@ -86,4 +90,6 @@ def count_rows(columns: Mapping[str, np.ndarray], texts: Texts, excluded: int) -
         by_token_indexed += np.bincount(columns["token_id"][chunk][indexed], minlength=len(by_token))
         bins = position_bins(columns["position"][chunk][indexed])
         by_position += np.bincount(bins, minlength=N_POSITION_BINS)
-    return RowCounts(by_language, by_source, by_token, by_token_indexed, by_position)
+        for name, counts in by_spoken.items():
+            counts += np.bincount(columns[name][chunk][indexed], minlength=len(counts))
+    return RowCounts(by_language, by_source, by_token, by_token_indexed, by_position, by_spoken)

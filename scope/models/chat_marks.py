@@ -91,7 +91,9 @@ class MarkedChat:
         """Where the words stand in `plain`, what the template writes without marks, by place; None where `marked` is
         something else."""
         pieces = _MARK.split(marked)
-        written, place, opened = [], 0, {}
+        written: list[str] = []
+        opened: dict[str, int] = {}
+        place = 0
         spans: dict[_Owner, list[list[int]]] = {}
         for piece in pieces:
             known = self._owners.get(piece)
@@ -138,7 +140,9 @@ class MarkedChat:
         pieces = _TAG.split(content) if self._attempt.parts else [content]
         if not any(piece.strip() for piece in pieces[::2]):
             pieces = [content]
-        parts, marked, place = [], [], 0
+        parts: list[tuple[int, int]] = []
+        marked: list[str] = []
+        place = 0
         for n, piece in enumerate(pieces):
             core = "" if n % 2 else piece.strip()  # every other one is a tag
             if core:
@@ -187,7 +191,7 @@ class MarkedChat:
             else:
                 words += [Words(start, stop, *owner) for start, stop in own]
         words = self._joined(sorted(words), text)
-        settled = []
+        settled: list[Words] = []
         for number, one in enumerate(words):
             low = settled[-1].stop if settled else 0
             high = words[number + 1].start if number + 1 < len(words) else len(text)

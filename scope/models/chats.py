@@ -131,7 +131,7 @@ def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str],
 def _turns(text: str, words: Sequence[Words], chat: Chat, heading: str, specials: Sequence[str]) -> list[_Turn]:
     """Step 3; `heading` asks for the assistant's answer."""
     turns: list[_Turn] = []
-    last_kind = []
+    last_kind: list[int] = []
     for number, one in enumerate(words):
         if one.message < 0:
             continue

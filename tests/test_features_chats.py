@@ -1,0 +1,128 @@
+"""Features by role and by kind of content: counts of the index against the store's own columns."""
+
+import json
+from pathlib import Path
+
+import helpers_chats
+import numpy as np
+import pytest
+import torch
+from helpers_models import one_thread, tiny_model  # noqa: F401
+from helpers_saes import make
+
+from activations.capture import capture
+from activations.chats import CONTENT_KINDS, ROLES
+from activations.source import RowFlag
+from activations.store import ActivationStore
+from activations.text import TextSource
+from scope.errors import InvalidInputError, UnknownNameError
+from scope.features.build import build_index
+from scope.features.index import FeatureIndex
+from scope.saes.base import SAEMetadata
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def captured(folder: Path, chats: list, **more) -> ActivationStore:
+    text = TextSource(helpers_chats.write_chats(folder / f"{len(chats)}.jsonl", chats), messages_column="messages")
+    template = None if more.get("append") else helpers_chats.BLOCKS
+    return capture(
+        tiny_model("gemma3"),
+        text,
+        [HOOK],
+        folder / "s.zarr",
+        context_size=48,
+        dtype="float32",
+        chat_template=template,
+        **more,
+    ).store
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("chats")
+    store = captured(folder, [helpers_chats.weather_chat()] * 2)
+    sae = make("topk", d_in=32, d_sae=40, k=6, seed=1, metadata=SAEMetadata(hook_name=HOOK))
+    index = build_index(store, sae, folder / "i.index", model=tiny_model("gemma3"), batch_size=64, segment_firings=200)
+    return store, sae, index
+
+
+def test_rates_by_role_and_kind_are_those_of_the_rows(case) -> None:
+    store, sae, index = case
+    fires = sae.encode(torch.from_numpy(store.read(HOOK, 0, store.n_rows))).detach().numpy() > 0
+    indexed = store.flags(0, store.n_rows) & (RowFlag.BOS | RowFlag.SPECIAL) == 0
+    for column, names, table_of in (("role", ROLES, index.by_role), ("kind", CONTENT_KINDS, index.by_kind)):
+        code = store.column(column, 0, store.n_rows)
+        for feature in range(0, index.d_sae, 7):
+            table = table_of(feature).set_index(column)
+            assert set(table.index) == {names[one] for one in code[indexed]}
+            for name, row in table.iterrows():
+                own = indexed & (code == names.index(name))
+                assert row["n_rows"] == own.sum()
+                assert row["n_firings"] == fires[own, feature].sum()
+                assert row["rate_low"] <= row["rate"] <= row["rate_high"]
+            assert list(table["rate"]) == sorted(table["rate"], reverse=True)
+    assert index.roles == ("none", "system", "user", "assistant", "tool")
+    assert index.kinds == ("markup", "text", "tool_call", "tool_response", "tool_definition")
+    assert index.info()["roles"] == dict(index.manifest["roles"])
+    assert index.chat_template == helpers_chats.BLOCKS
+
+
+def test_conditions_name_roles_and_kinds(case) -> None:
+    store, sae, index = case
+    fires = sae.encode(torch.from_numpy(store.read(HOOK, 0, store.n_rows))).detach().numpy() > 0
+    indexed = store.flags(0, store.n_rows) & (RowFlag.BOS | RowFlag.SPECIAL) == 0
+    role, kind = (store.column(name, 0, store.n_rows) for name in ("role", "kind"))
+    is_assistant, is_call = role == ROLES.index("assistant"), kind == CONTENT_KINDS.index("tool_call")
+    for a, b, on_a, on_b in (
+        ("role:assistant", None, is_assistant, ~is_assistant),
+        ("kind:tool_call", "role:user", is_call, role == ROLES.index("user")),
+        ("role:assistant & kind:tool_call", "role:assistant & kind:text", is_call, is_assistant & (kind == 1)),
+        ("role:assistant & regex:(?s).", None, is_assistant, ~is_assistant),
+        ("feature:3 & kind:tool_call", None, is_call & fires[:, 3], ~(is_call & fires[:, 3])),
+    ):
+        if "feature:3" in a and not (is_call & fires[:, 3] & indexed).any():
+            continue
+        found = index.contrast(a, b, n=index.d_sae)
+        assert (found.n_rows_a, found.n_rows_b) == ((on_a & indexed).sum(), (on_b & indexed).sum()), a
+        for row in found.table.itertuples():
+            assert row.rate_a == pytest.approx(fires[on_a & indexed, row.feature].mean()), a
+            assert row.rate_b == pytest.approx(fires[on_b & indexed, row.feature].mean()), a
+    with pytest.raises(UnknownNameError, match="role"):
+        index.contrast("role:narrator")
+    with pytest.raises(InvalidInputError, match="No row"):
+        index.contrast("role:developer")
+
+
+def test_an_index_of_chats_grows_and_shows_its_rows_roles(case, tmp_path: Path) -> None:
+    _, sae, index = case
+    own = captured(tmp_path, [helpers_chats.weather_chat()] * 2)
+    build_index(own, sae, tmp_path / "i.index", batch_size=64)
+    grown_store = captured(tmp_path, [helpers_chats.weather_chat()], append=True)
+    grown = build_index(grown_store, sae, tmp_path / "i.index", batch_size=64)
+    whole = build_index(grown_store, sae, tmp_path / "whole.index", batch_size=64)
+    assert grown.n_rows > index.n_rows
+    for feature in (0, 9, 20):
+        assert grown.by_role(feature).equals(whole.by_role(feature))
+        assert grown.by_kind(feature).equals(whole.by_kind(feature))
+    assert grown.verify() == []
+    tokens = grown.tokens(0, grown.n_rows)
+    assert tokens["role"].tolist() == [ROLES[code] for code in grown_store.column("role", 0, grown.n_rows)]
+    assert tokens["kind"].tolist() == [CONTENT_KINDS[code] for code in grown_store.column("kind", 0, grown.n_rows)]
+    np.testing.assert_array_equal(tokens["message"], grown_store.column("message", 0, grown.n_rows))
+
+
+def test_plain_text_has_no_roles(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "The cat sat on the mat. " * 4}) + "\n")
+    store = capture(
+        tiny_model("gemma3"), TextSource(tmp_path / "t.jsonl"), [HOOK], tmp_path / "s.zarr", context_size=32
+    ).store
+    sae = make("topk", d_in=32, d_sae=40, k=6, seed=1, metadata=SAEMetadata(hook_name=HOOK))
+    index = build_index(store, sae, tmp_path / "i.index")
+    assert index.roles == index.kinds == ()
+    assert "roles" not in index.info()
+    assert isinstance(index, FeatureIndex)
+    for ask in (lambda: index.by_role(0), lambda: index.by_kind(0), lambda: index.contrast("role:user")):
+        with pytest.raises(InvalidInputError, match="text is no chats"):
+            ask()
+    assert "role" not in index.tokens(0, 2)
