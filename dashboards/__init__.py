@@ -21,6 +21,7 @@ def serve(
     n_links: int = 1,
     announce: "Callable[[list[str]], None] | None" = None,
     block: bool | None = None,
+    chat_template: str | None = None,
 ) -> "Dashboard | None":
     """Serve the dashboard of a workspace: until interrupted or, in a notebook, beside the cells that follow.
 
@@ -34,6 +35,7 @@ def serve(
         announce: is told the addresses at which to look, once they are served; by default they go to standard error
             or, with a handle, nowhere: it shows them.
         block: whether to serve until interrupted; by default everywhere but in a notebook.
+        chat_template: a Jinja template that chats are written with, in place of an index's or a tokenizer's own.
 
     Returns:
         A handle with `url` and `stop()` where it does not block.
@@ -48,6 +50,22 @@ def serve(
         from dashboards.app import serve as serve_app
 
         at = PORT if port is None else port
-        serve_app(workspace, host, at, allow_hosts=allow_hosts, n_links=n_links, announce=announce)
+        serve_app(
+            workspace,
+            host,
+            at,
+            allow_hosts=allow_hosts,
+            n_links=n_links,
+            announce=announce,
+            chat_template=chat_template,
+        )
         return None
-    return start(workspace, host, port, allow_hosts=allow_hosts, n_links=n_links, announce=announce)
+    return start(
+        workspace,
+        host,
+        port,
+        allow_hosts=allow_hosts,
+        n_links=n_links,
+        announce=announce,
+        chat_template=chat_template,
+    )

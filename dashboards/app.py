@@ -95,6 +95,7 @@ def create_app(
     worker: ModelWorker | None = None,
     allow_hosts: Iterable[str] = (),
     access: Access | None = None,
+    chat_template: str | None = None,
 ) -> Dash:
     """The dashboard of a workspace as a Dash application (`.server` is its Flask application).
 
@@ -104,11 +105,12 @@ def create_app(
         worker: runs the model; by default a new one, which loads the model when it is first needed.
         allow_hosts: further names that requests may call it by.
         access: who is let in; None lets in everyone who can reach it.
+        chat_template: a Jinja template that chats are written with, in place of an index's or a tokenizer's own.
 
     Raises:
         InvalidInputError: a name in `allow_hosts` is not a host's name.
     """
-    context = Context(workspace, worker)
+    context = Context(workspace, worker, chat_template)
     app = Dash(
         "dashboards",
         title=NAME,
@@ -144,6 +146,7 @@ def serve(
     allow_hosts: Iterable[str] = (),
     n_links: int = 1,
     announce: Callable[[list[str]], None] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Serve the dashboard of a workspace until interrupted: one process, threads for requests, one for the model.
 
@@ -155,12 +158,15 @@ def serve(
         allow_hosts: names that requests may call this machine by, beside its own.
         n_links: one-time links to make, where they are needed.
         announce: is told the addresses at which to look, once they are served; by default they go to standard error.
+        chat_template: as for `create_app`.
 
     Raises:
         InvalidInputError: nothing can be served at this address, most often because its port is taken; or an allowed
             host is not a host's name.
     """
-    server, addresses = bind(workspace, host, port, allow_hosts=allow_hosts, n_links=n_links)
+    server, addresses = bind(
+        workspace, host, port, allow_hosts=allow_hosts, n_links=n_links, chat_template=chat_template
+    )
     (announce or _tell)(addresses)
     server.run()
 
@@ -172,6 +178,7 @@ def bind(
     *,
     allow_hosts: Iterable[str] = (),
     n_links: int = 1,
+    chat_template: str | None = None,
 ) -> tuple[Any, list[str]]:
     """The waitress server of a dashboard, bound and not yet run, and the addresses at which to look; see `serve`."""
     import waitress
@@ -181,7 +188,7 @@ def bind(
     opened = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
     hosts = security.hosts_of(host, allow_hosts)
     access = None if security.is_loopback(host) else Access(n_links)
-    app = create_app(opened, host=host, allow_hosts=allow_hosts, access=access)
+    app = create_app(opened, host=host, allow_hosts=allow_hosts, access=access, chat_template=chat_template)
     try:
         server = waitress.create_server(
             app.server, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_REQUEST

@@ -30,8 +30,12 @@ class NoIndexError(UnknownNameError):
 class Context:
     """Shared by all pages and requests; safe to use from several threads."""
 
-    def __init__(self, workspace: "Workspace", worker: ModelWorker | None = None) -> None:
+    def __init__(
+        self, workspace: "Workspace", worker: ModelWorker | None = None, chat_template: str | None = None
+    ) -> None:
         self.workspace = workspace
+        self.chat_template = chat_template
+        """What chats are written with, in place of an index's or a tokenizer's own."""
         self.worker = worker or ModelWorker()
         """Whatever needs a model or torch."""
         self.checks = ModelWorker(CHECK_LIMIT, "checks")

@@ -83,16 +83,18 @@ def start(
     allow_hosts: Iterable[str] = (),
     n_links: int = 1,
     announce: Callable[[list[str]], None] | None = None,
+    chat_template: str | None = None,
 ) -> Dashboard:
     """Serve a workspace without blocking; see `dashboards.serve`."""
     from dashboards.app import bind
 
+    options: dict[str, Any] = {"allow_hosts": allow_hosts, "n_links": n_links, "chat_template": chat_template}
     try:
-        server, urls = bind(workspace, host, PORT if port is None else port, allow_hosts=allow_hosts, n_links=n_links)
+        server, urls = bind(workspace, host, PORT if port is None else port, **options)
     except InvalidInputError:
         if port is not None:
             raise
-        server, urls = bind(workspace, host, 0, allow_hosts=allow_hosts, n_links=n_links)
+        server, urls = bind(workspace, host, 0, **options)
     if announce is not None:
         announce(urls)
     return Dashboard(server, urls)

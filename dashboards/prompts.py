@@ -1,8 +1,8 @@
 """What the prompt page and the logit lens ask of the model worker. The functions here run in its thread; torch is
 imported there.
 
-1. `Asked` is what someone wants to run, as an address writes it: a text, or a chat that goes through the tokenizer's
-   chat template.
+1. `Asked` is what someone wants to run, as an address writes it: a text, or a chat that goes through a chat template
+   (`dashboards.conversations`).
 2. `analyse` runs the model on it and encodes what the SAE's hook sees: which features fire on each token, and the
    likeliest next tokens after each, a few positions' logits at a time.
 3. `distributions` puts two analyses' next-token distributions beside each other.
@@ -10,7 +10,6 @@ imported there.
 5. `typed` finds the vocabulary's token for what someone typed.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from dashboards.context import Context
+from dashboards.conversations import Prepared, Said, form_turns, prepare, turns_of
 from dashboards.worker import Job
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 
@@ -51,7 +51,6 @@ LENS_TIME_LIMIT = 900.0
 """Seconds."""
 N_PREDICTIONS = 10
 LENS_TOP = 10
-CHAT_ROLES = ("user", "assistant", "system")
 LensMode = Literal["", "read", "splice"]
 
 
@@ -59,7 +58,7 @@ class Asked(NamedTuple):
     """What someone wants to run."""
 
     text: str
-    """The text, or the turns of a chat as JSON: [[role, content], …]."""
+    """The text, or a chat as JSON: [[role, content], …], or an object with messages and tools."""
     chat: bool = False
 
     @classmethod
@@ -72,22 +71,7 @@ class Asked(NamedTuple):
     @property
     def empty(self) -> bool:
         """Whether there is nothing to run."""
-        return not any(content for _, content in self.turns) if self.chat else not self.text
-
-    @property
-    def turns(self) -> list[tuple[str, str]]:
-        """The turns of a chat, role and content each; [] where the address holds something else."""
-        try:
-            turns = json.loads(self.text) if self.chat else []
-        except ValueError:
-            return []
-        if not isinstance(turns, list):
-            return []
-        return [
-            (str(turn[0]), str(turn[1]))
-            for turn in turns
-            if isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
-        ]
+        return not any(said or calls for _, said, calls, _ in form_turns(self.text)[0]) if self.chat else not self.text
 
 
 @dataclass(frozen=True)
@@ -108,8 +92,13 @@ class Analysis:
     """Without its logits, which are large."""
     predictions: list[list[Prediction]]
     """Per position the likeliest next tokens."""
-    turns: dict[int, str]
-    """Of a chat: the position that each role's turn begins at."""
+    said: tuple[Said, ...] = ()
+    """Of a chat: what each token is."""
+
+    @property
+    def turns(self) -> dict[int, str]:
+        """Of a chat: the position that each turn begins at, or a part of another kind, and what it is."""
+        return turns_of(self.said)
 
     @property
     def n_tokens(self) -> int:
@@ -208,13 +197,13 @@ class PromptJobs:
 
     def _analyse(self, job: Job, index: str, asked: Asked) -> Analysis:
         model, sae = self._loaded(job, index)
-        prompt, n_tokens, turns = _prompt(model, asked)
+        prompt, n_tokens, said = self._prepared(model, index, asked)
         _check_length(model, n_tokens, MAX_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         from scope.features.prompt import features_on_prompt
 
         found = features_on_prompt(model, sae, prompt, index=self.context.index(index), logits=False)
-        return Analysis(asked, found, _predictions(model, found.final_residual, job), turns)
+        return Analysis(asked, found, _predictions(model, found.final_residual, job), said)
 
     def _distributions(self, job: Job, index: str, *sides: tuple[Asked, int]) -> Distributions:
         import pandas as pd
@@ -245,7 +234,7 @@ class PromptJobs:
         from scope.attribution.lens import logit_lens
 
         model, sae = self._loaded(job, index)
-        prompt, n_tokens, _ = _prompt(model, asked)
+        prompt, n_tokens, _ = self._prepared(model, index, asked)
         _check_length(model, n_tokens, MAX_LENS_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         if position is not None:
@@ -283,15 +272,22 @@ class PromptJobs:
         """The analysis of a prompt, known or made now, for other jobs of the same worker; called in its thread only."""
         return self.analysis(index, asked) or self._analyse(job, index, asked)
 
-    def prompt_of(self, model: Any, asked: Asked, most: int = MAX_TOKENS) -> Any:
+    def prompt_of(self, model: Any, index: str, asked: Asked, most: int = MAX_TOKENS) -> Any:
         """What the model is given for a prompt of at most `most` tokens: a text or token ids.
 
         Raises:
             InvalidInputError: it is too long, or a chat for a tokenizer that has no template.
         """
-        prompt, n_tokens, _ = _prompt(model, asked)
+        prompt, n_tokens, _ = self._prepared(model, index, asked)
         _check_length(model, n_tokens, most)
         return prompt
+
+    def _prepared(self, model: Any, index: str, asked: Asked) -> Prepared:
+        """What the model is given; chats are written as those of the index are, where it does not say otherwise."""
+        template = self.context.chat_template
+        if asked.chat and template is None:
+            template = self.context.index(index).chat_template
+        return prepare(model, asked.text, asked.chat, template)
 
     def model(self, job: Job, name: str) -> Any:
         """A model by what it is loaded as, loaded once whoever asks; called in the worker's thread only."""
@@ -339,30 +335,6 @@ def _check_length(model: Any, n_tokens: int, most: int) -> None:
             f"The prompt has {n_tokens:,} tokens; this page takes up to {limit:,} (the model's own context is "
             f"{model.max_context_size:,}). Shorten it by {n_tokens - limit:,}."
         )
-
-
-def _prompt(model: Any, asked: Asked) -> tuple[Any, int, dict[int, str]]:
-    """What the model is given, its length in tokens, and the positions that the turns of a chat begin at."""
-    if not asked.chat:
-        return asked.text, len(model.tokenize(asked.text)), {}
-    from activations.source import ROLES, Message
-
-    template = model.chat_template
-    if template is None:
-        raise InvalidInputError(
-            f"The tokenizer of {model.name} has no chat template, so that nothing says how it would write turns (base "
-            "models have none). Switch to Text and type the prompt as the model should read it."
-        )
-    turns = [Message(role, content) for role, content in asked.turns if content]
-    (chat,) = model.encode_chats([turns], template, answer=True)
-    bos = [] if model.bos_token_id is None else [model.bos_token_id]
-    roles = np.concatenate([np.zeros(len(bos), np.uint8), chat.role])
-    before = np.concatenate([[0], roles[:-1]])
-    begins = np.flatnonzero((roles != before) & (roles != 0))
-    import torch
-
-    ids = torch.from_numpy(np.concatenate([bos, chat.token_id]).astype(np.int64))
-    return ids, len(ids), {int(place): ROLES[roles[place]] for place in begins}
 
 
 def _load_model(index: "FeatureIndex") -> Any:

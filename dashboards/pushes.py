@@ -136,7 +136,7 @@ class PushJobs:
         from scope.attribution.targets import logit, logit_difference
 
         model, sae = self.prompts.loaded(job, index)
-        prompt = self.prompts.prompt_of(model, asked, METHODS[wanted.method].most)
+        prompt = self.prompts.prompt_of(model, index, asked, METHODS[wanted.method].most)
         tokens = model.prompt_tokens(prompt)
         after = len(tokens) - 1 if wanted.after is None else min(wanted.after, len(tokens) - 1)
         if wanted.against is None:

@@ -76,6 +76,8 @@ class FeatureSummary:
     cofiring: "pd.DataFrame"
     by_language: "pd.DataFrame"
     by_source: "pd.DataFrame"
+    by_spoken: "Mapping[str, pd.DataFrame]"
+    """By "role" and by "kind", where the text is chats."""
     previous: int
     next: int
     """Its neighbours in the list that it was reached from, by id where it was not reached from one."""
@@ -141,6 +143,7 @@ def summary(index: "FeatureIndex", feature: int, among: np.ndarray | None = None
         cofiring=index.cofiring(feature, LISTED),
         by_language=index.by_language(feature),
         by_source=index.by_source(feature),
+        by_spoken={"role": index.by_role(feature), "kind": index.by_kind(feature)} if index.roles else {},
         previous=int(ids[(at - 1) % len(ids)]),
         next=int(ids[(at + 1) % len(ids)]),
         random=random_feature(index, feature, ids),

@@ -204,7 +204,7 @@ class SteerJobs:
         def maxima(name: str, feature: int) -> float:
             return self.maximum(index if not name or fingerprint.startswith(name) else self._index_of(name), feature)
 
-        prompt = self.prompts.prompt_of(model, asked)
+        prompt = self.prompts.prompt_of(model, index, asked)
         job.report("reading the prompt")
         edits = spec.resolve(model, sae_of, maxima)
         beside = control(spec, model, sae_of, maxima, wanted.seed)

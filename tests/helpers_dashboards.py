@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import helpers_chats
 import numpy as np
 import pandas as pd
 
@@ -75,7 +76,10 @@ def split(text: str) -> list[str]:
 class FakeIndex:
     """Stands in for `FeatureIndex`."""
 
-    def __init__(self, name: str = "fake", repeats: int = 40) -> None:
+    def __init__(self, name: str = "fake", repeats: int = 40, chat_template: str | None = None) -> None:
+        self.chat_template = chat_template
+        self.roles = ("system", "user", "assistant", "tool") if chat_template else ()
+        self.kinds = ("markup", "text", "tool_call", "tool_response") if chat_template else ()
         self.name, self.path = name, Path(f"/nowhere/{name}.index")
         self.fingerprint = "fa4e" * 15 + ("fa4e" if repeats == 40 else f"{repeats:04x}")
         self.id = self.fingerprint[:12]
@@ -362,6 +366,21 @@ class FakeIndex:
     def by_source(self, feature: int) -> pd.DataFrame:
         return self._by(feature, "source")
 
+    def by_role(self, feature: int) -> pd.DataFrame:
+        return self._by_spoken(feature, "role", self.roles)
+
+    def by_kind(self, feature: int) -> pd.DataFrame:
+        return self._by_spoken(feature, "kind", self.kinds)
+
+    def _by_spoken(self, feature: int, group: str, names: tuple[str, ...]) -> pd.DataFrame:
+        rows = []
+        for place, name in enumerate(names):
+            n_firings, n_rows = (feature + 7 * place) % 29, 900 + 100 * place
+            rate = n_firings / n_rows
+            row = {group: name, "n_firings": n_firings, "share": 0.25, "n_rows": n_rows, "rate": rate}
+            rows.append({**row, "rate_low": 0.8 * rate, "rate_high": 1.2 * rate + 1e-4, "mean_value": 3.0})
+        return pd.DataFrame(rows).sort_values("rate", ascending=False, ignore_index=True)
+
     def features_at(self, row: int) -> pd.DataFrame:
         if not 0 <= row < self.n_rows:
             raise OutOfRangeError(f"There is no row {row}; the index has rows 0 to {self.n_rows - 1}.")
@@ -572,6 +591,13 @@ class FakeModel:
     def prompt_tokens(self, text: str) -> list[int]:
         return self.tokenize(text)
 
+    def encode_chats(self, chats: Any, template: str, answer: bool = False) -> Any:
+        """Character by character, as the real one."""
+        from scope.models.chats import encode_chats
+
+        tokenizer = helpers_chats.character_tokenizer()
+        return encode_chats(tokenizer, frozenset(tokenizer.all_special_ids), chats, template, answer)
+
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         return [
             [self.vocabulary.index(piece) if piece in self.vocabulary else 1 for piece in split(text)] for text in texts
@@ -592,12 +618,15 @@ class FakeModel:
 
 
 def fake_features_on_prompt(
-    model: FakeModel, sae: Any, prompt: str, *, index: Any = None, logits: bool = True
+    model: FakeModel, sae: Any, prompt: Any, *, index: Any = None, logits: bool = True
 ) -> FakePromptFeatures:
     """Stands in for `scope.features.prompt.features_on_prompt`."""
-    if "wait" in prompt:
-        GATE.wait(60)
-    tokens = ("<bos>", *split(prompt))
+    if isinstance(prompt, str):
+        if "wait" in prompt:
+            GATE.wait(60)
+        tokens = ("<bos>", *split(prompt))
+    else:
+        tokens = ("<bos>", *helpers_chats.character_tokenizer().convert_ids_to_tokens(prompt[1:].tolist()))
     rng = np.random.default_rng(len(prompt))
     rows = []
     for position in range(1, len(tokens)):

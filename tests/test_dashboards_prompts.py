@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import helpers_chats
 import helpers_dashboards as fakes
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from dashboards.components.prompt_heatmap import heatmap_rows
 from dashboards.components.prompt_pair import selected_pair
 from dashboards.components.prompt_state import PromptView, Selection
 from dashboards.components.token_grid import column_window, token_grid
-from dashboards.prompts import Analysis, Asked, PromptJobs, _prompt
+from dashboards.conversations import Said, chat_of, form_turns, prepare, turns_of, words_of
+from dashboards.prompts import Analysis, Asked, PromptJobs
 from dashboards.pushes import Push
 from scope.attribution import logit_lens
 from scope.errors import InvalidInputError
@@ -34,10 +36,12 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> PromptJobs:
     """Jobs that run where they are called, on a tiny model and a random dictionary."""
     model = tiny_model("gemma3")
     sae = SimpleNamespace(hook_name="blocks.1.hook_resid_post", fingerprint="f")
-    index = SimpleNamespace(sae_info={"fingerprint": "f"}, model_info={"name": "m"}, hook_name=sae.hook_name)
+    index = SimpleNamespace(
+        sae_info={"fingerprint": "f"}, model_info={"name": "m"}, hook_name=sae.hook_name, chat_template=None
+    )
     results: dict[Any, Any] = {}
     worker = SimpleNamespace(result=results.get)
-    made = PromptJobs(SimpleNamespace(worker=worker, index=lambda id: index))  # type: ignore[arg-type]
+    made = PromptJobs(SimpleNamespace(worker=worker, index=lambda id: index, chat_template=None))  # type: ignore[arg-type]
     made._models["m"], made._saes["f"] = model, sae
     return made
 
@@ -50,16 +54,74 @@ def test_a_chat_goes_through_the_template_and_begins_the_answer(monkeypatch: pyt
     model = tiny_model("gemma3")
     chat = Asked(json.dumps([["user", "The cat sat"], ["assistant", "on the mat"], ["user", "  "]]), True)
     with pytest.raises(InvalidInputError, match="no chat template"):
-        _prompt(model, chat)
+        prepare(model, *chat)
     monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
-    ids, n_tokens, turns = _prompt(model, chat)
+    ids, n_tokens, said = prepare(model, *chat)
+    turns = turns_of(said)
     assert n_tokens == len(ids)
     assert int(ids[0]) == model.bos_token_id
     assert model.tokenizer.decode(ids[1:]).endswith("(assistant) ")
     assert list(turns.values()) == ["user", "assistant"]
     strings = [text.text for text in model.token_strings(ids)]
-    for place, said in zip(turns, ("The cat sat", "on the mat"), strict=True):
-        assert "".join(strings[place:]).lstrip().startswith(said)
+    for place, words in zip(turns, ("The cat sat", "on the mat"), strict=True):
+        assert "".join(strings[place:]).lstrip().startswith(words)
+
+
+def test_a_chat_with_calls_and_tools(jobs: PromptJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = helpers_chats.weather_chat()
+    text = json.dumps({"messages": [one.as_dict for one in chat.messages], "tools": list(chat.tools)})
+    assert chat_of(text) == chat
+    turns, tools = form_turns(text)
+    assert [turn[:2] for turn in turns] == [[one.role, one.content] for one in chat.messages]
+    assert json.loads(turns[2][2]) == list(chat.messages[2].tool_calls)
+    assert json.loads(tools) == list(chat.tools)
+    model = tiny_model("gemma3")
+    found = prepare(model, text, True, helpers_chats.BLOCKS)
+    strings = [one.text for one in model.token_strings(found.prompt)]
+    words = [words_of(one) for one in found.said]
+    assert len(words) == len(strings) == found.n_tokens
+    named = {name: "".join(strings[n] for n, one in enumerate(words) if one == name) for name in set(words)}
+    assert named["tool"] == '{"sky": "grey", "wind": 3}'
+    assert named["assistant · call"].startswith('{"name": "get_weather"')
+    assert named["tool definition"].count('"function": {') == 2
+    assert list(turns_of(found.said).values()) == [
+        "system",
+        "tool definition",
+        "user",
+        "assistant · call",
+        "tool",
+        "assistant",
+    ]
+    # The dashboard's own template comes first, then that of the index's chats, then the tokenizer's.
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    asked = Asked('[["user", "hi"]]', True)
+    index = jobs.context.index("i")
+    written = []
+    for own, of_index in ((None, None), (None, helpers_chats.BLOCKS), (helpers_chats.FOLDED, helpers_chats.BLOCKS)):
+        jobs.context.chat_template, index.chat_template = own, of_index
+        written.append(model.tokenizer.decode(jobs._prepared(model, "i", asked).prompt))
+    assert [text.split("hi")[0].strip() for text in written] == [
+        "<bos>(user)",
+        "<bos><|im_start|>user",
+        "<bos><start_of_turn>user",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", '{"messages": 3}', '[["user"]]', '[{"role": "assistant", "tool_calls": [{}]}]']
+)
+def test_what_is_no_chat(text: str) -> None:
+    with pytest.raises(InvalidInputError, match="The chat cannot be read"):
+        chat_of(text)
+    form_turns(text)
+
+
+def test_turns_and_their_parts() -> None:
+    said = [Said("none", "markup", -1), Said("assistant", "text", 0), Said("assistant", "markup", 0)]
+    said += [Said("assistant", "tool_call", 0), Said("assistant", "markup", 0), Said("none", "markup", -1)]
+    said += [Said("tool", "markup", 1), Said("tool", "tool_response", 1), Said("tool", "tool_response", 2)]
+    assert turns_of(said) == {1: "assistant", 2: "assistant · call", 6: "tool", 8: "tool"}
+    assert [words_of(one) for one in said[:3]] == ["markup", "assistant", "assistant · markup"]
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(jobs: PromptJobs) -> None:
@@ -102,7 +164,7 @@ def view(**selection: Any) -> PromptView:
     index = fake_index()
     features = fakes.fake_features_on_prompt(fakes.FakeModel(index), None, "The opposite of hot is")
     push = Push(2, "cold", fakes.fake_direct_logit_effects(None, None, features, None, 2))
-    return PromptView(index, Analysis(Asked("x"), features, [], {}), push, Selection(**selection))
+    return PromptView(index, Analysis(Asked("x"), features, []), push, Selection(**selection))
 
 
 def test_the_heatmap_is_ordered_by_its_measure_over_the_tokens_that_count() -> None:

@@ -4,7 +4,8 @@
    JSON: t tokens, v values, m end of the scale, k "activation" | "effect", c centre, s selected, r row of the first token,
    f feature, i index, p position of the centre, more whether text was cut off on either side, from provenance, pick
    whether a click selects, name what a selected token is called in the address, lets names that it lets go of, special:
-   positions of special tokens, pins: positions of pinned ones, turns {position: role}, differs: positions of tokens that
+   positions of special tokens, pins: positions of pinned ones, turns {position: what begins there in a chat}, said what
+   each token is in a chat (numbers of words), words, differs: positions of tokens that
    another text does not have there. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
@@ -59,7 +60,12 @@
       span.dataset.n = place;
       fillToken(span, token);
       if (special.has(place)) span.classList.add("special");
-      if (turns[place]) fragment.append(el("span", "turn", turns[place]));
+      if (turns[place]) {
+        const turn = el("span", "turn", turns[place]);
+        turn.dataset.role = turns[place].split(" ")[0];
+        fragment.append(turn);
+      }
+      if (spec.said && spec.words[spec.said[place]].endsWith("markup")) span.classList.add("markup");
       if (spec.pick) {
         span.setAttribute("role", "option");
         if (!token.trim()) span.setAttribute("aria-label", token.includes("\n") ? "line break" : "blank");

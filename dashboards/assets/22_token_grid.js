@@ -2,7 +2,7 @@
    `<div class="token-grid" data-grid="JSON">` and becomes a table here; text goes in as text.
 
    JSON: what "feature" | "layer" (what a row is, and its name in the address), token (the name of a column in the
-   address), cols [{t token, n position, pin, special}], rows [{id, name, href, pin, mark, v values, c colours
+   address), cols [{t token, n position, pin, special, said what it is in a chat}], rows [{id, name, href, pin, mark, v values, c colours
    from 0 to 1 where they are not v / m, w words of the cells, h what the card says}], m end of the colour scale, k "activation" | "effect", at selected position, row
    selected row, pins pinned rows, text whether cells show their words, caption, unit. */
 (function () {
@@ -20,10 +20,14 @@
     button.tabIndex = -1;
     button.append(tokenText(col.t));
     button.dataset.select = JSON.stringify({ [spec.token]: col.n });
-    button.setAttribute("aria-label", "token " + col.n + " " + (col.t.trim() || "blank") + (col.pin ? ", pinned" : ""));
+    button.setAttribute("aria-label", "token " + col.n + " " + (col.t.trim() || "blank") + (col.said ? ", " + col.said : "") + (col.pin ? ", pinned" : ""));
     head.append(button);
     if (col.pin) head.classList.add("pinned");
     if (col.special) head.classList.add("special");
+    if (col.said) {
+      head.dataset.role = col.said.split(" ")[0];
+      head.title = col.said;
+    }
     if (col.n === spec.at) head.classList.add("at");
     return head;
   }
@@ -174,7 +178,7 @@
     const about = el("div", "tip-from");
     about.append(at.spec.text ? "after " : "token " + at.col.n + " · ");
     if (at.spec.text) about.append(tokenText(at.col.t), " · layer " + at.row.id);
-    else about.append(at.spec.what + " " + at.row.id + " ", tokenText(at.row.name));
+    else about.append((at.col.said ? at.col.said + " · " : "") + at.spec.what + " " + at.row.id + " ", tokenText(at.row.name));
     box.append(head, about);
     if (at.row.h) box.append(el("div", "tip-rank", at.row.h[at.place]));
     window.scope.tip.showNodes(at.td, box);

@@ -50,6 +50,7 @@
 
   function about(spec, n) {
     const parts = [];
+    if (spec.said) parts.push(spec.words[spec.said[n]]);
     if (spec.from) parts.push(spec.from);
     if (spec.p !== undefined && spec.p !== null) parts.push("position " + (spec.p + n - spec.c).toLocaleString("en-US"));
     return parts.join(" · ");

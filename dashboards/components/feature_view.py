@@ -193,6 +193,16 @@ def feature_side(
                     term="rate",
                 )
             )
+        for name, frame in feature.by_spoken.items():
+            links = {str(value): features_link(id, a=f"{name}:{value}") for value in frame[name]}
+            parts.append(
+                panel(
+                    {"role": "By role", "kind": "By kind of content"}[name],
+                    bars.rate_list(frame, links, SHOWN_GROUPS),
+                    unit="firings per 1,000 tokens",
+                    term="rate",
+                )
+            )
     if len(feature.neighbours):
         listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}", names)
         parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))

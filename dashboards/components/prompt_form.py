@@ -1,4 +1,4 @@
-"""The form of the pages that take a prompt: a text or the turns of a chat; assets/25_prompt.js runs it."""
+"""The form of the pages that take a prompt: a text, or a chat with its tools; assets/25_prompt.js runs it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import dash_mantine_components as dmc
 from dash import dcc, html
 
 from dashboards.components.controls import button
+from dashboards.conversations import form_turns
 from dashboards.prompts import Asked
 
 __all__ = ["invitation", "prompt_form", "prompt_stores"]
@@ -58,6 +59,7 @@ def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt
 
 
 def _editor(asked: Asked, suffix: str, name: str) -> html.Div:
+    turns, tools = form_turns(asked.text) if asked.chat else ([], "")
     return html.Div(
         className="prompt-editor",
         **{"data-suffix": suffix},
@@ -83,8 +85,22 @@ def _editor(asked: Asked, suffix: str, name: str) -> html.Div:
             html.Div(
                 className="chat-editor",
                 children=[
-                    html.Div(className="turns", **{"data-turns": json.dumps(asked.turns, ensure_ascii=False)}),
-                    button("Add a turn", className="tiny", **{"data-add-turn": "true"}),
+                    html.Div(className="turns", **{"data-turns": json.dumps(turns, ensure_ascii=False)}),
+                    html.Div(
+                        [
+                            button("Add a turn", className="tiny", **{"data-add-turn": "true"}),
+                            button("Tools", className="tiny", **{"data-chat-open": "tools", "aria-expanded": "false"}),
+                            button(
+                                "Paste a conversation",
+                                className="tiny",
+                                **{"data-chat-open": "paste", "aria-expanded": "false"},
+                            ),
+                        ],
+                        className="chips",
+                    ),
+                    html.Div(className="chat-tools", **{"data-tools": tools}),
+                    html.Div(className="chat-paste", **{"data-paste": "true"}),
+                    html.P(className="chat-problem small", role="alert"),
                 ],
             ),
         ],

@@ -8,6 +8,7 @@ from dash import html
 from dashboards.components.controls import define
 from dashboards.components.firings import choice
 from dashboards.components.prompt_state import PromptView, scale_of
+from dashboards.components.said import words_at
 from dashboards.components.strip import legend
 from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.format import count, plural
@@ -73,6 +74,7 @@ def heatmap_part(view: PromptView) -> html.Section:
         pinned_tokens=view.pinned_tokens,
         pins=view.pins,
         special=view.analysis.special,
+        said=[words_at(view.analysis, place) for place in positions],
         id="prompt-heatmap",
     )
     counted = "on the pinned tokens" if view.pinned_tokens else "on this prompt"

@@ -122,7 +122,7 @@ def _strips(view: PairView) -> html.Section:
                 "differs": differs,
                 "name": name,
                 "lets": [lets],
-                "turns": {str(at): role for at, role in side.analysis.turns.items()},
+                **said_of(side.analysis),
             },
         )
         words = f"{plural(len(differs), 'token')} of {side.analysis.n_tokens:,} not in the other"

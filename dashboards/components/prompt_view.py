@@ -9,6 +9,7 @@ from dashboards.components.controls import define
 from dashboards.components.firings import choice, firing_list, prediction_chips
 from dashboards.components.prompt_heatmap import heatmap_part
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
+from dashboards.components.said import said_of
 from dashboards.components.strip import Kind, legend, token, token_strip
 from dashboards.format import number, plural
 from dashboards.links import feature_link
@@ -54,7 +55,7 @@ def _strip_part(view: PromptView) -> html.Section:
         id="prompt-strip",
         extra={
             "pins": view.pinned_tokens,
-            "turns": {str(place): role for place, role in view.analysis.turns.items()},
+            **said_of(view.analysis),
         },
     )
     chips: list[Any] = [

@@ -67,6 +67,7 @@ def token_grid(
     pinned_tokens: Sequence[int] = (),
     pins: Sequence[int] | None = None,
     special: Sequence[int] = (),
+    said: Sequence[str] = (),
     text: bool = False,
     plain: bool = False,
     value: str = "",
@@ -89,6 +90,7 @@ def token_grid(
         pinned_tokens: positions that are marked.
         pins: pinned rows, where rows can be pinned.
         special: positions of BOS and the like.
+        said: of a chat, what each column is ("assistant · call"); "" or nothing for plain text.
         text: cells show their words.
         plain: those words are numbers, not tokens.
         value: what the numbers are, for the card.
@@ -100,8 +102,8 @@ def token_grid(
         "corner": corner,
         "caption": caption,
         "cols": [
-            {"t": token, "n": int(place), "pin": place in marked, "special": place in apart}
-            for token, place in zip(tokens, positions, strict=True)
+            {"t": token, "n": int(place), "pin": place in marked, "special": place in apart, "said": what_it_is}
+            for token, place, what_it_is in zip(tokens, positions, said or [""] * len(tokens), strict=True)
         ],
         "rows": [{**one, "v": [float(f"{number:.4g}") for number in one["v"]]} for one in rows],
         "m": float(scale),

@@ -293,3 +293,11 @@ def _own_docstrings(config: type) -> dict[str, str]:
         ):
             found[statement.target.id] = " ".join(str(following.value.value).split())
     return found
+
+
+def read_template(path: Path) -> str:
+    """A chat template from a file."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"The chat template {path} cannot be read: {error}") from error

@@ -9,7 +9,7 @@ import typer
 
 from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
-from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._command import Outcome, command, progress_bar, read_template, say
 from scope.errors import InvalidInputError, ScopeError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def register(app: typer.Typer) -> None:
             roles=tuple(roles or ()),
             kinds=tuple(kinds or ()),
         )
-        template = None if chat_template is None else _read_template(chat_template)
+        template = None if chat_template is None else read_template(chat_template)
         text = None
         if data:
             text = TextSource(
@@ -276,13 +276,6 @@ def _kept(target: str, is_new: bool) -> dict[str, Any]:
         "compute_dtype": dtype,
         "compile": compiled == "compiled",
     }
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"The chat template {path} cannot be read: {error}") from error
 
 
 def _facts(report: "CaptureReport") -> dict[str, Any]:

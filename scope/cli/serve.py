@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from scope.cli._command import Outcome, command, say
+from scope.cli._command import Outcome, command, read_template, say
 
 __all__ = ["register", "serve_workspace"]
 
 
 def serve_workspace(
-    path: Path, host: str, port: int, allow_hosts: list[str] | None = None, n_links: int = 1
+    path: Path,
+    host: str,
+    port: int,
+    allow_hosts: list[str] | None = None,
+    n_links: int = 1,
+    chat_template: str | None = None,
 ) -> Outcome:
     """Serve the dashboard of a workspace until it is interrupted."""
     from dashboards import serve
@@ -26,7 +31,15 @@ def serve_workspace(
             say(f"  {address}")
         say("What goes over the network is not encrypted. Ctrl-C stops it.")
 
-    serve(Workspace(path), host=host, port=port, allow_hosts=allow_hosts or (), n_links=n_links, announce=announce)
+    serve(
+        Workspace(path),
+        host=host,
+        port=port,
+        allow_hosts=allow_hosts or (),
+        n_links=n_links,
+        announce=announce,
+        chat_template=chat_template,
+    )
     return Outcome({"workspace": str(path), "host": host, "port": port}, "Stopped.")
 
 
@@ -50,6 +63,12 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="A name by which other machines call this one, beside its own. May be repeated."),
         ] = None,
+        chat_template: Annotated[
+            Path | None,
+            typer.Option(
+                help="A Jinja file that writes the chats of prompts, in place of the index's or the tokenizer's."
+            ),
+        ] = None,
         links: Annotated[int, typer.Option(help="One-time links to print, where they are needed.", min=1)] = 1,
     ) -> Outcome:
         """Look at features, their examples, and prompts in the browser."""
@@ -57,4 +76,5 @@ def register(app: typer.Typer) -> None:
 
         if not workspace.is_dir():
             raise UnknownNameError("workspace", str(workspace), hint="Make one with: scope demo " + str(workspace))
-        return serve_workspace(workspace, host, port, allow_host, links)
+        template = None if chat_template is None else read_template(chat_template)
+        return serve_workspace(workspace, host, port, allow_host, links, template)

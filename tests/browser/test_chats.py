@@ -1,0 +1,90 @@
+"""Conversations on the prompt page: roles, calls and tools, over an index of chats in memory."""
+
+import json
+from collections.abc import Callable
+from urllib.parse import parse_qs, quote, urlsplit
+
+import helpers_chats
+import helpers_dashboards as fakes
+import pytest
+
+pytestmark = pytest.mark.browser
+
+GRID = "#prompt-heatmap table"
+CHAT = helpers_chats.weather_chat()
+CONVERSATION = {"messages": [message.as_dict for message in CHAT.messages[:4]], "tools": list(CHAT.tools[:1])}
+
+
+@pytest.fixture(scope="module")
+def chats(serve: Callable, fake_model: None):
+    """A dashboard over an index of chats."""
+    return serve(fakes.FakeWorkspace(fakes.FakeIndex("chats", 2, helpers_chats.BLOCKS)))
+
+
+def asked(page) -> dict:
+    return json.loads(parse_qs(urlsplit(page.url).query)["chat"][0])
+
+
+def test_a_conversation_is_pasted_run_and_changed(visit: Callable, chats) -> None:
+    opened = visit(server=chats)
+    page = opened.open("/prompt", "[data-sample]")
+    page.click("[data-mode=chat]")
+    page.click("[data-chat-open=paste]")
+    page.fill(".chat-paste textarea", "no JSON")
+    page.click("[data-use-pasted]")
+    assert "no conversation" in page.text_content(".chat-problem")
+    page.fill(".chat-paste textarea", json.dumps(CONVERSATION))
+    page.click("[data-use-pasted]")
+    assert page.locator(".turn-line").count() == 4
+    assert [page.input_value(f".turn-role >> nth={n}") for n in range(4)] == ["system", "user", "assistant", "tool"]
+    page.keyboard.press("Control+Enter")
+    page.click("[data-run]")
+    page.wait_for_selector(GRID)
+    assert asked(page) == CONVERSATION
+    turns = page.locator("#prompt-strip .turn").all_text_contents()
+    assert turns == ["system", "tool definition", "user", "assistant · call", "tool"]
+    call = page.locator("#prompt-strip .turn[data-role=tool] + .tok")
+    call.hover()
+    page.wait_for_selector("#tip:has-text('tool')")
+    assert page.locator("#prompt-heatmap th[data-role=markup], #prompt-heatmap th[data-role=system]").count() > 0
+    # A call is written by hand; what is no JSON is said where it stands, and not run.
+    page.click(".turn-line[data-role=assistant] .turn-calls")
+    page.fill(".turn-calls:visible", '{"name": "clock"')
+    page.click("[data-run]")
+    page.wait_for_selector(".turn-calls[aria-invalid=true]")
+    assert "The calls of turn 3 cannot be read as JSON" in page.text_content(".chat-problem")
+    page.fill(".turn-calls:visible", '{"name": "clock"}')
+    page.click("[data-run]")
+    opened.until("new URL(location).searchParams.get('chat').includes('clock')")
+    page.wait_for_selector("#prompt-strip:has-text('clock')")
+    assert asked(page)["messages"][2]["tool_calls"] == [{"name": "clock"}]
+    page.reload()
+    page.wait_for_selector(GRID)
+    assert page.input_value(".turn-calls:visible") == '[{"name": "clock"}]'
+    assert json.loads(page.input_value(".chat-tools textarea")) == CONVERSATION["tools"]
+    opened.check()
+
+
+def test_rates_by_role_lead_to_what_fires_there(visit: Callable, chats) -> None:
+    opened = visit(server=chats)
+    page = opened.open("/feature/5", ".panel:has-text('By kind of content')")
+    panel = page.locator(".panel:has(h2:has-text('By role'))")
+    assert sorted(panel.locator(".bars .name").all_text_contents()) == ["assistant", "system", "tool", "user"]
+    assert "a=role%3A" in panel.locator("a.name").first.get_attribute("href")
+    opened.check()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessible_and_not_wider_than_a_phone(visit: Callable, chats, theme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
+    opened = visit(width=390, theme=theme, server=chats)
+    page = opened.open("/prompt?token=3&chat=" + quote(json.dumps(CONVERSATION)), GRID)
+    page.click("[data-chat-open=paste]")
+    page.wait_for_timeout(150)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    found = Axe().run(page, options=rules).response["violations"]
+    serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
+    assert serious == []
+    opened.check()
