@@ -28,6 +28,7 @@ def register(server: Flask, context: Context) -> None:
             return jsonify({"error": str(problem)}), 400
         answer: dict[str, Any] = {"row": detail.row, "n_features": detail.n_features, "features": detail.features}
         answer["push"] = detail.push
+        answer["said"] = detail.said
         return jsonify(answer), 200
 
 

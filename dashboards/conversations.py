@@ -137,7 +137,7 @@ def prepare(model: Any, text: str, chat: bool, template: str | None = None) -> P
 def words_of(said: Said) -> str:
     """What a token is, in words."""
     if said.role == "none":
-        return "tool definition" if said.kind == "tool_definition" else "markup"
+        return "definition of a tool" if said.kind == "tool_definition" else "markup"
     more = WORDS.get(said.kind, "")
     return f"{said.role} · {more}" if more else said.role
 

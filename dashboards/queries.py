@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dashboards.conversations import Said, words_of
 from dashboards.marks import feature_label
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.examples import BANDS
@@ -301,6 +302,8 @@ class TokenDetail:
     push: dict[str, Any] | None = None
     """What the one feature does to the token that follows: token, effect (logits before the final norm's scale, value
     times effect per unit), None where that token is not among the stored ones or does not follow."""
+    said: str = ""
+    """Of chats: what the token is."""
 
 
 def token_detail(
@@ -331,7 +334,14 @@ def token_detail(
     ]
     own = found.loc[found["feature"] == feature, "value"].tolist()
     push = _push(index, row, feature, float(own[0]), effects) if feature is not None and own else None
-    return TokenDetail(row, len(found), rows, push)
+    return TokenDetail(row, len(found), rows, push, _said(index, row))
+
+
+def _said(index: "FeatureIndex", row: int) -> str:
+    if not index.roles:
+        return ""
+    token = index.tokens(row, row + 1).iloc[0]
+    return words_of(Said(token["role"], token["kind"], int(token["message"])))
 
 
 def _push(

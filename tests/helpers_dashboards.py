@@ -401,6 +401,7 @@ class FakeIndex:
                 "sequence": sequence,
                 "position": rows - self.sequences["start_row"].to_numpy()[sequence],
                 "flags": (texts == "<bos>").astype(int),
+                **({"role": "assistant", "kind": "tool_call", "message": 2} if self.roles else {}),
             }
         )
 

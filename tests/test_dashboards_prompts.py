@@ -83,10 +83,10 @@ def test_a_chat_with_calls_and_tools(jobs: PromptJobs, monkeypatch: pytest.Monke
     named = {name: "".join(strings[n] for n, one in enumerate(words) if one == name) for name in set(words)}
     assert named["tool"] == '{"sky": "grey", "wind": 3}'
     assert named["assistant · call"].startswith('{"name": "get_weather"')
-    assert named["tool definition"].count('"function": {') == 2
+    assert named["definition of a tool"].count('"function": {') == 2
     assert list(turns_of(found.said).values()) == [
         "system",
-        "tool definition",
+        "definition of a tool",
         "user",
         "assistant · call",
         "tool",

@@ -47,6 +47,7 @@ def context(tmp_path) -> Any:
         model_info={"name": model.name},
     )
     made = SimpleNamespace(workspace=Workspace(tmp_path), index=lambda id: index, indexes=list, shared={}, worker=None)
+    made.chat_template = None
     prompts = PromptJobs(made)
     prompts._models[model.name], prompts._saes[sae.fingerprint] = model, sae
     made.shared["prompt-jobs"], made.model, made.sae = prompts, model, sae

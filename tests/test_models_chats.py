@@ -309,3 +309,24 @@ def test_the_assistants_turns_with_calls_are_those_of_transformers(tokenizer: An
         )
         np.testing.assert_array_equal(own.token_id, reference["input_ids"])
         np.testing.assert_array_equal(own.role == ROLES.index("assistant"), np.array(reference["assistant_masks"]) == 1)
+
+
+@pytest.mark.real
+def test_the_real_tokenizer_reads_what_its_template_would_be() -> None:
+    model = helpers_models.real_model()
+    assert model.chat_template is None  # a base model's
+    chat = Chat(
+        (Message("system", "Be brief."), Message("user", "東京は? 𓀀"), Message("assistant", "日本の首都です。"))
+    )
+    (encoded,) = model.encode_chats([chat], helpers_chats.FOLDED)
+    reference = model.tokenizer.apply_chat_template(
+        [message.as_dict for message in chat.messages],
+        chat_template=helpers_chats.FOLDED,
+        tokenize=True,
+        return_dict=False,
+    )
+    assert [model.bos_token_id, *encoded.token_id.tolist()] == reference
+    for number, message in enumerate(chat.messages):
+        own = (encoded.message == number) & (encoded.kind == CONTENT_KINDS.index("text"))
+        assert model.tokenizer.decode(encoded.token_id[own]).strip() == message.content
+    assert model.tokenizer.decode(encoded.token_id[encoded.role == 0]).count("<start_of_turn>") == 2

@@ -83,6 +83,7 @@
       const own = found.features.find((one) => one.feature === spec.f);
       const features = found.n_features.toLocaleString("en-US") + (found.n_features === 1 ? " feature" : " features");
       rank.textContent = own ? "rank " + own.rank + " of " + features + " here" : features + " fire here";
+      if (found.said) rank.append(" · " + found.said);
       if (found.push && found.push.effect !== null) {
         const effect = found.push.effect;
         const push = el("div", "tip-push", (effect > 0 ? "+" : "") + number(effect) + " on the logit of the next token ");

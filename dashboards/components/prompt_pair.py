@@ -11,6 +11,7 @@ from dash import html
 from dashboards.components.controls import define, panel
 from dashboards.components.firings import choice, pin_feature, plain_bar, signed_bar
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
+from dashboards.components.said import said_of
 from dashboards.components.states import skeleton
 from dashboards.components.strip import legend, token, token_strip
 from dashboards.format import exact, number, percent, plural

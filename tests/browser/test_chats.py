@@ -25,6 +25,17 @@ def asked(page) -> dict:
     return json.loads(parse_qs(urlsplit(page.url).query)["chat"][0])
 
 
+def card_says(page, spot, words: str) -> None:
+    """Point at something until its card says so: a strip that is drawn anew lets go of what was pointed at."""
+    for _ in range(60):
+        page.mouse.move(2, 2)
+        spot.hover()
+        page.wait_for_timeout(300)
+        if words in (page.text_content("#tip") or ""):
+            return
+    raise AssertionError(f"the card never said {words!r}: {page.text_content('#tip')!r}")
+
+
 def test_a_conversation_is_pasted_run_and_changed(visit: Callable, chats) -> None:
     opened = visit(server=chats)
     page = opened.open("/prompt", "[data-sample]")
@@ -35,17 +46,14 @@ def test_a_conversation_is_pasted_run_and_changed(visit: Callable, chats) -> Non
     assert "no conversation" in page.text_content(".chat-problem")
     page.fill(".chat-paste textarea", json.dumps(CONVERSATION))
     page.click("[data-use-pasted]")
-    assert page.locator(".turn-line").count() == 4
+    assert page.locator(".prompt-editor[data-suffix=''] .turn-line").count() == 4
     assert [page.input_value(f".turn-role >> nth={n}") for n in range(4)] == ["system", "user", "assistant", "tool"]
-    page.keyboard.press("Control+Enter")
     page.click("[data-run]")
     page.wait_for_selector(GRID)
     assert asked(page) == CONVERSATION
     turns = page.locator("#prompt-strip .turn").all_text_contents()
-    assert turns == ["system", "tool definition", "user", "assistant · call", "tool"]
-    call = page.locator("#prompt-strip .turn[data-role=tool] + .tok")
-    call.hover()
-    page.wait_for_selector("#tip:has-text('tool')")
+    assert turns == ["system", "definition of a tool", "user", "assistant · call", "tool"]
+    card_says(page, page.locator("#prompt-strip .turn[data-role=tool] + .tok").first, "tool")
     assert page.locator("#prompt-heatmap th[data-role=markup], #prompt-heatmap th[data-role=system]").count() > 0
     # A call is written by hand; what is no JSON is said where it stands, and not run.
     page.click(".turn-line[data-role=assistant] .turn-calls")
@@ -71,6 +79,18 @@ def test_rates_by_role_lead_to_what_fires_there(visit: Callable, chats) -> None:
     panel = page.locator(".panel:has(h2:has-text('By role'))")
     assert sorted(panel.locator(".bars .name").all_text_contents()) == ["assistant", "system", "tool", "user"]
     assert "a=role%3A" in panel.locator("a.name").first.get_attribute("href")
+    card_says(page, page.locator(".strip .tok[data-on]").first, "assistant · call")
+    opened.check()
+
+
+def test_two_conversations_beside_each_other(visit: Callable, chats) -> None:
+    other = {**CONVERSATION, "messages": CONVERSATION["messages"][:2]}
+    opened = visit(server=chats)
+    address = f"/prompt?chat={quote(json.dumps(CONVERSATION))}&chat2={quote(json.dumps(other))}"
+    page = opened.open(address, ".next-rows .next-row")
+    assert page.locator("#prompt-strip-a .turn").all_text_contents()[-1] == "tool"
+    assert page.locator("#prompt-strip-b .turn").all_text_contents()[-1] == "user"
+    assert json.loads(page.input_value("[data-suffix='2'] .chat-tools textarea")) == CONVERSATION["tools"]
     opened.check()
 
 
