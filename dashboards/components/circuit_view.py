@@ -87,7 +87,8 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
             ],
         )
     # One for each layer of the first model; a cross-layer one where there are no others.
-    model, chosen = known[0].model, {}
+    model = known[0].model
+    chosen: dict[tuple[int, ...], str] = {}
     for one in known:
         if one.model == model and (not one.across or not chosen):
             chosen.setdefault(one.layers, one.entry.id)
