@@ -184,6 +184,18 @@ def test_what_holds_has_the_sign_and_about_the_size(tmp_path: Path) -> None:
         load_verification(tmp_path / "bad")
 
 
+def test_an_effect_of_the_wrong_sign_in_one_run_does_not_hold() -> None:
+    """Set to 0 it does nothing, or the opposite; doubled, more than enough to make up for that."""
+    pairs = measured([(1, 5, 2.0, 2.0, 0.0), (1, 6, 2.0, 2.0, 0.0)]).pairs
+    pairs.loc[(pairs["target"] == 6) & (pairs["factor"] == 0), "measured"] = 0.1
+    judged = verdicts(Verification(NO_AGREEMENT, NO_AGREEMENT, NO_AGREEMENT, pairs)).pairs.set_index("target")
+    assert 0.4 < judged["slope"][6] < 0.6
+    pairs.loc[(pairs["target"] == 6) & (pairs["factor"] == 2), "measured"] = 3.0
+    judged = verdicts(Verification(NO_AGREEMENT, NO_AGREEMENT, NO_AGREEMENT, pairs)).pairs.set_index("target")
+    assert 0.5 < judged["slope"][6] < 2
+    assert judged["holds"].to_dict() == {5: True, 6: False}
+
+
 def test_a_scatter_shows_both_and_says_where_they_agree() -> None:
     figure = verification_scatter(measured([(1, 5, 2.0, 2.5, 0.1), (1, 6, -1.0, 0.8, 0.3)]).pairs)
     points = [trace for trace in figure.data if trace.mode == "markers"]

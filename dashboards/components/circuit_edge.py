@@ -1,5 +1,6 @@
 """A selected edge on the circuit page: tested in the model by itself, predicted beside measured."""
 
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dash import html
@@ -80,7 +81,8 @@ def tested(found: "Verification", judged: "Verdicts", source: int, target: int) 
                     ),
                     ": measured is ",
                     html.Span(number(slope), className="number", title=exact(slope)),
-                    " times what the edge predicts.",
+                    " times what the edge predicts, over both runs",
+                    "." if all(_same_sign(row) for row in own.to_dict("records")) else ", and not always of its sign.",
                 ]
             ),
             html.Table([html.Thead(head), html.Tbody(rows)]),
@@ -92,6 +94,10 @@ def tested(found: "Verification", judged: "Verdicts", source: int, target: int) 
             ),
         ],
     )
+
+
+def _same_sign(row: Mapping[Hashable, Any]) -> bool:
+    return bool(row["predicted"] * row["measured"] > 0)
 
 
 def _change(value: Any, holds: bool | None) -> html.Td:

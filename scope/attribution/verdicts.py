@@ -3,7 +3,7 @@
 Feature s set to 0 and to twice its value is predicted to change node t by p and was measured to change it by m. Over
 both runs
 
-    slope of (s, t) = Σ p m / Σ p²         it *holds* where this is from 1/2 to 2
+    slope of (s, t) = Σ p m / Σ p²         it *holds* where this is from 1/2 to 2, and m has the sign of p in every run
     slope of s      = the same over all t  s *holds* where this is from 1/2 to 2 and the correlation at least 1/2
 
 so that what holds has the sign that the graph says and its size within a factor of two. The same rule on the random
@@ -66,6 +66,8 @@ def verdicts(found: Verification) -> Verdicts:
             "squares": predicted**2,
             "products": predicted * real,
             "random": predicted * random,
+            "misses": predicted * real <= 0,
+            "misses_random": predicted * random <= 0,
         }
     )
     pairs = sums.groupby(["source", "target"], as_index=False).sum()
@@ -76,8 +78,8 @@ def verdicts(found: Verification) -> Verdicts:
             "source": pairs["source"].to_numpy(),
             "target": pairs["target"].to_numpy(),
             "slope": slope,
-            "holds": _in_range(slope),
-            "holds_random": _in_range(control),
+            "holds": _in_range(slope) & (pairs["misses"].to_numpy() == 0),
+            "holds_random": _in_range(control) & (pairs["misses_random"].to_numpy() == 0),
         }
     )
     columns = ["source", *Agreement._fields, "holds", "holds_random"]
