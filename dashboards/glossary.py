@@ -412,9 +412,10 @@ GLOSSARY: dict[str, Definition] = {
     ),
     "holds": Definition(
         "what holds",
-        "An effect of one feature on one node holds where it was measured with the predicted sign in each run, and from "
-        "half to twice the predicted size over both. A feature holds where that is so over all nodes behind it, and the correlation is "
-        "at least 0.5. Beside it, how many would hold with random features in their place.",
+        "An effect of one feature on one node holds where it was measured with the predicted sign in each run, and "
+        "from half to twice the predicted size over both. A feature holds where its effects on all nodes behind it "
+        "are from half to twice the predicted size together, and correlate with what is predicted at 0.5 or more. "
+        "Beside it, how many would hold with random features in their place.",
         "½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
     ),
     "path_patching": Definition(
@@ -422,8 +423,8 @@ GLOSSARY: dict[str, Definition] = {
         "Path patching: the edge's source is set to 0 and to twice its value in the real model, and every MLP is held "
         "at what it wrote, so that nothing of the change goes by way of another node. Attention and norms react. "
         "Predicted is the edge itself, measured the change of its target. It holds where it was measured with the "
-        "predicted sign in each run, and from half to twice the predicted size over both. An edge that was tested is marked by this, other "
-        "edges by the effect of their source over all paths.",
+        "predicted sign in each run, and from half to twice the predicted size over both. An edge that was tested is "
+        "marked by this, other edges by the effect of their source over all paths.",
         "predicted = (factor − 1) × edge,  ½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
     ),
     "edge_heads": Definition(
