@@ -10,16 +10,19 @@ import pandas as pd
 import pytest
 from helpers_circuits import made_graph
 from helpers_models import one_thread, tiny_folder, tiny_model
+from plotly.utils import PlotlyJSONEncoder
 from test_attribution_dense import cross_layer
 from test_attribution_graph import transcoders
 
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
+from dashboards.components.circuit_attention import pairs
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
 from dashboards.worker import Job, JobState
 from scope.attribution.graph_json import Supernode, load_graph, node_ids, save_graph
 from scope.attribution.pruning import only_nodes, prune
+from scope.attribution.query_key import QkPairs
 from scope.attribution.supernodes import Supernodes
 from scope.attribution.verdicts import load_verification, save_verification, verdicts
 from scope.attribution.verification import Agreement, Verification
@@ -338,6 +341,20 @@ def test_a_graph_of_a_cross_layer_transcoder_is_made_and_explained(tmp_path: Pat
     assert known.edge_verdicts(id) is not None
     why = ended(context, jobs.submit_pairs(id, HeadPlace(2, 1, 4, 2))).result
     assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-3)
+
+
+def test_features_of_a_pair_lead_to_their_pages_where_there_is_an_index() -> None:
+    row = {"query_kind": "feature", "query_layer": 1, "query_feature": 17, "key_kind": "feature", "key_layer": 0}
+    table = pd.DataFrame([{**row, "key_feature": 5, "weight": 0.5, "relative": -0.25}])
+    kinds = pd.DataFrame([{"query_kind": "feature", "key_kind": "feature", "relative": -0.25}])
+    found = QkPairs(table, kinds, 0.5, -0.25, 2, (0.2, 0.3, 0.5))
+    drawn = pairs(found, HeadPlace(2, 1, 2, 0), ["a", "b", "c"], {"query": ["heat"], "key": [""]}, {1: "abc"})
+    text = json.dumps(drawn.to_plotly_json(), cls=PlotlyJSONEncoder, ensure_ascii=False)
+    assert "/feature/17?index=abc" in text
+    assert "heat" in text
+    assert "L0 feature 5" in text
+    assert "/feature/5" not in text
+    assert "below the other keys" in text
 
 
 def test_a_cross_layer_transcoder_stands_alone(dictionary_folder: Path, tmp_path: Path) -> None:
