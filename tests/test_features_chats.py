@@ -66,6 +66,10 @@ def test_rates_by_role_and_kind_are_those_of_the_rows(case) -> None:
     assert index.kinds == ("markup", "text", "tool_call", "tool_response", "tool_definition")
     assert index.info()["roles"] == dict(index.manifest["roles"])
     assert index.chat_template == helpers_chats.BLOCKS
+    shown = index.feature(int(index.table["n_firings"].idxmax()))._repr_html_()
+    assert "By role" in shown
+    assert "By kind" in shown
+    assert "tool_response" in shown
 
 
 def test_conditions_name_roles_and_kinds(case) -> None:

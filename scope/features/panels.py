@@ -1,7 +1,8 @@
 """One feature in a notebook: the panels of the dashboard's page, as plain HTML with inline styles and no scripts.
 
-Label and notes, its numbers, histogram, what it fires on, what it makes likelier and less likely, languages, decoder
-neighbours, co-firing features, and examples by strength. Everything is escaped; what folds does so with `<details>`.
+Label and notes, its numbers, histogram, what it fires on, what it makes likelier and less likely, languages, of chats
+roles and kinds of content, decoder neighbours, co-firing features, and examples by strength. Everything is escaped;
+what folds does so with `<details>`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,7 @@ def feature_html(feature: "Feature") -> str:
         f"<div>{facts_html(_numbers(row))}{_histogram(counts, float(edges[0]), float(edges[-1]))}</div>",
         _top_tokens(index.top_tokens(feature.id, ROWS)),
         *promoted,
-        _languages(index.by_language(feature.id).head(GROUPS)),
+        *_groups(index, feature.id),
         neighbours,
         cofiring,
     ]
@@ -140,18 +141,27 @@ def _logits(index: "FeatureIndex", feature: int) -> list[str]:
     return blocks
 
 
-def _languages(languages: "pd.DataFrame") -> str:
-    largest = float(languages["rate"].max()) or 1.0
+def _groups(index: "FeatureIndex", feature: int) -> list[str]:
+    """How often it fires in each language; of chats also in each role's turns and on each kind of content."""
+    frames = [index.by_language(feature)]
+    if index.roles:
+        frames += [index.by_role(feature), index.by_kind(feature)]
+    return [_rates(frame.head(GROUPS)) for frame in frames]
+
+
+def _rates(frame: "pd.DataFrame") -> str:
+    group = str(frame.columns[0])
+    largest = float(frame["rate"].max()) or 1.0
     rows = [
         (
-            escape(str(row["language"]) or "–"),
+            escape(str(row[group]) or "–"),
             row["rate"] / largest,
             one_in(row["rate"]),
             f"{row['n_firings']:,} firings; 95%: {one_in(row['rate_high'])} to {one_in(row['rate_low'])}",
         )
-        for row in languages.to_dict("records")
+        for row in frame.to_dict("records")
     ]
-    return _titled("By language", _bars(rows, PALETTE.accent_text), "fires on")
+    return _titled(f"By {group}", _bars(rows, PALETTE.accent_text), "fires on")
 
 
 def _features(title: str, index: "FeatureIndex", frame: "pd.DataFrame", column: str, unit: str) -> str:
