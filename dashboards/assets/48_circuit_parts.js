@@ -37,8 +37,9 @@
       input.addEventListener("input", () => {
         this.thresholds[name] = Number(input.value);
         value.textContent = percent(this.thresholds[name]);
+        this.moved = { ...this.moved, [name]: input.value }; // both sliders wait for one answer
         clearTimeout(this.timer);
-        this.timer = setTimeout(() => { refine({ [name]: input.value }); this.load(); }, WAIT);
+        this.timer = setTimeout(() => { refine(this.moved); this.moved = {}; this.load(); }, WAIT);
       });
       label.append(el("span", "", title), input, value);
       return label;
