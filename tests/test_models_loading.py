@@ -13,7 +13,7 @@ from helpers_models import WRONG_TYPE, real_model, tiny_folder, tiny_gguf, tiny_
 
 from activations.source import HookedModel
 from scope.errors import IntegrityError, InvalidInputError, MissingDependencyError, UnknownNameError
-from scope.models import LanguageModel, hashing, loading
+from scope.models import LanguageModel, conversion, hashing, loading
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,6 +170,26 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
         LanguageModel.load("someone/tinny")
 
 
+def test_a_tokenizer_that_cuts_its_own_words_is_refused() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz")}
+    words = {"▁moon": 30, "▁river": 31, "▁mo": 32}
+    merges = [("▁", "m"), ("▁m", "o"), ("▁mo", "o"), ("▁moo", "n")]
+    merges += [("▁", "r"), ("▁r", "i"), ("▁ri", "v"), ("▁riv", "e"), ("▁rive", "r")]
+    vocabulary = letters | words | {a + b: 40 + number for number, (a, b) in enumerate(merges) if a + b not in words}
+
+    def tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    conversion._require_words(tokenizer(merges), Path("m.gguf"), "5.23")
+    with pytest.raises(InvalidInputError, match=r"transformers 5\.17 misreads .*: of 3 words .* gives 0 as one token"):
+        conversion._require_words(tokenizer([]), Path("m.gguf"), "5.17")
+
+
 def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tiny.Q8.gguf"
     shutil.copy(tiny_gguf(), path)
@@ -179,8 +199,6 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
     torch.testing.assert_close(model.hf.get_parameter(gate), tiny_model("llama").hf.get_parameter(gate))
     before = model.run("The cat").logits
     assert [entry.suffix for entry in (cache / "models").iterdir() if entry.is_file()] == [".lock"]
-
-    from scope.models import conversion
 
     monkeypatch.setattr(conversion, "_convert", lambda *_: pytest.fail("converted again"))
     renamed = tmp_path / "renamed.gguf"

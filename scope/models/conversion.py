@@ -9,6 +9,7 @@ Weights stay float32: what Q4_K and its like stand for does not fit bfloat16 wit
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from scope.models.hashing import cache_folder, weight_digest
 __all__ = ["converted_model"]
 
 CONVERSION_VERSION = 1
+WORD_STARTS = ("▁", "Ġ")
+"""What stands for the space before a word in the vocabularies of SentencePiece and of byte-level BPE."""
+WORDS_TRIED = 64
 MANIFEST = "conversion.json"
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,23 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+def _require_words(tokenizer: Any, gguf: Path, version: str) -> None:
+    """Refuse a tokenizer that cuts the very words of its vocabulary into pieces.
+
+    transformers 5.17 reads Gemma's without its merges and gives a token for each character, without a word.
+    """
+    words = [
+        token for token in tokenizer.get_vocab() if token[:1] in WORD_STARTS and re.fullmatch("[a-z]{4,12}", token[1:])
+    ]
+    tried = sorted(words, key=lambda token: (len(token), token))[:WORDS_TRIED]
+    whole = sum(token in tokenizer.tokenize(f"a {token[1:]}") for token in tried)
+    if whole < len(tried) / 2:
+        raise InvalidInputError(
+            f"transformers {version} misreads the tokenizer of {gguf.name}: of {len(tried)} words of its vocabulary it "
+            f"gives {whole} as one token. Install another version (5.22 and 5.23 read it well)."
+        )
+
+
 def _convert(gguf: Path, out: Path) -> None:
     import torch
     import transformers
@@ -85,6 +106,7 @@ def _convert(gguf: Path, out: Path) -> None:
             )
     except Exception as error:  # whatever a broken file makes the readers stumble over
         raise InvalidInputError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    _require_words(tokenizer, gguf, transformers.__version__)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet_transformers():
