@@ -30,6 +30,7 @@ import pandas as pd
 from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
 from activations.source import bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, MismatchError, OutOfRangeError
+from scope.features.described import Described
 from scope.features.examples import CHARACTER_TOKENS, Example, Examples, band_ranks
 from scope.features.excerpt_text import ExcerptText, read_text
 from scope.features.firings import from_order_key
@@ -71,11 +72,13 @@ def band_counts(n_firings: np.ndarray, bands: list[tuple[float, float]], per_ban
     return np.minimum(inside, per_band).astype(np.int64)
 
 
-class FeatureExcerpt:
+class FeatureExcerpt(Described):
     """An excerpt, opened for reading. Safe across threads. `open` it; `scope.features.make_excerpt` makes one.
 
     Where the names are those of `FeatureIndex`, so is the meaning, over the text that the excerpt was made from.
     """
+
+    SUFFIX = ".excerpt"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,24 +108,6 @@ class FeatureExcerpt:
     # --- what it is -------------------------------------------------------------------------------------------
 
     @property
-    def id(self) -> str:
-        """First 12 digits of the fingerprint."""
-        return self.fingerprint[:ID_LENGTH]
-
-    @property
-    def name(self) -> str:
-        """The folder's name without `.excerpt`."""
-        return self.path.name.removesuffix(".excerpt")
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def hook_name(self) -> str:
-        return str(self.manifest["hook_name"])
-
-    @property
     def d_sae(self) -> int:
         return int(self.manifest["d_sae"])
 
@@ -130,21 +115,6 @@ class FeatureExcerpt:
     def n_rows(self) -> int:
         """Tokens of the text, BOS and special tokens included."""
         return int(self.manifest["n_rows"])
-
-    @property
-    def n_indexed_rows(self) -> int:
-        """Tokens on which features can fire. The denominator of every density."""
-        return int(self.manifest["n_indexed_rows"])
-
-    @property
-    def sae_info(self) -> dict[str, Any]:
-        """Of the SAE: fingerprint, architecture, d_in, d_sae, hook_name and the like."""
-        return dict(self.manifest["sae"])
-
-    @property
-    def model_info(self) -> dict[str, Any]:
-        """Of the model: name as it is shown, weight_hash, tokenizer_hash and the like."""
-        return dict(self.manifest["model"])
 
     @property
     def has_text(self) -> bool:

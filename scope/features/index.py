@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from activations.manifest import ID_LENGTH
 from scope.errors import OutOfRangeError, UnknownNameError
 from scope.features import description, lookup, occurrences, parallel, profile, text_rows
 from scope.features.conditions import Condition
 from scope.features.contrast import Contrast, contrast, count_condition
+from scope.features.described import Described
 from scope.features.examples import Examples, choose, ranked_firings, sample_band, show
 from scope.features.feature import Feature
 from scope.features.grid import FeatureGrid, QueryResult
@@ -27,12 +27,14 @@ KEPT_COUNTS = 32
 KEPT_COMPARISONS = 2
 
 
-class FeatureIndex:
+class FeatureIndex(Described):
     """Every firing of one SAE over one text. Safe to read from several threads at once.
 
     A firing's value is feature activation x ||W_dec row||, in the model's own units, rounded to bfloat16. BOS and
     other special tokens are rows of the index but have no firings.
     """
+
+    SUFFIX = ".index"
 
     def __init__(self, path: Path, labels: FeatureLabels | None = None) -> None:
         self.path = path
@@ -60,24 +62,6 @@ class FeatureIndex:
     # --- what it is -------------------------------------------------------------------------------------------
 
     @property
-    def id(self) -> str:
-        """First 12 digits of the fingerprint."""
-        return self.fingerprint[:ID_LENGTH]
-
-    @property
-    def name(self) -> str:
-        """The folder's name without `.index`."""
-        return self.path.name.removesuffix(".index")
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def hook_name(self) -> str:
-        return str(self.manifest["hook_name"])
-
-    @property
     def d_sae(self) -> int:
         return self._reader.d_sae
 
@@ -85,25 +69,6 @@ class FeatureIndex:
     def n_rows(self) -> int:
         """Rows (tokens) of the index, BOS and special tokens included."""
         return self._reader.n_rows
-
-    @property
-    def n_indexed_rows(self) -> int:
-        """Rows on which features can fire: neither BOS nor special. The denominator of every density."""
-        return int(self.manifest["n_indexed_rows"])
-
-    @property
-    def n_firings(self) -> int:
-        return int(self.manifest["n_firings"])
-
-    @property
-    def sae_info(self) -> dict[str, Any]:
-        """Of the SAE: fingerprint, architecture, d_in, d_sae, hook_name, k, path as it was built from."""
-        return dict(self.manifest["sae"])
-
-    @property
-    def model_info(self) -> dict[str, Any]:
-        """Of the model: name as it is shown, revision, weight_hash, tokenizer_hash, context_size."""
-        return dict(self.manifest["model"])
 
     @property
     def metrics(self) -> dict[str, Any]:

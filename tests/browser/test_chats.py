@@ -7,6 +7,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import helpers_chats
 import helpers_dashboards as fakes
 import pytest
+from helpers_browser import serious
 
 pytestmark = pytest.mark.browser
 
@@ -85,9 +86,6 @@ def test_rates_by_role_lead_to_what_fires_there(visit: Callable, chats) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible_and_not_wider_than_a_phone(visit: Callable, chats, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
     opened = visit(width=390, theme=theme, server=chats)
     address = "/prompt?token=3&chat=" + quote(json.dumps(CONVERSATION))
     if theme == "light":
@@ -101,7 +99,5 @@ def test_accessible_and_not_wider_than_a_phone(visit: Callable, chats, theme: st
     page.click("[data-chat-open=paste]")
     page.wait_for_timeout(150)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    found = Axe().run(page, options=rules).response["violations"]
-    serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-    assert serious == []
+    assert serious(page) == []
     opened.check()

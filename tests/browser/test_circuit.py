@@ -5,10 +5,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import helpers_dashboards as fakes
 import pytest
+from helpers_browser import query, serious
 from helpers_circuits import made_graph
 from helpers_models import one_thread
 from test_dashboards_circuits import dictionary_folder
@@ -22,7 +22,6 @@ __all__ = ["dictionary_folder", "one_thread"]
 
 pytestmark = pytest.mark.browser
 
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 GRAPH = "/circuit?graph=large"
 SVG = ".circuit-svg"
 FEATURE = ".node.kind-feature"
@@ -42,10 +41,6 @@ def dashboard(workspace: Workspace, serve: Callable):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Circuits, "index_of", lambda self, id, layer: index)
         yield serve(workspace)
-
-
-def query(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
 def point(page, key: str) -> None:
@@ -202,8 +197,6 @@ def test_five_hundred_nodes_stand_apart(visit: Callable, dashboard) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_is_accessible(visit: Callable, dashboard, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     opened = visit(theme=theme, server=dashboard)
     for path, ready in (("/circuit", ".circuit-page .table"), (GRAPH, SVG)):
         page = opened.open(path, ready)
@@ -211,9 +204,7 @@ def test_it_is_accessible(visit: Callable, dashboard, theme: str) -> None:
             page.locator(f'[data-node="{with_examples(page)}"]').click()
             page.wait_for_selector("#circuit-panel .circuit-list")
         page.wait_for_timeout(200)
-        found = Axe().run(page, options=AXE).response["violations"]
-        serious = [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-        assert serious == [], path
+        assert serious(page) == [], path
     opened.check()
 
 

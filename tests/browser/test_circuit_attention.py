@@ -5,9 +5,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from helpers_browser import query, serious
 from helpers_models import one_thread, tiny_folder, tiny_model
 from test_attribution_graph import ALL, transcoders
 from test_dashboards_circuits import add_cross_layer, dictionary_folder
@@ -21,7 +21,6 @@ __all__ = ["dictionary_folder", "one_thread"]
 
 pytestmark = pytest.mark.browser
 
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 GRAPH = "/circuit?graph=small"
 SVG = ".circuit-svg"
 PROMPT = "The <b>cat</b> sat on the mat"
@@ -45,19 +44,6 @@ def dashboard(dictionary_folder: Path, tmp_path_factory: pytest.TempPathFactory,
     graph = replace(graph, transcoders=(str(across.path),), model_name=folder_of_model)
     save_graph(graph, workspace.path_for("circuit-graph", "across"))
     return serve(workspace)
-
-
-def serious(page) -> list[tuple[str, str]]:
-    """What axe finds serious."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    page.wait_for_timeout(200)
-    found = Axe().run(page, options=AXE).response["violations"]
-    return [(v["id"], v["nodes"][0]["html"][:300]) for v in found if v["impact"] in ("serious", "critical")]
-
-
-def query(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
 
 
 def again(opened) -> None:
@@ -103,6 +89,7 @@ def test_a_head_of_a_node_says_why_it_looked_there(visit: Callable, dashboard) -
     assert query(page)["head"] == other
     # Markup in a prompt stays text.
     assert page.locator(".circuit-keys b, .circuit-why h2 b").count() == 0
+    page.wait_for_timeout(200)
     assert serious(page) == []
     # Asked no more.
     page.locator("#circuit-panel button:has-text('Let go')").click()
@@ -177,5 +164,6 @@ def test_it_is_accessible_on_a_phone_in_the_dark(visit: Callable, dashboard) -> 
     page.locator("#circuit-heads-result [data-head]").first.click()
     page.wait_for_selector("#circuit-pairs-result tbody tr")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for_timeout(200)
     assert serious(page) == []
     opened.check()
