@@ -94,8 +94,8 @@ def hooks_of(arch: str) -> dict[str, Any]:
 # ---- what processes do
 
 
-def leads() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def is_last() -> bool:
+    return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 def run_cases(folder: str, names: list[str], parallel: str) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def run_one(
     dies_at: int | None = None,
     error: str | None = None,
 ) -> Any:
-    """Train one SAE; with `dies_at` the second process is killed after so many steps, or fails with an error,
+    """Train one SAE; with `dies_at` the last process is killed after so many steps, or fails with an error,
     or ("nan") gets a spoilt row."""
 
     source = source_of(bad_row)
     config = config_of(**settings)
-    if dies_at is not None and not leads():
+    if dies_at is not None and is_last():
         step = SAETrainer.step
 
         def dying(trainer: SAETrainer, *arguments: Any) -> StepReport:
@@ -268,4 +268,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # it matters when the power fails, not here
     torch.set_num_threads(1)
+    import torch._dynamo  # every optimiser asks for it, a second in each process
+
     _serve(Path(sys.argv[1]))

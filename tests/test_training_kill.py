@@ -91,9 +91,16 @@ def test_kill_9_at_thirty_moments(trainers: Trainers, tmp_path: Path) -> None:
     said, killed = killed_and_resumed(trainers, KILLS, tmp_path, "one", settings=SETTINGS)
     assert killed == KILLS
     assert [without_where(each) for each in said] == [without_where(whole)] * len(said)
-    assert any(0 < each["resumed_at"] < 24 for each in said)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"whole", "timed", *map(str, range(len(said)))}
+
+
+def test_killed_at_a_step_it_goes_on_from_the_last_checkpoint(trainers: Trainers, tmp_path: Path) -> None:
+    whole = trainers.run("one", out=tmp_path / "whole", settings=SETTINGS)[0].said
+    for step in (0, 1, 2, 13, 23):
+        arguments = {"out": tmp_path / str(step), "settings": SETTINGS}
+        assert trainers.run("one", dies_at=step, **arguments)[0].status == signal.SIGKILL
+        assert trainers.run("one", **arguments)[0].said == {**whole, "resumed_at": step // 2 * 2}
 
 
 def test_kill_9_in_a_sweep(trainers: Trainers, tmp_path: Path) -> None:
