@@ -120,6 +120,26 @@ GLOSSARY: dict[str, Definition] = {
         "How evenly the feature fires over the sources of the text, as rates.",
         "−Σ p log₂ p over sources, p = rate / Σ rates",
     ),
+    "top_role": Definition(
+        "main role",
+        "Of chats: the role in whose turns the feature fires most often, by the lower end of the rate's 95% interval; "
+        "none stands for the template's own words between turns.",
+    ),
+    "role_entropy": Definition(
+        "role entropy",
+        "How evenly the feature fires over the roles of a chat, as rates.",
+        "−Σ p log₂ p over roles, p = rate / Σ rates",
+    ),
+    "top_kind": Definition(
+        "main kind of content",
+        "Of chats: what the feature fires most often on (text, reasoning, calls, answers and definitions of tools, or "
+        "the template's markup), by the lower end of the rate's 95% interval.",
+    ),
+    "kind_entropy": Definition(
+        "content entropy",
+        "How evenly the feature fires over the kinds of content of a chat, as rates.",
+        "−Σ p log₂ p over kinds, p = rate / Σ rates",
+    ),
     "umap": Definition(
         "UMAP",
         "A map of the decoder: features that write in alike directions lie near each other. Distances within a "

@@ -63,6 +63,10 @@ class FeatureQuery:
     source: str = ""
     kind: str = ""
     """ "" or one of `KINDS`."""
+    role: str = ""
+    """Of chats: in whose turns its rate is highest."""
+    content: str = ""
+    """Of chats: the kind of content that its rate is highest on."""
     starred: bool = False
     list: str = ""
     """Of the labels' lists."""
@@ -93,6 +97,8 @@ class FeatureQuery:
             language=query.get("language", ""),
             source=query.get("source", ""),
             kind=kind if kind in KINDS else "",
+            role=query.get("role", ""),
+            content=query.get("content", ""),
             starred=query.get("starred", "") == "1",
             low=_share(query.get("low", ""), 0.0),
             high=_share(query.get("high", ""), 1.0),
@@ -136,7 +142,7 @@ def listing(index: "FeatureIndex", query: FeatureQuery) -> Listing:
 
     Raises:
         InvalidInputError: a condition or an area cannot be read, or the index lacks what a filter needs.
-        UnknownNameError: a language, source or list that does not exist.
+        UnknownNameError: a language, source, role, kind of content or list that does not exist.
     """
     marks = marks_of(index)
     key = (index.fingerprint, str(index.path), marks.version, query)
@@ -182,6 +188,10 @@ def _passing(index: "FeatureIndex", query: FeatureQuery, marks: Marks) -> np.nda
     if query.source:
         _check_known("source", query.source, index.sources)
         passes &= (table["top_source"] == query.source).to_numpy(bool)
+    if query.role:
+        passes &= _mostly(index, "role", query.role, index.roles)
+    if query.content:
+        passes &= _mostly(index, "kind", query.content, index.kinds)
     if query.low > 0 or query.high < 1:
         density = table["density"].to_numpy(float)
         passes &= (density >= query.low) & (density <= query.high)
@@ -221,6 +231,17 @@ def _of_kind(index: "FeatureIndex", query: FeatureQuery) -> np.ndarray:
         _check_known("language", query.language, index.languages)
         return (language == query.language).to_numpy(bool)
     return (language.fillna("") != "").to_numpy(bool)
+
+
+def _mostly(index: "FeatureIndex", group: str, name: str, known: Sequence[str]) -> np.ndarray:
+    """Which features have their highest rate in a role's turns, or on a kind of content."""
+    _check_known(group, name, known)
+    if f"top_{group}" not in index.table:
+        raise InvalidInputError(
+            f"This index was built by an earlier release and does not say which {group} a feature fires most in. "
+            "Build it again to know."
+        )
+    return (index.table[f"top_{group}"] == name).to_numpy(bool)
 
 
 def _in_area(index: "FeatureIndex", query: FeatureQuery) -> np.ndarray:

@@ -205,6 +205,9 @@ class ExampleRequest:
     """ "top", "quantiles", "random", or "band" (the firings of one bar of the histogram)."""
     language: str = ""
     source: str = ""
+    role: str = ""
+    content: str = ""
+    """Of chats: the role and the kind of content of the tokens that it fires on."""
     document: int | None = None
     """Number of the one document to take them from."""
     n: int = 20
@@ -218,7 +221,7 @@ class ExampleRequest:
     @property
     def filtered(self) -> bool:
         """Whether it asks for a part of the text alone."""
-        return bool(self.language or self.source or self.document is not None)
+        return bool(self.language or self.source or self.role or self.content or self.document is not None)
 
 
 @dataclass(frozen=True)
@@ -239,11 +242,15 @@ def examples(index: "FeatureIndex", feature: int, wanted: ExampleRequest) -> lis
     if wanted.filtered:
         _check_known("language", wanted.language, index.languages)
         _check_known("source", wanted.source, index.sources)
+        _check_known("role", wanted.role, index.roles)
+        _check_known("kind", wanted.content, index.kinds)
         found = index.examples_in(
             feature,
             n,
             language=wanted.language or None,
             source=wanted.source or None,
+            role=wanted.role or None,
+            kind=wanted.content or None,
             document=wanted.document,
             per_sequence=2 if wanted.document is None else n,
         )

@@ -189,9 +189,16 @@ class FakeIndex:
                     "neighbour_cosines": [0.8 - 0.1 * step for step in range(5)],
                     "language_neutral": feature % 5 == 0,
                     "language_specific": "ja" if feature % 11 == 0 else "",
+                    **self._spoken_cells(feature),
                 }
             )
         return pd.DataFrame(rows)
+
+    def _spoken_cells(self, feature: int) -> dict[str, Any]:
+        if not self.roles:
+            return {}
+        tops = {"role": self.by_role(feature)["role"].iloc[0], "kind": self.by_kind(feature)["kind"].iloc[0]}
+        return {f"top_{name}": top for name, top in tops.items()} | {f"{name}_entropy": 1.5 for name in tops}
 
     def info(self) -> dict[str, Any]:
         return {"id": self.id}
@@ -260,6 +267,8 @@ class FakeIndex:
         language: str | None = None,
         source: str | None = None,
         document: int | None = None,
+        role: str | None = None,
+        kind: str | None = None,
         window: tuple[int, int] = (24, 12),
         **_: Any,
     ) -> Examples:
@@ -274,6 +283,10 @@ class FakeIndex:
             if document not in set(self.documents["document"]):
                 raise OutOfRangeError(f"There is no document {document}.")
             keep &= (about["document"] == document).to_numpy()
+        if role:
+            keep &= np.array([self.roles[row % len(self.roles)] == role for row in fired["row"]], bool)
+        if kind:
+            keep &= np.array([self.kinds[row % len(self.kinds)] == kind for row in fired["row"]], bool)
         return self._examples(feature, fired[keep].head(n), window)
 
     def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:
@@ -401,7 +414,15 @@ class FakeIndex:
                 "sequence": sequence,
                 "position": rows - self.sequences["start_row"].to_numpy()[sequence],
                 "flags": (texts == "<bos>").astype(int),
-                **({"role": "assistant", "kind": "tool_call", "message": 2} if self.roles else {}),
+                **(
+                    {
+                        "role": [self.roles[row % len(self.roles)] for row in rows],
+                        "kind": [self.kinds[row % len(self.kinds)] for row in rows],
+                        "message": rows % 5,
+                    }
+                    if self.roles
+                    else {}
+                ),
             }
         )
 

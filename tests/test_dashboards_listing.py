@@ -79,6 +79,22 @@ def test_filters_are_those_of_pandas(index: fakes.FakeIndex) -> None:
             ids(index, **query)
 
 
+def test_chats_are_filtered_by_the_role_and_the_kind_that_a_feature_fires_most_in(index: fakes.FakeIndex) -> None:
+    chats = fakes.FakeIndex("chats", 2, "template")
+    role, content = chats.table["top_role"], chats.table["top_kind"]
+    assert ids(chats, role="tool") == chats.table.loc[role == "tool", "feature"].tolist()
+    both = (role == "user") & (content == "text")
+    assert ids(chats, role="user", content="text") == chats.table.loc[both, "feature"].tolist()
+    assert {"top_role", "role_entropy", "top_kind", "kind_entropy"} <= {column.name for column in available(chats)}
+    assert set(grid_table(chats, {"role": "tool"})["top_role"]) == {"tool"}
+    for of, query in ((chats, {"role": "narrator"}), (chats, {"content": "song"}), (index, {"role": "tool"})):
+        with pytest.raises(UnknownNameError):
+            ids(of, **query)
+    del chats.table["top_role"]
+    with pytest.raises(InvalidInputError, match="earlier release"):
+        ids(chats, role="assistant")
+
+
 def test_what_cannot_be_read_of_an_address_counts_as_not_given(index: fakes.FakeIndex) -> None:
     query = FeatureQuery.of({"show": "no", "kind": "x", "low": "nan", "high": "-3", "sort": "path:asc,x", "x": "path"})
     assert query == FeatureQuery()

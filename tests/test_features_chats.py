@@ -17,6 +17,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.features.build import build_index
+from scope.features.grids import feature_grid
 from scope.features.index import FeatureIndex
 from scope.saes.base import SAEMetadata
 
@@ -70,6 +71,50 @@ def test_rates_by_role_and_kind_are_those_of_the_rows(case) -> None:
     assert "By role" in shown
     assert "By kind" in shown
     assert "tool_response" in shown
+
+
+def test_the_table_says_where_a_feature_fires_most(case) -> None:
+    _, _, index = case
+    table = index.table
+    for group, table_of in (("role", index.by_role), ("kind", index.by_kind)):
+        top, entropy = table[f"top_{group}"], table[f"{group}_entropy"]
+        for feature in table["feature"]:
+            found = table_of(feature)
+            if not found["n_firings"].any():
+                assert top[feature] == ""
+                continue
+            best = found[found[group] == top[feature]].iloc[0]
+            assert best["rate_low"] == pytest.approx(found["rate_low"].max())
+            p = found["rate"].to_numpy() / found["rate"].sum()
+            assert entropy[feature] == pytest.approx(-(p[p > 0] * np.log2(p[p > 0])).sum(), abs=1e-5)
+    found = index.query(filters={"top_role": ["tool"], "top_kind": "tool_response"}, sort=[("density", False)]).rows
+    wanted = table[(table["top_role"] == "tool") & (table["top_kind"] == "tool_response")]
+    assert set(found["feature"]) == set(wanted["feature"])
+    assert {"top_role", "top_kind"} <= set(feature_grid(index).columns)
+
+
+def test_examples_of_a_role_and_a_kind(case) -> None:
+    store, _, index = case
+    role, kind = (store.column(name, 0, store.n_rows) for name in ("role", "kind"))
+    every = {"n": store.n_rows, "distinct": False, "per_sequence": store.n_rows}
+    seen = 0
+    for feature in index.table.nlargest(6, "n_firings")["feature"]:
+        fired = index.firings(feature)["row"].to_numpy()
+        for asked, holds in (
+            ({"role": "assistant"}, role == ROLES.index("assistant")),
+            ({"kind": "tool_response"}, kind == CONTENT_KINDS.index("tool_response")),
+            ({"role": "assistant", "kind": "text"}, (role == ROLES.index("assistant")) & (kind == 1)),
+            ({"role": "none", "document": 1}, (role == 0) & np.isin(np.arange(store.n_rows), index.document_rows(1))),
+        ):
+            examples = index.examples_in(feature, **asked, **every)
+            assert [example.row for example in examples] == fired[holds[fired]].tolist()
+            assert all(index.firings(feature)["row"][example.rank] == example.row for example in examples)
+            seen += len(examples)
+    assert seen > 20
+    with pytest.raises(UnknownNameError, match="role"):
+        index.examples_in(0, role="narrator")
+    with pytest.raises(UnknownNameError, match="kind"):
+        index.examples_in(0, kind="reasoning")  # no chat of this text has any
 
 
 def test_conditions_name_roles_and_kinds(case) -> None:
@@ -126,7 +171,13 @@ def test_plain_text_has_no_roles(tmp_path: Path) -> None:
     assert index.roles == index.kinds == ()
     assert "roles" not in index.info()
     assert isinstance(index, FeatureIndex)
-    for ask in (lambda: index.by_role(0), lambda: index.by_kind(0), lambda: index.contrast("role:user")):
+    assert "top_role" not in index.table
+    for ask in (
+        lambda: index.by_role(0),
+        lambda: index.by_kind(0),
+        lambda: index.contrast("role:user"),
+        lambda: index.examples_in(0, role="user"),
+    ):
         with pytest.raises(InvalidInputError, match="text is no chats"):
             ask()
     assert "role" not in index.tokens(0, 2)

@@ -229,7 +229,8 @@
   const clientside = (window.dash_clientside = window.dash_clientside || {});
   clientside.scope = Object.assign(clientside.scope || {}, {
     /** The inputs of the browser, in the address. */
-    filterFeatures(text, show, language, source, kind, starred, list, density, a, b, plot, x, y, colour, columns) {
+    filterFeatures(text, show, language, source, kind, starred, list, density, a, b, plot, x, y, colour, columns,
+      role, content) {
       const [low, high] = density || [-6, 0];
       const power = (value) => Number((10 ** value).toPrecision(3));
       densityWords([low, high]);
@@ -241,7 +242,7 @@
       const chosen = columns || [];
       const usual = chosen.length === 3 && ["density", "max_value", "top_language"].every((one) => chosen.includes(one));
       change({
-        q: text, show: show === "all" ? null : show, language, source, kind, list, a, b, colour,
+        q: text, show: show === "all" ? null : show, language, source, role, content, kind, list, a, b, colour,
         starred: starred ? "1" : null,
         low: low > -6 ? power(low) : null, high: high < 0 ? power(high) : null,
         cols: usual ? null : chosen.join(","),

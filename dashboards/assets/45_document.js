@@ -171,6 +171,8 @@
         show: request.show === "top" ? null : request.show,
         language: request.language,
         source: request.source,
+        role: request.role,
+        content: request.content,
         document: request.document,
         context: request.context === "document" ? "document" : null,
         n: request.n === 20 ? null : request.n,

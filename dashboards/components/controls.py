@@ -62,7 +62,9 @@ def panel(title: str, *children: Any, term: str | None = None, unit: str = "", e
     return html.Section(className="panel", children=[html.Header(head), *children])
 
 
-def choice(id: str, title: str, values: Iterable[Any], value: str | None, size: str = "sm") -> dmc.Select:
+def choice(
+    id: str, title: str, values: Iterable[Any], value: str | None, size: str = "sm", *, shown: bool = True
+) -> dmc.Select:
     """A searchable, clearable list.
 
     Args:
@@ -71,6 +73,7 @@ def choice(id: str, title: str, values: Iterable[Any], value: str | None, size: 
         values: to choose from.
         value: the one that is chosen.
         size: as Mantine has it.
+        shown: whether there is something to choose; what callbacks read stays on the page all the same.
     """
     return dmc.Select(
         id=id,
@@ -82,5 +85,6 @@ def choice(id: str, title: str, values: Iterable[Any], value: str | None, size: 
         size=size,
         className="filter",
         comboboxProps={"shadow": "md"},
+        **({} if shown else {"display": "none"}),
         **{"aria-label": title},
     )

@@ -53,6 +53,13 @@ def toolbar(index: "FeatureIndex", query: FeatureQuery) -> html.Div:
             ),
             choice("features-language", "Any main language", index.languages, query.language or None),
             choice("features-source", "Any main source", index.sources, query.source or None),
+            *(
+                choice(f"features-{name}", words, known, value or None, shown=bool(known))
+                for name, words, known, value in (
+                    ("role", "Any main role", index.roles, query.role),
+                    ("content", "Any main content", index.kinds, query.content),
+                )
+            ),
         ],
     )
 
@@ -314,7 +321,11 @@ def plot(index: "FeatureIndex", view: View, umap_command: str) -> html.Section:
     numbers = [one for one in available(index, numbers=True) if one.name != "feature"]
     axes = [{"value": one.name, "label": one.title} for one in numbers if one.name not in UMAP]
     colours = [
-        *({"value": name, "label": COLUMNS[name].title} for name in ("top_language", "top_source")),
+        *(
+            {"value": name, "label": COLUMNS[name].title}
+            for name in ("top_language", "top_source", "top_role", "top_kind")
+            if COLUMNS[name].on(index)
+        ),
         *axes,
     ]
     has_umap = any(one.name in UMAP for one in numbers)

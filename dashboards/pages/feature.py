@@ -47,6 +47,8 @@ __all__ = ["register", "render"]
 
 SHOWS = (("top", "Top"), ("quantiles", "Quantiles"), ("random", "Random"))
 CONTEXTS = (("snippet", "Snippet"), ("document", "Document"))
+FILTERS = ("language", "source", "role", "content")
+"""Parts of the text that examples can be taken from, by their names in the address."""
 STEP = 20
 
 
@@ -124,6 +126,8 @@ def request_of(query: dict[str, str]) -> ExampleRequest:
         show=query.get("show", "top"),
         language=query.get("language", ""),
         source=query.get("source", ""),
+        role=query.get("role", ""),
+        content=query.get("content", ""),
         document=whole("document", 0) if query.get("document") else None,
         n=whole("n", STEP),
         seed=whole("seed", 0),
@@ -152,6 +156,13 @@ def _example_part(context: Context, index: str, feature: FeatureSummary, wanted:
                     ),
                     choice("examples-language", "Any language", opened.languages, wanted.language or None, "xs"),
                     choice("examples-source", "Any source", opened.sources, wanted.source or None, "xs"),
+                    *(
+                        choice(f"examples-{name}", words, known, value or None, "xs", shown=bool(known))
+                        for name, words, known, value in (
+                            ("role", "Any role", opened.roles, wanted.role),
+                            ("content", "Any content", opened.kinds, wanted.content),
+                        )
+                    ),
                     dmc.SegmentedControl(
                         id="examples-context",
                         data=[{"value": value, "label": label} for value, label in CONTEXTS],
@@ -187,17 +198,18 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
     shown = sum(len(group.examples) for group in groups)
     only = [] if wanted.document is None else [one_document(opened, feature, wanted.document)]
     if not shown:
-        where = " and ".join(part for part in (wanted.language, wanted.source) if part) or "this part of the text"
+        parts = (wanted.language, wanted.source, wanted.role, wanted.content)
+        where = " and ".join(part.replace("_", " ") for part in parts if part) or "this part of the text"
         words = f"The feature does not fire in {where}. Clear the filter to see where it does."
         return html.Div([*only, states.empty("No examples", words)])
-    parts: list[Any] = [*only, example_groups(groups, index, scale, wanted.context == "document")]
+    content: list[Any] = [*only, example_groups(groups, index, scale, wanted.context == "document")]
     if wanted.show == "random" and not wanted.filtered:
-        parts.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
+        content.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
     elif wanted.show != "quantiles" and shown >= wanted.n and wanted.n < MAX_EXAMPLES:
-        parts.append(button(f"Show {STEP} more", id="examples-more", className="more"))
+        content.append(button(f"Show {STEP} more", id="examples-more", className="more"))
     elif wanted.show == "quantiles":
-        parts.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
-    return html.Div(parts)
+        content.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
+    return html.Div(content)
 
 
 def register(app: Dash, context: Context) -> None:
@@ -260,49 +272,42 @@ def _register_logits(app: Dash, context: Context) -> None:
 
 
 def _register_choice(app: Dash, context: Context) -> None:
-    """The segmented control, the two filters and the bars of the histogram choose which examples are shown."""
+    """The segmented control, the filters and the bars of the histogram choose which examples are shown."""
 
     @app.callback(
         Output("examples-request", "data"),
         Output("examples-show", "value"),
-        Output("examples-language", "value"),
-        Output("examples-source", "value"),
+        *(Output(f"examples-{name}", "value") for name in FILTERS),
         Input("examples-show", "value"),
-        Input("examples-language", "value"),
-        Input("examples-source", "value"),
+        *(Input(f"examples-{name}", "value") for name in FILTERS),
         Input("examples-context", "value"),
         Input("feature-histogram", "clickData"),
         State("examples-request", "data"),
         State("feature-of-page", "data"),
         prevent_initial_call=True,
     )
-    def choose(
-        show: str,
-        language: str | None,
-        source: str | None,
-        extent: str,
-        bar: dict[str, Any] | None,
-        now: dict[str, Any],
-        about: dict[str, Any],
-    ) -> tuple[Any, Any, Any, Any]:
+    def choose(show: str, *rest: Any) -> tuple[Any, ...]:
+        *chosen, extent, bar, now, about = rest
+        filters = {name: value or "" for name, value in zip(FILTERS, chosen, strict=True)}
+        unchanged, cleared = [no_update] * len(FILTERS), [None] * len(FILTERS)
         base = ExampleRequest(context=extent)
         if ctx.triggered_id == "examples-context":
             if extent == now.get("context"):
                 raise PreventUpdate
-            return {**now, "context": extent}, no_update, no_update, no_update
+            return {**now, "context": extent}, no_update, *unchanged
         if ctx.triggered_id == "feature-histogram":
             if not bar:
                 raise PreventUpdate
             _, counts = context.index(about["index"]).histogram(about["feature"])
             low, high = band_of_bin(counts, int(bar["points"][0]["pointIndex"]))
-            return {**base.__dict__, "show": "band", "low": low, "high": high}, "", None, None
+            return {**base.__dict__, "show": "band", "low": low, "high": high}, "", *cleared
         if ctx.triggered_id == "examples-show":
             if not show or (show == now["show"] and not ExampleRequest(**now).filtered):
                 raise PreventUpdate
-            return {**base.__dict__, "show": show}, no_update, None, None
-        if (language or "") == now["language"] and (source or "") == now["source"]:
+            return {**base.__dict__, "show": show}, no_update, *cleared
+        if all(filters[name] == now[name] for name in FILTERS):
             raise PreventUpdate
-        return {**base.__dict__, "language": language or "", "source": source or ""}, "top", no_update, no_update
+        return {**base.__dict__, **filters}, "top", *unchanged
 
 
 def _register_paging(app: Dash) -> None:

@@ -49,6 +49,8 @@ INPUTS = (
     ("features-y", "value"),
     ("features-colour", "value"),
     ("features-columns", "value"),
+    ("features-role", "value"),
+    ("features-content", "value"),
 )
 """What writes the address, in the order that `filterFeatures` of assets/40_grid.js takes it."""
 

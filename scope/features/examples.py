@@ -7,7 +7,7 @@ last of them, equal those of a stronger one, and takes only a few from one windo
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -116,18 +116,20 @@ class Firings(NamedTuple):
     values: np.ndarray
 
 
-def ranked_firings(reader: "IndexReader", feature: int, kept: np.ndarray | None = None) -> Iterator[Firings]:
+def ranked_firings(
+    reader: "IndexReader", feature: int, kept: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Iterator[Firings]:
     """A feature's firings, the strongest first, in growing pieces.
 
     Args:
-        kept: bool by sequence, which windows of the text to take firings from.
+        kept: says of row ids which to take firings from, bool `(n,)`; None for all.
     """
     start, size, n = 0, 256, reader.n_firings_of(feature)
     while start < n:
         rows, values = reader.firing_arrays(feature, start, min(start + size, n))
         ranks = np.arange(start, start + len(rows))
         if kept is not None:
-            here = kept[reader.row_column("sequence").take(rows)]
+            here = kept(rows)
             ranks, rows, values = ranks[here], rows[here], values[here]
         if len(rows):
             yield Firings(ranks, rows, values)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scope.errors import OutOfRangeError, UnknownNameError
+from scope.errors import OutOfRangeError
 from scope.features import description, lookup, occurrences, parallel, profile, text_rows
 from scope.features.conditions import Condition
 from scope.features.contrast import Contrast, contrast, count_condition
@@ -18,6 +18,7 @@ from scope.features.feature import Feature
 from scope.features.grid import FeatureGrid, QueryResult
 from scope.features.labels import FeatureLabels
 from scope.features.reader import IndexFault, IndexReader
+from scope.features.within import rows_within
 
 __all__ = ["FeatureIndex", "IndexFault", "QueryResult"]
 
@@ -95,6 +96,7 @@ class FeatureIndex(Described):
         top_language, top_source: where its rate is highest, by the lower end of the rate's interval.
         language_entropy, source_entropy: bits, of rates (not counts) over groups.
         language_neutral (bool), language_specific (the language, or ""): see `scope.features.languages`.
+        top_role, role_entropy, top_kind, kind_entropy: of chats, the same over roles and kinds of content.
         dead (no firing), over_dense (density above 0.1)
         """
         return self._table
@@ -211,19 +213,20 @@ class FeatureIndex(Described):
         language: str | None = None,
         source: str | None = None,
         document: int | None = None,
+        role: str | None = None,
+        kind: str | None = None,
         window: tuple[int, int] = (24, 12),
         distinct: bool = True,
         per_sequence: int = 2,
     ) -> Examples:
-        """The strongest firings within one language, one source, one document, or all of those given."""
-        for kind, name, known in (("language", language, self.languages), ("source", source, self.sources)):
-            if name is not None and name not in known:
-                raise UnknownNameError(kind, name, known)
-        windows = self._reader.windows_of(language, source)
-        if document is not None:
-            self._reader.document_info(document)
-            windows &= self._reader.windows.document == document
-        kept = self._reader.sequences_of(windows)
+        """The strongest firings within one language, one source, one document, of chats also on tokens of one role's
+        turns and of one kind of content, or within all of those given.
+
+        Raises:
+            UnknownNameError, OutOfRangeError: this index does not have it.
+            InvalidInputError: a role or a kind is given, and the text is no chats.
+        """
+        kept = rows_within(self._reader, document, language=language, source=source, role=role, kind=kind)
         return self._strongest(feature, n, window, kept, distinct, per_sequence)
 
     def neighbours(self, feature: int, n: int = 20) -> pd.DataFrame:
@@ -486,7 +489,7 @@ class FeatureIndex(Described):
         feature: int,
         n: int,
         window: tuple[int, int],
-        kept: np.ndarray | None,
+        kept: Callable[[np.ndarray], np.ndarray] | None,
         distinct: bool,
         per_sequence: int,
     ) -> Examples:

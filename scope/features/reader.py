@@ -313,12 +313,6 @@ class IndexReader:
                 kept &= (self._window_groups[name] == wanted).to_numpy()
         return kept
 
-    def sequences_of(self, windows: np.ndarray) -> np.ndarray:
-        """bool by sequence number, given which entries of `windows` are meant."""
-        kept = np.zeros(len(self.windows.place), bool)
-        kept[self.windows.sequence[windows]] = True
-        return kept
-
 
 def _verify_file(path: Path, entry: dict[str, Any], told: Callable[[int], None], may_grow: bool) -> str | None:
     """What is wrong with a file, if anything; one that may grow is looked at as far as it is recorded."""

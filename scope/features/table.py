@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from scope.features.languages import language_facts
+from scope.features.layout import SPOKEN
 from scope.features.statistics import (
     QUANTILES,
     ListStatistics,
@@ -63,6 +64,7 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
         times or more.
     language_entropy, source_entropy: bits, of rates (not counts) over groups.
     language_neutral, language_specific: see `scope.features.languages`.
+    top_role, role_entropy, top_kind, kind_entropy: of chats, as of languages, over the roles and kinds that have rows.
     dead: no firing in this index. over_dense: density above `OVER_DENSE`.
     """
     import pandas as pd
@@ -94,6 +96,7 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
         **_group_columns("language", gathered.texts.languages, lists.by_language, gathered.rows.by_language),
         **_group_columns("source", gathered.texts.sources, lists.by_source, gathered.rows.by_source),
         **_language_columns(gathered),
+        **_spoken_columns(gathered),
         "dead": n == 0,
         "over_dense": density > OVER_DENSE,
     }
@@ -131,6 +134,15 @@ def _language_columns(gathered: Gathered) -> dict[str, object]:
     facts = language_facts(gathered.lists.by_language, spread.windows, spread.documents, rows)
     names = np.array([*gathered.texts.languages, ""], dtype=object)
     return {"language_neutral": facts.neutral, "language_specific": names[facts.specific]}
+
+
+def _spoken_columns(gathered: Gathered) -> dict[str, object]:
+    columns: dict[str, object] = {}
+    for group, rows in gathered.rows.by_spoken.items():
+        there = np.flatnonzero(rows)
+        names = tuple(SPOKEN[group][code] for code in there)
+        columns |= _group_columns(group, names, gathered.lists.by_spoken[group], rows[there])
+    return columns
 
 
 def _group_columns(group: str, names: tuple[str, ...], counts: np.ndarray, rows: np.ndarray) -> dict[str, object]:

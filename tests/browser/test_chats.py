@@ -80,7 +80,37 @@ def test_rates_by_role_lead_to_what_fires_there(visit: Callable, chats) -> None:
     panel = page.locator(".panel:has(h2:has-text('By role'))")
     assert sorted(panel.locator(".bars .name").all_text_contents()) == ["assistant", "system", "tool", "user"]
     assert "a=role%3A" in panel.locator("a.name").first.get_attribute("href")
-    card_says(page, page.locator(".strip .tok[data-on]").first, "assistant · call")
+    opened.check()
+
+
+def test_examples_and_features_of_a_role(visit: Callable, chats) -> None:
+    opened = visit(server=chats)
+    page = opened.open("/feature/0", "#examples .strip")
+    page.fill("#examples-role", "assistant")
+    page.click("[role=option]:has-text('assistant')")
+    opened.until("new URL(location).searchParams.get('role') === 'assistant'")
+    page.wait_for_selector("#examples .strip")
+    opened.open("/feature/0?role=assistant&content=tool_call", "#examples .strip")
+    assert page.input_value("#examples-content") == "tool_call"
+    card_says(page, page.locator("#examples .strip .tok.centre").first, "assistant · call")
+    opened.open("/feature/0?role=assistant&content=text", "#examples .state")
+    assert "assistant and text" in page.text_content("#examples")
+    page = opened.open("/features?role=tool&cols=density,top_role,top_kind", ".ag-row")
+    opened.until("document.querySelector('#features-count').textContent.includes(' of ')")
+    assert set(page.locator(".ag-cell[col-id=top_role]").all_text_contents()) == {"tool"}
+    page.fill("#features-content", "text")
+    page.click("[role=option]:has-text('text')")
+    opened.until("new URL(location).searchParams.get('content') === 'text'")
+    opened.check()
+
+
+def test_plain_text_offers_no_roles(visit: Callable) -> None:
+    opened = visit()
+    page = opened.open("/features", ".ag-row")
+    assert not page.locator("#features-role").is_visible()
+    assert "role" not in page.url
+    page = opened.open("/feature/5", "#examples .strip")
+    assert not page.locator("#examples-role").is_visible()
     opened.check()
 
 
