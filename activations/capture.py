@@ -33,7 +33,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture", "check_numbers", "resolved_hooks", "spec_of"]
+__all__ = ["CaptureReport", "capture", "check_numbers", "resolved_hooks", "row_choice", "spec_of"]
 
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
@@ -167,7 +167,7 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
     made = crew.model
     started = time.monotonic()
     batch_size = _given(request.batch_size, made.default_batch_size)
-    rows = _choice(made, text, manifest, request.selection, request.chat_template, adopt=text is None or append)
+    rows = row_choice(made, text, manifest, request.selection, request.chat_template, adopt=text is None or append)
     hooks = request.hooks if entry is None else _all_hooks(made, request.hooks, ActivationStore.open(storage))
     shapes, aliases = resolved_hooks(made, hooks)
     spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
@@ -282,7 +282,7 @@ def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, 
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
 
 
-class _Choice(NamedTuple):
+class RowChoice(NamedTuple):
     """Which tokens become rows, and how chats are written."""
 
     selection: RowSelection
@@ -301,21 +301,26 @@ class _Choice(NamedTuple):
         return {"selection": self.selection.settings, "chats": chats}
 
 
-def _choice(
+def row_choice(
     model: HookedModel,
     text: TextSource | None,
     manifest: Mapping[str, Any] | None,
     selection: RowSelection | None,
     chat_template: str | None,
     adopt: bool,
-) -> _Choice:
-    """What was given, completed by what the store has (if `adopt`) and what the tokenizer has."""
+) -> RowChoice:
+    """What was given, completed by what the store has (if `adopt`) and what the tokenizer has.
+
+    Raises:
+        MismatchError: one of store and text is chats, the other is not.
+        InvalidInputError: something of chats is given and the text is none, or nothing says how to write them.
+    """
     stored: Mapping[str, Any] = manifest or {}
     chats = stored.get("chats")
     if selection is None:
         selection = RowSelection.from_settings(stored.get("selection") if adopt else None)
     if text is None:
-        return _Choice(selection, chats["template"] if chats and chat_template is None else chat_template, chats)
+        return RowChoice(selection, chats["template"] if chats and chat_template is None else chat_template, chats)
     if not text.is_chats:
         if chats is not None and adopt:
             raise MismatchError(f"The store holds chats, {', '.join(text.names)} none. Give text with messages.")
@@ -323,7 +328,7 @@ def _choice(
             given = "a chat template was given" if chat_template is not None else f"roles is {list(selection.roles)}"
             given = f"kinds is {list(selection.kinds)}" if selection.kinds else given
             raise InvalidInputError(f"{given}, but the text is no chats. Name the column of their messages.")
-        return _Choice(selection, None)
+        return RowChoice(selection, None)
     if manifest is not None and chats is None:
         raise MismatchError(f"The store holds plain text, {', '.join(text.names)} chats. Give another output folder.")
     template = chat_template or (chats["template"] if chats and adopt else model.chat_template)
@@ -331,10 +336,10 @@ def _choice(
         raise InvalidInputError(
             f"The tokenizer of {model.identity.model} has no chat template; give one, or capture the text as text."
         )
-    return _Choice(selection, template)
+    return RowChoice(selection, template)
 
 
-def _require_rows(text: TextSource, model: HookedModel, spec: CaptureSpec, rows: _Choice) -> None:
+def _require_rows(text: TextSource, model: HookedModel, spec: CaptureSpec, rows: RowChoice) -> None:
     """Refuse a text of which no token is chosen."""
     choosing = choosing_for(model, rows.selection, rows.chat_template)
     if choosing is None:

@@ -123,6 +123,12 @@ class Distributions:
     """Jensen-Shannon divergence of the two, in bits: 0 where they are equal, 1 where they share nothing."""
 
 
+class _Lens(NamedTuple):
+    lens: "LogitLens"
+    said: tuple[Said, ...]
+    """Of a chat: what each token is."""
+
+
 @dataclass(frozen=True)
 class TypedToken:
     """The single tokens that what someone typed can stand for, the likeliest reading first."""
@@ -154,7 +160,7 @@ class PromptJobs:
     def submit_lens(
         self, index: str, asked: Asked, mode: LensMode = "", follow: tuple[int, ...] = (), position: int | None = None
     ) -> Job:
-        """Queue the logit lens, at all positions or at one; the job's result is a `LogitLens`."""
+        """Queue the logit lens, at all positions or at one; `lens` and `lens_said` have its result."""
         key = ("lens", index, asked, mode, follow, position)
         return self.context.worker.submit(
             key, lambda job: self._lens(job, index, asked, mode, follow, position), time_limit=LENS_TIME_LIMIT
@@ -177,7 +183,13 @@ class PromptJobs:
         self, index: str, asked: Asked, mode: LensMode = "", follow: tuple[int, ...] = (), position: int | None = None
     ) -> "LogitLens | None":
         """The logit lens, where it is done."""
-        return self.context.worker.result(("lens", index, asked, mode, follow, position))
+        found: _Lens | None = self.context.worker.result(("lens", index, asked, mode, follow, position))
+        return None if found is None else found.lens
+
+    def lens_said(self, index: str, asked: Asked, mode: LensMode = "") -> tuple[Said, ...]:
+        """What each token of a chat is, where the lens at all positions is done; nothing of a text."""
+        found: _Lens | None = self.context.worker.result(("lens", index, asked, mode, (), None))
+        return () if found is None else found.said
 
     def d_vocab(self, index: str) -> int:
         """The size of the vocabulary, once the model has been loaded; else 0."""
@@ -230,16 +242,16 @@ class PromptJobs:
 
     def _lens(
         self, job: Job, index: str, asked: Asked, mode: LensMode, follow: tuple[int, ...], position: int | None
-    ) -> "LogitLens":
+    ) -> _Lens:
         from scope.attribution.lens import logit_lens
 
         model, sae = self._loaded(job, index)
-        prompt, n_tokens, _ = self._prepared(model, index, asked)
+        prompt, n_tokens, said = self._prepared(model, index, asked)
         _check_length(model, n_tokens, MAX_LENS_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         if position is not None:
             position = min(position, n_tokens - 1)
-        return logit_lens(
+        lens = logit_lens(
             model,
             prompt,
             positions=None if position is None else [position],
@@ -249,6 +261,7 @@ class PromptJobs:
             sae_mode=mode or "read",
             progress=lambda done, total: job.report("reading the layers", done, total),
         )
+        return _Lens(lens, said)
 
     def _typed(self, job: Job, index: str, typed: str) -> TypedToken:
         model, _ = self._loaded(job, index)

@@ -639,16 +639,20 @@ class FakeModel:
         return directions @ torch.randn(self.d_model, self.d_vocab, generator=generator)
 
 
+def prompt_pieces(prompt: Any) -> tuple[str, ...]:
+    """The tokens of a text, or of a chat, which is given character by character."""
+    if isinstance(prompt, str):
+        return ("<bos>", *split(prompt))
+    return ("<bos>", *helpers_chats.character_tokenizer().convert_ids_to_tokens(prompt[1:].tolist()))
+
+
 def fake_features_on_prompt(
     model: FakeModel, sae: Any, prompt: Any, *, index: Any = None, logits: bool = True
 ) -> FakePromptFeatures:
     """Stands in for `scope.features.prompt.features_on_prompt`."""
-    if isinstance(prompt, str):
-        if "wait" in prompt:
-            GATE.wait(60)
-        tokens = ("<bos>", *split(prompt))
-    else:
-        tokens = ("<bos>", *helpers_chats.character_tokenizer().convert_ids_to_tokens(prompt[1:].tolist()))
+    if isinstance(prompt, str) and "wait" in prompt:
+        GATE.wait(60)
+    tokens = prompt_pieces(prompt)
     rng = np.random.default_rng(len(prompt))
     rows = []
     for position in range(1, len(tokens)):
@@ -674,7 +678,7 @@ def fake_features_on_prompt(
 
 def fake_logit_lens(
     model: FakeModel,
-    prompt: str,
+    prompt: Any,
     *,
     positions: Any = None,
     k: int = 10,
@@ -686,11 +690,11 @@ def fake_logit_lens(
     """Stands in for `scope.attribution.lens.logit_lens`: each layer is a random distribution."""
     from scope.attribution.lens import LogitLens
 
-    if "wait" in prompt:
+    if isinstance(prompt, str) and "wait" in prompt:
         progress(1, 2)
         GATE.wait(60)
         progress(2, 2)
-    tokens = ("<bos>", *split(prompt))
+    tokens = prompt_pieces(prompt)
     places = np.arange(len(tokens)) if positions is None else np.array(positions)
     rng = np.random.default_rng(len(prompt) + (0 if sae is None else 1))
     logits = rng.normal(0, 2, (model.n_layers, len(tokens), model.d_vocab))[:, places]

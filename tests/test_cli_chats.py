@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from activations.store import ActivationStore
 from scope.cli import app
 from scope.saes.base import SAEMetadata
-from scope.saes.formats import save
+from scope.saes.formats import load, save
 
 
 def test_from_chats_to_features_by_role(tmp_path: Path) -> None:
@@ -43,6 +43,11 @@ def test_from_chats_to_features_by_role(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["roles", str(index), "--feature", "3"]).stdout
     assert "per 1,000" in said
     assert "tool_response" in said
+    trained = ("--hook", HOOK, "--d-sae", 32, "--k", 4, "--tokens", 512, "--batch-size", 64, "--evaluate-tokens", 0)
+    stored = scope("train", tmp_path / "s.zarr", *trained, "--out", tmp_path / "stored")
+    text = ("--model", model, "--data", chats, "--context-size", 48, "--messages-column", "messages")
+    streamed = scope("train", *text, "--chat-template", template, *trained, "--out", tmp_path / "streamed")
+    assert load(streamed["sae"]).cfg.metadata.store_fingerprint == load(stored["sae"]).cfg.metadata.store_fingerprint
     only_calls = tmp_path / "calls.index"
     scope("index", tmp_path / "calls.zarr", tmp_path / "sae", "--model", model, "--out", only_calls)
     assert set(scope("roles", only_calls, "--feature", 0)["kinds"][0]) > {"kind", "rate", "rate_low", "rate_high"}

@@ -5,20 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import helpers_chats
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers_activations import write_text
 from helpers_models import WRONG_TYPE, one_thread, real_model, tiny_folder, tiny_model  # noqa: F401  # a fixture
+from helpers_saes import make
 
 from activations.capture import capture
 from activations.shuffle import Selection, ShuffledBatches
 from activations.source import ActivationSource, RowFlag
 from activations.store import ActivationStore
 from activations.text import TextSource
+from scope.diffing.layers import layer_changes
+from scope.diffing.pair import ModelPair
+from scope.diffing.settings import ComparisonConfig
 from scope.errors import InvalidInputError, NonFiniteError, OutOfRangeError, UnknownNameError
+from scope.features import build_index
 from scope.models import LanguageModel, LiveActivations
 from scope.models.row_groups import GROUPS_AHEAD, RowGroups
+from scope.saes.base import SAEMetadata
 from scope.training import TrainConfig, train
 from scope.training.evaluate import evaluate
 
@@ -85,6 +93,39 @@ def test_rows_are_those_of_a_store(
         np.testing.assert_array_equal(bits.numpy(), store.read(hook, 0, store.n_rows))
         norms = np.concatenate([batch.norms[hook] for batch in batches])
         np.testing.assert_array_equal(norms, store.norms(hook, 0, store.n_rows))
+
+
+def test_chats_are_written_as_in_a_store(tmp_path: Path) -> None:
+    """Rows, fingerprint and index are those of a store of the same chats, roles and kinds included."""
+    chats = TextSource(
+        helpers_chats.write_chats(tmp_path / "chats.jsonl", [helpers_chats.weather_chat()] * 12),
+        messages_column="messages",
+    )
+    settings = {**SETTINGS, "max_tokens": 900}
+    template = {"chat_template": helpers_chats.BLOCKS}
+    store = capture(tiny_model("gemma3"), chats, [RESID], tmp_path / "s.zarr", **settings, **template).store
+    source = live(chats, [RESID], **settings, **template)
+    assert source.fingerprint == store.fingerprint
+    assert source.chats == store.manifest["chats"]
+    batches = list(source.batches([RESID], 77))
+    values = torch.cat([batch.activations[RESID] for batch in batches]).numpy()
+    np.testing.assert_array_equal(values, store.read(RESID, 0, store.n_rows))
+    sae = make("topk", d_in=32, d_sae=40, k=6, seed=1, metadata=SAEMetadata(hook_name=RESID))
+    stored = build_index(store, sae, tmp_path / "stored.index", batch_size=64)
+    streamed = build_index(source, sae, tmp_path / "live.index", batch_size=64)
+    assert streamed.chat_template == stored.chat_template
+    assert streamed.roles == stored.roles
+    pd.testing.assert_frame_equal(streamed.table, stored.table)
+    pd.testing.assert_frame_equal(streamed.tokens(0, 900), stored.tokens(0, 900))
+    assert streamed.by_kind(3).equals(stored.by_kind(3))
+    held_out = source.held_out(100)
+    assert (held_out.tokens.flags & RowFlag.HELD_OUT).all()
+    with pytest.raises(InvalidInputError, match="no chat template"):
+        live(chats, [RESID])
+    with pytest.raises(InvalidInputError, match="is no chats"):
+        live(TextSource(write_text(tmp_path / "text.jsonl", n_documents=2)), [RESID], **template)
+    with pytest.raises(InvalidInputError, match="plain text"):
+        layer_changes(ModelPair(tiny_model("gemma3"), tiny_model("gemma3")), chats, ComparisonConfig(), None)
 
 
 def test_it_starts_anywhere_without_computing_what_lies_before(

@@ -1,11 +1,13 @@
 """Tokens as people read them: spaces kept, characters whole, shares of characters told."""
 
+import helpers_chats
 import numpy as np
 import pytest
 import torch
 from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_model
 from helpers_models import one_thread as one_thread
 
+from activations.chats import chat_from
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.models import LanguageModel, TokenText
 from scope.models.tokens import TokenReader
@@ -122,6 +124,29 @@ def test_chat_messages_go_through_the_chat_template() -> None:
     fresh = LanguageModel(model.hf, model.files)
     fresh.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert torch.equal(fresh.prompt_tokens(messages), model.tokenize("user: The cat\n"))
+
+
+def test_a_template_of_ones_own_writes_chat_messages() -> None:
+    model = tiny_model("gemma3")
+    messages = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "cat"}]
+    expected = model.tokenizer.apply_chat_template(
+        messages, chat_template=helpers_chats.FOLDED, add_generation_prompt=True, tokenize=True
+    )["input_ids"]
+    run = model.run(messages, chat_template=helpers_chats.FOLDED, logits="last")
+    assert run.tokens.tolist() == list(expected)
+    generated = model.generate(messages, 2, chat_template=helpers_chats.FOLDED)
+    assert generated.tokens[: len(expected)].tolist() == list(expected)
+    streamed = list(model.stream(messages, 2, chat_template=helpers_chats.FOLDED))
+    assert [token.token_id for token in streamed] == generated.tokens[len(expected) :].tolist()
+    with pytest.raises(InvalidInputError, match=r"begins with 'Hm\.'"):
+        model.run(messages, chat_template="{{ raise_exception('no system') }}")
+    for prompt in ("The cat", [2, 5]):
+        with pytest.raises(InvalidInputError, match="no list of chat messages"):
+            model.run(prompt, chat_template=helpers_chats.FOLDED)
+    # What a capture reads is what a run reads, also where a template writes the day.
+    dated = "{{ strftime_now('%d %b') }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (captured,) = model.encode_chats([chat_from(messages)], dated)
+    assert model.prompt_tokens(messages, dated).tolist()[1:] == captured.token_id.tolist()
 
 
 @pytest.mark.real

@@ -15,6 +15,7 @@ from dashboards.components.prompt_view import next_token_field
 from dashboards.components.states import skeleton
 from dashboards.components.strip import legend, token
 from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
+from dashboards.conversations import Said, words_of
 from dashboards.format import number, percent
 from dashboards.prompts import LensMode, Prediction
 from scope.figures import Theme
@@ -104,6 +105,8 @@ class LensView:
     selection: LensSelection
     d_vocab: int
     theme: Theme
+    said: tuple[Said, ...] = ()
+    """Of a chat: what each token is."""
 
     @property
     def position(self) -> int:
@@ -115,6 +118,10 @@ class LensView:
         """The selected layer; the last one where none is."""
         chosen = self.selection.layer
         return chosen if chosen in self.lens.layers else self.lens.layers[-1]
+
+    def words_at(self, place: int) -> str:
+        """What a token of a chat is; "" in plain text."""
+        return words_of(self.said[place]) if self.said else ""
 
 
 def draw_lens(view: LensView) -> html.Div:
@@ -202,6 +209,7 @@ def _grid_part(view: LensView) -> html.Section:
         scale=scale,
         at=view.position,
         row=view.layer,
+        said=[view.words_at(place) for place in shown],
         text=True,
         plain=words is not None,
         value="probability" if words is None else name.lower(),
@@ -280,13 +288,14 @@ def _cell_part(view: LensView) -> html.Section:
     predictions = [Prediction(*one) for one in zip(*columns, strict=True)]
     followed = list(view.selection.followed(view.lens))
     marked = " (SAE)" if view.layer == view.lens.sae_layer else ""
+    what_it_is = view.words_at(view.position)
     return html.Section(
         className="panel",
         children=[
             html.Header(
                 [
                     html.H2(["After ", token(view.lens.tokens[view.position])]),
-                    html.Span(f"layer {view.layer}{marked}", className="unit"),
+                    html.Span(f"layer {view.layer}{marked}{', ' if what_it_is else ''}{what_it_is}", className="unit"),
                 ]
             ),
             html.P(

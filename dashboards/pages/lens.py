@@ -226,6 +226,7 @@ def _view(jobs: PromptJobs, index: str, asked: Asked, selection: LensSelection, 
         selection=selection,
         d_vocab=jobs.d_vocab(index),
         theme=theme_of_request(),
+        said=jobs.lens_said(index, asked, selection.mode),
     )
 
 

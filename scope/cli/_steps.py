@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from scope.cli._command import progress_bar, say
+from scope.cli._command import progress_bar, read_template, say
 from scope.errors import InvalidInputError, MismatchError, ScopeError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def open_source(
     max_tokens: int | None = None,
     shuffle_seed: int | None = None,
     text_column: str | None = None,
+    messages_column: str | None = None,
+    chat_template: Path | None = None,
 ) -> "Source":
     """The store in a folder; or, without one, what hooks of a model see on a text, computed as it is consumed.
 
@@ -65,11 +67,19 @@ def open_source(
         max_tokens: without a store: rows in all, BOS included; None for all of the text.
         shuffle_seed: without a store: take the documents in a random order with this seed.
         text_column: without a store: the column that holds the text; None for "text".
+        messages_column: without a store: the column that holds chats, in place of texts.
+        chat_template: without a store: the file of the template that writes chats; None for the tokenizer's own.
 
     Raises:
         InvalidInputError: there are both, or neither.
     """
-    of_text = {"--max-tokens": max_tokens, "--shuffle-seed": shuffle_seed, "--text-column": text_column}
+    of_text: dict[str, Any] = {
+        "--max-tokens": max_tokens,
+        "--shuffle-seed": shuffle_seed,
+        "--text-column": text_column,
+        "--messages-column": messages_column,
+        "--chat-template": chat_template,
+    }
     given = [flag for flag, value in of_text.items() if value is not None]
     if given and not data:
         what = f"{given[0]} belongs" if len(given) == 1 else f"{', '.join(given)} belong"
@@ -85,7 +95,10 @@ def open_source(
     from activations.text import TextSource
     from scope.models import LanguageModel
 
-    text = TextSource(data, text_column=text_column or "text", shuffle_seed=shuffle_seed)
+    template = None if chat_template is None else read_template(chat_template)
+    text = TextSource(
+        data, text_column=text_column or "text", messages_column=messages_column, shuffle_seed=shuffle_seed
+    )
     text.check()
     say(f"Loading {model}")
     loaded = LanguageModel.load(model, device=model_device)
@@ -97,6 +110,7 @@ def open_source(
         max_tokens=max_tokens,
         device=device,
         rows_per_group=_rows_together(loaded, named),
+        chat_template=template,
     )
 
 

@@ -78,6 +78,14 @@ def register(app: typer.Typer) -> None:
         text_column: Annotated[
             str | None, typer.Option(help="Without a store: the column that holds the text; by default text.")
         ] = None,
+        messages_column: Annotated[
+            str | None,
+            typer.Option(help="Without a store: the text is chats, in this column; see scope capture."),
+        ] = None,
+        chat_template: Annotated[
+            Path | None,
+            typer.Option(help="Without a store: a Jinja file that writes chats, in place of the tokenizer's own."),
+        ] = None,
         model_device: Annotated[
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
@@ -145,6 +153,8 @@ def register(app: typer.Typer) -> None:
             max_tokens=max_tokens,
             shuffle_seed=shuffle_seed,
             text_column=text_column,
+            messages_column=messages_column,
+            chat_template=chat_template,
         )
         opened: Any = first if not beside else aligned_stores(first, beside)
         held_out = has_held_out(first)

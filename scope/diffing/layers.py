@@ -28,6 +28,7 @@ from activations.source import RowFlag
 from activations.text import TextSource
 from scope.diffing.pair import LEFT_OUT, ModelPair
 from scope.diffing.settings import ComparisonConfig
+from scope.errors import InvalidInputError
 from scope.kernels.tensors import as_tensor
 from scope.models.live import LiveActivations
 from scope.models.losses import CHUNK_BYTES, residual_logits
@@ -72,7 +73,10 @@ def layer_changes(
 
     Raises:
         MismatchError: the models have different widths.
+        InvalidInputError: the text is chats, which each model would write in its own way.
     """
+    if text.is_chats:
+        raise InvalidInputError("Models are compared on plain text: each would write chats in its own way.")
     hooks, final = pair.require_equal_stacks(), pair.base.layout.final_residual
     computed = tuple(dict.fromkeys([*hooks, final]))
     sources = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from activations.chats import CHAT_COLUMNS
 from activations.plan import TOKEN_COLUMNS
 from activations.source import ActivationBatch
 from activations.store import TokenRows
@@ -43,15 +44,18 @@ class PlannedText:
 
         self._live = live
         self.hooks, self.dtype, self.spec = live.hooks, live.dtype, live.spec
-        tables: dict[str, list[pd.DataFrame]] = {"sequences": [], "documents": []}
+        self.manifest = {"chats": live.chats}
+        self.token_columns = TOKEN_COLUMNS if live.chats is None else TOKEN_COLUMNS | CHAT_COLUMNS
+        tables: dict[str, dict[str, list[Any]]] = {"sequences": {}, "documents": {}}
         self.n_rows = 0
         for plan in live.plans():
             self.n_rows = plan.row_stop
-            for name, parts in tables.items():
-                parts.append(pd.DataFrame(dict(getattr(plan, name))))
+            for name, table in tables.items():
+                for column, values in getattr(plan, name).items():  # no document need begin in a row group
+                    table.setdefault(column, []).extend(values)
         if self.n_rows == 0:
             raise InvalidInputError(f"There is no text in {', '.join(live.text_names)} to index.")
-        self._tables = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+        self._tables = {name: pd.DataFrame(table) for name, table in tables.items()}
         self._plans: Iterator[PlannedGroup] = iter(())
         self._held: dict[str, np.ndarray] = {}
         self._start = self._stop = 0
@@ -83,21 +87,31 @@ class PlannedText:
     def rows(self, start: int, stop: int) -> TokenRows:
         """Token columns of the rows `[start, stop)`. Cheap where `start` does not go back. Safe across threads."""
         with self._lock:
-            if start < self._start or not self._held:
-                self._plans, self._held, self._start, self._stop = self._live.plans(), {}, 0, 0
-            while self._stop < stop:
-                self._take(next(self._plans), start)
-            held = slice(start - self._start, stop - self._start)
+            held = self._hold(start, stop)
             return TokenRows(**{name: self._held[name][held] for name in TOKEN_COLUMNS})
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """As `rows`, one of the `token_columns`."""
+        with self._lock:
+            held = self._hold(start, stop)
+            return self._held[name][held]
+
+    def _hold(self, start: int, stop: int) -> slice:
+        """Have some rows in memory, and say where."""
+        if start < self._start or not self._held:
+            self._plans, self._held, self._start, self._stop = self._live.plans(), {}, 0, 0
+        while self._stop < stop:
+            self._take(next(self._plans), start)
+        return slice(start - self._start, stop - self._start)
 
     def _take(self, plan: "PlannedGroup", start: int) -> None:
         """Hold a row group too, and let go of what comes before `start`."""
         if plan.row_stop <= start:
-            self._held = {name: np.empty(0, dtype) for name, dtype in TOKEN_COLUMNS.items()}
+            self._held = {name: np.empty(0, dtype) for name, dtype in self.token_columns.items()}
             self._start = plan.row_stop
         else:
             kept = max(0, min(start, self._stop) - self._start)
-            for name in TOKEN_COLUMNS:
+            for name in self.token_columns:
                 earlier = self._held.get(name, np.empty(0, plan.columns[name].dtype))[kept:]
                 self._held[name] = np.concatenate([earlier, plan.columns[name]])
             self._start += kept

@@ -34,7 +34,7 @@ from activations.chats import CONTENT_KINDS, ROLES, Chat, ChatTokens, role_code
 from scope.errors import InvalidInputError
 from scope.models.chat_marks import Words, mark, wrapped
 
-__all__ = ["encode_chats", "own_template"]
+__all__ = ["encode_chats", "own_template", "written_prompt"]
 
 ALWAYS = datetime(2000, 1, 1)
 """The date for templates that write today's (Llama 3.2's do): a capture that is resumed tomorrow must read the same."""
@@ -79,7 +79,7 @@ def encode_chats(
     Raises:
         InvalidInputError: the template fails, or what a token is can't be told.
     """
-    template = TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
+    template = _dated(template)
     specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
     written = [_written(tokenizer, chat, template, specials, answer) for chat in chats]
     encodings = tokenizer.backend_tokenizer.encode_batch([one.text for one in written], add_special_tokens=False)
@@ -87,6 +87,19 @@ def encode_chats(
         _tokens(tokenizer.bos_token_id, encoding, one, chat)
         for encoding, one, chat in zip(encodings, written, chats, strict=True)
     ]
+
+
+def written_prompt(tokenizer: Any, messages: Sequence[Any], template: str) -> str:
+    """What a template writes of messages and to ask for the assistant's next turn; the same text as in a capture.
+
+    Raises:
+        InvalidInputError: the template fails.
+    """
+    return _rendered(tokenizer, messages, (), _dated(template), True)
+
+
+def _dated(template: str) -> str:
+    return TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
 
 
 def _tokens(bos: int | None, encoding: Any, written: _Written, chat: Chat) -> ChatTokens:
@@ -107,11 +120,11 @@ def _tokens(bos: int | None, encoding: Any, written: _Written, chat: Chat) -> Ch
 def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str], answer: bool) -> _Written:
     """Steps 1 to 3."""
     messages = [message.as_dict for message in chat.messages]
-    text = _rendered(tokenizer, chat, messages, chat.tools, template, answer)
+    text = _rendered(tokenizer, messages, chat.tools, template, answer)
     words = None
     for marked in mark(chat):
         try:
-            again = _rendered(tokenizer, chat, marked.messages, marked.tools, template, answer)
+            again = _rendered(tokenizer, marked.messages, marked.tools, template, answer)
         except InvalidInputError:
             continue
         words = marked.found(again, text)
@@ -120,10 +133,10 @@ def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str],
     if words is None:
         raise InvalidInputError(
             f"The chat template changes what messages say, so that it cannot be told what a token is: in the chat that "
-            f"begins with {_beginning(chat)!r}. Give another with --chat-template."
+            f"begins with {_beginning(messages)!r}. Give another with --chat-template."
         )
-    asked = text if answer else _rendered(tokenizer, chat, messages, chat.tools, template, True)
-    plain = _rendered(tokenizer, chat, messages, chat.tools, template, False) if answer else text
+    asked = text if answer else _rendered(tokenizer, messages, chat.tools, template, True)
+    plain = _rendered(tokenizer, messages, chat.tools, template, False) if answer else text
     heading = asked[len(plain) :] if asked.startswith(plain) else ""
     return _Written(text, words, _turns(text, words, chat, heading, specials))
 
@@ -171,13 +184,13 @@ def _closed(text: str, stop: int, end: int, specials: Sequence[str], called: boo
     return stop
 
 
-def _beginning(chat: Chat) -> str:
-    return next((message.text for message in chat.messages if message.text), "")[:60]
+def _beginning(messages: Sequence[Any]) -> str:
+    """What tells a chat from others, in an error."""
+    texts = (one.get("content") or one.get("tool_calls") for one in messages)
+    return next((str(text) for text in texts if text), "")[:60]
 
 
-def _rendered(
-    tokenizer: Any, chat: Chat, messages: Sequence[Any], tools: Sequence[Any], template: str, answer: bool
-) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], template: str, answer: bool) -> str:
     from jinja2 import TemplateError
 
     try:
@@ -190,6 +203,6 @@ def _rendered(
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidInputError(
-            f"The chat template fails on the chat that begins with {_beginning(chat)!r}: {error}"
+            f"The chat template fails on the chat that begins with {_beginning(messages)!r}: {error}"
         ) from error
     return str(written)

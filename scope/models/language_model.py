@@ -236,15 +236,23 @@ class LanguageModel:
             mask[:, 0] = tokens[:, 0] == self.bos_token_id
         return mask
 
-    def prompt_tokens(self, prompt: str | Sequence[Any] | Int[Tensor, " seq"]) -> Int[Tensor, " seq"]:
-        """Token ids of a prompt, on the model's device: a text gets BOS, chat messages go through the tokenizer's
-        chat template, token ids are taken as they are.
+    def prompt_tokens(
+        self, prompt: str | Sequence[Any] | Int[Tensor, " seq"], chat_template: str | None = None
+    ) -> Int[Tensor, " seq"]:
+        """Token ids of a prompt, on the model's device: a text gets BOS, chat messages go through a chat template,
+        token ids are taken as they are.
+
+        Args:
+            prompt: a text, messages (`{"role": …, "content": …}`), or token ids.
+            chat_template: what writes messages, a Jinja template as `activations.capture` takes it; None for the
+                tokenizer's own.
 
         Raises:
-            InvalidInputError: the prompt is empty, longer than the context, or of another kind.
+            InvalidInputError: the prompt is empty, longer than the context, or of another kind; there is no template,
+                or it fails, or one is given and the prompt is no chat.
             OutOfRangeError: a token id that the vocabulary does not have.
         """
-        return prompt_ids(self, prompt).to(self.device)
+        return prompt_ids(self, prompt, chat_template).to(self.device)
 
     # Hooks
 
@@ -360,6 +368,7 @@ class LanguageModel:
         edits: Mapping[str, EditFunction] | None = None,
         grad: bool = False,
         logits: bool | Literal["last"] = True,
+        chat_template: str | None = None,
     ) -> RunResult:
         """Run one prompt.
 
@@ -373,11 +382,13 @@ class LanguageModel:
             edits: functions that change the activation at a hook; see `scope.interventions` for ready-made ones.
             grad: keep the graph: activations and features that are returned get a `.grad` by `backward`.
             logits: whether to compute logits; "last" for those after the last token alone.
+            chat_template: what writes chat messages, as for `prompt_tokens`.
 
         Raises:
             UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
         """
-        tokens, edits = self.prompt_tokens(prompt), self.standing.with_these(self.hook_table, edits)
+        tokens = self.prompt_tokens(prompt, chat_template)
+        edits = self.standing.with_these(self.hook_table, edits)
         with self.standing.taken_in():
             return run(self, tokens, hooks, saes, splice, edits, grad, logits)
 
@@ -405,6 +416,7 @@ class LanguageModel:
         temperature: float = 0.0,
         seed: int | None = None,
         cache: bool = True,
+        chat_template: str | None = None,
     ) -> Generation:
         """Let the model go on from a prompt, with edits in force at every step.
 
@@ -416,11 +428,12 @@ class LanguageModel:
             seed: of the sampling.
             cache: keep keys and values from step to step, where every edit works token by token (all of
                 `scope.interventions` do). The text is the same without, and each step runs all of it again.
+            chat_template: what writes chat messages, as for `prompt_tokens`.
 
         Raises:
             UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
         """
-        tokens = self.prompt_tokens(prompt)
+        tokens = self.prompt_tokens(prompt, chat_template)
         return collect(self, tokens, self.stream(tokens, max_new_tokens, edits, temperature, seed, cache))
 
     def stream(
@@ -431,11 +444,13 @@ class LanguageModel:
         temperature: float = 0.0,
         seed: int | None = None,
         cache: bool = True,
+        chat_template: str | None = None,
     ) -> Iterator[NewToken]:
         """As `generate`, token by token: what can be wrong is raised at once, the model runs as tokens are asked for.
         The edits in force are those of the moment of the call."""
         edits = self.standing.with_these(self.hook_table, edits)
-        return stream(self, self.prompt_tokens(prompt), max_new_tokens, edits, temperature, seed, cache)
+        tokens = self.prompt_tokens(prompt, chat_template)
+        return stream(self, tokens, max_new_tokens, edits, temperature, seed, cache)
 
     # Unembedding
 

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations.capture import check_numbers, resolved_hooks, spec_of
+from activations.capture import check_numbers, resolved_hooks, row_choice, spec_of
 from activations.layout import identity_fingerprint
 from activations.memory import MemoryActivations
 from activations.passes import windowing_of
 from activations.plan import TOKEN_COLUMNS, PlannedGroup
+from activations.selection import choosing_for
 from activations.source import ActivationBatch
 from activations.spec import StorageDtype, require_sizes
 from activations.store import TokenRows
@@ -56,9 +57,10 @@ class LiveActivations:
         batch_size: tokens that the model runs at once, padding included; None for what a capture takes by default.
         rows_per_group: rows that are computed together, a power of two; None for what a store would have.
         device: where the activations shall lie, such as the trainer's; None leaves them on the model's device.
+        chat_template: what writes chats, a Jinja template; None for the tokenizer's own.
 
     Raises:
-        InvalidInputError: a setting makes no sense, or the text is empty.
+        InvalidInputError: a setting makes no sense, the text is empty, or nothing says how to write its chats.
         UnknownNameError: there is no such file, column or hook.
     """
 
@@ -74,20 +76,24 @@ class LiveActivations:
         batch_size: int | None = None,
         rows_per_group: int | None = None,
         device: str | torch.device | None = None,
+        chat_template: str | None = None,
     ) -> None:
         check_numbers(max_tokens, batch_size)
         require_sizes(context_size, dtype, rows_per_group)
-        if text.is_chats:
-            raise InvalidInputError(
-                "Chats cannot be streamed; capture them into a store, which keeps whose turn it is."
-            )
         text.check()
         text.require_text()
+        self._rows = row_choice(model, text, None, None, chat_template, adopt=False)
         self.model, self.text, self.max_tokens = model, text, max_tokens
         self._shapes, self._aliases = resolved_hooks(model, hooks)
         self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
         self.batch_size = model.default_batch_size if batch_size is None else batch_size
         self.device = _device(device, model.device)
+
+    @property
+    def chats(self) -> Mapping[str, Any] | None:
+        """Of chats: the template that writes them, and the names of the codes in their columns; as a store has it."""
+        chats: Mapping[str, Any] | None = self._rows.identity["chats"]
+        return chats
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -112,7 +118,7 @@ class LiveActivations:
         """The fingerprint of such a store of only some of the hooks."""
         names = sorted(map(self.resolve_hook, hooks))
         settings = {"text": self.text.described, "max_tokens": self.max_tokens, "hooks_at_creation": names}
-        return identity_fingerprint({"spec": asdict(self.spec), **settings})
+        return identity_fingerprint({"spec": asdict(self.spec), **settings, **self._rows.identity})
 
     @property
     def text_names(self) -> list[str]:
@@ -184,6 +190,7 @@ class LiveActivations:
             batch_size=self.batch_size,
             rows_per_group=self.spec.rows_per_group,
             device="cpu",
+            chat_template=self._rows.chat_template,
         )
         return source._in_memory()
 
@@ -208,7 +215,8 @@ class LiveActivations:
 
     def _planned(self) -> Iterator[PlannedWindows]:
         windowing = windowing_of(self.spec, self.model, self.text, self.max_tokens)
-        return planned(self.text, self.model.encode_documents, windowing)
+        choosing = choosing_for(self.model, self._rows.selection, self._rows.chat_template)
+        return planned(self.text, self.model.encode_documents, windowing, choosing)
 
     def _groups(self, start: int = 0) -> Iterator[RowGroup]:
         """Row groups from the one with row `start` on."""
@@ -223,7 +231,8 @@ class LiveActivations:
         plans = [plan for plan, _ in groups]
 
         def table(name: str) -> pd.DataFrame:
-            return pd.concat([pd.DataFrame(dict(getattr(plan, name))) for plan in plans], ignore_index=True)
+            parts = [getattr(plan, name) for plan in plans]  # some may be empty: no document need begin in a row group
+            return pd.DataFrame({column: [value for part in parts for value in part[column]] for column in parts[0]})
 
         def joined(name: str) -> np.ndarray:
             return np.concatenate([values[name] for _, values in groups])

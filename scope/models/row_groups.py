@@ -18,6 +18,7 @@ from torch import Tensor
 from activations.batching import Window, group_windows, pack_batches
 from activations.pipeline import Channel, Worker
 from activations.plan import PlannedGroup, Windowing, plan_groups
+from activations.selection import Choosing
 from activations.spec import StorageDtype
 from activations.text import TextSource
 from scope.errors import NonFiniteError
@@ -61,11 +62,15 @@ class _Launched(NamedTuple):
 
 
 def planned(
-    text: TextSource, encode: Callable[[Sequence[str]], list[np.ndarray]], windowing: Windowing
+    text: TextSource,
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
+    windowing: Windowing,
+    choosing: Choosing | None = None,
 ) -> Iterator[PlannedWindows]:
-    """All row groups of a text in order, with the windows that the model runs for each."""
+    """All row groups of a text in order, with the windows that the model runs for each; `choosing`, of chats, says how
+    they are encoded, and chooses all tokens."""
     begun = np.empty(0, np.int32)  # the window that goes on in the next group
-    for plan in plan_groups(text, encode, windowing):
+    for plan in plan_groups(text, encode, windowing, choosing=choosing):
         tokens, positions = plan.columns["token_id"], plan.columns["position"]
         begun = begun[: int(positions[0])]
         tokens = np.concatenate([begun, tokens])

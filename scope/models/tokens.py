@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from scope.errors import InvalidInputError, OutOfRangeError
+from scope.models.chats import own_template, written_prompt
 from scope.models.token_text import BYTE_TOKEN, TokenText, characters_of, texts_of
 
 if TYPE_CHECKING:
@@ -73,12 +74,17 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-def prompt_ids(model: "LanguageModel", prompt: str | Sequence[Any] | Int[Tensor, " seq"]) -> Int[Tensor, " seq"]:
+def prompt_ids(
+    model: "LanguageModel", prompt: str | Sequence[Any] | Int[Tensor, " seq"], chat_template: str | None = None
+) -> Int[Tensor, " seq"]:
     """Token ids of a prompt; see `LanguageModel.prompt_tokens`."""
+    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if chat_template is not None and not is_chat:
+        raise InvalidInputError("A chat template was given, but the prompt is no list of chat messages.")
     if isinstance(prompt, str):
         tokens = model.tokenize(prompt) if prompt else torch.empty(0, dtype=torch.int64)
-    elif len(prompt) and isinstance(prompt[0], Mapping):
-        tokens = _chat_ids(model, prompt)
+    elif is_chat:
+        tokens = _chat_ids(model, prompt, chat_template)
     else:
         tokens = torch.as_tensor(prompt)
     if len(tokens) == 0:
@@ -98,8 +104,10 @@ def prompt_ids(model: "LanguageModel", prompt: str | Sequence[Any] | Int[Tensor,
     return tokens.to(torch.int64)
 
 
-def _chat_ids(model: "LanguageModel", messages: Any) -> Tensor:
-    if not model.tokenizer.chat_template:
-        raise InvalidInputError(f"The tokenizer of {model.name} has no chat template; give the prompt as a text.")
-    text = model.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return model.tokenize(text)
+def _chat_ids(model: "LanguageModel", messages: Any, template: str | None) -> Tensor:
+    template = template or own_template(model.tokenizer)
+    if not template:
+        raise InvalidInputError(
+            f"The tokenizer of {model.name} has no chat template; give one (chat_template), or the prompt as a text."
+        )
+    return model.tokenize(written_prompt(model.tokenizer, messages, template))

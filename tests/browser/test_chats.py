@@ -74,6 +74,18 @@ def test_a_conversation_is_pasted_run_and_changed(visit: Callable, chats) -> Non
     opened.check()
 
 
+def test_the_lens_says_whose_tokens_they_are(visit: Callable, chats) -> None:
+    opened = visit(server=chats)
+    page = opened.open("/lens?token=3&chat=" + quote(json.dumps(CONVERSATION)), "#lens-grid table")
+    roles = page.locator("#lens-grid th[data-role]").evaluate_all("all => all.map((one) => one.dataset.role)")
+    assert {"system", "user"} & set(roles)
+    assert page.locator("#lens-grid th[data-role=system]").first.get_attribute("title") == "system"
+    assert "layer 5, " in page.text_content(".lens-result aside .unit")
+    opened.open("/lens?text=plain+words", "#lens-grid table:has-text('plain')")
+    assert page.locator("#lens-grid th[data-role]").count() == 0
+    opened.check()
+
+
 def test_rates_by_role_lead_to_what_fires_there(visit: Callable, chats) -> None:
     opened = visit(server=chats)
     page = opened.open("/feature/5", ".panel:has-text('By kind of content')")
