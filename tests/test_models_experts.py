@@ -132,9 +132,10 @@ def test_forced_and_swapped_experts_take_place_and_weight(kind: str) -> None:
     assert (there[7] == 3).any()
     assert torch.equal(there[:7], chosen[:7])
     assert torch.equal(there[7, 0], chosen[7, 0])
-    torch.testing.assert_close(forced.activations[NAMES[1]], weights)
-    outputs = forced.activations[NAMES[4]]
-    torch.testing.assert_close(forced.activations[OUT], (weights[..., None] * outputs).sum(1), rtol=1e-4, atol=1e-5)
+    outputs, given = forced.activations[NAMES[4]], forced.activations[NAMES[1]]
+    scale = model.hf.model.layers[LAYER].router.per_expert_scale if kind == "gemma4_experts" else torch.ones(4)
+    torch.testing.assert_close(given / scale[there], weights / scale[chosen])
+    torch.testing.assert_close(forced.activations[OUT], (given[..., None] * outputs).sum(1), rtol=1e-4, atol=1e-5)
     swapped = model.run(TOKENS, hooks=NAMES, edits=combine(swap_experts(model, LAYER, 0, 1))).activations[NAMES[2]]
     expected = torch.where(chosen == 0, 1, torch.where(chosen == 1, 0, chosen))
     assert torch.equal(swapped, expected)

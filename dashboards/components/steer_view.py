@@ -160,6 +160,9 @@ def _words(one: "Intervention") -> str:
         whose = f"{'features' if len(one.features) > 1 else 'feature'} {', '.join(map(str, one.features))}"
     elif one.heads:
         whose = f"{'heads' if len(one.heads) > 1 else 'head'} {', '.join(map(str, one.heads))} of layer {one.layer}"
+    elif one.experts:
+        numbers = (" and " if one.kind == "swap" else ", ").join(map(str, one.experts))
+        whose = f"{'experts' if len(one.experts) > 1 else 'expert'} {numbers} of layer {one.layer}"
     else:
         whose = one.hook or f"the {one.component}" + ("" if one.layer is None else f" of layer {one.layer}")
     if one.direction:
@@ -173,6 +176,9 @@ def _words(one: "Intervention") -> str:
         "add": f"Add {values}{unit} of {whose}",
         "project_out": f"Project out {whose}",
         "patch": f"Patch {whose} from “{one.prompt}”",
+        "force": f"Send every token to {whose}",
+        "forbid": f"Send no token to {whose}",
+        "swap": f"Swap {whose}",
     }[one.kind]
     where = (
         f", at {plural(len(one.positions), 'position')} {', '.join(map(str, one.positions))}" if one.positions else ""

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scope.interventions.activations import ablate, add_direction, patch, project_out, scale, set_
     from scope.interventions.edit import Edit, combine
-    from scope.interventions.experts import forbid_expert, force_expert, swap_experts
+    from scope.interventions.experts import (
+        ablate_experts,
+        forbid_expert,
+        force_expert,
+        scale_experts,
+        set_experts,
+        swap_experts,
+    )
     from scope.interventions.features import ablate_features, scale_features, set_features, splice, splice_edits
     from scope.interventions.resolving import control, intervene
     from scope.interventions.spec import Intervention, InterventionSpec
@@ -29,6 +36,7 @@ __all__ = [
     "InterventionSpec",
     "Steering",
     "ablate",
+    "ablate_experts",
     "ablate_features",
     "add_direction",
     "combine",
@@ -39,8 +47,10 @@ __all__ = [
     "patch",
     "project_out",
     "scale",
+    "scale_experts",
     "scale_features",
     "set_",
+    "set_experts",
     "set_features",
     "splice",
     "splice_edits",
@@ -53,7 +63,7 @@ __all__ = [
 _HOMES = {
     "edit": ("Edit", "combine"),
     "activations": ("ablate", "add_direction", "patch", "project_out", "scale", "set_"),
-    "experts": ("forbid_expert", "force_expert", "swap_experts"),
+    "experts": ("ablate_experts", "forbid_expert", "force_expert", "scale_experts", "set_experts", "swap_experts"),
     "features": ("ablate_features", "scale_features", "set_features", "splice", "splice_edits"),
     "resolving": ("control", "intervene"),
     "spec": ("Intervention", "InterventionSpec"),

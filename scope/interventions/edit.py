@@ -44,6 +44,8 @@ class Edit:
     """Which part of a text that is being written counts."""
     by_token: bool = False
     """Whether the function finds what takes a token's place from that token's activation alone."""
+    reads_last: bool = False
+    """Whether it changes nothing and wants what all other edits of the hook leave: `combine` puts it behind them."""
 
     def __call__(self, value: Tensor, context: EditContext) -> Tensor:
         """The activation with the change made where it counts.
@@ -131,7 +133,7 @@ def combine(*edits: Edit, freeze_attention: bool = False) -> Edits:
         freeze_attention: let the model attend where it attends without the edits; values are live.
     """
     by_hook: dict[str, list[EditFunction]] = {}
-    for edit in edits:
+    for edit in sorted(edits, key=lambda edit: edit.reads_last):
         by_hook.setdefault(edit.hook, []).append(edit)
     joined = {hook: there[0] if len(there) == 1 else Several(tuple(there)) for hook, there in by_hook.items()}
     return Edits(joined, freeze_attention)

@@ -17,8 +17,15 @@ from torch import Tensor
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
 from scope.interventions import activations
 from scope.interventions.edit import Edit, as_positions, combine
+from scope.interventions.experts import (
+    changed_experts,
+    forbid_expert,
+    force_expert,
+    require_enough,
+    swap_experts,
+)
 from scope.interventions.features import changed_features, checked_ids
-from scope.interventions.spec import COMPONENTS, Intervention, InterventionSpec
+from scope.interventions.spec import COMPONENTS, ROUTING, Intervention, InterventionSpec
 from scope.models.dictionaries import as_read, hook_of
 from scope.models.edits import EditContext, EditFunction, Edits
 
@@ -50,12 +57,14 @@ def resolve(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima:
     Raises:
         MismatchError: it is for another model; an SAE or a direction does not fit its hook.
         UnknownNameError: there is no such hook or SAE.
-        OutOfRangeError: a layer, head, feature or position that does not exist.
-        InvalidInputError: maxima are needed and not given. All before the model runs.
+        OutOfRangeError: a layer, head, expert, feature or position that does not exist.
+        InvalidInputError: maxima are needed and not given; or the layer has no experts, or too few that are not
+            forbidden. All before the model runs.
     """
     if spec.model and spec.model != model.name:
         raise MismatchError(f"These interventions are for the model {spec.model}; this is {model.name}.")
     plans = [_Plan(one, model, saes, maxima) for one in spec.interventions]
+    _require_experts_left(model, spec)
     sources = _sources(model, plans)
     edits = [edit for plan in plans for edit in plan.edits(sources)]
     return combine(*edits, freeze_attention=spec.freeze_attention)
@@ -133,6 +142,9 @@ class _Plan:
             if beyond:
                 raise OutOfRangeError(f"There is no head {beyond[0]}: a layer has 0 to {model.layout.n_heads - 1}.")
             return f"blocks.{one.layer}.attn.hook_z"
+        if one.experts:
+            self._expert_edits()  # making them checks them
+            return f"blocks.{one.layer}.moe.{'hook_logits' if one.kind in ROUTING else 'hook_expert_out'}"
         return str(model.resolve_hook(COMPONENTS[one.component].format(layer=one.layer) if one.component else one.hook))
 
     def _strengths(self, maxima: Maxima) -> tuple[float, ...]:
@@ -162,6 +174,8 @@ class _Plan:
                 rows = self.sae.W_dec.detach()[list(one.features)]
                 return [self.placed(activations.project_out(self.hook, rows))]
             return [self.placed(edit) for edit in self._feature_edits(source)]
+        if one.experts:
+            return [self.placed(edit) for edit in self._expert_edits()]
         if one.direction:
             return [self.placed(self._along_direction())]
         if source is not None:
@@ -181,7 +195,7 @@ class _Plan:
         return self.hook, (sizes @ torch.nn.functional.normalize(rows, dim=-1)).view(self.row_shape)
 
     def placed(self, edit: Edit) -> Edit:
-        """The edit where and when it counts. What only reads (of a transcoder) does so everywhere."""
+        """The edit where and when it counts. What only reads (of a transcoder, of experts) does so everywhere."""
         if edit.hook != self.hook:
             return edit
         return replace(edit, positions=self.positions, during=self.one.during, keep_bos=self.one.keep_bos)
@@ -206,6 +220,19 @@ class _Plan:
 
         return changed_features(sae, ids, change, error_term=one.error_term)
 
+    def _expert_edits(self) -> tuple[Edit, ...]:
+        one, model, layer = self.one, self.model, self.one.layer or 0
+        if one.kind == "swap":
+            return (swap_experts(model, layer, *one.experts),)
+        if one.kind in ROUTING:
+            return ((forbid_expert if one.kind == "forbid" else force_expert)(model, layer, one.experts),)
+        value = 0.0 if one.kind == "ablate" else _number(one.value)
+
+        def change(made: Tensor) -> Tensor:
+            return value * made if one.kind == "scale" else torch.full_like(made, value)
+
+        return changed_experts(model, layer, one.experts, change)
+
     def _along_direction(self) -> Edit:
         one = self.one
         unit = torch.nn.functional.normalize(torch.tensor(one.direction, dtype=torch.float64), dim=0)
@@ -220,6 +247,22 @@ class _Plan:
             return x + (moved[..., None] * axis).view(x.shape)
 
         return Edit(self.hook, along, by_token=True)
+
+
+def _require_experts_left(model: Any, spec: InterventionSpec) -> None:
+    """Refuse to forbid, one by one, more experts of a layer than can be spared anywhere."""
+    forbidding = [one for one in spec.interventions if one.kind == "forbid"]
+    for one in forbidding:
+        together = {expert for other in forbidding if _overlap(one, other) for expert in other.experts}
+        sizes = model.layout.sizes[one.layer]
+        require_enough(one.layer or 0, sizes.n_experts, sizes.experts_per_token, len(together))
+
+
+def _overlap(one: Intervention, other: Intervention) -> bool:
+    """Whether there may be a token of a layer that both change."""
+    apart = {one.during, other.during} == {"prompt", "generated"}
+    places = one.positions is None or other.positions is None or bool(set(one.positions) & set(other.positions))
+    return one.layer == other.layer and places and not apart
 
 
 def _of_heads(edit: Edit, heads: tuple[int, ...]) -> Edit:

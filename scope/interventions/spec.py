@@ -3,6 +3,7 @@
     {"name": "no sentiment", "model": "gemma-3-270m", "freeze_attention": false, "interventions": [
        {"kind": "add", "sae": "demo", "features": [17], "value": 2.0, "unit": "maximum"},
        {"kind": "ablate", "layer": 3, "heads": [0, 2], "positions": [4]},
+       {"kind": "forbid", "layer": 3, "experts": [17]},
        {"kind": "project_out", "component": "residual", "layer": 8, "direction": [0.1, …], "during": "generated"}]}
 
 The command line, the dashboard and Python share this one vocabulary. x is the activation of one token:
@@ -15,6 +16,15 @@ The command line, the dashboard and Python share this one vocabulary. x is the a
 | add         | x -> x + value row      |                            | x -> x + value direction           |
 | project_out | rows out of x           |                            | x -> x - (x·u) u                   |
 | patch       | f -> f of another prompt| x -> x of another prompt   |                                    |
+
+Of experts, `scope.interventions.experts`: ablate, set and scale change what they write, E(x), as a component's x; and
+the router's choice changes with
+
+| kind   | experts of a layer with a mixture of them                                            |
+|--------|--------------------------------------------------------------------------------------|
+| forbid | no token goes to them; the next likeliest take their places                          |
+| force  | every token goes to them; they take the place and probability of the least likely    |
+| swap   | two: tokens of the one go to the other                                               |
 
 Values of features are firing strengths, in the model's own units; `row` is the feature's decoder row at unit norm.
 `scope.interventions.resolving` makes edits of it.
@@ -35,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPONENTS", "Intervention", "InterventionSpec", "Kind", "Unit"]
 
-Kind = Literal["ablate", "set", "scale", "add", "project_out", "patch"]
+Kind = Literal["ablate", "set", "scale", "add", "project_out", "patch", "force", "forbid", "swap"]
 Unit = Literal["strength", "maximum"]
 During = Literal["all", "prompt", "generated"]
 COMPONENTS = {
@@ -46,12 +56,16 @@ COMPONENTS = {
 }
 """Names of components, and the hooks that they write to."""
 VALUED = ("set", "scale", "add")
+ROUTING = ("force", "forbid", "swap")
+"""What is done to a router's choice."""
+OF_EXPERTS = ("ablate", "set", "scale", *ROUTING)
+TARGETS = ("features", "heads", "experts", "component", "hook")
 MAX_VALUE = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One change. It is of features, of heads, of a component or of a hook."""
+    """One change. It is of features, of heads, of experts, of a component or of a hook."""
 
     kind: Kind
     """What is done."""
@@ -60,9 +74,11 @@ class Intervention:
     features: tuple[int, ...] = ()
     """Ids of features."""
     layer: int | None = None
-    """Of heads or a component, counted from 0."""
+    """Of heads, experts or a component, counted from 0."""
     heads: tuple[int, ...] = ()
     """Heads of the layer's attention: what each reads from values, before W_O (`attn.hook_z`)."""
+    experts: tuple[int, ...] = ()
+    """Experts of the layer: what they write where they are chosen, or whether they are."""
     component: str = ""
     """One of `COMPONENTS`."""
     hook: str = ""
@@ -97,17 +113,25 @@ class Intervention:
         return tuple(float(one) for one in several)
 
     def _check_target(self) -> None:
-        targets = [name for name in ("features", "heads", "component", "hook") if getattr(self, name)]
+        targets = [name for name in TARGETS if getattr(self, name)]
         if len(targets) != 1:
             got = " and ".join(targets) or "none of them"
-            raise InvalidInputError(f"An intervention is on features, heads, a component or a hook; got {got}.")
+            raise InvalidInputError(
+                f"An intervention is on features, heads, experts, a component or a hook; got {got}."
+            )
         (target,) = targets
         if (self.layer is None) != (target in ("features", "hook") or self.component == "embedding"):
             raise InvalidInputError(
-                f"layer goes with heads, and with the components attention, mlp and residual; this is on {target}."
+                f"layer goes with heads, experts, and the components attention, mlp and residual; this is on {target}."
             )
-        if self.direction and target in ("features", "heads"):
-            raise InvalidInputError("A direction is one at a component or hook; features and heads take none.")
+        if self.direction and target in ("features", "heads", "experts"):
+            raise InvalidInputError("A direction is one at a component or hook; features, heads and experts take none.")
+        if self.kind in ROUTING and target != "experts":
+            raise InvalidInputError(f"{self.kind} is for experts, which a router chooses; this is on {target}.")
+        if target == "experts" and self.kind not in OF_EXPERTS:
+            raise InvalidInputError(f"Experts can be {', '.join(OF_EXPERTS)}; {self.kind} is not for them.")
+        if self.kind == "swap" and len(self.experts) != 2:
+            raise InvalidInputError(f"swap takes two experts; got {len(self.experts)}.")
         along = bool(self.direction) or target == "features"
         if (self.value is not None) != (self.kind in VALUED):
             wanted = "needs a value" if self.kind in VALUED else "takes no value"
@@ -239,7 +263,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
     for name in ("keep_bos", "error_term"):
         if not isinstance(given.get(name, True), bool):
             raise InvalidInputError(f"{name} of an intervention is true or false; got {given[name]!r}.")
-    for name in ("features", "heads", "positions", "layer"):
+    for name in ("features", "heads", "experts", "positions", "layer"):
         held = given.get(name)
         several = held if isinstance(held, tuple) else () if held is None else (held,)
         if any(isinstance(one, bool) or not isinstance(one, int) for one in several):
