@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dashboards.notebook import Dashboard
+    from scope.models.placement import EmbeddingPlace
     from scope.workspace import Workspace
 
 __all__ = ["serve"]
@@ -22,6 +23,7 @@ def serve(
     announce: "Callable[[list[str]], None] | None" = None,
     block: bool | None = None,
     chat_template: str | None = None,
+    embeddings: "EmbeddingPlace" = "device",
 ) -> "Dashboard | None":
     """Serve the dashboard of a workspace: until interrupted or, in a notebook, beside the cells that follow.
 
@@ -36,6 +38,7 @@ def serve(
             or, with a handle, nowhere: it shows them.
         block: whether to serve until interrupted; by default everywhere but in a notebook.
         chat_template: a Jinja template that chats are written with, in place of an index's or a tokenizer's own.
+        embeddings: "host" keeps the lookup tables of models in the host's memory.
 
     Returns:
         A handle with `url` and `stop()` where it does not block.
@@ -58,6 +61,7 @@ def serve(
             n_links=n_links,
             announce=announce,
             chat_template=chat_template,
+            embeddings=embeddings,
         )
         return None
     return start(
@@ -68,4 +72,5 @@ def serve(
         n_links=n_links,
         announce=announce,
         chat_template=chat_template,
+        embeddings=embeddings,
     )

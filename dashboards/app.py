@@ -33,6 +33,7 @@ from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 from scope.figures import PALETTES, css_variables
 
 if TYPE_CHECKING:
+    from scope.models.placement import EmbeddingPlace
     from scope.workspace import Workspace
 
 __all__ = ["bind", "create_app", "serve"]
@@ -96,6 +97,7 @@ def create_app(
     allow_hosts: Iterable[str] = (),
     access: Access | None = None,
     chat_template: str | None = None,
+    embeddings: "EmbeddingPlace" = "device",
 ) -> Dash:
     """The dashboard of a workspace as a Dash application (`.server` is its Flask application).
 
@@ -106,11 +108,12 @@ def create_app(
         allow_hosts: further names that requests may call it by.
         access: who is let in; None lets in everyone who can reach it.
         chat_template: a Jinja template that chats are written with, in place of an index's or a tokenizer's own.
+        embeddings: where the lookup tables of models lie, as for `LanguageModel.load`.
 
     Raises:
         InvalidInputError: a name in `allow_hosts` is not a host's name.
     """
-    context = Context(workspace, worker, chat_template)
+    context = Context(workspace, worker, chat_template, embeddings)
     app = Dash(
         "dashboards",
         title=NAME,
@@ -147,6 +150,7 @@ def serve(
     n_links: int = 1,
     announce: Callable[[list[str]], None] | None = None,
     chat_template: str | None = None,
+    embeddings: "EmbeddingPlace" = "device",
 ) -> None:
     """Serve the dashboard of a workspace until interrupted: one process, threads for requests, one for the model.
 
@@ -159,13 +163,20 @@ def serve(
         n_links: one-time links to make, where they are needed.
         announce: is told the addresses at which to look, once they are served; by default they go to standard error.
         chat_template: as for `create_app`.
+        embeddings: as for `create_app`.
 
     Raises:
         InvalidInputError: nothing can be served at this address, most often because its port is taken; or an allowed
             host is not a host's name.
     """
     server, addresses = bind(
-        workspace, host, port, allow_hosts=allow_hosts, n_links=n_links, chat_template=chat_template
+        workspace,
+        host,
+        port,
+        allow_hosts=allow_hosts,
+        n_links=n_links,
+        chat_template=chat_template,
+        embeddings=embeddings,
     )
     (announce or _tell)(addresses)
     server.run()
@@ -179,6 +190,7 @@ def bind(
     allow_hosts: Iterable[str] = (),
     n_links: int = 1,
     chat_template: str | None = None,
+    embeddings: "EmbeddingPlace" = "device",
 ) -> tuple[Any, list[str]]:
     """The waitress server of a dashboard, bound and not yet run, and the addresses at which to look; see `serve`."""
     import waitress
@@ -188,7 +200,14 @@ def bind(
     opened = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
     hosts = security.hosts_of(host, allow_hosts)
     access = None if security.is_loopback(host) else Access(n_links)
-    app = create_app(opened, host=host, allow_hosts=allow_hosts, access=access, chat_template=chat_template)
+    app = create_app(
+        opened,
+        host=host,
+        allow_hosts=allow_hosts,
+        access=access,
+        chat_template=chat_template,
+        embeddings=embeddings,
+    )
     try:
         server = waitress.create_server(
             app.server, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_REQUEST

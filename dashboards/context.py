@@ -12,6 +12,7 @@ from scope.errors import UnknownNameError
 if TYPE_CHECKING:
     from scope.features.excerpt import FeatureExcerpt
     from scope.features.index import FeatureIndex
+    from scope.models.placement import EmbeddingPlace
     from scope.workspace import Entry, Workspace
 
 __all__ = ["Context", "NoIndexError"]
@@ -31,11 +32,17 @@ class Context:
     """Shared by all pages and requests; safe to use from several threads."""
 
     def __init__(
-        self, workspace: "Workspace", worker: ModelWorker | None = None, chat_template: str | None = None
+        self,
+        workspace: "Workspace",
+        worker: ModelWorker | None = None,
+        chat_template: str | None = None,
+        embeddings: "EmbeddingPlace" = "device",
     ) -> None:
         self.workspace = workspace
         self.chat_template = chat_template
         """What chats are written with, in place of an index's or a tokenizer's own."""
+        self.embeddings = embeddings
+        """Where the lookup tables of models lie."""
         self.worker = worker or ModelWorker()
         """Whatever needs a model or torch."""
         self.checks = ModelWorker(CHECK_LIMIT, "checks")

@@ -11,6 +11,7 @@ from scope.errors import InvalidInputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from scope.models.placement import EmbeddingPlace
     from scope.workspace import Workspace
 
 __all__ = ["Dashboard", "in_notebook", "start"]
@@ -84,11 +85,17 @@ def start(
     n_links: int = 1,
     announce: Callable[[list[str]], None] | None = None,
     chat_template: str | None = None,
+    embeddings: "EmbeddingPlace" = "device",
 ) -> Dashboard:
     """Serve a workspace without blocking; see `dashboards.serve`."""
     from dashboards.app import bind
 
-    options: dict[str, Any] = {"allow_hosts": allow_hosts, "n_links": n_links, "chat_template": chat_template}
+    options: dict[str, Any] = {
+        "allow_hosts": allow_hosts,
+        "n_links": n_links,
+        "chat_template": chat_template,
+        "embeddings": embeddings,
+    }
     try:
         server, urls = bind(workspace, host, PORT if port is None else port, **options)
     except InvalidInputError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.features.prompt import PromptFeatures
     from scope.features.prompt_compare import PromptComparison
+    from scope.models.placement import EmbeddingPlace
 
 __all__ = [
     "MAX_LENS_TOKENS",
@@ -309,7 +310,7 @@ class PromptJobs:
             job.report(f"loading {name}, which takes some seconds the first time")
             from scope.models import LanguageModel
 
-            known = LanguageModel.load(name)
+            known = LanguageModel.load(name, embeddings=self.context.embeddings)
             self._models[str(known.name)] = known
         return known
 
@@ -323,7 +324,7 @@ class PromptJobs:
         name = str(opened.model_info["name"])
         if name not in self._models:
             job.report(f"loading {name}, which takes some seconds the first time")
-            self._models[name] = _load_model(opened)
+            self._models[name] = _load_model(opened, self.context.embeddings)
         model = self._models[name]
         if opened.hook_name != self._saes[fingerprint].hook_name:
             raise MismatchError(f"The SAE reads {self._saes[fingerprint].hook_name}, the index {opened.hook_name}.")
@@ -350,12 +351,13 @@ def _check_length(model: Any, n_tokens: int, most: int) -> None:
         )
 
 
-def _load_model(index: "FeatureIndex") -> Any:
+def _load_model(index: "FeatureIndex", embeddings: "EmbeddingPlace") -> Any:
     """The model that an index was built from, from this machine."""
     from scope.models import LanguageModel
 
     info = index.model_info
-    return LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
+    name = info.get("load_name") or info["name"]
+    return LanguageModel.load(name, revision=info.get("revision"), embeddings=embeddings)
 
 
 def _predictions(model: Any, residual: np.ndarray, job: Job) -> list[list[Prediction]]:

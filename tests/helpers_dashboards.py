@@ -593,7 +593,7 @@ class FakeModel:
     chat_template = None
     d_model = 4
 
-    def __init__(self, index: "FakeIndex") -> None:
+    def __init__(self, index: "FakeIndex", embeddings: str = "device") -> None:
         self.index = index
         self.vocabulary = list(dict.fromkeys(["<bos>", " cold", "cold", " hot", " warm", *index._words]))
         self.d_vocab = len(self.vocabulary)

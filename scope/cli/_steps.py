@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scope.cli._command import progress_bar, read_template, say
+from scope.cli._model import EmbeddingPlace, load_model
 from scope.errors import InvalidInputError, MismatchError, ScopeError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def open_source(
     text_column: str | None = None,
     messages_column: str | None = None,
     chat_template: Path | None = None,
+    embeddings: EmbeddingPlace = "device",
 ) -> "Source":
     """The store in a folder; or, without one, what hooks of a model see on a text, computed as it is consumed.
 
@@ -69,6 +71,7 @@ def open_source(
         text_column: without a store: the column that holds the text; None for "text".
         messages_column: without a store: the column that holds chats, in place of texts.
         chat_template: without a store: the file of the template that writes chats; None for the tokenizer's own.
+        embeddings: where the model's lookup tables lie.
 
     Raises:
         InvalidInputError: there are both, or neither.
@@ -93,7 +96,6 @@ def open_source(
     if model is None or not data:
         raise InvalidInputError("Give an activation store to train on, or --model and --data to do without one.")
     from activations.text import TextSource
-    from scope.models import LanguageModel
 
     template = None if chat_template is None else read_template(chat_template)
     text = TextSource(
@@ -101,7 +103,7 @@ def open_source(
     )
     text.check()
     say(f"Loading {model}")
-    loaded = LanguageModel.load(model, device=model_device)
+    loaded = load_model(model, device=model_device, embeddings=embeddings)
     named = every_layer(hooks, loaded.hook_table.names)
     return loaded.source(
         text,
@@ -145,22 +147,23 @@ def has_held_out(source: "Source") -> bool:
     return source.has_held_out()
 
 
-def load_model_of(store: "ActivationStore", name: str | None = None, device: str | None = None) -> "LanguageModel":
+def load_model_of(
+    store: "ActivationStore", name: str | None = None, device: str | None = None, embeddings: EmbeddingPlace = "device"
+) -> "LanguageModel":
     """The model that filled a store.
 
     Args:
         store: the store, which remembers what its model was loaded as.
         name: load this one instead, if it is the same model.
         device: where it runs.
+        embeddings: where its lookup tables lie.
 
     Raises:
         MismatchError: the model has other weights or another tokenizer than the store's.
     """
-    from scope.models import LanguageModel
-
     wanted = name or store.manifest.get("load_name") or store.spec.model
     say(f"Loading {wanted}")
-    model = LanguageModel.load(wanted, revision=store.spec.revision, device=device)
+    model = load_model(wanted, revision=store.spec.revision, device=device, embeddings=embeddings)
     for field in ("weight_hash", "tokenizer_hash"):
         got, expected = getattr(model.identity, field), getattr(store.spec, field)
         if got != expected:
@@ -171,19 +174,21 @@ def load_model_of(store: "ActivationStore", name: str | None = None, device: str
     return model
 
 
-def optional_model_of(store: "Source", name: str | None, device: str | None) -> "LanguageModel | None":
-    """As `load_model_of`, but None, with a word, where the store's own model is not on this machine; a live source has
-    its model."""
+def optional_model_of(
+    store: "Source", name: str | None, device: str | None, embeddings: EmbeddingPlace = "device"
+) -> "LanguageModel | None":
+    """As `load_model_of`, but None, with a word, where the store's own model is not on this machine and nothing was
+    said of it; a live source has its model."""
     from activations.store import ActivationStore
 
     if not isinstance(store, ActivationStore):
         return store.model
     try:
-        return load_model_of(store, name, device)
+        return load_model_of(store, name, device, embeddings)
     except MismatchError:
         raise
     except ScopeError as error:
-        if name is not None:
+        if name is not None or embeddings != "device":
             raise
         say(f"Going on without the model: {error}")
         return None

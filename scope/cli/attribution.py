@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from scope.attribution.graph_settings import GraphSettings
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption
 
 __all__ = ["register"]
@@ -67,6 +68,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         top: Annotated[int, typer.Option(help="Rows to show.")] = 20,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Attribute a next token to the features and errors of some SAEs, or to the model's own components."""
@@ -82,14 +84,16 @@ def register(app: typer.Typer) -> None:
                     "--method components takes no --counterfactual: it splits the logit itself, not its difference to "
                     "a baseline. Leave it out, or take another method."
                 )
-            opened, dictionaries = _opened(model, _transcoder_paths(sae) if sae else [], device, allow_download)
+            opened, dictionaries = _opened(
+                model, _transcoder_paths(sae) if sae else [], device, allow_download, embeddings
+            )
             return _components(opened, prompt, target, against, dictionaries, position, top)
         if not sae:
             raise InvalidInputError(
                 f"--method {method} needs an SAE whose features are asked about: --sae DIR. Without one there is "
                 "--method components."
             )
-        opened, saes = _opened(model, sae, device, allow_download)
+        opened, saes = _opened(model, sae, device, allow_download, embeddings)
         asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
         with progress_bar("Attributing (runs)") as progress:
@@ -143,6 +147,7 @@ def register(app: typer.Typer) -> None:
         node_share: Annotated[float, typer.Option(help="Share of the nodes' influence that pruning keeps.")] = 0.8,
         edge_share: Annotated[float, typer.Option(help="Share of the edges' influence that pruning keeps.")] = 0.98,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Explain a prompt's next token as a graph of features, pruned to what matters."""
@@ -154,7 +159,7 @@ def register(app: typer.Typer) -> None:
 
         require_shares(node_share, edge_share)
         paths = _transcoder_paths(transcoders)
-        opened, saes = _opened(model, paths, device, allow_download)
+        opened, saes = _opened(model, paths, device, allow_download, embeddings)
         with progress_bar("Expanding features") as progress:
             whole = build_graph(
                 opened,
@@ -200,6 +205,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Set each feature of a graph to 0 and to twice its value in the model itself, and compare with the graph."""
@@ -209,7 +215,7 @@ def register(app: typer.Typer) -> None:
 
         read = load_graph(graph)
         paths = _transcoder_paths(transcoders or list(read.transcoders))
-        opened, saes = _opened(model or read.model_name, paths, device, allow_download)
+        opened, saes = _opened(model or read.model_name, paths, device, allow_download, embeddings)
         with progress_bar("Intervening (runs)") as progress:
             if edges:
                 sources = strongest_sources(read, max_features)
@@ -253,6 +259,7 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int, typer.Option(help="Of the random circuits.")] = 0,
         figure: Annotated[Path | None, typer.Option(help="Draw the curves into this HTML file.")] = None,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Keep a graph's features with the most influence, ablate the rest, and see how much of the target is left:
@@ -269,7 +276,7 @@ def register(app: typer.Typer) -> None:
         read = load_graph(graph)
         paths = _transcoder_paths(transcoders or list(read.transcoders))
         kept = SIZES if sizes is None else _whole_numbers(sizes)
-        opened, saes = _opened(model or read.model_name, paths, device, allow_download)
+        opened, saes = _opened(model or read.model_name, paths, device, allow_download, embeddings)
         asked = None if target is None else logit(target) if against is None else logit_difference(target, against)
         with progress_bar("Ablating (runs)") as progress:
             found = graph_faithfulness(
@@ -346,9 +353,10 @@ def _transcoder_paths(given: list[str]) -> list[str]:
     return found
 
 
-def _opened(model: str, saes: list[str], device: str | None, allow_download: bool) -> tuple[Any, list[Any]]:
-    from scope.models import LanguageModel
+def _opened(
+    model: str, saes: list[str], device: str | None, allow_download: bool, embeddings: EmbeddingPlace
+) -> tuple[Any, list[Any]]:
     from scope.saes.formats import load
 
     loaded = [load(path, allow_download=allow_download) for path in saes]
-    return LanguageModel.load(model, device=device, allow_download=allow_download), loaded
+    return load_model(model, device=device, allow_download=allow_download, embeddings=embeddings), loaded

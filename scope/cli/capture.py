@@ -10,10 +10,12 @@ import typer
 from activations.engines import Engine, detected_engine, is_follower
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, read_template, say
+from scope.cli._model import EmbeddingsOption, load_model
 from scope.errors import InvalidInputError, ScopeError
 
 if TYPE_CHECKING:
     from activations.capture import CaptureReport
+    from scope.models import LanguageModel
 
 __all__ = ["register"]
 
@@ -113,13 +115,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         revision: Annotated[str | None, typer.Option(help="Revision of a model from the hub.")] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
-        embeddings: Annotated[
-            str,
-            typer.Option(
-                help="Where lookup tables lie: device, or host, which saves the accelerator's memory (Gemma 3n and "
-                "Gemma 4 E2B, E4B); activations are the same."
-            ),
-        ] = "device",
+        embeddings: EmbeddingsOption = "device",
         compute_dtype: Annotated[
             str | None,
             typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32; auto, or the store's."),
@@ -149,7 +145,6 @@ def register(app: typer.Typer) -> None:
         from activations.selection import RowSelection
         from activations.storage import below
         from activations.text import TextSource
-        from scope.models import LanguageModel
 
         target = _target(out, into, append, data, hook, model)
         of_text = {
@@ -189,17 +184,17 @@ def register(app: typer.Typer) -> None:
         if engine == "ray":
             say("Starting Ray's workers")
 
-        def load() -> LanguageModel:
+        def load() -> "LanguageModel":
             if not follows:
                 say(f"Loading {name}")
-            return LanguageModel.load(
+            return load_model(
                 name,
                 revision=revision if model or revision else kept["revision"],
                 device=device,
                 dtype=compute_dtype or kept["compute_dtype"],
                 compile=compile or kept["compile"],
                 allow_download=allow_download,
-                embeddings=embeddings,  # type: ignore[arg-type]  # checked there
+                embeddings=embeddings,
             )
 
         if follows:

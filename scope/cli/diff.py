@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
 from scope.diffing.settings import ComparisonConfig, DiffConfig
 
 if TYPE_CHECKING:
@@ -42,11 +43,14 @@ def register(app: typer.Typer) -> None:
         ] = None,
         sae: SaeOption = None,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         dtype: DtypeOption = "auto",
         keep_captures: KeepOption = False,
     ) -> Outcome:
         """What a fine-tuning changed: layer by layer, feature by feature, and by a crosscoder over both models."""
-        return _compare(base, tuned, out, config, data, hook, sae, device, dtype, keep_captures, conclusions=False)
+        return _compare(
+            base, tuned, out, config, data, hook, sae, device, dtype, embeddings, keep_captures, conclusions=False
+        )
 
     @command(app, "quantisation", config=ComparisonConfig)
     def quantisation(
@@ -57,13 +61,25 @@ def register(app: typer.Typer) -> None:
         data: DataOption = None,
         sae: SaeOption = None,
         device: DeviceOption = None,
+        embeddings: EmbeddingsOption = "device",
         dtype: DtypeOption = "float32",
         keep_captures: KeepOption = False,
     ) -> Outcome:
         """What a quantisation changed: capture error by layer, features, and whether conclusions hold. No crosscoder is
         trained."""
         return _compare(
-            reference, quantised, out, config, data, None, sae, device, dtype, keep_captures, conclusions=True
+            reference,
+            quantised,
+            out,
+            config,
+            data,
+            None,
+            sae,
+            device,
+            dtype,
+            embeddings,
+            keep_captures,
+            conclusions=True,
         )
 
 
@@ -77,13 +93,13 @@ def _compare(
     saes: list[str] | None,
     device: str | None,
     dtype: str,
+    embeddings: EmbeddingPlace,
     keep_captures: bool,
     *,
     conclusions: bool,
 ) -> Outcome:
     from activations.text import TextSource
     from scope.diffing import ModelPair, diff_models
-    from scope.models import LanguageModel
     from scope.sample import sample_text
 
     text = TextSource(
@@ -94,7 +110,7 @@ def _compare(
     models = []
     for name in (base, tuned):
         say(f"Loading {name}")
-        models.append(LanguageModel.load(name, device=device, dtype=dtype))
+        models.append(load_model(name, device=device, dtype=dtype, embeddings=embeddings))
     pair = ModelPair.of(*models)
     for dictionary in dictionaries.values():
         dictionary.to(pair.base.device)

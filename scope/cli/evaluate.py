@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from scope.cli._command import Outcome, command
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption
 from scope.cli.sae import SAE_HELP, DownloadOption, HookOption, HookOutOption
 from scope.errors import InvalidInputError
 
@@ -54,6 +55,7 @@ def register(app: typer.Typer) -> None:
         device: Annotated[
             str | None, typer.Option(help="Where the model and the SAE run; by default the best there is.")
         ] = None,
+        embeddings: EmbeddingsOption = "device",
         hook: HookOption = None,
         hook_out: HookOutOption = None,
         allow_download: DownloadOption = False,
@@ -66,7 +68,9 @@ def register(app: typer.Typer) -> None:
         if transcoders is not None:
             if sae is not None:
                 raise InvalidInputError("Both an SAE and --transcoders were given; give one.")
-            return _set(transcoders, store, model, data or [], max_tokens, context_size, tokens, save, device)
+            return _set(
+                transcoders, store, model, data or [], max_tokens, context_size, tokens, save, device, embeddings
+            )
         if store is None or sae is None:
             raise InvalidInputError("Give a store and an SAE, or --transcoders FOLDER.")
         from activations.store import ActivationStore
@@ -80,7 +84,7 @@ def register(app: typer.Typer) -> None:
             raise InvalidInputError("No document of this store is held out (one title in ten is). Capture more text.")
         loaded = load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
         folder = Path(sae) if save and Path(sae).is_dir() else None
-        language_model = optional_model_of(opened, model, device) if tokens else None
+        language_model = optional_model_of(opened, model, device, embeddings) if tokens else None
         if language_model is not None:
             loaded = loaded.to(language_model.device)
         elif device is not None:
@@ -100,6 +104,7 @@ def _set(
     tokens: int,
     save: bool,
     device: str | None,
+    embeddings: EmbeddingPlace,
 ) -> Outcome:
     """Measure the transcoders in a folder."""
     from scope.cli._steps import has_held_out, load_model_of, measure_set, open_source
@@ -131,9 +136,13 @@ def _set(
         model_device=device,
         device=device or "cpu",
         max_tokens=max_tokens,
+        embeddings=embeddings,
     )
     if not has_held_out(opened):
         raise InvalidInputError("No document of this text is held out (one title in ten is). Give more text.")
-    language_model = opened.model if isinstance(opened, LiveActivations) else load_model_of(opened, model, device)
+    if isinstance(opened, LiveActivations):
+        language_model = opened.model
+    else:
+        language_model = load_model_of(opened, model, device, embeddings)
     found = measure_set(dict(sorted(folders.items())), opened, language_model, tokens, folder if save else None)
     return Outcome({"transcoders": str(folder), **found.to_dict()}, found.summary())

@@ -7,6 +7,7 @@ import typer
 
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
 
 if TYPE_CHECKING:
     from scope.features.all_logits import AllLogits
@@ -68,6 +69,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="The index's SAE, for these histograms; by default the workspace's.")
         ] = None,
         workspace: Annotated[Path | None, typer.Option(help="Where the index and its labels lie.")] = None,
+        embeddings: EmbeddingsOption = "device",
     ) -> Outcome:
         """Write a store's activations, or an index's features, firings and labels, for other tools."""
         from scope.errors import UnknownNameError
@@ -85,7 +87,7 @@ def register(app: typer.Typer) -> None:
         from scope.features.neuronpedia_export import NeuronpediaNames, export_neuronpedia
 
         names = NeuronpediaNames(model_id=model_id, source_set=source_set, creator_name=creator_name)
-        logits = _all_logits(index, sae, workspace) if logit_histograms else None
+        logits = _all_logits(index, sae, workspace, embeddings) if logit_histograms else None
         with progress_bar("Exporting (features)") as progress:
             report = export_neuronpedia(index, out, chosen, names, layout=format, logits=logits, progress=progress)
         text_ = f"{report.folder} holds {report.features:,} features and {report.activations:,} examples"
@@ -94,7 +96,9 @@ def register(app: typer.Typer) -> None:
         return Outcome({**report._asdict(), "folder": str(report.folder), "logit_histograms": histograms}, text_)
 
 
-def _all_logits(index: "FeatureIndex", sae: str | None, workspace: Path | None) -> "AllLogits | None":
+def _all_logits(
+    index: "FeatureIndex", sae: str | None, workspace: Path | None, embeddings: EmbeddingPlace
+) -> "AllLogits | None":
     """What computes the effects on all logits; None, which is said, where the SAE or the model is not at hand.
 
     Raises:
@@ -102,7 +106,6 @@ def _all_logits(index: "FeatureIndex", sae: str | None, workspace: Path | None) 
     """
     from scope.errors import MismatchError, ScopeError
     from scope.features.all_logits import AllLogits
-    from scope.models import LanguageModel
     from scope.saes.formats import load
 
     given = None if sae is None else load(sae, hook=index.hook_name)
@@ -114,7 +117,7 @@ def _all_logits(index: "FeatureIndex", sae: str | None, workspace: Path | None) 
     try:
         own = _sae_of(index, workspace) if given is None else given
         info = index.model_info
-        model = LanguageModel.load(info.get("load_name") or info["name"], revision=info.get("revision"))
+        model = load_model(info.get("load_name") or info["name"], revision=info.get("revision"), embeddings=embeddings)
         return AllLogits(own, model)
     except (ScopeError, OSError) as problem:
         say(f"The histograms of logit effects stay empty: {problem} (--sae names the SAE.)")

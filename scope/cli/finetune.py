@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import SAE_HELP, DownloadOption, HookOption, HookOutOption, require_hook
 from scope.training.settings import FinetuneConfig
 
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str | None, typer.Option(help="The store's model, where it is not found under its own name.")
         ] = None,
+        embeddings: EmbeddingsOption = "device",
         hook: HookOption = None,
         hook_out: HookOutOption = None,
         allow_download: DownloadOption = False,
@@ -39,7 +41,7 @@ def register(app: typer.Typer) -> None:
         opened = ActivationStore.open(store)
         trained = load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
         require_hook(trained)
-        language_model = load_model_of(opened, model, device)
+        language_model = load_model_of(opened, model, device, embeddings)
         with progress_bar("Fine-tuning (tokens)") as progress:
             report = finetune_kl(trained, language_model, opened, config, out, progress=progress)
         data, text = report.to_dict(), report.summary()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption, HookOption, require_hook
 from scope.errors import InvalidInputError
 
@@ -56,6 +57,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--umap", help="Add a map of the decoder rows in two dimensions (extra umap).")
         ] = False,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
+        embeddings: EmbeddingsOption = "device",
         allow_mismatch: Annotated[
             bool, typer.Option("--allow-mismatch", help="Index although an SAE names another model or tokenizer.")
         ] = False,
@@ -79,7 +81,7 @@ def register(app: typer.Typer) -> None:
             require_umap()
         saes = [load(name, allow_download=allow_download, hook=hook) for name in names]
         hooks = [require_hook(sae) for sae in saes]
-        source, language_model = _source(store, hooks, model, data or [], max_tokens, context_size, device)
+        source, language_model = _source(store, hooks, model, data or [], max_tokens, context_size, device, embeddings)
         for sae in saes:
             sae.to(_device(device, language_model))
         with progress_bar("Indexing (steps)") as progress:
@@ -127,6 +129,7 @@ def _source(
     max_tokens: int | None,
     context_size: int,
     device: str | None,
+    embeddings: EmbeddingPlace,
 ) -> tuple[Any, "LanguageModel | None"]:
     """What is indexed, and the model that gives strings and logits."""
     if store is not None:
@@ -138,16 +141,15 @@ def _source(
         opened = ActivationStore.open(store)
         for hook in hooks:
             opened.resolve_hook(hook)
-        return opened, optional_model_of(opened, model, device)
+        return opened, optional_model_of(opened, model, device, embeddings)
     if model is None:
         raise InvalidInputError("--data is a text to run a model on. Give the model with --model.")
     from activations.text import TextSource
-    from scope.models import LanguageModel
 
     text = TextSource(data)
     text.check()
     say(f"Loading {model}")
-    loaded = LanguageModel.load(model, device=device)
+    loaded = load_model(model, device=device, embeddings=embeddings)
     unique = list(dict.fromkeys(hooks))
     return loaded.source(text, unique, context_size=context_size, max_tokens=max_tokens), loaded
 

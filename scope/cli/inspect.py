@@ -6,12 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
 from scope.cli.sae import DownloadOption
 from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["register"]
-
-EMBEDDINGS_HELP = "Of a model: host keeps lookup tables in the host's memory, the rest on the device."
 
 
 def _open(what: str) -> Any:
@@ -38,7 +37,7 @@ def _open(what: str) -> Any:
     )
 
 
-def _describe(what: str, allow_download: bool, device: str | None, embeddings: str) -> dict[str, Any]:
+def _describe(what: str, allow_download: bool, device: str | None, embeddings: EmbeddingPlace) -> dict[str, Any]:
     """JSON-able facts about a store, an SAE, an index folder or a model."""
     from activations.manifest import read_manifest
     from activations.storage import is_address
@@ -58,10 +57,8 @@ def _describe(what: str, allow_download: bool, device: str | None, embeddings: s
         return {"kind": kind, **_open(what).info()}
     if any((path / name).is_file() for name in ("manifest.json", "cfg.json")) or formats.recognised(path):
         return _describe_sae(what, allow_download)
-    from scope.models import LanguageModel
-
     try:
-        model = LanguageModel.load(what, device=device, embeddings=embeddings)  # type: ignore[arg-type]  # checked there
+        model = load_model(what, device=device, embeddings=embeddings)
     except UnknownNameError as error:
         if not path.exists() and formats.is_release(what):
             return _describe_sae(what, allow_download)
@@ -111,7 +108,7 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="Of a model: where it lies, such as cpu or cuda; by default the best there is."),
         ] = None,
-        embeddings: Annotated[str, typer.Option(help=EMBEDDINGS_HELP)] = "device",
+        embeddings: EmbeddingsOption = "device",
     ) -> Outcome:
         """What a store, an SAE, an index or a model is: sizes, hooks, provenance, quality; of a model how many
         parameters a token uses, and where they lie."""

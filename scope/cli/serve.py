@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from scope.cli._command import Outcome, command, read_template, say
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption
 
 __all__ = ["register", "serve_workspace"]
 
@@ -17,6 +18,7 @@ def serve_workspace(
     allow_hosts: list[str] | None = None,
     n_links: int = 1,
     chat_template: str | None = None,
+    embeddings: EmbeddingPlace = "device",
 ) -> Outcome:
     """Serve the dashboard of a workspace until it is interrupted."""
     from dashboards import serve
@@ -39,6 +41,7 @@ def serve_workspace(
         n_links=n_links,
         announce=announce,
         chat_template=chat_template,
+        embeddings=embeddings,
     )
     return Outcome({"workspace": str(path), "host": host, "port": port}, "Stopped.")
 
@@ -69,6 +72,7 @@ def register(app: typer.Typer) -> None:
                 help="A Jinja file that writes the chats of prompts, in place of the index's or the tokenizer's."
             ),
         ] = None,
+        embeddings: EmbeddingsOption = "device",
         links: Annotated[int, typer.Option(help="One-time links to print, where they are needed.", min=1)] = 1,
     ) -> Outcome:
         """Look at features, their examples, and prompts in the browser."""
@@ -77,4 +81,4 @@ def register(app: typer.Typer) -> None:
         if not workspace.is_dir():
             raise UnknownNameError("workspace", str(workspace), hint="Make one with: scope demo " + str(workspace))
         template = None if chat_template is None else read_template(chat_template)
-        return serve_workspace(workspace, host, port, allow_host, links, template)
+        return serve_workspace(workspace, host, port, allow_host, links, template, embeddings)

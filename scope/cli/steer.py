@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._model import EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption
 from scope.errors import InvalidInputError, MismatchError
 
@@ -46,6 +47,7 @@ def register(app: typer.Typer) -> None:
         temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
         seed: Annotated[int, typer.Option(help="Of sampling and of the random direction.")] = 0,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Let the model go on from a prompt under interventions, without, and along a random direction as long."""
@@ -63,7 +65,6 @@ def register(app: typer.Typer) -> None:
         from scope.interventions.resolving import control
         from scope.interventions.spec import Intervention
         from scope.interventions.steering import steer_with
-        from scope.models import LanguageModel
 
         declared = _declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
         saes = _saes(sae, workspace, allow_download)
@@ -72,7 +73,7 @@ def register(app: typer.Typer) -> None:
             assert isinstance(one, Intervention)
             if one.features:
                 saes(one.sae)
-        opened = LanguageModel.load(model, device=device, allow_download=allow_download)
+        opened = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
         edits = declared.resolve(opened, saes, maxima)
         beside = control(declared, opened, saes, maxima, seed)
         with progress_bar("Writing (tokens)") as progress:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, follows, say
+from scope.cli._model import EmbeddingsOption
 from scope.errors import InvalidInputError
 from scope.training.config import SWEPT, TrainConfig
 
@@ -89,6 +90,7 @@ def register(app: typer.Typer) -> None:
         model_device: Annotated[
             str | None, typer.Option(help="Without a store: where the model runs; by default the best there is.")
         ] = None,
+        embeddings: EmbeddingsOption = "device",
         baselines: Annotated[
             bool,
             typer.Option(
@@ -155,6 +157,7 @@ def register(app: typer.Typer) -> None:
             text_column=text_column,
             messages_column=messages_column,
             chat_template=chat_template,
+            embeddings=embeddings,
         )
         opened: Any = first if not beside else aligned_stores(first, beside)
         held_out = has_held_out(first)
@@ -180,7 +183,7 @@ def register(app: typer.Typer) -> None:
         if follows():
             raise typer.Exit
         spliced = held_out and evaluate_tokens and not beside
-        language_model = optional_model_of(first, model, config.device) if spliced else None
+        language_model = optional_model_of(first, model, config.device, embeddings) if spliced else None
         if is_set(runs) and language_model is not None:
             folders = {layer_of(str(sae.hook_name)) or 0: folder for sae, folder, _, _ in done}
             found = measure_set(folders, first, language_model, evaluate_tokens, out)
