@@ -33,7 +33,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture", "check_numbers", "resolved_hooks", "row_choice", "spec_of"]
+__all__ = ["CaptureReport", "capture", "check_numbers", "passes_to_run", "resolved_hooks", "row_choice", "spec_of"]
 
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
@@ -175,13 +175,13 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
         _require_tokens(text, made)
         _require_rows(text, made, spec, rows)
     load_name = made.identity.load_name
-    identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity}
+    identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity, "denoising": None}
     if entry is not None and max_tokens is not None:
         max_tokens += entry["from_row"]
     with StoreWriter(storage, spec, identity, list(shapes), load_name) as writer:
         if entry is not None:
             start_append(writer, entry)
-        passes = _passes(writer, shapes, aliases)
+        passes = passes_to_run(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = writer.plan_state.n_rows > 0
         if passes:
@@ -385,7 +385,7 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
     return {"text": text.described, "max_tokens": max_tokens}
 
 
-def _passes(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
+def passes_to_run(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
     """Captures (ledger ids) that have to run: one that was left unfinished, and one for the hooks that are new."""
     left = dict(shapes)
     unfinished = []

@@ -17,6 +17,7 @@ from typing import Any
 
 from activations.arrays import ArrayLayout, ObjectRecord
 from activations.chats import CHAT_COLUMNS
+from activations.denoising import DENOISING_COLUMNS
 from activations.ledger import GroupRecord
 from activations.plan import TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
@@ -47,8 +48,8 @@ ASIDE = ".before-append"
 
 IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
 """Entries of the manifest that make the store's fingerprint."""
-OPTIONAL_IDENTITY = ("selection", "chats")
-"""Entries that do so where they are: which tokens are rows, and how chats are written."""
+OPTIONAL_IDENTITY = ("selection", "chats", "denoising")
+"""Entries that do so where they are: which tokens are rows, how chats are written, and how a canvas was denoised."""
 
 
 def identity_fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -71,11 +72,16 @@ class StoreLayout:
         spec: the store's.
         spoken: of chats, which of `CHAT_COLUMNS` their tokens have.
         has_windows: whether only some tokens are rows, so that whole windows are kept in a table.
+        denoised: whether rows are steps of denoising, and have `DENOISING_COLUMNS`.
     """
 
-    def __init__(self, spec: CaptureSpec, spoken: Sequence[str] = (), has_windows: bool = False) -> None:
+    def __init__(
+        self, spec: CaptureSpec, spoken: Sequence[str] = (), has_windows: bool = False, denoised: bool = False
+    ) -> None:
         self.spec, self.has_windows = spec, has_windows
         self.token_columns = TOKEN_COLUMNS | {name: CHAT_COLUMNS[name] for name in spoken}
+        if denoised:
+            self.token_columns |= DENOISING_COLUMNS
         """Per-token columns and their dtypes."""
         self.tables = (*TABLES, WINDOWS) if has_windows else TABLES
 
@@ -86,6 +92,7 @@ class StoreLayout:
             CaptureSpec(**manifest["spec"]),
             spoken=_spoken(manifest.get("chats")),
             has_windows=manifest.get("selection") is not None,
+            denoised=manifest.get("denoising") is not None,
         )
 
     def hook(self, shape: Sequence[int]) -> ArrayLayout:

@@ -15,7 +15,8 @@ How a document is cut is in `activations.cutting`, how a group's windows are run
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +26,15 @@ from activations.selection import Choosing
 from activations.source import RowFlag
 from activations.text import Document, TextSource, is_held_out
 
-__all__ = ["TOKEN_COLUMNS", "PlanState", "PlannedGroup", "Windowing", "plan_groups"]
+__all__ = [
+    "TOKEN_COLUMNS",
+    "CutDocument",
+    "PlanState",
+    "PlannedGroup",
+    "Windowing",
+    "group_documents",
+    "plan_groups",
+]
 
 ENCODE_DOCUMENTS = 64
 FIRST_CHARACTERS, ENCODE_CHARACTERS = 2**15, 2**18
@@ -101,6 +110,21 @@ class _DocumentRows(NamedTuple):
         return int(((self.columns["flags"] & RowFlag.BOS) == 0).sum())
 
 
+class CutDocument(NamedTuple):
+    """A document that is about to be cut into windows."""
+
+    document: Document
+    ordinal: int
+    """Place in the text source."""
+    has_tokens: bool
+    cut: "_CutTo"
+    """Makes its rows, at most so many; called once, and only if they are wanted."""
+
+
+class _CutTo(Protocol):
+    def __call__(self, *, max_rows: int | None) -> Cut | None: ...
+
+
 class _Encoded(NamedTuple):
     document: Document
     ordinal: int
@@ -127,11 +151,35 @@ def plan_groups(
         tail: that group, where it is not full and is to be filled up with this text.
         choosing: which tokens become rows, and how chats are encoded; None for all tokens of plain text.
     """
-    size = windowing.rows_per_group
+
+    def cuts() -> Iterator[CutDocument]:
+        for document, ordinal, tokens, spoken in _encoded(text, encode, state.ordinal, choosing):
+            kept = tokens[: windowing.max_document_tokens]
+            cut = partial(cut_document, kept, spoken, document, windowing, choosing=choosing)
+            yield CutDocument(document, ordinal, len(tokens) > 0, cut)
+
+    return group_documents(cuts(), windowing.rows_per_group, windowing.max_tokens, state, tail)
+
+
+def group_documents(
+    documents: Iterator[CutDocument],
+    size: int,
+    max_rows: int | None,
+    state: PlanState = PlanState(),  # frozen
+    tail: PlannedGroup | None = None,
+) -> Iterator[PlannedGroup]:
+    """Row groups of `size` rows from `state` to the end of the documents or `max_rows`, as `plan_groups`.
+
+    Args:
+        documents: from the one on that `state.ordinal` says.
+        size: rows of a group.
+        max_rows: rows in all, at most.
+        state, tail: as of `plan_groups`.
+    """
     pending: list[_DocumentRows] = []
     row = state.n_rows if tail is None else tail.row_start
     empty = _Tally(state.empty_documents)
-    for document in _document_rows(text, encode, windowing, state, empty, choosing):
+    for document in _document_rows(documents, max_rows, state, empty):
         pending.append(document)
         # A group is emitted once a row after it is known: only then is it known not to be the last.
         while document.row_start + document.n_rows > row + size:
@@ -157,24 +205,19 @@ def _following(tail: PlannedGroup | None, planned: PlannedGroup) -> PlannedGroup
 
 
 def _document_rows(
-    text: TextSource,
-    encode: Callable[[Sequence[str]], list[np.ndarray]],
-    windowing: Windowing,
-    state: PlanState,
-    empty: "_Tally",
-    choosing: Choosing | None,
+    documents: Iterator[CutDocument], max_rows: int | None, state: PlanState, empty: "_Tally"
 ) -> Iterator[_DocumentRows]:
-    """The documents from `state` on that have rows, until `max_tokens` rows are there."""
+    """The documents from `state` on that have rows, until `max_rows` rows are there."""
     resumed = state.rows_done > 0
     row = state.n_rows - state.rows_done
     sequence = state.n_sequences
     number = state.n_documents - resumed
     windowed = state.windowed_documents
-    for document, ordinal, tokens, spoken in _encoded(text, encode, state.ordinal, choosing):
-        left = None if windowing.max_tokens is None else windowing.max_tokens - row
-        if len(tokens) and left is not None and left <= 0:
+    for document, ordinal, has_tokens, cut_to in documents:
+        left = None if max_rows is None else max_rows - row
+        if has_tokens and left is not None and left <= 0:
             return
-        cut = cut_document(tokens[: windowing.max_document_tokens], spoken, document, windowing, left, choosing)
+        cut = cut_to(max_rows=left)
         if cut is None or not len(cut.window_starts):
             empty.count += 1
             continue

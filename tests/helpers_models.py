@@ -160,6 +160,32 @@ def _gemma4_multimodal(d_vocab: int) -> Any:
     return transformers.Gemma4ForConditionalGeneration(config)
 
 
+def _diffusion_gemma(d_vocab: int) -> Any:
+    """Layer scalars that differ between the encoder and the denoiser, as those alone are not shared."""
+    text = _rotary_config(
+        d_vocab, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], head_dim=12,
+        global_head_dim=16, num_global_key_value_heads=1, sliding_window=8, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=16,
+    )  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text,
+        vision_config={
+            "model_type": "gemma4_vision", **vision, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
+        },
+        boi_token_id=380, eoi_token_id=381, image_token_id=382, canvas_length=8,
+    )  # fmt: skip
+    model = transformers.DiffusionGemmaForBlockDiffusion(config)
+    for stack, start in ((model.model.encoder.language_model, 0.9), (model.model.decoder, 0.7)):
+        for index, layer in enumerate(stack.layers):
+            layer.layer_scalar.fill_(start + 0.2 * index)
+    sampler = {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 6.0}
+    model.generation_config = type(model.generation_config)(
+        max_new_tokens=16, max_denoising_steps=5, t_min=0.4, t_max=0.8, sampler_config=sampler
+    )
+    return model
+
+
 def _mixtral(d_vocab: int) -> Any:
     config = _rotary_config(d_vocab, num_local_experts=4, num_experts_per_tok=2)
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
@@ -208,6 +234,7 @@ _BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenize
     ),
     "gemma4_experts": (_gemma4_experts, _sentencepiece_tokenizer),
     "gemma4_multimodal": (_gemma4_multimodal, _sentencepiece_tokenizer),
+    "diffusion_gemma": (_diffusion_gemma, _sentencepiece_tokenizer),
     "mixtral": (_mixtral, _sentencepiece_tokenizer),
     "qwen3_moe": (_qwen3_moe, functools.partial(_byte_level_tokenizer, bos=False)),
     "mistral": (_mistral, _sentencepiece_tokenizer),

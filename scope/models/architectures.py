@@ -62,6 +62,11 @@ class Family:
     """The same behind the experts."""
     delegated: bool = False
     """TransformerLens leaves attention and norms to transformers: attention can be read there and not edited."""
+    encoder: str | None = None
+    """A second stack of the same layers that reads the prompt, where the backbone only denoises
+    (`scope.models.diffusion`)."""
+    denoises: bool = False
+    """The model fills in a canvas step by step, and has no next token."""
 
 
 LLAMA = Family(
@@ -101,6 +106,31 @@ GEMMA4 = replace(
     dense_post="post_feedforward_layernorm_1",
     experts_post="post_feedforward_layernorm_2",
 )
+DIFFUSION_GEMMA = replace(
+    GEMMA4,
+    backbones=("model.decoder",),
+    per_layer_argument=None,
+    encoder="model.encoder.language_model",
+    denoises=True,
+)
+DREAM = replace(LLAMA, denoises=True)
+LLADA = replace(
+    LLAMA,
+    backbones=("model.transformer",),
+    embed="wte",
+    layers="blocks",
+    final_norm="ln_f",
+    ln1="attn_norm",
+    attention="",
+    qkv=("q_proj", "k_proj", "v_proj"),
+    o="attn_out",
+    ln2="ff_norm",
+    mlp="",
+    mlp_gate="ff_proj",
+    mlp_in="up_proj",
+    mlp_out="ff_out",
+    denoises=True,
+)
 GEMMA3N = replace(GEMMA4, per_layer_argument=2, altup=True)
 GPT2 = Family(
     backbones=("transformer",),
@@ -130,7 +160,11 @@ FAMILIES: dict[str, Family] = {
     "gemma3n": GEMMA3N,
     "gemma4": GEMMA4,
     "mixture": MIXTURE,
+    "diffusion_gemma": DIFFUSION_GEMMA,
+    "llada": LLADA,
+    "dream": DREAM,
 }
+HEADS = ("num_attention_heads", "n_heads")
 MODEL_TYPES: dict[str, str] = {
     "gpt2": "gpt2",
     "llama": "llama",
@@ -146,8 +180,12 @@ MODEL_TYPES: dict[str, str] = {
     "gemma3n": "gemma3n",
     "gemma4_text": "gemma4",
     "gemma4": "gemma4",
+    "diffusion_gemma": "diffusion_gemma",
+    "llada": "llada",
+    "Dream": "dream",
 }
-"""transformers' `config.model_type` -> layout. Each has been held equal to TransformerLens in a test."""
+"""transformers' `config.model_type` -> layout. Each has been held equal to TransformerLens in a test, those that
+denoise to the hidden states that their own classes give."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +235,15 @@ class Layout:
     """The one that attention and MLP read."""
 
     @property
+    def encoder(self) -> "Layout | None":
+        """The stack that reads the prompt, where that is another one than the one that denoises."""
+        path = self.family.encoder
+        if path is None:
+            return None
+        family = replace(self.family, encoder=None, denoises=False)
+        return replace(self, family=family, backbone=path, layers=f"{path}.{family.layers}")
+
+    @property
     def final_residual(self) -> str:
         """Hook name of what goes into the final norm: the last layer's residual stream, or what AltUp makes of it."""
         return "ln_final.hook_in" if self.n_streams > 1 else f"blocks.{self.n_layers - 1}.hook_resid_post"
@@ -238,25 +285,25 @@ def find_layout(model: nn.Module) -> Layout:
     if missing:
         raise InvalidInputError(f"{type(model).__name__} lacks the modules {', '.join(missing)}.")
     weight: Tensor = model.get_submodule(head).weight  # type: ignore[assignment]
-    n_heads = config.num_attention_heads
-    d_model = config.hidden_size
+    n_heads, d_model = _setting(config, *HEADS), _setting(config, "hidden_size", "d_model")
+    n_layers = _setting(config, "num_hidden_layers", "n_layers")
     layers = f"{backbone}.{family.layers}"
-    sizes = tuple(_sizes(model, f"{layers}.{index}", family, config) for index in range(config.num_hidden_layers))
+    sizes = tuple(_sizes(model, f"{layers}.{index}", family, config) for index in range(n_layers))
     per_layer = family.per_layer_argument is not None and config.hidden_size_per_layer_input
     return Layout(
         family=family,
         backbone=backbone,
         layers=layers,
         head=head,
-        n_layers=config.num_hidden_layers,
+        n_layers=n_layers,
         d_model=d_model,
         d_mlp=sizes[0].d_mlp,
         d_vocab=weight.shape[0],
         n_heads=n_heads,
         n_key_value_heads=sizes[0].n_key_value_heads,
         d_head=sizes[0].d_head,
-        query_key_norms=_has(model, f"{first}.{family.attention}.q_norm"),
-        max_context_size=config.max_position_embeddings,
+        query_key_norms=_has(model, f"{first}.{family.attention}.q_norm".replace("..", ".")),
+        max_context_size=_setting(config, "max_position_embeddings", "max_sequence_length"),
         final_logit_softcapping=getattr(config, "final_logit_softcapping", None),
         sizes=sizes,
         d_per_layer=config.hidden_size_per_layer_input if per_layer else 0,
@@ -267,7 +314,7 @@ def find_layout(model: nn.Module) -> Layout:
 
 def _sizes(model: nn.Module, layer: str, family: Family, config: Any) -> LayerSizes:
     """A layer's widths, read off its modules."""
-    n_heads = config.num_attention_heads
+    n_heads = _setting(config, *HEADS)
     d_head = _width_in(model.get_submodule(f"{layer}.{family.o}")) // n_heads
     n_key_value_heads, projections = n_heads, "qkv"
     if len(family.qkv) > 1:
@@ -291,6 +338,11 @@ def experts_of(config: Any) -> tuple[int, int]:
         return int(next((value for name in names if (value := getattr(config, name, None))), 0))
 
     return first("num_experts", "num_local_experts"), first("top_k_experts", "num_experts_per_tok")
+
+
+def _setting(config: Any, *names: str) -> int:
+    """A number of the configuration, under the first of its names that is there."""
+    return int(next(value for name in names if (value := getattr(config, name, None)) is not None))
 
 
 def _projection(model: nn.Module, path: str) -> nn.Module | None:

@@ -13,21 +13,23 @@ active stream, as in TransformerBridge, and `hook_streams_pre` and `hook_streams
 n_streams, d_model). What the final norm reads is then a hook of its own, `ln_final.hook_in`.
 
 The hooks of per-layer embeddings are described in `scope.models.per_layer`, those of mixtures of experts in
-`scope.models.experts`.
+`scope.models.experts`, those of models that denoise in `scope.models.diffusion`.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scope.errors import UnknownNameError
 from scope.models.architectures import Layout
 from scope.models.bridge_hooks import bridge_hooks
 
-__all__ = ["HookKind", "HookPoint", "HookTable", "Site", "build_hook_table"]
+__all__ = ["ENCODER", "HookKind", "HookPoint", "HookTable", "Site", "build_hook_table"]
 
 HookKind = Literal["embedding", "per_layer", "residual", "attention", "mlp", "experts", "norm"]
 Where = Literal["input", "output"]
+ENCODER = "encoder."
+"""Begins the names of hooks in the stack that reads the prompt, in models that have a stack of their own for that."""
 HOOK_KINDS: tuple[HookKind, ...] = ("embedding", "per_layer", "residual", "attention", "mlp", "experts", "norm")
 
 
@@ -144,6 +146,8 @@ class HookTable:
 def build_hook_table(layout: Layout) -> HookTable:
     """All hook points of a model: those of the fast path in model order, then those that only the bridge has."""
     fast = [*_first(layout), *(point for i in range(layout.n_layers) for point in _layer(layout, i)), *_last(layout)]
+    if layout.family.denoises:
+        return HookTable([*_prompt_reader(layout), *fast])
     taken = {name for point in fast for name in (point.name, *point.aliases)}
     bridge = [
         HookPoint(hook.name, _kind_of(hook.name), hook.shape, "bridge", hook.aliases, read_only=hook.read_only)
@@ -151,6 +155,22 @@ def build_hook_table(layout: Layout) -> HookTable:
         if hook.name not in taken
     ]
     return HookTable([*fast, *bridge])
+
+
+def _prompt_reader(layout: Layout) -> Iterator[HookPoint]:
+    """The hooks of the stack that reads the prompt, where that is one of its own: as the others, behind `encoder.`."""
+    encoder = layout.encoder
+    if encoder is None:
+        return
+    points = [*_first(encoder), *(point for i in range(encoder.n_layers) for point in _layer(encoder, i))]
+    norm = Site(encoder.module(encoder.family.final_norm), "output")
+    points.append(_point("ln_final.hook_out", "norm", (encoder.d_model,), norm))
+    for point in points:
+        yield replace(
+            point,
+            name=f"{ENCODER}{point.name}",
+            aliases=tuple(f"{ENCODER}{alias}" for alias in point.aliases),
+        )
 
 
 def _kind_of(name: str) -> HookKind:
@@ -176,6 +196,9 @@ def _first(layout: Layout) -> Iterator[HookPoint]:
     if family.pos_embed:
         positions = Site(layout.module(family.pos_embed), "output")
         yield _point("hook_pos_embed", "embedding", row, positions, "pos_embed.hook_out")
+    if family.encoder:
+        conditioned = Site(layout.module("self_conditioning"), "output")
+        yield _point("hook_self_conditioned", "embedding", row, conditioned)
     yield from _per_layer_inputs(layout)
 
 

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from activations.chats import Chat, ChatTokens
+from activations.denoising import Canvas, DenoisedBlock, DenoisingSettings
 from activations.source import ModelIdentity
 from activations.spec import StorageDtype
 from activations.text import TextSource
 from scope.errors import InvalidInputError
-from scope.models import identity, loading, losses
+from scope.models import diffusion, identity, loading, losses
 from scope.models.architectures import Layout, find_layout
 from scope.models.chats import encode_chats, own_template
 from scope.models.compiled import CompiledLayers
@@ -48,10 +49,13 @@ CUDA_BATCH_SIZE = 32_768
 class LanguageModel:
     """A causal language model. Make one with `LanguageModel.load`."""
 
-    def __init__(self, hf: Any, files: loading.ModelFiles, compile: bool = False) -> None:
+    def __init__(
+        self, hf: Any, files: loading.ModelFiles, compile: bool = False, trust_remote_code: bool = False
+    ) -> None:
         self.hf = hf
         """The Hugging Face model; its weights are frozen."""
         self.files = files
+        self.trust_remote_code = trust_remote_code
         self.layout: Layout = find_layout(hf)
         self.hook_table: HookTable = build_hook_table(self.layout)
         self.lock = threading.RLock()
@@ -74,6 +78,7 @@ class LanguageModel:
         compile: bool = False,
         allow_download: bool = False,
         embeddings: EmbeddingPlace = "device",
+        trust_remote_code: bool = False,
     ) -> "LanguageModel":
         """Load a model.
 
@@ -90,6 +95,8 @@ class LanguageModel:
             allow_download: get what is not on this machine from the Hugging Face hub.
             embeddings: "host" keeps lookup tables in the host's memory and the rest on the device, with equal outputs:
                 per-layer embeddings, and the main one where it is not the unembedding too.
+            trust_remote_code: run Python code that comes with a model whose class transformers does not have (LLaDA,
+                Dream).
 
         Raises:
             UnknownNameError: there is no such model here; near misses are suggested.
@@ -98,8 +105,9 @@ class LanguageModel:
         """
         target = loading.pick_device(device)
         compute = loading.pick_dtype(dtype, target)
-        files = loading.find_model(name, revision, allow_download)
-        return cls(loading.load_causal_lm(files, target, compute, attention, embeddings), files, compile)
+        files = loading.find_model(name, revision, allow_download, trust_remote_code)
+        hf = loading.load_causal_lm(files, target, compute, attention, embeddings, trust_remote_code)
+        return cls(hf, files, compile, trust_remote_code)
 
     # What it is
 
@@ -177,7 +185,9 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         with loading.quiet_transformers():
-            return AutoTokenizer.from_pretrained(self.files.folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                self.files.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
+            )
 
     @property
     def bos_token_id(self) -> int | None:
@@ -301,6 +311,8 @@ class LanguageModel:
         """
         if not logits and not handlers:
             return None
+        if self.layout.family.denoises:
+            diffusion.require_prompt_hooks(self, handlers, logits)
         if any(point.path == "bridge" for point in handlers):
             from scope.models.bridge import bridge_forward
 
@@ -313,13 +325,13 @@ class LanguageModel:
         return output if logits else None
 
     def hidden_states(self, tokens: Int[Tensor, "batch seq"], cache: Any = None) -> Float[Tensor, "batch seq d_model"]:
-        """The output of the final norm; `cache` as for `forward`.
+        """The output of the final norm; `cache` as for `forward`. Of a model that denoises: its encoder's.
 
         Raises:
             InvalidInputError: an intervention is in force that the caller does not take part in.
         """
         self.standing.require_taken_in()
-        backbone = self.hf.get_submodule(self.layout.backbone)
+        backbone = self.hf.get_submodule((self.layout.encoder or self.layout).backbone)
         return backbone(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def forward_rows(
@@ -452,6 +464,30 @@ class LanguageModel:
         tokens = self.prompt_tokens(prompt, chat_template)
         return stream(self, tokens, max_new_tokens, edits, temperature, seed, cache)
 
+    # Denoising
+
+    def denoising_configuration(self, settings: DenoisingSettings) -> dict[str, Any]:
+        """All that the model's denoising loop goes by; see `activations.denoising.DenoisingModel`."""
+        return diffusion.denoising_configuration(self, settings)
+
+    def require_canvas(self, canvas: Canvas) -> None:
+        """Raise `InvalidInputError` if the model cannot fill this in."""
+        diffusion.inputs_of(self, canvas)
+
+    def denoise(
+        self, canvas: Canvas, settings: DenoisingSettings, seed: int, hooks: Sequence[str], dtype: StorageDtype
+    ) -> list[DenoisedBlock]:
+        """Fill in a canvas in the model's own loop, and keep what hooks see at each step; see
+        `scope.models.diffusion`."""
+        return diffusion.denoise(self, canvas, settings, seed, hooks, dtype)
+
+    def read_canvas(
+        self, prompt: Int[Tensor, " prompt"], canvas: Int[Tensor, " canvas"], hooks: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "canvas d_vocab"]]:
+        """One pass of a model that denoises over one canvas: what hooks see, and logits; see
+        `scope.models.diffusion`."""
+        return diffusion.read_canvas(self, prompt, canvas, hooks)
+
     # Unembedding
 
     @property
@@ -476,6 +512,8 @@ class LanguageModel:
         progress: Callable[[int, int | None], None] | None = None,
     ) -> list[Float[np.ndarray, " n"]]:
         """Next-token loss in nats at each position of each window; see `scope.models.losses`."""
+        if self.layout.family.denoises:
+            diffusion.require_prompt_hooks(self, {}, True)
         edits = self.standing.with_these(self.hook_table, edits)
         with self.standing.taken_in():
             return losses.cross_entropy(self, windows, edits, batch_size, progress)
@@ -492,5 +530,7 @@ class LanguageModel:
         """
         from scope.models.bridge import boot_bridge
 
+        if self.layout.family.denoises:
+            raise InvalidInputError(f"{self.name} has no bridge here: it denoises. model.read_canvas sees its hooks.")
         with self.lock:
             return boot_bridge(self)

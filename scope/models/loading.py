@@ -1,11 +1,13 @@
 """From the name of a model to a folder with its files.
 
 A name is, in this order: a short name of a packaged model (`gemma-3-270m`), a `.gguf` file, a local folder, a
-Hugging Face id. Nothing is downloaded unless that is asked for, and no code from a model's repository is run.
+Hugging Face id. Nothing is downloaded unless that is asked for, and no code from a model's repository is run unless
+that is allowed.
 """
 
 import contextlib
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ __all__ = ["PACKAGED_MODELS", "ModelFiles", "find_model", "load_causal_lm", "pic
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+OWN_CLASSES = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}
+"""Classes of model types that transformers does not list among causal language models."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,8 +58,10 @@ class ModelFiles:
     """What to give to `LanguageModel.load` to get the same model again."""
 
 
-def find_model(name: str, revision: str | None = None, allow_download: bool = False) -> ModelFiles:
-    """The files of a model; converts a GGUF file on first use.
+def find_model(
+    name: str, revision: str | None = None, allow_download: bool = False, trust_remote_code: bool = False
+) -> ModelFiles:
+    """The files of a model, Python code only where that is trusted; converts a GGUF file on first use.
 
     Raises:
         UnknownNameError: there is no such model on this machine (or, with `allow_download`, on the hub).
@@ -76,7 +82,7 @@ def find_model(name: str, revision: str | None = None, allow_download: bool = Fa
         return ModelFiles(_complete(path), path.resolve().name, None, str(path.resolve()))
     if not HUB_ID.fullmatch(name):
         raise _unknown(name, "Give a folder, a .gguf file or a Hugging Face id.")
-    return _from_hub(name, revision, allow_download)
+    return _from_hub(name, revision, allow_download, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
 
 
 def _packaged(name: str) -> ModelFiles:
@@ -99,12 +105,12 @@ def _gguf(path: Path) -> ModelFiles:
     return ModelFiles(folder, f"{path.stem} (GGUF, dequantised)", None, str(path.resolve()))
 
 
-def _from_hub(name: str, revision: str | None, allow_download: bool) -> ModelFiles:
+def _from_hub(name: str, revision: str | None, allow_download: bool, patterns: list[str]) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(
-            snapshot_download(name, revision=revision, local_files_only=not allow_download, allow_patterns=HUB_FILES)
+            snapshot_download(name, revision=revision, local_files_only=not allow_download, allow_patterns=patterns)
         )
     except Exception as error:  # whatever the network, the hub or its cache may raise
         if allow_download:
@@ -199,24 +205,53 @@ def load_causal_lm(
     dtype: torch.dtype,
     attention: str | None,
     embeddings: EmbeddingPlace = "device",
+    trust_remote_code: bool = False,
 ) -> Any:
     """The Hugging Face model, ready to run: on its device, frozen, in evaluation mode.
 
     Raises:
-        InvalidInputError: transformers cannot load it, or its tables cannot lie where `embeddings` says.
+        InvalidInputError: transformers cannot load it, it needs code of its own that is not trusted, or its tables
+            cannot lie where `embeddings` says.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = _model_class(files, trust_remote_code).from_pretrained(
                 files.folder,
                 dtype=dtype,
                 attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
-                trust_remote_code=False,
+                **({"trust_remote_code": True} if trust_remote_code else {}),
             )
+    except InvalidInputError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidInputError(f"{files.folder} holds no causal language model that can be loaded: {error}") from error
     return place(model, device, embeddings).eval().requires_grad_(False)
+
+
+def _model_class(files: ModelFiles, trust_remote_code: bool) -> Any:
+    """The class that loads a model."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    try:
+        config = json.loads((files.folder / "config.json").read_text())
+    except ValueError as error:
+        raise InvalidInputError(f"{files.folder / 'config.json'} is not JSON: {error}") from error
+    model_type, own = config.get("model_type"), config.get("auto_map")
+    if own and model_type not in CONFIG_MAPPING_NAMES:
+        if not trust_remote_code:
+            code = ", ".join(sorted({f"{where.rpartition('.')[0]}.py" for where in _places(own)}))
+            raise InvalidInputError(
+                f"{files.name} (model type {model_type!r}) needs code of its own ({code}), which is not run unless you "
+                "allow it. Read it, then load the model with trust_remote_code=True (--trust-remote-code)."
+            )
+        causal = "AutoModelForCausalLM" in own
+        return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    return getattr(transformers, OWN_CLASSES.get(str(model_type), "AutoModelForCausalLM"))
+
+
+def _places(own: dict[str, Any]) -> Iterator[str]:
+    for named in own.values():
+        yield from (some for some in (named if isinstance(named, list | tuple) else [named]) if some)

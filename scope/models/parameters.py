@@ -70,7 +70,7 @@ class ParameterCount:
 def count_parameters(model: "LanguageModel") -> ParameterCount:
     """Count the parameters of a model; looks at shapes alone."""
     hf, layout = model.hf, model.layout
-    named = dict(hf.named_parameters())
+    named = _named(hf, layout)
     modules = dict(hf.named_modules())
     head = layout.head + ".weight"
     tables = {f"{path}.weight": path for path in _tables(modules, layout)}
@@ -110,6 +110,17 @@ def count_parameters(model: "LanguageModel") -> ParameterCount:
         towers,
         {device: Place(*numbers) for device, numbers in sorted(devices.items())},
     )
+
+
+def _named(hf: nn.Module, layout: Layout) -> dict[str, nn.Parameter]:
+    """Each parameter once; one that two stacks share under its name in the backbone."""
+    names: dict[int, str] = {}
+    every = dict(hf.named_parameters(remove_duplicate=False))
+    for name, parameter in every.items():
+        known = names.setdefault(id(parameter), name)
+        if name.startswith(f"{layout.backbone}.") and not known.startswith(f"{layout.backbone}."):
+            names[id(parameter)] = name
+    return {name: every[name] for name in names.values()}
 
 
 def _add(devices: dict[str, list[int]], parameter: Tensor, is_table: bool) -> None:
