@@ -13,6 +13,7 @@ from scope.cli import (
     capture,
     compare,
     demo,
+    denoising,
     diff,
     evaluate,
     excerpt,
@@ -58,6 +59,7 @@ app = typer.Typer(
 for module in (
     demo,
     capture,
+    denoising,
     store,
     export,
     train,

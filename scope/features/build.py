@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activations.chats import CHAT_COLUMNS
+from activations.denoising import DENOISING_COLUMNS
 from activations.ledger import WriterLock
 from activations.manifest import read_manifest, write_atomically
 from activations.source import RowFlag
@@ -295,10 +296,12 @@ def _run(
 
 
 def _spoken(source: Any, build: _Build) -> dict[str, str]:
-    """The columns of chats that the rows of an index have: those of the source, if it does not grow without."""
+    """The columns of chats, or of denoising, that the rows of an index have: those of the source, if it does not grow
+    without."""
     known = set(getattr(source, "token_columns", ()))
     own = known if build.growing is None else build.growing.columns
-    return dict(CHAT_COLUMNS) if set(CHAT_COLUMNS) <= known & own else {}
+    wanted = (CHAT_COLUMNS, DENOISING_COLUMNS)
+    return {name: dtype for columns in wanted if set(columns) <= known & own for name, dtype in columns.items()}
 
 
 @contextmanager

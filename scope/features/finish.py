@@ -102,7 +102,8 @@ def finish_index(
     runs = open_runs(log.segments, [log.run_path(segment.number) for segment in log.segments], log.d_sae)
     lists = _merge([*([] if growing is None else [growing.run]), *runs], log, arrays, texts, rows, budget, step)
     cofiring = _cofiring(arrays, lists.indptr, step)
-    gathered = _gather(lists, log, texts, rows, sae, model, step, growing)
+    finals = np.unique(arrays["rows/final_id"]) if "final_id" in log.columns else np.empty(0, np.int64)
+    gathered = _gather(lists, log, texts, rows, sae, model, step, growing, finals)
     _write_statistics(arrays, gathered, cofiring)
     tables = {
         "features": feature_table(gathered),
@@ -137,13 +138,16 @@ def finish_index(
 
 
 def _spoken(source: Any, rows: RowCounts) -> dict[str, Any]:
-    """What the manifest says of chats: rows of each role and kind that there is, and how they are written."""
+    """What the manifest says of chats, or of denoising: rows of each role, kind and state that there is, and how chats
+    are written, or how the text was generated."""
     if not rows.by_spoken:
         return {}
     listed = {
         f"{name}s": [[SPOKEN[name][code], int(counts[code])] for code in np.flatnonzero(counts)]
         for name, counts in rows.by_spoken.items()
     }
+    if "state" in rows.by_spoken:
+        return {**listed, "denoising": source.manifest["denoising"]}
     return {**listed, "chat_template": source.manifest["chats"]["template"]}
 
 
@@ -236,9 +240,10 @@ def _gather(
     model: Any,
     step: Step,
     growing: "GrowingIndex | None",
+    finals: np.ndarray,
 ) -> Gathered:
     facts = weight_facts(sae, model, step) if growing is None else growing.weight_facts
-    token_ids = np.union1d(np.flatnonzero(rows.by_token), facts.shown_tokens)
+    token_ids = np.union1d(np.union1d(np.flatnonzero(rows.by_token), facts.shown_tokens), finals)
     n_rows = np.append(rows.by_token, np.zeros(max(0, int(token_ids[-1]) + 1 - len(rows.by_token)), np.int64))
     vocabulary = Vocabulary(vocabulary_table(token_ids, n_rows[token_ids], model))
     return Gathered(

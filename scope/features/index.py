@@ -146,6 +146,11 @@ class FeatureIndex(Described):
         return tuple(name for name, _ in self.manifest.get("kinds", ()))
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """The states of tokens that there are, where the text was denoised: `activations.denoising.STATES`."""
+        return tuple(name for name, _ in self.manifest.get("states", ()))
+
+    @property
     def chat_template(self) -> str | None:
         """What the chats are written with; None of plain text."""
         return self.manifest.get("chat_template")
@@ -272,6 +277,14 @@ class FeatureIndex(Described):
         """As `by_role`, with `kind` as its first column: on text, calls, answers of tools, markup."""
         return self._by_spoken("kind", feature)
 
+    def by_state(self, feature: int) -> pd.DataFrame:
+        """As `by_language`, with `state` as its first column: on noise or masks, on tokens that are committed.
+
+        Raises:
+            InvalidInputError: the text was not denoised.
+        """
+        return self._by_spoken("state", feature)
+
     # --- one place of the text --------------------------------------------------------------------------------
 
     def features_at(self, row: int) -> pd.DataFrame:
@@ -293,7 +306,7 @@ class FeatureIndex(Described):
 
     def tokens(self, start: int, stop: int) -> pd.DataFrame:
         """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind (names)
-        and message (-1 for none)."""
+        and message (-1 for none); of denoising also state (name), step, block, final, final_id and commit_step."""
         self._reader.check_rows(start, stop)
         return text_rows.tokens(self._reader, np.arange(start, stop))
 

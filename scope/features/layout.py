@@ -3,12 +3,12 @@
     manifest.json                written last; its `arrays` says dtype and shape of every flat array
     digests.json                 size and xxh3-128 digests of every file
     rows/                        token_id, sequence, position, flags: one entry per row of the store; of chats also
-                                 role, kind, message
+                                 role, kind, message; of denoising step, block, state, final_id, commit_step
     by_token/                    indptr, feature, value: CSR, within a row the strongest first
     by_feature/indptr            where each feature's list starts
     by_feature/firings.zarr/     row, value: CSC, within a feature the strongest first, equal ones by row
     statistics/                  histograms, counts by language, source and token, of chats by role and kind,
-                                 co-firing features
+                                 of denoising by state, co-firing features
     tables/                      features, documents, sequences, vocabulary (parquet)
     build/                       only while it is being built: identity.json, one record and one sorted run per segment
 
@@ -27,6 +27,7 @@ from typing import Final
 import numpy as np
 
 from activations.chats import CONTENT_KINDS, ROLES
+from activations.denoising import STATES
 
 __all__ = [
     "APPENDED_PARTS",
@@ -65,8 +66,8 @@ DERIVED_PARTS: Final = ("by_feature", "statistics", "tables")
 """Folders that are made anew when an index grows."""
 
 ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
-SPOKEN: Final = {"role": ROLES, "kind": CONTENT_KINDS}
-"""What the rows of chats are grouped by, and the names of the codes."""
+SPOKEN: Final = {"role": ROLES, "kind": CONTENT_KINDS, "state": STATES}
+"""What the rows of chats, and of denoising, are grouped by, and the names of the codes."""
 
 
 def dtype_of(suffix: str) -> np.dtype:

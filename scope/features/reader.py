@@ -204,11 +204,16 @@ class IndexReader:
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """ "role" and "kind" where the text is chats."""
+        """ "role" and "kind" where the text is chats, "state" where it was denoised."""
         return tuple(name for name in SPOKEN if f"{name}s" in self.manifest)
 
     def require_spoken(self, group: str) -> None:
-        """Raise InvalidInputError unless rows have a role, or a kind."""
+        """Raise InvalidInputError unless rows have a role, a kind, or a state."""
+        if group not in self.spoken and group == "state":
+            raise InvalidInputError(
+                "The tokens of this index have no state: its text was not denoised. Capture a model that denoises with "
+                "scope denoise and index that store."
+            )
         if group not in self.spoken:
             raise InvalidInputError(
                 f"The tokens of this index have no {group}: its text is no chats. Capture chats with --messages-column "

@@ -15,12 +15,17 @@ __all__ = ["firings", "tokens"]
 
 
 def tokens(reader: "IndexReader", rows: np.ndarray) -> pd.DataFrame:
-    """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind, message."""
+    """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind, message;
+    of denoising also state, step, block, final (display string), final_id, commit_step."""
     columns = {name: reader.row_column(name).take(rows) for name in ROW_COLUMNS}
     for name in reader.spoken:
         columns[name] = np.array(SPOKEN[name], object)[reader.row_column(name).take(rows)]
-    if reader.spoken:
+    if "role" in reader.spoken:
         columns["message"] = reader.row_column("message").take(rows)
+    if "state" in reader.spoken:
+        numbers = ("step", "block", "final_id", "commit_step")
+        columns |= {name: reader.row_column(name).take(rows) for name in numbers}
+        columns["final"] = reader.vocabulary.display(columns["final_id"])
     return pd.DataFrame({"row": rows, "token": reader.vocabulary.display(columns["token_id"]), **columns})
 
 

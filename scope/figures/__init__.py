@@ -7,6 +7,7 @@ Chromium (`BROWSER_PATH=` where it is not found).
 
 from scope.figures.circuits import faithfulness_curves, verification_scatter
 from scope.figures.comparison import cosine_histogram
+from scope.figures.denoising import commit_bars, step_rates
 from scope.figures.diffing import layer_lines, scaling_scatter, translation_lines
 from scope.figures.experts import expert_heatmap
 from scope.figures.features import (
@@ -43,6 +44,7 @@ __all__ = [
     "activation_colour",
     "activation_histogram",
     "as_label",
+    "commit_bars",
     "cosine_histogram",
     "css_variables",
     "effect_colour",
@@ -61,6 +63,7 @@ __all__ = [
     "rate_bars",
     "scaling_scatter",
     "short_number",
+    "step_rates",
     "template",
     "token_feature_heatmap",
     "training_curves",
