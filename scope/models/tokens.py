@@ -19,7 +19,7 @@ from scope.models.token_text import BYTE_TOKEN, TokenText, characters_of, texts_
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["TokenReader", "TokenText", "prompt_ids"]
+__all__ = ["TokenReader", "TokenText", "prompt_ids", "reader_of"]
 
 
 class TokenReader:
@@ -64,6 +64,23 @@ class TokenReader:
             return bytes(self._byte_level[character] for character in piece)
         byte = BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def reader_of(model: str, revision: str | None = None) -> TokenReader:
+    """What reads a model's tokens; the model's weights are not loaded.
+
+    Raises:
+        UnknownNameError, InvalidInputError, MissingDependencyError: as `scope.models.loading.find_model`.
+    """
+    from transformers import AutoTokenizer
+
+    from scope.models.loading import find_model, quiet_transformers
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            find_model(model, revision).folder, local_files_only=True, trust_remote_code=False
+        )
+    return TokenReader(tokenizer, frozenset(tokenizer.all_special_ids))
 
 
 def _byte_level_alphabet() -> dict[str, int]:
