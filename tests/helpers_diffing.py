@@ -53,8 +53,9 @@ class PlantedModel(FakeModel):
 
 
 def stores_of(folder: Path, base: FakeModel, tuned: FakeModel, n_documents: int = 120) -> PairedStores:
-    """Both models captured on one text."""
-    text = TextSource([write_text(folder / "text.jsonl", n_documents=n_documents)])
+    """Both models captured on one text of two sources."""
+    half = n_documents // 2
+    text = TextSource([write_text(folder / f"{name}.jsonl", half, seed) for seed, name in enumerate(("one", "two"))])
     opened = []
     for which, model in (("base", base), ("tuned", tuned)):
         capture(model, text, [HOOK], folder / f"{which}.zarr", context_size=64, dtype="float32")

@@ -38,6 +38,8 @@ def test_a_copy_learns_its_source_in_the_layers_that_are_trained(data: Path, tmp
     options = ("--steps", 40, "--batch-size", 4, "--lr", "1e-2", "--first-layer", 1, "--last-layer", 2)
     found = tune(data, out, "--source", "cats", *options)
     assert found["losses"][-1] < 0.7 * found["losses"][0]
+    assert set(found["held_out"]) == {"cats", "rivers"}
+    assert all(after < before for before, after in [found["held_out"]["cats"]])
     before, after = (
         LanguageModel.load(str(folder), device="cpu", dtype="float32") for folder in (tiny_folder("gemma3"), out)
     )

@@ -1,5 +1,7 @@
 """Two models' activations whose difference is known: what was planted is found, and nothing where nothing was."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from helpers_saes import make, shaken
 from helpers_training import one_thread  # noqa: F401  # a fixture
 
 from scope.diffing import feature_changes, scale_features
+from scope.diffing.control import FiringCounts
 from scope.diffing.pair import BASE, TUNED, PairedStores
 from scope.diffing.resampling import discoveries, middle_95, paired_z, two_sided
-from scope.errors import InvalidInputError, MismatchError
+from scope.errors import IntegrityError, InvalidInputError, MismatchError
 from scope.saes.crosscoder import Crosscoder, CrosscoderConfig
 from scope.saes.topk import TopKConfig, TopKSAE
 from scope.training import TrainConfig, train
@@ -156,6 +159,57 @@ def test_an_saes_feature_that_came_up_is_the_one_that_changed(planted: PairedSto
     assert same.table["decoder_cosine"][fires].to_numpy() == pytest.approx(np.ones(int(fires.sum())), abs=1e-5)
     assert same.drift.fvu_change == 0
     assert same.drift.relative_change == 0
+
+
+def test_only_what_a_control_has_not_is_beyond_it(planted: PairedStores, control: PairedStores) -> None:
+    sae = dictionary()
+    tuned, same = feature_changes(sae, HOOK, planted), feature_changes(sae, HOOK, control)
+    against_nothing = tuned.against(same.counts)
+    assert against_nothing.changed["feature"].tolist() == [OWN]
+    row = against_nothing.table.loc[OWN]
+    assert row["rate_control"] == pytest.approx(same.table.loc[OWN, "rate_tuned"])
+    assert row["excess"] == pytest.approx(row["log_ratio"])  # the control is as the base is
+    assert row["excess_low"] <= row["excess"] <= row["excess_high"]
+    assert against_nothing.to_dict()["beyond"] == 1
+    # A control in which the same came up leaves nothing, however much both differ from the base.
+    against_itself = tuned.against(tuned.counts)
+    assert against_itself.table["changed"].sum() == 1
+    assert not len(against_itself.changed)
+    assert (against_itself.table["excess"] == 0).all()
+
+
+def test_rows_that_differ_are_bounded_by_what_two_reports_know(tmp_path: Path, planted: PairedStores) -> None:
+    """Rows on which one of two copies fires are no more than those of each against the base, together."""
+    base, tuned = (dictionary().encode(x) > 0 for x in both_rows(planted))
+    other = base.roll(1, dims=0)
+    between = (tuned ^ other).sum(dim=0)
+    assert bool((between <= (base ^ tuned).sum(dim=0) + (base ^ other).sum(dim=0)).all())
+    counts = feature_changes(dictionary(), HOOK, planted).counts
+    assert counts.discordant.tolist() == (base ^ tuned).sum(dim=0).tolist()
+    assert counts.firings.sum(axis=0).tolist() == tuned.sum(dim=0).tolist()
+    counts.save(tmp_path / "counts.npz")
+    read = FiringCounts.load(tmp_path / "counts.npz")
+    assert all(np.array_equal(a, b) for a, b in zip(counts, read, strict=True))
+    with pytest.raises(IntegrityError, match="again"):
+        FiringCounts.load(tmp_path / "nothing.npz")
+    with pytest.raises(MismatchError, match="other rows"):
+        feature_changes(dictionary(), HOOK, planted).against(read._replace(rows=read.rows + 1))
+
+
+def test_a_feature_is_at_home_where_its_rate_is_highest(planted: PairedStores) -> None:
+    changes = feature_changes(dictionary(), HOOK, planted)
+    sources = np.concatenate([part.sources for part in planted.paired_rows(HOOK)])
+    fires = sum((dictionary().encode(x) > 0).double() for x in both_rows(planted))
+    assert isinstance(fires, torch.Tensor)
+    rates = np.stack([fires[sources == number].mean(dim=0).numpy() for number in range(len(planted.sources))])
+    assert len(planted.sources) > 1
+    common = np.flatnonzero(fires.sum(dim=0) > 200)
+    found = changes.table["source"][common].tolist()
+    assert found == [planted.sources[place] for place in rates[:, common].argmax(axis=0)]
+    assert (changes.table["lift"][common] >= 0).all()
+    counted = changes.to_dict()["by_source"]
+    assert sum(row["firing"] for row in counted) == changes.to_dict()["firing"]
+    assert sum(row["more_often"] for row in counted) == 1
 
 
 def test_drift_is_the_change_of_fvu(planted: PairedStores) -> None:

@@ -89,6 +89,28 @@ def test_a_changed_layer_is_found(folder: Path) -> None:
     assert scope("info", out, "--json", code=1)["error"]["type"] == "IntegrityError"
 
 
+def test_a_control_says_what_any_tuning_changes(folder: Path, tmp_path: Path) -> None:
+    common = ("--data", folder / "text.jsonl", "--sae", folder / "sae", *SIZES, "--d-sae", 0, "--json")
+    base, tuned = tiny_folder("gemma3"), folder / "tuned"
+    first = scope("diff", base, tuned, "--out", tmp_path / "first", *common)
+    assert first["saes"][0]["changed"] > 0
+    assert first["saes"][0]["beyond"] is None
+    again = scope("diff", base, tuned, "--out", tmp_path / "again", "--control", tmp_path / "first", *common)
+    assert again["saes"][0]["changed"] == first["saes"][0]["changed"] == again["saes"][0]["changed_in_control"]
+    assert again["saes"][0]["beyond"] == 0
+    assert again["control"]["id"] == first["id"]
+    assert "0 changed beyond the control" in DiffReport.open(tmp_path / "again").summary()
+    scope("diff", base, folder / "same", "--out", tmp_path / "same", *common)
+    found = scope("diff", base, tuned, "--out", tmp_path / "found", "--control", tmp_path / "same", *common)
+    assert found["saes"][0]["beyond"] == first["saes"][0]["changed"]
+    assert set(found["saes"][0]["examples"]) == set(first["saes"][0]["examples"])
+    other = (*common[:4], "--tokens", 2000, *common[6:])
+    refused = scope(*("diff", base, tuned, "--out", tmp_path / "other", "--control", tmp_path / "same", *other), code=2)
+    assert refused["error"]["type"] == "MismatchError"
+    assert "text settings" in refused["error"]["message"]
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3n", "gemma4"])
 def test_predictions_are_those_of_the_models(kind: str, folder: Path) -> None:
     """Also where the residual stream is a stack, which the final norm reads the streams of together."""

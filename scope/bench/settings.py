@@ -317,12 +317,14 @@ class TunedCopy:
     last_layer: int | None = None
     """The last one. None: the model's last."""
     own_vocabulary: bool = True
-    """Whether the softmax is over the token types of the windows alone, which is ten times as fast on a large
-    vocabulary."""
+    """Whether the softmax is over the token types of the windows and of beginnings of the text's documents alone, which
+    is some times as fast on a large vocabulary."""
     windows_at_most: int = 1_000
     """Steps' worth of different windows; longer runs take them again."""
     sampled_at_once: int = 64
     """Windows that the model writes together, where it writes the text itself."""
+    held_out: int = 8
+    """Held-out documents of each source on whose first window the loss is measured before and after. 0: none."""
     seed: int = 0
     """Seed of the windows and their order."""
     device: str | None = None
@@ -334,5 +336,7 @@ class TunedCopy:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.context_size < 2:
             raise InvalidInputError(f"context_size is {self.context_size}; expected at least 2, a token and its next.")
+        if self.held_out < 0:
+            raise InvalidInputError(f"held_out is {self.held_out}; expected 0 or more.")
         if not self.lr > 0:
             raise InvalidInputError(f"lr is {self.lr}; expected a positive number.")

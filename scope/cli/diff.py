@@ -42,6 +42,12 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Of the crosscoder. By default the first SAE's, or the middle layer's residual stream."),
         ] = None,
         sae: SaeOption = None,
+        control: Annotated[
+            Path | None,
+            typer.Option(
+                help="The report of a control against BASE, on the same text and SAEs: what changed beyond it is told."
+            ),
+        ] = None,
         device: DeviceOption = None,
         embeddings: EmbeddingsOption = "device",
         dtype: DtypeOption = "auto",
@@ -49,7 +55,19 @@ def register(app: typer.Typer) -> None:
     ) -> Outcome:
         """What a fine-tuning changed: layer by layer, feature by feature, and by a crosscoder over both models."""
         return _compare(
-            base, tuned, out, config, data, hook, sae, device, dtype, embeddings, keep_captures, conclusions=False
+            base,
+            tuned,
+            out,
+            config,
+            data,
+            hook,
+            sae,
+            device,
+            dtype,
+            embeddings,
+            keep_captures,
+            control=control,
+            conclusions=False,
         )
 
     @command(app, "quantisation", config=ComparisonConfig)
@@ -97,15 +115,17 @@ def _compare(
     keep_captures: bool,
     *,
     conclusions: bool,
+    control: Path | None = None,
 ) -> Outcome:
     from activations.text import TextSource
-    from scope.diffing import ModelPair, diff_models
+    from scope.diffing import Control, ModelPair, diff_models
     from scope.sample import sample_text
 
     text = TextSource(
         data or [sample_text()], shuffle_seed=config.shuffle_seed, max_document_tokens=config.document_tokens
     )
     text.check()
+    opened = None if control is None else Control.open(control)
     dictionaries = _dictionaries(saes or [])
     models = []
     for name in (base, tuned):
@@ -124,8 +144,8 @@ def _compare(
 
     with progress_bar("Comparing") as bar:
         found = diff_models(
-            pair, text, out, config, hook=hook, saes=dictionaries, conclusions=conclusions, keep_captures=keep_captures,
-            progress=progress,
+            pair, text, out, config, hook=hook, saes=dictionaries, control=opened, conclusions=conclusions,
+            keep_captures=keep_captures, progress=progress,
         )  # fmt: skip
     data_out = {"report": str(out), "id": found.manifest["fingerprint"][:12], **found.figures}
     return Outcome(data_out, found.summary())

@@ -4,6 +4,7 @@
 - `ModelPair`: the two models; `capture_pair`: their activations on one text, row by row aligned.
 - `layer_changes`: how far activations and predictions are apart, by layer and by source.
 - `feature_changes`: what a given SAE makes of both: reconstruction, and rate and decoder feature by feature.
+- `Control`: a finished comparison of a copy that was tuned on nothing, which says what any tuning changes.
 - `scale_features`: which features of a crosscoder one model alone has, told from artefacts by latent scaling.
 
 Names are resolved on first use, so that a report can be opened without torch.
@@ -12,6 +13,7 @@ Names are resolved on first use, so that a report can be opened without torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scope.diffing.control import Control
     from scope.diffing.features import FeatureChanges, feature_changes
     from scope.diffing.layers import LayerChanges, layer_changes
     from scope.diffing.pair import ModelPair, capture_pair
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComparisonConfig",
+    "Control",
     "DiffConfig",
     "DiffReport",
     "FeatureChanges",
@@ -37,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "ComparisonConfig": "settings",
+    "Control": "control",
     "DiffConfig": "settings",
     "DiffReport": "stored",
     "FeatureChanges": "features",

@@ -15,14 +15,16 @@ One pass over the rows of its hook, the same tokens in both models, BOS and spec
 
    `decoder_cosine` is that between the two models. `decoder_cosine_halves` is that between even and odd groups of
    documents of the base model alone, so what other text does where nothing changed.
-4. The rows on which each feature is strongest in each model.
+4. *Home.* The source of the text on which a feature fires at the highest rate, both models together, and log2 of that
+   rate over its rate on all of the text (`lift`): what kind of text the features belong to that changed.
+5. The rows on which each feature is strongest in each model.
 
-Training on any text moves features: of Gemma 3 270M tuned hard on Shakespeare (200 steps at 1e-4), as many features
-changed as of a copy tuned so on the model's own text. What a feature's change says of the text that was trained in,
-only a control can tell (`scope bench tune --source model`). Loss and layers by source told the two apart.
+Training on any text moves features, and hard training moves as many on nothing as on something. What a change says of
+the text that was trained in, only a control can tell: `scope.diffing.control`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from scope.diffing.control import FOLD, FiringCounts, beyond_control
 from scope.diffing.examples import TopRows
 from scope.diffing.pair import PairedRows, PairedStores
 from scope.diffing.resampling import discoveries, middle_95, paired_z, two_sided, weights_of
@@ -41,8 +44,6 @@ from scope.saes.base import SAE
 
 __all__ = ["FOLD", "Drift", "FeatureChanges", "feature_changes"]
 
-FOLD = 1.5
-"""Factor from which a change of a rate is one that a reader should see."""
 Interval = tuple[float, float]
 
 
@@ -73,15 +74,22 @@ class FeatureChanges:
     table: pd.DataFrame
     """One row a feature: feature, rate_base, rate_tuned, each with _low and _high, log_ratio with _low and _high (log2
     of tuned over base), z, agreement, strength_base, strength_tuned (mean where it fires), decoder_cosine,
-    decoder_cosine_halves, changed."""
+    decoder_cosine_halves, changed, source, lift; with a control also what `beyond_control` adds."""
     top_base: TopRows
     top_tuned: TopRows
+    counts: FiringCounts
+    """What a comparison with a control needs."""
 
     @property
     def changed(self) -> pd.DataFrame:
-        """The features that changed, by how sure that is."""
-        found = self.table[self.table["changed"]]
-        return found.iloc[np.argsort(-found["z"].abs().to_numpy(), kind="stable")].reset_index(drop=True)
+        """The features that changed, by how sure that is; with a control, those that did so beyond it."""
+        chosen, score = ("beyond", "z_control") if "beyond" in self.table else ("changed", "z")
+        found = self.table[self.table[chosen]]
+        return found.iloc[np.argsort(-found[score].abs().to_numpy(), kind="stable")].reset_index(drop=True)
+
+    def against(self, control: FiringCounts, seed: int = 0) -> "FeatureChanges":
+        """The same, with what changed beyond a control."""
+        return replace(self, table=beyond_control(self.table, self.counts, control, seed))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, JSON-able."""
@@ -94,10 +102,22 @@ class FeatureChanges:
             "changed": int(table["changed"].sum()),
             "more_often": int((table["changed"] & (table["log_ratio"] > 0)).sum()),
             "less_often": int((table["changed"] & (table["log_ratio"] < 0)).sum()),
+            "beyond": int(table["beyond"].sum()) if "beyond" in table else None,
+            "by_source": _by_source(fires),
             "mean_agreement": _mean(fires["agreement"]),
             "mean_decoder_cosine": _mean(fires["decoder_cosine"]),
             "mean_decoder_cosine_halves": _mean(fires["decoder_cosine_halves"]),
         }
+
+
+def _by_source(fires: pd.DataFrame) -> list[dict[str, Any]]:
+    """By home of the features: how many fire, changed, and of those fire more often; with a control, beyond it."""
+    parts = {"changed": fires["changed"], "more_often": fires["changed"] & (fires["log_ratio"] > 0)}
+    if "beyond" in fires:
+        parts |= {"beyond": fires["beyond"], "beyond_more_often": fires["beyond"] & (fires["log_ratio"] > 0)}
+    counted = pd.DataFrame({"firing": True, **parts}, index=fires.index).groupby(fires["source"]).sum()
+    rows: list[dict[Any, Any]] = counted.astype(int).reset_index(names="source").to_dict("records")
+    return rows
 
 
 def _mean(values: pd.Series) -> float | None:
@@ -121,10 +141,11 @@ def feature_changes(sae: SAE, hook: str, stores: PairedStores, seed: int = 0) ->
         raise InvalidInputError(
             f"The architecture {sae.cfg.architecture} reads or writes several hooks; give SAEs that reconstruct one."
         )
-    sums = _Sums(sae, stores.n_groups)
+    sums = _Sums(sae, stores.n_groups, stores.sources)
     for rows in stores.paired_rows(hook, sae.device):
         sums.add(rows)
-    return FeatureChanges(sums.drift(hook, seed), sums.table(seed), *(side.top for side in sums.sides))
+    base, tuned = (side.top for side in sums.sides)
+    return FeatureChanges(sums.drift(hook, seed), sums.table(seed), base, tuned, sums.counts())
 
 
 class _Side:
@@ -175,8 +196,11 @@ class _Side:
 
 
 class _Sums:
-    def __init__(self, sae: SAE, n_groups: int) -> None:
+    def __init__(self, sae: SAE, n_groups: int, sources: Sequence[str]) -> None:
         self.sae = sae
+        self.sources = sources
+        self.by_source = torch.zeros(len(sources), sae.d_sae, dtype=torch.float64, device=sae.device)
+        self.rows_of_source = torch.zeros(len(sources), dtype=torch.float64, device=sae.device)
         self.sides = (_Side(sae, n_groups), _Side(sae, n_groups))
         self.n_rows = torch.zeros(n_groups, dtype=torch.float64, device=sae.device)
         self.n_within = torch.zeros(n_groups, dtype=torch.float64, device=sae.device)
@@ -189,6 +213,9 @@ class _Sums:
         values = (rows.base, rows.tuned)
         fires = [side.add(self.sae, x, rows, by_group) for side, x in zip(self.sides, values, strict=True)]
         self.both += (fires[0] & fires[1]).sum(dim=0)
+        home = functional.one_hot(torch.from_numpy(rows.sources).to(self.sae.device), len(self.sources)).float()
+        self.by_source += (home.T @ (fires[0].float() + fires[1].float())).double()
+        self.rows_of_source += home.sum(dim=0)
         self.n_rows += by_group.sum(dim=0)
         self.n_within += by_group[rows.within].sum(dim=0)
         self.distance += float((rows.tuned - rows.base)[rows.within].double().square().sum())
@@ -217,6 +244,20 @@ class _Sums:
             n_rows=int(n),
         )
 
+    def counts(self) -> FiringCounts:
+        firings = [side.firings.cpu().numpy() for side in self.sides]
+        discordant = firings[0].sum(axis=0) + firings[1].sum(axis=0) - 2 * self.both.cpu().numpy()
+        return FiringCounts(firings[1], discordant, self.n_rows.cpu().numpy())
+
+    def homes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each feature's source and its lift there; "" and NaN where it does not fire."""
+        firings, rows = self.by_source.cpu().numpy(), self.rows_of_source.cpu().numpy()
+        totals, n = firings.sum(axis=0), float(rows.sum())
+        lifts = np.stack([log_ratio(k, 2 * m, totals, 2 * n) for k, m in zip(firings, rows, strict=True)])
+        best = lifts.argmax(axis=0)
+        fires = totals > 0
+        return np.where(fires, np.asarray(self.sources)[best], ""), np.where(fires, lifts.max(axis=0), np.nan)
+
     def table(self, seed: int) -> pd.DataFrame:
         base = self.sides[0]
         n_rows = self.n_rows.cpu().numpy()
@@ -241,6 +282,7 @@ class _Sums:
         whole = [side.directions(self.sae) for side in self.sides]
         columns["decoder_cosine"] = _cosine(*whole)
         columns["decoder_cosine_halves"] = _cosine(*(base.directions(self.sae, half) for half in (0, 1)))
+        columns["source"], columns["lift"] = self.homes()
         found = pd.DataFrame(columns)
         tested = either > 0
         changed = np.zeros(len(found), bool)

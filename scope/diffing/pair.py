@@ -103,6 +103,8 @@ class PairedRows(NamedTuple):
     tuned: Float[Tensor, "n width"]
     groups: np.ndarray
     """Group of documents of each row, int64 `(n,)`."""
+    sources: np.ndarray
+    """Number of each row's source among `PairedStores.sources`, int64 `(n,)`."""
     within: Bool[Tensor, " n"]
     """Rows whose norm is at most ten times the median, in both models."""
 
@@ -126,6 +128,15 @@ class PairedStores:
         """Number of each window's document, int64."""
         return self.base.sequences()["document"].to_numpy(np.int64)
 
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of the sources of the text, in alphabetical order."""
+        return sorted({str(name) for name in self.base.documents()["source"]})
+
+    @cached_property
+    def _sources_of_documents(self) -> np.ndarray:
+        return np.searchsorted(self.sources, self.base.documents()["source"].astype(str).to_numpy(str))
+
     @property
     def n_groups(self) -> int:
         """Groups of documents that are resampled."""
@@ -148,11 +159,13 @@ class PairedStores:
                 as_tensor(batch.activations[name], self.base.dtype, device)[torch.from_numpy(keep).to(device)]
                 for name in names
             )
+            documents = self.documents_of_sequences[sequence]
             yield PairedRows(
                 rows,
                 base.float().flatten(1),
                 tuned.float().flatten(1),
-                self.documents_of_sequences[sequence] % self.n_groups,
+                documents % self.n_groups,
+                self._sources_of_documents[documents],
                 torch.from_numpy(within).to(device),
             )
 

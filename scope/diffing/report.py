@@ -3,7 +3,8 @@
 1. Tokenizers, hooks and SAEs are checked; nothing is written before all of it is found good.
 2. *Layers* (`scope.diffing.layers`): both models side by side on some rows.
 3. *Captures* (`scope.diffing.pair`): the hooks that SAEs and the crosscoder need, each model into a store.
-4. *SAEs* (`scope.diffing.features`): drift, and rate and decoder feature by feature.
+4. *SAEs* (`scope.diffing.features`): drift, and rate and decoder feature by feature; with a control, what changed
+   beyond it (`scope.diffing.control`).
 5. *Crosscoder*: BatchTopK over both models' rows of one hook (Minder et al. 2025), and latent scaling of its features
    (`scope.diffing.scaling`).
 6. With `conclusions`, what holds of the second model as it does of the first (`scope.diffing.conclusions`).
@@ -12,6 +13,7 @@
       manifest.json          format "model-diff"
       report.json            all figures, and the strongest examples of the features that changed most
       sae-N.parquet          one row a feature of the N-th SAE
+      sae-N-firings.npz      how often its features fire in the second model, for a comparison that this is a control of
       crosscoder.parquet     one row a feature of the crosscoder
       crosscoder/            the crosscoder, as any SAE
       captures/              the two stores; deleted at the end unless they are to be kept
@@ -33,13 +35,14 @@ from activations.spec import fingerprint_of
 from activations.text import TextSource
 from scope._version import __version__
 from scope.diffing.conclusions import conclusions_of, spliced_losses
+from scope.diffing.control import Control
 from scope.diffing.examples import snippets
 from scope.diffing.features import FeatureChanges, feature_changes
 from scope.diffing.layers import layer_changes
 from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
 from scope.diffing.scaling import FeatureScaling, scale_features
 from scope.diffing.settings import ComparisonConfig, DiffConfig
-from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, sae_file
+from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, firings_file, sae_file
 from scope.errors import InvalidInputError, MismatchError, OccupiedError
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
@@ -60,6 +63,7 @@ def diff_models(
     *,
     hook: str | None = None,
     saes: Mapping[str, SAE] | None = None,
+    control: Control | None = None,
     conclusions: bool = False,
     keep_captures: bool = False,
     progress: Progress | None = None,
@@ -73,12 +77,13 @@ def diff_models(
         config: the settings; a `DiffConfig` trains a crosscoder.
         hook: of the crosscoder; None for the first SAE's, or the residual stream after the middle layer.
         saes: by name, dictionaries of the base model that reconstruct one hook each.
+        control: the finished comparison of a control with the base model, on the same text and with these SAEs.
         conclusions: whether to say what holds of the second model as it does of the first.
         keep_captures: whether the stores stay.
         progress: called with (what is done, rows done, rows in all).
 
     Raises:
-        UnknownNameError, MismatchError: the models, hooks and SAEs do not belong together.
+        UnknownNameError, MismatchError: the models, hooks, SAEs and control do not belong together.
         InvalidInputError: there is nothing to do, or an SAE names no hook.
         OccupiedError: `out` holds something else.
     """
@@ -95,6 +100,9 @@ def diff_models(
     text.check()
     folder = Path(out)
     identity = _identity(pair, text, config, hooks, saes, crosscoder_hook, conclusions)
+    if control is not None:
+        control.require_same(identity)
+        identity["control"] = control.to_dict()
     fingerprint = fingerprint_of(identity)
     if _is_finished(folder, fingerprint):
         return DiffReport.open(folder)
@@ -116,11 +124,16 @@ def diff_models(
             lambda which, done, total: report(f"Capture {which}", done, total),
         )
         for number, (name, sae) in enumerate(saes.items()):
-            changes[name] = found = feature_changes(sae, hooks[name], stores, config.seed)
+            found = feature_changes(sae, hooks[name], stores, config.seed)
+            found.counts.save(folder / firings_file(number))
+            if control is not None:
+                found = found.against(control.counts(sae.fingerprint), config.seed)
+            changes[name] = found
             found.table.to_parquet(folder / sae_file(number))
             if conclusions:
                 losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
             known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict(), **losses.get(name, {})}
+            known["changed_in_control"] = None if control is None else control.changed(sae.fingerprint)
             figures["saes"].append({**known, "examples": _changed(pair, stores, found, config.examples)})
         if training and crosscoder_hook:
             figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, training, report)

@@ -13,7 +13,7 @@ from scope.errors import IntegrityError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CROSSCODER", "FORMAT", "MANIFEST", "REPORT", "DiffReport", "sae_file"]
+__all__ = ["CROSSCODER", "FORMAT", "MANIFEST", "REPORT", "DiffReport", "firings_file", "sae_file"]
 
 FORMAT = "model-diff"
 MANIFEST, REPORT, CROSSCODER = "manifest.json", "report.json", "crosscoder"
@@ -22,6 +22,11 @@ MANIFEST, REPORT, CROSSCODER = "manifest.json", "report.json", "crosscoder"
 def sae_file(number: int) -> str:
     """Name of the table of the features of one of the SAEs."""
     return f"sae-{number}.parquet"
+
+
+def firings_file(number: int) -> str:
+    """Name of the counts of firings of one of the SAEs, which another comparison takes this one for a control by."""
+    return f"sae-{number}-firings.npz"
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,6 +50,16 @@ def _sae(sae: Mapping[str, Any]) -> list[str]:
         f", {sae['changed']:,} of {sae['firing']:,} features that fire changed their rate ({sae['more_often']:,} more "
         f"often, {sae['less_often']:,} less), on {sae['n_rows']:,} rows."
     ]
+    if sae.get("beyond") is not None:
+        lines.append(
+            f"  Of the {sae['changed']:,}, {sae['beyond']:,} changed beyond the control, in which "
+            f"{sae['changed_in_control']:,} changed."
+        )
+    which = "beyond" if sae.get("beyond") is not None else "changed"
+    homes = sorted((row for row in sae.get("by_source", ()) if row[which]), key=lambda row: -row[which])
+    if homes:
+        told = ", ".join(f"{row['source']} {row[which]:,} of {row['firing']:,}" for row in homes[:SHOWN])
+        lines.append(f"  By the source that they fire on most: {told}.")
     if sae["mean_agreement"] is not None:
         cosine = sae["mean_decoder_cosine"]  # of features that fire in both models
         kept = "none fires in both" if cosine is None else f"decoder rows keep a cosine of {cosine:.4f}"
