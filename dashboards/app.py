@@ -26,7 +26,21 @@ from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
 from dashboards.context import Context, NoIndexError
 from dashboards.links import View, parse
-from dashboards.pages import Page, circuit, compare, feature, features, lens, prompt, steer, training, workspace
+from dashboards.pages import (
+    Page,
+    circuit,
+    compare,
+    embeddings,
+    experts,
+    feature,
+    features,
+    lens,
+    model,
+    prompt,
+    steer,
+    training,
+    workspace,
+)
 from dashboards.turns import in_turn
 from dashboards.worker import ModelWorker
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
@@ -53,11 +67,14 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "steer": steer.render,
     "training": training.render,
     "compare": compare.render,
+    "model": model.render,
+    "embeddings": embeddings.render,
+    "experts": experts.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
-REGISTERED = (workspace, features, feature, prompt, lens, circuit, steer, training, compare)
+REGISTERED = (workspace, features, feature, prompt, lens, circuit, steer, training, compare, model, embeddings, experts)
 """Pages with callbacks of their own."""
-ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer")
+ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer", "model", "embeddings", "experts")
 """Pages that show the first index where their address names none."""
 ADDRESSES = [
     "/",
@@ -70,6 +87,9 @@ ADDRESSES = [
     "/training",
     "/training/ID",
     "/compare",
+    "/model",
+    "/embeddings",
+    "/experts",
 ]
 INDEX = """<!DOCTYPE html>
 <html lang="en">

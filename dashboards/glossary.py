@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from dashboards.model_terms import MODEL_TERMS
+
 __all__ = ["GLOSSARY", "Definition"]
 
 
@@ -469,3 +471,4 @@ GLOSSARY: dict[str, Definition] = {
         "score = Σ scaling (R W_Q xᵢ) · (R W_K xⱼ),  relative = pair here − mean of the pair over other keys",
     ),
 }
+GLOSSARY |= {term: Definition(*said) for term, said in MODEL_TERMS.items()}

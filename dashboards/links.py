@@ -11,10 +11,13 @@ __all__ = [
     "View",
     "circuit_link",
     "compare_link",
+    "embeddings_link",
+    "experts_link",
     "feature_link",
     "features_link",
     "lens_link",
     "list_query",
+    "model_link",
     "parse",
     "prompt_link",
     "steer_link",
@@ -28,8 +31,8 @@ class View:
     """What an address asks for."""
 
     page: str
-    """ "workspace", "features", "feature", "prompt", "lens", "circuit", "steer", "training", "compare", or "" where no
-    page has this address."""
+    """ "workspace", "features", "feature", "prompt", "lens", "circuit", "steer", "training", "compare", "model",
+    "embeddings", "experts", or "" where no page has this address."""
     path: str = "/"
     target: str = ""
     """What follows the page's name in the path: the id of a feature or of a training, as it was written."""
@@ -51,7 +54,7 @@ def parse(path: str | None, search: str | None) -> View:
     query = list_query((search or "").lstrip("?"))
     if path == "/":
         return View("workspace", path, "", query)
-    match = re.fullmatch(r"/(features|prompt|lens|circuit|steer|training|compare)/?", path)
+    match = re.fullmatch(r"/(features|prompt|lens|circuit|steer|training|compare|model|embeddings|experts)/?", path)
     if match:
         return View(match[1], path, "", query)
     match = re.fullmatch(r"/(feature|training)/([^/]+)/?", path)
@@ -95,6 +98,22 @@ def prompt_link(index: str, /, **query: object) -> str:
 def lens_link(index: str, /, **query: object) -> str:
     """The logit lens; `query` as in its address."""
     return _link("/lens", query, index)
+
+
+def model_link(index: str, /, **query: object) -> str:
+    """The page of an index's model: its parameters."""
+    return _link("/model", query, index)
+
+
+def embeddings_link(index: str, /, **query: object) -> str:
+    """What the model's per-layer embeddings write; `query` as in its address (text, token, layer, part)."""
+    return _link("/embeddings", query, index)
+
+
+def experts_link(index: str, /, **query: object) -> str:
+    """The model's experts; `query` as in its address (view, store, layer, expert, by, sort, feature, text, token, do,
+    other, at)."""
+    return _link("/experts", query, index)
 
 
 def circuit_link(graph: str = "", /, **query: object) -> str:

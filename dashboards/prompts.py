@@ -282,6 +282,15 @@ class PromptJobs:
         """The model and the SAE of an index, for other jobs of the same worker; called in its thread only."""
         return self._loaded(job, index)
 
+    def sae(self, job: Job, index: str) -> Any:
+        """The SAE of an index, loaded once; called in the worker's thread only."""
+        info = self.context.index(index).sae_info
+        fingerprint = str(info["fingerprint"])
+        if fingerprint not in self._saes:
+            job.report("loading the SAE")
+            self._saes[fingerprint] = _load_sae(self.context.workspace, info)
+        return self._saes[fingerprint]
+
     def analysed(self, job: Job, index: str, asked: Asked) -> Analysis:
         """The analysis of a prompt, known or made now, for other jobs of the same worker; called in its thread only."""
         return self.analysis(index, asked) or self._analyse(job, index, asked)
@@ -316,19 +325,15 @@ class PromptJobs:
 
     def _loaded(self, job: Job, index: str) -> tuple[Any, Any]:
         """The model and the SAE of an index, loaded once."""
-        opened = self.context.index(index)
-        fingerprint = str(opened.sae_info["fingerprint"])
-        if fingerprint not in self._saes:
-            job.report("loading the SAE")
-            self._saes[fingerprint] = _load_sae(self.context.workspace, opened.sae_info)
+        opened, sae = self.context.index(index), self.sae(job, index)
         name = str(opened.model_info["name"])
         if name not in self._models:
             job.report(f"loading {name}, which takes some seconds the first time")
             self._models[name] = _load_model(opened, self.context.embeddings)
         model = self._models[name]
-        if opened.hook_name != self._saes[fingerprint].hook_name:
-            raise MismatchError(f"The SAE reads {self._saes[fingerprint].hook_name}, the index {opened.hook_name}.")
-        return model, self._saes[fingerprint]
+        if opened.hook_name != sae.hook_name:
+            raise MismatchError(f"The SAE reads {sae.hook_name}, the index {opened.hook_name}.")
+        return model, sae
 
 
 def prompt_jobs(context: Context) -> PromptJobs:

@@ -1,10 +1,10 @@
-/* Grids with tokens as columns: features by tokens, layers by tokens. A grid arrives as
+/* Grids with tokens (or experts) as columns: features by tokens, layers by tokens. A grid arrives as
    `<div class="token-grid" data-grid="JSON">` and becomes a table here; text goes in as text.
 
    JSON: what "feature" | "layer" (what a row is, and its name in the address), token (the name of a column in the
    address), cols [{t token, n position, pin, special, said what it is in a chat}], rows [{id, name, href, pin, mark, v values, c colours
    from 0 to 1 where they are not v / m, w words of the cells, h what the card says}], m end of the colour scale, k "activation" | "effect", at selected position, row
-   selected row, pins pinned rows, text whether cells show their words, caption, unit. */
+   selected row, pins pinned rows, text whether cells show their words, near how those stand to the column, caption, unit. */
 (function () {
   "use strict";
   const { el, number, tokenText } = window.scope;
@@ -20,7 +20,8 @@
     button.tabIndex = -1;
     button.append(tokenText(col.t));
     button.dataset.select = JSON.stringify({ [spec.token]: col.n });
-    button.setAttribute("aria-label", "token " + col.n + " " + (col.t.trim() || "blank") + (col.said ? ", " + col.said : "") + (col.pin ? ", pinned" : ""));
+    const said = col.t === String(col.n) ? "" : " " + (col.t.trim() || "blank");
+    button.setAttribute("aria-label", spec.token + " " + col.n + said + (col.said ? ", " + col.said : "") + (col.pin ? ", pinned" : ""));
     head.append(button);
     if (col.pin) head.classList.add("pinned");
     if (col.special) head.classList.add("special");
@@ -176,9 +177,10 @@
     name.append(tokenText(at.spec.text && !at.spec.plain ? at.row.w[at.place] : at.col.t));
     head.append(name, el("span", "tip-value", at.spec.value ? at.spec.value + " " + number(at.row.v[at.place]) : number(at.row.v[at.place])));
     const about = el("div", "tip-from");
-    about.append(at.spec.text ? "after " : "token " + at.col.n + " · ");
-    if (at.spec.text) about.append(tokenText(at.col.t), " · layer " + at.row.id);
-    else about.append((at.col.said ? at.col.said + " · " : "") + at.spec.what + " " + at.row.id + " ", tokenText(at.row.name));
+    const row = at.spec.what + " " + at.row.id;
+    about.append(at.spec.text ? at.spec.near + " " : at.spec.token + " " + at.col.n + " · ");
+    if (at.spec.text) about.append(tokenText(at.col.t), " · " + row);
+    else about.append((at.col.said ? at.col.said + " · " : "") + row + " ", ...(at.row.name === row ? [] : [tokenText(at.row.name)]));
     box.append(head, about);
     if (at.row.h) box.append(el("div", "tip-rank", at.row.h[at.place]));
     window.scope.tip.showNodes(at.td, box);

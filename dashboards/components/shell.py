@@ -13,6 +13,7 @@ from dashboards.links import (
     compare_link,
     features_link,
     lens_link,
+    model_link,
     prompt_link,
     steer_link,
     training_link,
@@ -48,10 +49,11 @@ RAIL = (
     ("lens", "Lens", lens_link("")),
     ("circuit", "Circuit", circuit_link()),
     ("steer", "Steer", steer_link("")),
+    ("model", "Model", model_link("")),
     ("training", "Training", training_link()),
     ("compare", "Compare", compare_link()),
 )
-WITH_INDEX = ("features", "prompt", "lens", "steer")
+WITH_INDEX = ("features", "prompt", "lens", "steer", "model")
 """Pages that are about one index: it is carried from one to the next."""
 
 

@@ -1,4 +1,4 @@
-"""A grid with tokens as columns, such as features by tokens or layers by tokens.
+"""A grid with tokens as columns, such as features by tokens or layers by tokens, or with experts.
 
 Like a token strip it travels as JSON in one attribute and is drawn by assets/22_token_grid.js as a table, which screen
 readers read and arrow keys walk over. Only this part of a page may scroll sideways.
@@ -58,6 +58,8 @@ def token_grid(
     rows: Sequence[dict[str, Any]],
     *,
     what: str,
+    column: str = "token",
+    near: str = "after",
     corner: str,
     caption: str,
     scale: float,
@@ -81,6 +83,8 @@ def token_grid(
         rows: id, name, v (one value per column), and where there are any href, pin, mark, w (the words of the cells),
             h (what the card says besides).
         what: what a row is, and what a chosen one is called in the address.
+        column: what a column is, and what a chosen one is called in the address.
+        near: how the words of the cells stand to their column ("after" a token, "of" one).
         corner: heading of the rows' names.
         caption: the whole in words, for screen readers.
         scale: the value with the full colour.
@@ -98,7 +102,8 @@ def token_grid(
     marked, apart = set(pinned_tokens), set(special)
     spec = {
         "what": what,
-        "token": "token",
+        "token": column,
+        "near": near,
         "corner": corner,
         "caption": caption,
         "cols": [

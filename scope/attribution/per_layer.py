@@ -31,7 +31,7 @@ from scope.models.per_layer import layer_scale, require_per_layer, write_hooks, 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PerLayerReport", "per_layer_writes"]
+__all__ = ["PerLayerReport", "per_layer_writes", "require_readable"]
 
 PARTS = ("table", "projection")
 
@@ -118,6 +118,15 @@ def _frame(layer: int, texts: Sequence[str], columns: Mapping[str, Any]) -> "pd.
     import pandas as pd
 
     return pd.DataFrame({"layer": layer, "position": range(len(texts)), "token": texts, **columns})
+
+
+def require_readable(model: Any, sae: Any) -> None:
+    """Refuse an SAE whose features the writes cannot be followed to.
+
+    Raises:
+        InvalidInputError: it reads another hook than those that `per_layer_writes` names.
+    """
+    _read_layer(model, sae)
 
 
 def _read_layer(model: Any, sae: Any) -> tuple[int, str]:
