@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
-from scope.cli.inspect import EMBEDDINGS_HELP
+from scope.cli._model import EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption
 from scope.errors import InvalidInputError
 
@@ -109,19 +109,16 @@ def _register_prompt(group: typer.Typer) -> None:
         prompt: Annotated[str, typer.Option(help="The text.")],
         layer: Annotated[int | None, typer.Option(help="Print this layer alone; --json has all.", min=0)] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
-        embeddings: Annotated[str, typer.Option(help=EMBEDDINGS_HELP)] = "device",
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """The experts that each token of a prompt goes to, with their weights; beside what the dense MLP writes, where
         both stand side by side (Gemma 4)."""
         from scope.features.experts import dense_against_experts
         from scope.features.routing import prompt_routing
-        from scope.models import LanguageModel
         from scope.models.experts import require_experts
 
-        opened = LanguageModel.load(
-            model, device=device, allow_download=allow_download, embeddings=embeddings  # type: ignore[arg-type]
-        )  # fmt: skip
+        opened = load_model(model, embeddings=embeddings, device=device, allow_download=allow_download)
         require_experts(opened, layer)
         routing = prompt_routing(opened, prompt)
         beside = any(sizes.n_experts and sizes.dense for sizes in opened.layout.sizes)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command
-from scope.cli.inspect import EMBEDDINGS_HELP
+from scope.cli._model import EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption
 
 if TYPE_CHECKING:
@@ -32,19 +32,16 @@ def register(app: typer.Typer) -> None:
         ] = None,
         top: Annotated[int, typer.Option(help="Features for each layer, token and SAE.", min=1)] = 5,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
-        embeddings: Annotated[str, typer.Option(help=EMBEDDINGS_HELP)] = "device",
+        embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """What each layer's table wrote for each token: its norm, its share of the residual stream, along which
         features; beside what the projection of the main embedding wrote."""
         from scope.attribution.per_layer import per_layer_writes
         from scope.errors import OutOfRangeError
-        from scope.models import LanguageModel
         from scope.saes.formats import load
 
-        opened = LanguageModel.load(
-            model, device=device, allow_download=allow_download, embeddings=embeddings  # type: ignore[arg-type]
-        )  # fmt: skip
+        opened = load_model(model, embeddings=embeddings, device=device, allow_download=allow_download)
         saes = [load(one, allow_download=allow_download) for one in sae or ()]
         report = per_layer_writes(opened, prompt, saes, top)
         if token is not None and not 0 <= token < len(report.tokens):
