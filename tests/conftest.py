@@ -9,6 +9,7 @@ os.environ["PIP_NO_INDEX"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -18,6 +19,12 @@ import scope
 KERNELS = tuple(f"scope.kernels.{path.stem}" for path in (Path(scope.__file__).parent / "kernels").glob("*.py"))
 CHECKED = (*KERNELS, "scope.models", "scope.saes", "scope.interventions", "scope.training", "scope.attribution")
 """Packages whose tensor annotations are checked at run time."""
+
+# The same examples in each run, and no limit of time to them: neither chance nor a busy machine decides.
+hypothesis.settings.register_profile(
+    "scope", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("scope")
 
 _hook = jaxtyping.install_import_hook(CHECKED, "helpers_checks.checked")
 

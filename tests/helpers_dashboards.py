@@ -65,6 +65,8 @@ FEATURES = 96
 DEAD = 7
 GATE = threading.Event()
 """Lets prompts with "wait" in them go on."""
+PATIENCE = 600
+"""Seconds that they wait for it, longer than a test may take to see them wait; the test's end opens it in any case."""
 LONG_LABEL = 3
 
 
@@ -651,7 +653,7 @@ def fake_features_on_prompt(
 ) -> FakePromptFeatures:
     """Stands in for `scope.features.prompt.features_on_prompt`."""
     if isinstance(prompt, str) and "wait" in prompt:
-        GATE.wait(60)
+        GATE.wait(PATIENCE)
     tokens = prompt_pieces(prompt)
     rng = np.random.default_rng(len(prompt))
     rows = []
@@ -692,7 +694,7 @@ def fake_logit_lens(
 
     if isinstance(prompt, str) and "wait" in prompt:
         progress(1, 2)
-        GATE.wait(60)
+        GATE.wait(PATIENCE)
         progress(2, 2)
     tokens = prompt_pieces(prompt)
     places = np.arange(len(tokens)) if positions is None else np.array(positions)
@@ -809,7 +811,7 @@ def fake_steer_with(
             words.append(pieces[(step + place) % len(pieces)])
             listen(step + 1, {name: "".join(words) for name, words in written.items()})
         if "wait" in prompt and step == 3:
-            GATE.wait(60)
+            GATE.wait(PATIENCE)
     model.written = written
     n = len(split(prompt)) + 1
     parts = []

@@ -2,8 +2,10 @@
 and forks for each build. It speaks JSON lines: it reads a job, answers the child's pid, and on the next line waits for
 the child's end and answers how that came."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from scope.features import FeatureIndex, build_indexes, encode, finish  # noqa: 
 
 __all__ = ["IndexNursery", "build_here", "source"]
 
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove")
+"""Of `sys.audit`; the first argument is the file's name."""
 OPTIONS = {"batch_size": 40, "segment_firings": 200}
 
 
@@ -52,9 +56,10 @@ class IndexNursery:
         self._process.stdin.close()
         assert self._process.wait() == 0
 
-    def start(self, outs: list[str], n_rows: int) -> int:
-        """Begin a build in a child; its pid."""
-        return int(self._ask(json.dumps([outs, n_rows])))
+    def start(self, outs: list[str], n_rows: int, dies_at: int | None = None) -> int:
+        """Begin a build in a child; its pid. With `dies_at` it kills itself at the n-th file of the indexes that it
+        opens, renames, makes or removes."""
+        return int(self._ask(json.dumps([outs, n_rows, dies_at])))
 
     def wait(self) -> int:
         """Wait for the child's end; its status, as of `os.waitpid`."""
@@ -65,6 +70,16 @@ class IndexNursery:
         assert self._process.stdout is not None
         print(line, file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
+
+
+def _die_at(number: int, folders: list[str]) -> None:
+    events = itertools.count(1)
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(tuple(folders)) and next(events) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
 
 
 def _answer(number: int) -> None:
@@ -78,7 +93,10 @@ def _serve() -> None:
         if child == 0:
             code = 1
             try:
-                build_here(*json.loads(line))
+                outs, n_rows, dies_at = json.loads(line)
+                if dies_at is not None:
+                    _die_at(dies_at, outs)
+                build_here(outs, n_rows)
                 code = 0
             finally:
                 os._exit(code)

@@ -4,6 +4,7 @@ A server process imports what is needed once and forks for each job. It speaks J
 child's pid, and on the next line waits for the child's end and answers how that came. Until then a pid stays its own.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -32,8 +33,10 @@ from activations.text import TextSource
 
 __all__ = ["Child", "Ended", "Nursery"]
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600
 """A child that is still there then is taken to hang."""
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove")
+"""Of `sys.audit`; the first argument is the file's name."""
 
 
 class Ended(NamedTuple):
@@ -116,12 +119,17 @@ class ChildModel(FakeModel):
     """Seconds that a forward pass takes."""
     file_limit_after: int | None = None
     """Forward passes after which no file may grow any more, as if the disk were full."""
+    interrupt_after: int | None = None
+    """Forward passes after which Ctrl-C is pressed, three times at once."""
     zeros: bool = False
     """Whether to give zeros, which costs no time at any width."""
 
     def forward_rows(self, *arguments: Any) -> FakePending:
         if len(self.calls) == self.file_limit_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        if len(self.calls) == self.interrupt_after:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
         pending = super().forward_rows(*arguments)
         time.sleep(self.delay)
         return pending
@@ -132,9 +140,27 @@ class ChildModel(FakeModel):
         return super().rows_at(hook, window)
 
 
+def strike_at(number: int, sign: int, folder: str) -> None:
+    """Send this process a signal at the n-th time that it opens, renames, makes or removes a file of a folder."""
+    events = itertools.count(1)
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and folder in str(arguments[0]) and next(events) == number:
+            os.kill(os.getpid(), sign)
+
+    sys.addaudithook(look)
+
+
 def run_capture(
-    text: str, hooks: Sequence[str], out: str, settings: Mapping[str, Any], model: Mapping[str, Any]
+    text: str,
+    hooks: Sequence[str],
+    out: str,
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    dies_at: int | None = None,
 ) -> dict[str, Any]:
+    if dies_at is not None:
+        strike_at(dies_at, signal.SIGKILL, out)
     report = capture(ChildModel(**model), TextSource(text), hooks, out, **settings)
     return {"rows": report.rows}
 

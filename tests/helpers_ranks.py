@@ -29,7 +29,7 @@ from scope.training.trainer import SAETrainer, StepReport
 
 __all__ = ["CASES", "CONFIG", "Ended", "Ranks", "Trainers", "config_of", "hooks_of", "source_of"]
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600
 """A process that is still there then is taken to hang."""
 OUT_HOOK = "blocks.1.hook_mlp_out"
 CONFIG = TrainConfig(

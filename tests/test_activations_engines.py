@@ -120,7 +120,7 @@ def test_a_killed_actor_is_replaced(text: TextSource, expected: dict[str, bytes]
 
     report = with_ray(partial(Announced, folder=str(tmp_path)), text, out, progress=kill_one)
     assert killed
-    assert len(list(tmp_path.glob("pid-*"))) == 3
+    assert len(list(tmp_path.glob("pid-*"))) >= 3
     assert tree(report.store.path) == expected
 
 
@@ -266,7 +266,7 @@ def test_the_model_runs_while_shards_are_written(planned: Any, monkeypatch: pyte
     write_shard = StoreWriter.write_shard
 
     def waiting(self: StoreWriter, *arguments: Any) -> Any:
-        assert begun.wait(30)
+        assert begun.wait(120)
         return write_shard(self, *arguments)
 
     monkeypatch.setattr(StoreWriter, "write_shard", waiting)
@@ -302,7 +302,7 @@ def test_a_failed_worker_raises_in_every_call(planned: Any) -> None:
 # ---- torchrun
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from helpers_activations import FakeModel
@@ -311,8 +311,11 @@ from activations.errors import ActivationsError
 from activations.text import TextSource
 
 class Dying(FakeModel):
+    # Rank 1 dies at the last of the row groups that it surely gets, once something is committed.
     def forward_rows(self, *arguments):
-        if os.environ["RANK"] == "1" and len(self.calls) == 6 and {dies!r}:
+        if os.environ["RANK"] == "1" and len(self.calls) == {lanes!r} - 1 and {dies!r}:
+            while not list(Path({out!r}).glob("ledger/hooks-*/0*.json")):
+                time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward_rows(*arguments)
 
@@ -339,16 +342,18 @@ def test_torchrun_leaves_the_store_of_one_process(text: TextSource, expected: di
                 hooks=[RESID, Z],
                 out=str(out),
                 settings=SETTINGS,
+                lanes=LANES,
                 dies=dies,
             )
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         if dies:
             assert done.returncode != 0
             assert "rank 0: torchrun ended this process" in done.stderr
             assert "run the same command again to resume" in done.stderr
             assert not ActivationStore.open(out).complete
+            assert list(out.glob("ledger/hooks-*/0*.json"))
             assert not (out / "lock").exists()
         else:
             assert done.returncode == 0, done.stderr
@@ -356,7 +361,7 @@ def test_torchrun_leaves_the_store_of_one_process(text: TextSource, expected: di
     assert tree(out) == expected
     reports = [Path(f"{out}.rank-{rank}").read_text().split() for rank in (0, 1)]
     assert reports[0] == reports[1]
-    assert int(reports[0][0]) == n_rows > int(reports[0][1]) > 0
+    assert int(reports[0][0]) == n_rows >= int(reports[0][1]) > 0
 
 
 def test_a_process_alone_leads() -> None:

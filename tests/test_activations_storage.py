@@ -39,6 +39,8 @@ from activations.text import TextSource
 
 RESID, Z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
 SETTINGS: dict[str, Any] = {"context_size": 16, "rows_per_group": 32, "batch_size": 64, "max_tokens": 150}
+PATIENCE = 120.0
+"""Seconds."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,14 +221,17 @@ def test_kill_9_at_a_put_loses_nothing(before: bool, text: Path, whole: dict[str
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     rows = [0]
+    killed = 0
     for moment in (4, 14, 42, 22, 11, 10):
         print(moment, file=nursery.stdin, flush=True)
-        assert int(nursery.stdout.readline()) == signal.SIGKILL
+        status = int(nursery.stdout.readline())
+        assert status in (0, signal.SIGKILL)  # 0 where fewer puts were left: how many depends on which thread was first
+        killed += status == signal.SIGKILL
         rows.append(check_what_is_there(address))
     nursery.stdin.close()
     assert nursery.wait() == 0
+    assert killed >= 3
     assert rows == sorted(rows), "committed rows were lost"
-    assert 0 < rows[-1] < 150
     assert run(text, address).verify() == []
     assert objects(address) == whole
 
@@ -244,20 +249,29 @@ def check_what_is_there(address: str) -> int:
     return store.n_rows
 
 
-def test_kill_9_within_an_upload_in_parts_shows_nothing(address: str) -> None:
+def test_kill_9_within_an_upload_in_parts_shows_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.s3.models import S3Backend
+
     code = (
         "import numpy as np; from activations.storage import storage_at\n"
         f"storage_at({address!r}).write('large', np.zeros(96 * 2**20, np.uint8).data)"
     )
-    for _ in range(5):  # until it is caught in the middle
-        child = subprocess.Popen([sys.executable, "-c", code])
-        while not pending_uploads() and child.poll() is None:
-            time.sleep(0.001)
+    begun, go_on = threading.Event(), threading.Event()
+    upload_part = S3Backend.upload_part
+
+    def held_back(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        go_on.wait(PATIENCE)
+        return upload_part(*arguments, **options)
+
+    monkeypatch.setattr(S3Backend, "upload_part", held_back)
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert begun.wait(PATIENCE)
+    finally:
         child.kill()
         child.wait()
-        if pending_uploads():
-            break
-        storage_at(address).delete(["large"])
+        go_on.set()
     assert pending_uploads()
     storage = storage_at(address)
     assert storage.names("") == []
@@ -391,18 +405,21 @@ def ended() -> int:
 @pytest.mark.parametrize(
     ("content", "free"),
     [
-        (lambda: lease(60), False),
-        (lambda: lease(60, host="elsewhere", pid=7), False),
+        (lambda: lease(600), False),
+        (lambda: lease(600, host="elsewhere", pid=7), False),
         (lambda: lease(-1, host="elsewhere"), False),  # clocks differ
-        (lambda: lease(-6, host="elsewhere"), True),
-        (lambda: lease(60, pid=ended()), True),
-        (lambda: lease(60, pid=ended(), boot_id="another kernel"), False),
-        (lambda: lease(60, pid=ended(), namespace="another container"), False),
+        (lambda: lease(-601, host="elsewhere"), True),
+        (lambda: lease(600, pid=ended()), True),
+        (lambda: lease(600, pid=ended(), boot_id="another kernel"), False),
+        (lambda: lease(600, pid=ended(), namespace="another container"), False),
         (lambda: b"not json", True),
         (lambda: b"{}", True),
     ],
 )
-def test_leases_that_are_free(content: Callable[[], bytes], free: bool, address: str) -> None:
+def test_leases_that_are_free(
+    content: Callable[[], bytes], free: bool, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "SKEW_SECONDS", 600.0)  # more than the test may take
     address = address.partition("[")[0] + f"/{time.time_ns()}"
     put(address, "lock", content())
     if free:
@@ -498,7 +515,6 @@ capture(Slow(), TextSource({text!r}), {hooks!r}, {out!r}, **{settings!r})
 def test_a_writer_that_slept_through_its_lease_stops(
     text: Path, whole: dict[str, bytes], address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "SKEW_SECONDS", 0.0)
     settings = {**SETTINGS, "batch_size": 16}
     code = FIRST.format(
         tests=str(Path(__file__).parent), text=str(text), hooks=[RESID, Z], out=address, settings=settings
@@ -508,13 +524,15 @@ def test_a_writer_that_slept_through_its_lease_stops(
     for _ in range(5):
         assert first.stdout.readline() == "batch\n"
     first.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(locks, "SKEW_SECONDS", 600.0)  # it holds, however late it is looked at
     with pytest.raises(LockedError, match=f"process {first.pid} on host"):
         run(text, address)
+    monkeypatch.setattr(locks, "SKEW_SECONDS", 0.0)
     while json.loads(storage_at(address).read("lock"))["expires"] > time.time():
         time.sleep(0.05)
     assert run(text, address).complete
     first.send_signal(signal.SIGCONT)
-    _, said = first.communicate(timeout=30)
+    _, said = first.communicate(timeout=300)
     assert first.returncode == 1
     assert f"LockedError: This process ({first.pid}) lost its lease on {address}." in said
     assert "Another writer has had it since" in said
@@ -636,7 +654,7 @@ def test_a_store_that_is_not_there_suggests_its_neighbours(sound: str) -> None:
 
 def test_importing_is_light() -> None:
     code = "import sys, activations.capture, activations.storage; assert not {'obstore', 'zarr'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_a_store_that_was_fetched_goes_on_as_a_local_one(

@@ -245,7 +245,7 @@ def add_cross_layer(workspace: Workspace) -> None:
 
 
 def ended(context: Context, job: Job) -> Job:
-    context.worker.wait(job, 120)
+    context.worker.wait(job, 600)
     assert job.state is JobState.DONE, job.error
     return job
 

@@ -41,10 +41,19 @@ def test_ten_people_click_while_a_model_works(busy: tuple[ModelWorker, Job]) -> 
     server = waitress.create_server(app.server, host="127.0.0.1", port=0, threads=8, ident=None)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
+    times: dict[str, list[float]] = {}
+    errors: list[str] = []
     try:
         for kind in KINDS:  # once: what is opened on first use is not what ten people wait for
             click(Client("127.0.0.1", server.effective_port), kind, index.id, index.d_sae, index.n_rows, Random(0))
-        times, errors, _ = click_together(server.effective_port, index.id, index.d_sae, index.n_rows, CLIENTS, SECONDS)
+        for _ in range(20):  # until all kinds were asked for: a busy machine may answer little in a few seconds
+            found, problems, _ = click_together(
+                server.effective_port, index.id, index.d_sae, index.n_rows, CLIENTS, SECONDS
+            )
+            errors += problems
+            times = {kind: [*times.get(kind, []), *found.get(kind, [])] for kind in KINDS if kind in {*times, *found}}
+            if errors or set(times) == set(KINDS):
+                break
     finally:
         server.close()
     assert errors == []

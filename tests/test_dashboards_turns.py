@@ -8,10 +8,12 @@ import pytest
 from dashboards.turns import Turns, in_turn
 from dashboards.worker import ModelWorker
 
+LONG = 120.0
+
 
 def test_no_more_than_there_are_turns_at_a_time() -> None:
     turns, inside, most = Turns(2), 0, 0
-    lock = threading.Lock()
+    lock, both = threading.Lock(), threading.Barrier(2)
 
     def one(_: int) -> None:
         nonlocal inside, most
@@ -19,7 +21,7 @@ def test_no_more_than_there_are_turns_at_a_time() -> None:
             with lock:
                 inside += 1
                 most = max(most, inside)
-            threading.Event().wait(0.002)
+            both.wait(LONG)  # each stays until there is another one
             with lock:
                 inside -= 1
 
@@ -43,17 +45,17 @@ def test_who_waits_lets_others_draw_and_goes_on_in_turn() -> None:
         with turns.taken():
             with turns.left():
                 waiting.set()
-                met = drawn.wait(10)
+                met = drawn.wait(LONG)
             with turns.left():  # has one again, so it can be left again
                 pass
             return met
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(slow)
-        assert waiting.wait(10)
+        assert waiting.wait(LONG)
         with turns.taken():
             drawn.set()
-        assert answer.result(10)
+        assert answer.result(LONG)
     with turns.left():  # this thread has none
         pass
 
@@ -63,11 +65,11 @@ def test_a_page_is_drawn_while_another_waits_for_the_model(monkeypatch: pytest.M
     monkeypatch.setattr("dashboards.turns.TURNS", turns)
     monkeypatch.setattr("dashboards.worker.TURNS", turns)
     worker, gate = ModelWorker(), threading.Event()
-    job = worker.submit(("slow", "one"), lambda _: gate.wait(10))
+    job = worker.submit(("slow", "one"), lambda _: gate.wait(LONG))
 
     def application(environ, start_response):
         if environ["QUERY_STRING"] == "waits":
-            worker.wait(job, 10)
+            worker.wait(job, LONG)
         return [environ["QUERY_STRING"].encode()]
 
     served = in_turn(application)
@@ -77,7 +79,7 @@ def test_a_page_is_drawn_while_another_waits_for_the_model(monkeypatch: pytest.M
 
     with ThreadPoolExecutor(2) as pool:
         waits = pool.submit(ask, "waits")
-        assert pool.submit(ask, "draws").result(10) == [b"draws"]
+        assert pool.submit(ask, "draws").result(LONG) == [b"draws"]
         assert not waits.done()
         gate.set()
-        assert waits.result(10) == [b"waits"]
+        assert waits.result(LONG) == [b"waits"]

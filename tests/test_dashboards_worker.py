@@ -7,7 +7,7 @@ import pytest
 from dashboards.worker import MAX_QUEUED, CalledOffError, Job, JobState, ModelWorker
 from scope.errors import InvalidInputError
 
-LONG = 20.0
+LONG = 120.0
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_two_models_hold_attention_at_the_same_time_each_its_own() -> None:
     both_hold = threading.Barrier(2)
 
     def meet(value: torch.Tensor, context: object) -> None:
-        both_hold.wait(timeout=30)
+        both_hold.wait(timeout=120)
 
     with ThreadPoolExecutor(2) as pool:
         first = Edits({"blocks.0.hook_resid_pre": meet, **edits}, freeze_attention=True)

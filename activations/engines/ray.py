@@ -30,7 +30,7 @@ __all__ = ["RayCrew", "start_local_ray"]
 DEFAULT_WORKERS = 2
 RESTARTS = 8
 """How often an actor may die before the run gives up."""
-STARTS = 2
+STARTS = 4
 """Attempts to start Ray: on a busy machine its own limit of 30 seconds may be too short."""
 ASIDE = 2
 """Calls that an actor answers besides its row groups: for a tokenisation, and to stop."""

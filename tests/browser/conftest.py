@@ -120,7 +120,7 @@ def browser() -> Iterator[Any]:
             pytest.fail(message)
         pytest.skip(message)
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        launched = playwright.chromium.launch(executable_path=executable, args=FLAGS, timeout=3 * TIMEOUT)
         yield launched
         launched.close()
 

@@ -1,6 +1,7 @@
 """Conversations on the prompt page: roles, calls and tools, over an index of chats in memory."""
 
 import json
+import time
 from collections.abc import Callable
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -28,7 +29,8 @@ def asked(page) -> dict:
 
 def card_says(page, spot, words: str) -> None:
     """Point at something until its card says so: a strip that is drawn anew lets go of what was pointed at."""
-    for _ in range(60):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         page.mouse.move(2, 2)
         spot.hover()
         page.wait_for_timeout(300)
