@@ -24,7 +24,7 @@ __all__ = ["CalledOffError", "Job", "JobState", "ModelWorker"]
 
 KEPT_JOBS = 64
 MAX_QUEUED = 32
-TIME_LIMIT = 180.0
+TIME_LIMIT = 600.0
 """Seconds that a job may run, loading the model included."""
 
 

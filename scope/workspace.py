@@ -65,6 +65,8 @@ INTERVENTIONS = "interventions"
 NAME = re.compile(r"[^\W_]([\w .-]{0,58}[^\W_])?")
 """Names of interventions, which are names of files too."""
 SCHEMA = "CREATE TABLE IF NOT EXISTS added (path TEXT PRIMARY KEY)"
+BUSY = 30.0
+"""Seconds to wait for somebody else who writes into the database."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +298,8 @@ class Workspace:
         return entry
 
     def _database(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.database, timeout=10)
-        database.execute("PRAGMA journal_mode=WAL")
+        # Not in write-ahead mode, as labels are: SQLite refuses the switch at once where somebody else writes.
+        database = sqlite3.connect(self.database, timeout=BUSY)
         database.execute(SCHEMA)
         return database
 
@@ -305,7 +307,7 @@ class Workspace:
         if not self.database.is_file():
             return []
         # A look must neither make a table nor switch modes while somebody writes the first label.
-        with closing(sqlite3.connect(self.database, timeout=10)) as database:
+        with closing(sqlite3.connect(self.database, timeout=BUSY)) as database:
             if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'added'").fetchone():
                 return []
             return [Path(row[0]) for row in database.execute("SELECT path FROM added ORDER BY path")]

@@ -141,7 +141,7 @@ def test_a_second_writer_is_refused_with_host_and_pid(tmp_path: Path) -> None:
 def test_a_lock_held_by_another_process(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from activations.ledger import WriterLock\n"
-        f"with WriterLock(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)"
+        f"with WriterLock(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None

@@ -286,13 +286,21 @@ def test_a_failing_server_stops_the_run_and_says_how_to_resume(
     import obstore
 
     real = obstore.put
+    committed: list[str] = []
+    both = threading.Event()
 
     def failing(store: Any, name: str, *arguments: Any, **options: Any) -> Any:
         if name.startswith("hooks/") and "c.2." in name:
+            assert both.wait(PATIENCE), "the two row groups before it are written first"
             raise obstore.exceptions.GenericError(
                 "Generic S3 error: 500 <Code>InternalError</Code><Message>no</Message>"
             )
-        return real(store, name, *arguments, **options)
+        done = real(store, name, *arguments, **options)
+        if name.startswith("ledger/hooks-") and name.rsplit("/", 1)[1][0].isdigit():
+            committed.append(name)
+            if len(committed) == 2:
+                both.set()
+        return done
 
     monkeypatch.setattr(obstore, "put", failing)
     with pytest.raises(

@@ -149,7 +149,7 @@ def test_torchrun_starts_one_run_of_two_processes(store: Path, tmp_path: Path) -
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

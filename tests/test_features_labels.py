@@ -188,7 +188,7 @@ def test_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path):
     for thread in threads:
         thread.join()
     for writer in writers:
-        _, errors = writer.communicate(timeout=120)
+        _, errors = writer.communicate(timeout=600)
         assert writer.returncode == 0, errors
     table = labels.table().set_index("feature")
     assert table["label"].to_dict() == {feature: f"label {feature}" for feature in range(120)}

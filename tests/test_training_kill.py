@@ -56,6 +56,7 @@ def killed_and_resumed(
         said.append(ended[0].said)
         if killed >= kills:
             return said, killed
+        lasts *= 0.9  # the kill came too late
 
 
 def wait_for_a_moment(folder: Path, out: Path, rng: random.Random, lasts: float) -> None:

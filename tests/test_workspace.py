@@ -1,7 +1,10 @@
 """The workspace lists artefacts by id, and takes in what lies elsewhere."""
 
 import shutil
+import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
@@ -85,6 +88,19 @@ def test_what_changes_while_others_list_it_is_read_anew_and_what_goes_is_gone(tm
             assert (seen := watch.result()) == sorted(seen)
     (left,) = workspace.indexes()
     assert left.manifest["n_rows"] == rounds - 1
+
+
+def test_who_adds_an_artefact_waits_for_another_who_writes(tmp_path):
+    workspace, folder = Workspace(tmp_path / "w"), make(tmp_path / "elsewhere", "sae")
+    workspace.path.mkdir()
+    with closing(sqlite3.connect(workspace.database, isolation_level=None)) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("CREATE TABLE theirs (x)")
+        other.execute("BEGIN IMMEDIATE")
+        adding = pool.submit(workspace.add, folder)
+        time.sleep(0.2)  # it meets the other's lock
+        other.execute("COMMIT")
+        assert adding.result().path == folder.resolve()
+    assert [entry.path for entry in workspace.saes()] == [folder.resolve()]
 
 
 def test_an_artefact_that_goes_between_two_looks_is_left_out(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ __all__ = ["register", "render"]
 Record = dict[str, Any]
 
 POLL_MS = 400
-TYPED_TIMEOUT = 20.0
+TYPED_TIMEOUT = 60.0
 """Seconds to wait for a typed token to be looked up."""
 SKELETON = (30, 420, 30, 320)
 FAILED = "The logit lens could not be run"

@@ -32,7 +32,7 @@ __all__ = ["register", "render"]
 Record = dict[str, Any]
 
 POLL_MS = 400
-TYPED_TIMEOUT = 20.0
+TYPED_TIMEOUT = 60.0
 """Seconds to wait for a typed token to be looked up."""
 SKELETON = (30, 56, 16, 28, 28, 28, 28)
 """Heights of what will stand there."""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.browser
 
 ROWS = ".features-grid .ag-row[row-id] a"
 POINTS = ".scatter-note:has-text('features')"
-MODEL_TIMEOUT = 180_000
+MODEL_TIMEOUT = 600_000
 """Milliseconds that the first text may take: the model is loaded for it."""
 
 

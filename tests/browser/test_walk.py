@@ -11,7 +11,7 @@ from helpers_browser import query
 
 pytestmark = [pytest.mark.browser, pytest.mark.real]
 
-MODEL_TIMEOUT = 180_000
+MODEL_TIMEOUT = 600_000
 """Milliseconds that the first prompt may take: the model is loaded for it."""
 
 
