@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Dashboard", "in_notebook", "start"]
 
 PORT = 8050
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds that `stop` waits for requests under way."""
 
 

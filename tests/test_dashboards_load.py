@@ -10,6 +10,7 @@ import pytest
 import waitress
 
 from dashboards.app import create_app
+from dashboards.notebook import Dashboard
 from dashboards.worker import Job, JobState, ModelWorker
 from scope.bench.dashboard import KINDS, Client, click, click_together
 
@@ -39,23 +40,18 @@ def test_ten_people_click_while_a_model_works(busy: tuple[ModelWorker, Job]) -> 
     index = fakes.FakeIndex(repeats=2)
     app = create_app(fakes.FakeWorkspace(index), worker=worker)  # type: ignore[arg-type]
     server = waitress.create_server(app.server, host="127.0.0.1", port=0, threads=8, ident=None)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+    port = server.effective_port
     times: dict[str, list[float]] = {}
     errors: list[str] = []
-    try:
+    with Dashboard(server, [f"http://127.0.0.1:{port}"]):
         for kind in KINDS:  # once: what is opened on first use is not what ten people wait for
-            click(Client("127.0.0.1", server.effective_port), kind, index.id, index.d_sae, index.n_rows, Random(0))
+            click(Client("127.0.0.1", port), kind, index.id, index.d_sae, index.n_rows, Random(0))
         for _ in range(20):  # until all kinds were asked for: a busy machine may answer little in a few seconds
-            found, problems, _ = click_together(
-                server.effective_port, index.id, index.d_sae, index.n_rows, CLIENTS, SECONDS
-            )
+            found, problems, _ = click_together(port, index.id, index.d_sae, index.n_rows, CLIENTS, SECONDS)
             errors += problems
             times = {kind: [*times.get(kind, []), *found.get(kind, [])] for kind in KINDS if kind in {*times, *found}}
             if errors or set(times) == set(KINDS):
                 break
-    finally:
-        server.close()
     assert errors == []
     assert set(times) == set(KINDS)
     assert job.state is JobState.RUNNING

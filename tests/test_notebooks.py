@@ -15,7 +15,9 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("SCOPE_TOUR_SCALE", "0.35")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=900, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = [data for cell in code for output in cell.outputs if (data := output.get("data"))]
     assert len(shown) >= 8

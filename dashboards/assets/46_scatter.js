@@ -110,7 +110,7 @@
 
     async function loadKept() {
       const now = query();
-      const filters = ["q", "show", "language", "source", "kind", "starred", "list", "low", "high", "a", "b", "area"];
+      const filters = ["q", "show", "language", "source", "role", "content", "kind", "starred", "list", "low", "high", "a", "b", "area"];
       if (!filters.some((name) => now[name])) { plot.kept = null; plot.keptKey = ""; return; }
       const key = location.search;
       plot.keptKey = key;

@@ -26,7 +26,7 @@ __all__ = ["all_logits", "feature_head", "feature_side", "feature_statistics", "
 
 SHOWN_GROUPS = 6
 """Languages or sources that are listed at once."""
-CARRIED = "show language source context logits try whole"
+CARRIED = "show language source role content context logits try whole"
 """What of the address the moves from one feature to the next keep."""
 
 

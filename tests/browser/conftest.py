@@ -6,7 +6,6 @@ Chromium is the one of `CHROMIUM=` or Debian's. Where there is none these tests 
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,15 +37,14 @@ class Server:
         import waitress
 
         from dashboards.app import create_app
+        from dashboards.notebook import Dashboard
 
-        app = create_app(workspace)
-        self._server = waitress.create_server(app.server, host="127.0.0.1", port=0, threads=8, ident=None)
-        self.url = f"http://127.0.0.1:{self._server.effective_port}"
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
+        server = waitress.create_server(create_app(workspace).server, host="127.0.0.1", port=0, threads=8, ident=None)
+        self.url = f"http://127.0.0.1:{server.effective_port}"
+        self._dashboard = Dashboard(server, [self.url])
 
     def close(self) -> None:
-        self._server.close()
+        self._dashboard.stop()
 
 
 class Visit:

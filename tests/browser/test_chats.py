@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import helpers_chats
 import helpers_dashboards as fakes
 import pytest
-from helpers_browser import serious
+from helpers_browser import query, serious
 
 pytestmark = pytest.mark.browser
 
@@ -109,7 +109,11 @@ def test_examples_and_features_of_a_role(visit: Callable, chats) -> None:
     card_says(page, page.locator("#examples .strip .tok.centre").first, "assistant · call")
     opened.open("/feature/0?role=assistant&content=text", "#examples .state")
     assert "assistant and text" in page.text_content("#examples")
-    page = opened.open("/features?role=tool&cols=density,top_role,top_kind", ".ag-row")
+    page.click("a[aria-label='Next feature']")  # it shows the same part of the text
+    page.wait_for_selector("h1:has-text('Feature 1')")
+    assert {"role": "assistant", "content": "text"}.items() <= query(page).items()
+    with page.expect_request(lambda request: "/api/kept" in request.url and "role=tool" in request.url):  # of the plot
+        opened.open("/features?role=tool&cols=density,top_role,top_kind", ".ag-row")
     opened.until("document.querySelector('#features-count').textContent.includes(' of ')")
     assert set(page.locator(".ag-cell[col-id=top_role]").all_text_contents()) == {"tool"}
     page.fill("#features-content", "text")
