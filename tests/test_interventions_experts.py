@@ -2,11 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from helpers_models import EXPERT_KINDS, one_thread, tiny_model
+from helpers_models import EXPERT_KINDS, one_thread, tiny_folder, tiny_model
 from helpers_saes import make
+from test_cli import scope
 from torch import Tensor
 
 from scope.errors import InvalidInputError, OutOfRangeError, ScopeError
@@ -23,6 +25,7 @@ from scope.interventions import (
 )
 from scope.models import LanguageModel
 from scope.saes.base import SAEMetadata
+from scope.saes.formats import save
 
 __all__ = ["one_thread"]
 
@@ -277,3 +280,21 @@ def test_what_is_no_intervention_on_experts_is_refused(fields: dict, words: str)
 def test_it_is_written_as_it_is_read() -> None:
     one = Intervention(kind="swap", layer=3, experts=(1, 17), positions=(4,), during="generated")
     assert Intervention.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_a_spec_on_experts_and_the_features_that_flip_from_the_command_line(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    hook = f"blocks.{LAYER}.hook_resid_post"
+    save(make("topk", d_in=32, d_sae=60, k=6, seed=1, metadata=SAEMetadata(hook_name=hook)), tmp_path / "sae")
+    declared = spec(everywhere("forbid", [busiest(model)]), {"kind": "scale", "experts": [0], "value": 2.0})
+    declared.save(tmp_path / "spec.json")
+    asked = ("steer", "--model", tiny_folder("mixtral"), "--prompt", "The cat sat on the mat", "--max-new-tokens", 4)
+    found = scope(*asked, "--spec", tmp_path / "spec.json", "--flips", tmp_path / "sae", "--json")
+    assert found["spec"] == declared.to_dict()
+    flips = found["flips"]
+    assert flips["begin"] + flips["cease"] == len(flips["features"]) > 0
+    assert sum(row["before"] == 0 for row in flips["features"]) == flips["begin"]
+    told = scope(*asked, "--spec", tmp_path / "spec.json", "--flips", tmp_path / "sae").stdout
+    assert f"{flips['begin']} begin to fire, {flips['cease']} cease to." in told
+    (tmp_path / "wrong.json").write_text('{"kind": "forbid", "layer": 2, "experts": [9]}')
+    assert "no expert 9" in scope(*asked, "--spec", tmp_path / "wrong.json", code=2).stderr

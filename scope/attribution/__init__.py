@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         router_logit,
     )
     from scope.attribution.verification import verify
+    from scope.attribution.writes import layer_writes
 
 __all__ = [
     "Attribution",
@@ -55,6 +56,7 @@ __all__ = [
     "faithfulness",
     "feature",
     "graph_faithfulness",
+    "layer_writes",
     "load_graph",
     "log_probability",
     "logit",
@@ -94,6 +96,7 @@ _HOMES = {
     "query_key": ("qk_pairs",),
     "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection", "router_logit"),
     "verification": ("verify",),
+    "writes": ("layer_writes",),
 }
 
 

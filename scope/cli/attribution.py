@@ -7,8 +7,11 @@ import typer
 from typer.core import TyperGroup
 
 from scope.attribution.graph_settings import GraphSettings
+from scope.cli import graph_writes
 from scope.cli._command import Outcome, command, progress_bar
-from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
+from scope.cli._dictionaries import opened as opened_with
+from scope.cli._dictionaries import transcoder_paths
+from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import SAE_HELP, DownloadOption
 
 __all__ = ["register"]
@@ -84,8 +87,8 @@ def register(app: typer.Typer) -> None:
                     "--method components takes no --counterfactual: it splits the logit itself, not its difference to "
                     "a baseline. Leave it out, or take another method."
                 )
-            opened, dictionaries = _opened(
-                model, _transcoder_paths(sae) if sae else [], device, allow_download, embeddings
+            opened, dictionaries = opened_with(
+                model, transcoder_paths(sae) if sae else [], device, allow_download, embeddings
             )
             return _components(opened, prompt, target, against, dictionaries, position, top)
         if not sae:
@@ -93,7 +96,7 @@ def register(app: typer.Typer) -> None:
                 f"--method {method} needs an SAE whose features are asked about: --sae DIR. Without one there is "
                 "--method components."
             )
-        opened, saes = _opened(model, sae, device, allow_download, embeddings)
+        opened, saes = opened_with(model, sae, device, allow_download, embeddings)
         asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
         with progress_bar("Attributing (runs)") as progress:
@@ -130,6 +133,7 @@ def register(app: typer.Typer) -> None:
         cls=_MakesByDefault, help="Circuit graphs: make one, or verify one by intervention.", rich_markup_mode=None
     )
     app.add_typer(graphs, name="graph")
+    graph_writes.register(graphs)
 
     @command(graphs, "make", config=GraphSettings)
     def make(
@@ -158,8 +162,8 @@ def register(app: typer.Typer) -> None:
         from scope.attribution.pruning import prune, require_shares, scores
 
         require_shares(node_share, edge_share)
-        paths = _transcoder_paths(transcoders)
-        opened, saes = _opened(model, paths, device, allow_download, embeddings)
+        paths = transcoder_paths(transcoders)
+        opened, saes = opened_with(model, paths, device, allow_download, embeddings)
         with progress_bar("Expanding features") as progress:
             whole = build_graph(
                 opened,
@@ -214,8 +218,8 @@ def register(app: typer.Typer) -> None:
         from scope.attribution.verification import verify as run
 
         read = load_graph(graph)
-        paths = _transcoder_paths(transcoders or list(read.transcoders))
-        opened, saes = _opened(model or read.model_name, paths, device, allow_download, embeddings)
+        paths = transcoder_paths(transcoders or list(read.transcoders))
+        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
         with progress_bar("Intervening (runs)") as progress:
             if edges:
                 sources = strongest_sources(read, max_features)
@@ -274,9 +278,9 @@ def register(app: typer.Typer) -> None:
         if against is not None and target is None:
             raise InvalidInputError("--against needs --target: which token is to be kept.")
         read = load_graph(graph)
-        paths = _transcoder_paths(transcoders or list(read.transcoders))
+        paths = transcoder_paths(transcoders or list(read.transcoders))
         kept = SIZES if sizes is None else _whole_numbers(sizes)
-        opened, saes = _opened(model or read.model_name, paths, device, allow_download, embeddings)
+        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
         asked = None if target is None else logit(target) if against is None else logit_difference(target, against)
         with progress_bar("Ablating (runs)") as progress:
             found = graph_faithfulness(
@@ -332,31 +336,3 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     if not parts or not all(part.isdigit() for part in parts):
         raise InvalidInputError(f"sizes is {text!r}; expected whole numbers separated by commas, such as 1,10,100.")
     return tuple(int(part) for part in parts)
-
-
-def _transcoder_paths(given: list[str]) -> list[str]:
-    """The transcoders themselves: a folder that is none stands for those in it."""
-    from scope.errors import InvalidInputError
-
-    found: list[str] = []
-    for path in given:
-        folder = Path(path)
-        if folder.is_dir() and not (folder / "cfg.json").is_file():
-            inside = sorted(str(cfg.parent) for cfg in folder.glob("*/cfg.json"))
-            if not inside:
-                raise InvalidInputError(f"{path} holds no transcoders; expected folders with a cfg.json each.")
-            found += inside
-        else:
-            found.append(path)
-    if not found:
-        raise InvalidInputError("No transcoders were given; say where they lie with --transcoders.")
-    return found
-
-
-def _opened(
-    model: str, saes: list[str], device: str | None, allow_download: bool, embeddings: EmbeddingPlace
-) -> tuple[Any, list[Any]]:
-    from scope.saes.formats import load
-
-    loaded = [load(path, allow_download=allow_download) for path in saes]
-    return load_model(model, device=device, allow_download=allow_download, embeddings=embeddings), loaded

@@ -13,6 +13,9 @@ from scope.errors import InvalidInputError, MismatchError
 
 __all__ = ["register"]
 
+MAX_FLIPS = 100
+"""Features that are listed, those whose firing changes the most."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -43,6 +46,13 @@ def register(app: typer.Typer) -> None:
         index: Annotated[
             Path | None, typer.Option(help="An index of the SAE: says how strongly features fire.")
         ] = None,
+        flips: Annotated[
+            str | None,
+            typer.Option(
+                help="An SAE, such as of a later layer: its features that begin or cease to fire on the prompt are "
+                f"listed. {SAE_HELP}"
+            ),
+        ] = None,
         max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 40,
         temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
         seed: Annotated[int, typer.Option(help="Of sampling and of the random direction.")] = 0,
@@ -65,6 +75,7 @@ def register(app: typer.Typer) -> None:
         from scope.interventions.resolving import control
         from scope.interventions.spec import Intervention
         from scope.interventions.steering import steer_with
+        from scope.saes.formats import load
 
         declared = _declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
         saes = _saes(sae, workspace, allow_download)
@@ -73,6 +84,7 @@ def register(app: typer.Typer) -> None:
             assert isinstance(one, Intervention)
             if one.features:
                 saes(one.sae)
+        watched = None if flips is None else load(flips, allow_download=allow_download)
         opened = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
         edits = declared.resolve(opened, saes, maxima)
         beside = control(declared, opened, saes, maxima, seed)
@@ -87,7 +99,8 @@ def register(app: typer.Typer) -> None:
                 seed=seed,
                 listen=lambda done, texts: progress(done, max_new_tokens),
             )
-        return _outcome(found, declared, prompt)
+        outcome = _outcome(found, declared, prompt)
+        return outcome if watched is None else _with_flips(outcome, opened, watched, prompt, edits)
 
 
 def _declared(spec: str, workspace: Path) -> Any:
@@ -149,6 +162,19 @@ def _maxima(index: Path | None, saes: Callable[[str], Any]) -> Callable[[str, in
         return float(table.feature(feature).statistics["max_value"])
 
     return largest
+
+
+def _with_flips(outcome: Outcome, model: Any, sae: Any, prompt: str, edits: Any) -> Outcome:
+    """What was written, and the features that begin or cease to fire on the prompt."""
+    from scope.features.experts import feature_flips
+
+    table = feature_flips(model, sae, prompt, edits)
+    begun = int((table["before"] == 0).sum())
+    rows = table.head(MAX_FLIPS)
+    words = f"Features of the prompt: {begun:,} begin to fire, {len(table) - begun:,} cease to."
+    text = f"{outcome.text}\n{words}" + (f"\n{rows.to_string(index=False)}" if len(rows) else "")
+    flips = {"begin": begun, "cease": len(table) - begun, "features": rows.to_dict("records")}
+    return Outcome({**outcome.data, "flips": flips}, text)
 
 
 def _outcome(found: Any, declared: Any, prompt: str) -> Outcome:

@@ -1,0 +1,36 @@
+"""The transcoders of a command, and the model that they are of."""
+
+from pathlib import Path
+from typing import Any
+
+from scope.cli._model import EmbeddingPlace, load_model
+from scope.errors import InvalidInputError
+
+__all__ = ["opened", "transcoder_paths"]
+
+
+def transcoder_paths(given: list[str]) -> list[str]:
+    """The transcoders themselves: a folder that is none stands for those in it."""
+    found: list[str] = []
+    for path in given:
+        folder = Path(path)
+        if folder.is_dir() and not (folder / "cfg.json").is_file():
+            inside = sorted(str(cfg.parent) for cfg in folder.glob("*/cfg.json"))
+            if not inside:
+                raise InvalidInputError(f"{path} holds no transcoders; expected folders with a cfg.json each.")
+            found += inside
+        else:
+            found.append(path)
+    if not found:
+        raise InvalidInputError("No transcoders were given; say where they lie with --transcoders.")
+    return found
+
+
+def opened(
+    model: str, saes: list[str], device: str | None, allow_download: bool, embeddings: EmbeddingPlace
+) -> tuple[Any, list[Any]]:
+    """The model, and the dictionaries at some paths, which are loaded first."""
+    from scope.saes.formats import load
+
+    loaded = [load(path, allow_download=allow_download) for path in saes]
+    return load_model(model, device=device, allow_download=allow_download, embeddings=embeddings), loaded
