@@ -5,7 +5,8 @@
 2. `verify` intervenes on every feature of a graph in the model itself, and puts what it measured beside the graph.
 3. `heads` splits one edge by the attention heads on its way, or what one node reads by those that wrote it.
 4. `pairs` splits the score of one head for one query and key by what was written at the two.
-5. `test` path-patches the edges out of one node, and puts what it measured beside the graph.
+5. `writes` says how strongly a feature of a cross-layer transcoder writes each layer.
+6. `test` path-patches the edges out of one node, and puts what it measured beside the graph.
 """
 
 import re
@@ -151,6 +152,18 @@ class CircuitJobs:
             ("pairs", id, place), lambda job: self._pairs(job, id, place, chosen), TIME_LIMIT
         )
 
+    def submit_writes(self, id: str, node: str) -> Job:
+        """Queue what a feature writes, layer by layer; the job's result is a frame of `layer_writes`.
+
+        Raises:
+            UnknownNameError: there is no such graph or node, or its transcoders are not in the workspace.
+        """
+        number = circuits(self.context).number(id, node)
+        chosen = self._dictionaries(id)
+        return self.context.worker.submit(
+            ("writes", id, node), lambda job: self._writes(job, id, number, chosen), TIME_LIMIT
+        )
+
     def submit_test(self, id: str, source: str) -> Job:
         """Queue the path patching of all edges out of a node; the job's result is the graph's id.
 
@@ -249,6 +262,13 @@ class CircuitJobs:
             top=MAX_PAIRS,
             progress=lambda done, total: job.report("comparing with the other keys", done, total),
         )
+
+    def _writes(self, job: Job, id: str, number: int, chosen: Sequence[Dictionary]) -> "pd.DataFrame":
+        from scope.attribution.writes import layer_writes
+
+        graph, model, loaded = self._opened(job, id, chosen)
+        job.report("reading what it writes")
+        return layer_writes(graph, model, loaded, [number])
 
     def _test(self, job: Job, id: str, source: int, chosen: Sequence[Dictionary]) -> str:
         from scope.attribution.path_patching import merged, path_patching

@@ -449,6 +449,13 @@ GLOSSARY: dict[str, Definition] = {
         "marked by this, other edges by the effect of their source over all paths.",
         "predicted = (factor − 1) × edge,  ½ ≤ Σ predicted × measured / Σ predicted² ≤ 2",
     ),
+    "layer_writes": Definition(
+        "what a feature writes",
+        "A feature of a cross-layer transcoder reads one layer's MLP input and writes the outputs of that layer and of "
+        "all later ones, each along a decoder row of its own. The effect is what the row, at the feature's activation, "
+        "adds to the graph's likeliest logit with attention patterns and norms held.",
+        "effect of layer m = a W_dec(m) · g(m),  Σ = the edge from the feature to the logit",
+    ),
     "edge_heads": Definition(
         "the heads of an edge",
         "An edge is the sum of what went along the residual stream alone and of what each attention head moved to the "

@@ -14,8 +14,12 @@ from scope.errors import InvalidInputError, OutOfRangeError
 
 __all__ = ["one_thread"]
 
+GEMMA_4 = ["gemma4", "gemma4_experts"]
+"""Norms on queries, keys and values, layers that share keys and values or have no values of their own, layers that
+scale the stream, per-layer tables; and experts."""
 
-@pytest.fixture(scope="module", params=[*KINDS, "skip"])
+
+@pytest.fixture(scope="module", params=[*KINDS, "skip", *GEMMA_4])
 def case(request):
     skip = request.param == "skip"
     model = tiny_model("gemma3" if skip else request.param)

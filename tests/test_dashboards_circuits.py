@@ -1,13 +1,17 @@
 """The circuit page's data: graphs of a workspace, pruned and named, supernodes, verdicts, files, jobs on a model."""
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from helpers_circuits import made_graph
 from helpers_models import one_thread, tiny_folder, tiny_model
 from plotly.utils import PlotlyJSONEncoder
@@ -17,6 +21,8 @@ from test_attribution_graph import transcoders
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
 from dashboards.components.circuit_attention import pairs
+from dashboards.components.circuit_view import make_form
+from dashboards.components.circuit_writes import writes
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
 from dashboards.worker import Job, JobState
@@ -26,6 +32,7 @@ from scope.attribution.query_key import QkPairs
 from scope.attribution.supernodes import Supernodes
 from scope.attribution.verdicts import load_verification, save_verification, verdicts
 from scope.attribution.verification import Agreement, Verification
+from scope.cli import app
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.labels import FeatureLabels
 from scope.figures import verification_scatter
@@ -336,11 +343,40 @@ def test_a_graph_of_a_cross_layer_transcoder_is_made_and_explained(tmp_path: Pat
     ends = ids[graph.source[edge]], ids[graph.target[edge]]
     table = ended(context, jobs.submit_heads(id, *ends)).result
     assert table["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=2e-2)
+    node = ids[int(row["node"])]
+    own = ended(context, jobs.submit_writes(id, node)).result
+    assert own["layer"].tolist() == [1, 2, 3]
+    text = json.dumps(writes(own, "L1 feature", " cold").to_plotly_json(), cls=PlotlyJSONEncoder)
+    assert {"L1", "L2", "L3"} <= set(re.findall(r'"(L\d)"', text))
+    assert "What it writes" in text
+    with pytest.raises(UnknownNameError):
+        jobs.submit_writes(id, "1_999_9")
     ended(context, jobs.submit_test(id, ends[0]))
     ended(context, jobs.submit_verify(id))
     assert known.edge_verdicts(id) is not None
     why = ended(context, jobs.submit_pairs(id, HeadPlace(2, 1, 4, 2))).result
     assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-3)
+
+
+def test_where_there_are_no_transcoders_the_commands_that_make_them_can_be_copied() -> None:
+    text = json.dumps(make_form([], "/tmp/my work").to_plotly_json(), cls=PlotlyJSONEncoder)
+    copied = [json.loads(f'"{one}"') for one in re.findall(r'"data-copy": "((?:[^"\\]|\\.)*)"', text)]
+    train, small, make = (shlex.split(one) for one in copied)
+    for words in (train, small):
+        assert words[:2] == ["scope", "train"]
+        assert words[words.index("--hook") + 1] == "blocks.*.ln2.hook_out"
+        assert words[words.index("--hook-out") + 1] == "blocks.*.hook_mlp_out"
+        assert words[words.index("--out") + 1] == "/tmp/my work/saes" == make[make.index("--transcoders") + 1]
+        assert Path(words[words.index("--data") + 1]).name.endswith(".parquet")
+    assert make[:2] == ["scope", "graph"]
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words, command in (
+        (train, commands["train"]),
+        (small, commands["train"]),
+        (make, commands["graph"].commands["make"]),
+    ):
+        known = {name for option in command.params for name in option.opts}
+        assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_features_of_a_pair_lead_to_their_pages_where_there_is_an_index() -> None:

@@ -9,6 +9,7 @@ from helpers_models import one_thread, tiny_model
 from helpers_saes import make
 
 from dashboards.components.prompt_state import Selection
+from dashboards.components.steer_view import intervention_words
 from dashboards.prompts import Asked, PromptJobs
 from dashboards.pushes import METHODS, PushAsked, PushJobs
 from dashboards.steering import MAX_PUSHED, Push, Steer, SteerJobs, pushes_text
@@ -98,6 +99,23 @@ def test_what_is_pushed_is_kept_and_named_interventions_of_every_kind_run(contex
     found = jobs._steer(Job(), "i", TEXT, Steer(named="heads"), jobs.spec("i", Steer(named="heads")))
     assert found.steering.random is None
     assert set(found.tokens) == {"plain", "steered"}
+
+
+def test_interventions_on_experts_are_told_in_words() -> None:
+    at = {"layer": 3, "positions": (2, 5)}
+    for one, words in (
+        (
+            Intervention(kind="forbid", experts=(17,), **at),
+            "Send no token to expert 17 of layer 3, at 2 positions 2, 5.",
+        ),
+        (Intervention(kind="force", layer=3, experts=(1, 2)), "Send every token to experts 1, 2 of layer 3."),
+        (
+            Intervention(kind="swap", layer=3, experts=(1, 2), during="generated"),
+            "Swap experts 1 and 2 of layer 3, on the new text.",
+        ),
+        (Intervention(kind="scale", layer=0, experts=(4,), value=2.0), "Scale expert 4 of layer 0 by 2.0."),
+    ):
+        assert intervention_words(one) == words
 
 
 def test_pushes_that_make_no_sense_are_said_before_anything_is_queued(context: Any) -> None:

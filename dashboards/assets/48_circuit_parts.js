@@ -161,6 +161,7 @@
       }
       const actions = el("div", "chips");
       if (item.kind === "feature" || item.kind === "logit") actions.append(this.headsOf(":" + item.key, "Which attention heads write what it reads", "Heads that write " + this.title(item)));
+      if (item.kind === "feature" && this.data.writes[this.data.nodes.layer[item.members[0]]]) actions.append(this.aboutOf("Layers", item.key + ":", "How strongly it writes each layer", "Layers that " + this.title(item) + " writes"));
       actions.append(this.button("Let go", "", () => this.setPin(null)), this.button("Hide", "", () => this.hide()));
       box.append(actions);
       return box;
@@ -216,8 +217,11 @@
     }
 
     /** A button that asks for the heads of an edge (SOURCE:TARGET) or of what a node reads (:NODE). */
-    headsOf(key, title, label) {
-      const button = this.button("Heads", "", () => {
+    headsOf(key, title, label) { return this.aboutOf("Heads", key, title, label); }
+
+    /** A button that asks about an edge, or about one node: (NODE:) is for the layers that it writes. */
+    aboutOf(words, key, title, label) {
+      const button = this.button(words, "", () => {
         this.edge = this.edge === key ? null : key;
         this.asked = null;
         this.keep();
@@ -234,10 +238,11 @@
       if (!part) return;
       const [from, to] = (this.edge || "").split(":");
       const [source, target] = [from, to].map((id) => this.picture.byKey.get(id));
-      part.hidden = target === undefined || (from !== "" && source === undefined);
+      const shown = (id, n) => !id || n !== undefined;
+      part.hidden = !(from || to) || !shown(from, source) || !shown(to, target);
       if (part.hidden || part.dataset.edge === this.edge) return;
       part.dataset.edge = this.edge;
-      const words = (from ? this.title(this.picture.items[source]) + " → " : "") + this.title(this.picture.items[target]);
+      const words = [source, target].filter((n) => n !== undefined).map((n) => this.title(this.picture.items[n])).join(" → ");
       setProps("circuit-edge", { data: { graph: this.graph, source: from, target: to, words } });
     }
 

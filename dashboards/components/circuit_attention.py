@@ -23,6 +23,7 @@ MAX_HEADS = 12
 MAX_KINDS = 8
 KINDS = {
     "embedding": "embedding",
+    "table": "per-layer tables",
     "feature": "features",
     "elsewhere": "features of other keys",
     "attention": "what earlier heads wrote",
@@ -240,6 +241,7 @@ def _node(kind: str, layer: int, feature: int, name: str, indexes: Mapping[int, 
     """What a pair is about on one side; a feature leads to its page, where the workspace has an index of it."""
     words = {
         "embedding": "embedding",
+        "table": f"L{layer} table",
         "feature": f"L{layer} feature {feature}",
         "elsewhere": f"L{layer} features of other keys",
         "attention": f"L{layer} heads",

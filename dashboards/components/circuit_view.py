@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
@@ -17,8 +18,10 @@ from dashboards.components.stats import stat, stats
 from dashboards.dictionaries import Dictionary
 from dashboards.format import count, exact, number, percent
 from dashboards.links import circuit_link
+from scope.errors import MissingDependencyError
 from scope.figures import Theme, verification_scatter
 from scope.figures.text import visible_token
+from scope.sample import sample_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +42,12 @@ CONTROLS = (
     ("attention_frozen", "Attention frozen", "Attention patterns held: nearer to how the graph was made, no evidence"),
 )
 TRAIN = (
-    "scope train STORE --hook blocks.3.ln2.hook_out --hook-out blocks.3.hook_mlp_out --arch transcoder --d-sae 4096 "
-    "--k 32 --out {workspace}/saes/transcoder-3"
+    "scope train --model gemma-3-270m --data {text} --shuffle-seed 0 --arch transcoder "
+    "--hook 'blocks.*.ln2.hook_out' --hook-out 'blocks.*.hook_mlp_out' {size} --out {workspace}/saes"
 )
+"""Transcoders of every layer, from one pass over a text."""
+FULL = "--d-sae 16384 --k 50 --tokens 24000000 --batch-size 4096 --max-norm-ratio 100 --device cuda"
+SMALL = "--d-sae 512 --k 16 --max-tokens 24000 --tokens 20000 --batch-size 512 --evaluate-tokens 1500"
 MAKE = (
     'scope graph --model gemma-3-270m --transcoders {workspace}/saes --prompt "The opposite of hot is" '
     "--out {workspace}/graphs/opposite.json"
@@ -78,12 +84,14 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
                 html.H2("Make a graph"),
                 html.P(
                     "A graph explains a next token through transcoders, which stand in for the model's MLPs. This "
-                    "workspace has none. Train one for each layer, from a store that holds both hooks:",
+                    "workspace has none. Train one for every layer, all from one pass over a text, on a GPU:",
                     className="muted",
                 ),
-                code(TRAIN.format(workspace=workspace)),
+                code(_train(workspace, FULL)),
+                html.P("Or small ones, in some minutes of a CPU, to see how it goes:", className="muted"),
+                code(_train(workspace, SMALL)),
                 html.P("Then make a graph here, or on the command line:", className="muted"),
-                code(MAKE.format(workspace=workspace)),
+                code(MAKE.format(workspace=quote(workspace))),
             ],
         )
     # One for each layer of the first model; a cross-layer one where there are no others.
@@ -142,11 +150,20 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
                 className="small muted",
                 children=[
                     html.Summary("On the command line"),
-                    code(MAKE.format(workspace=workspace)),
+                    code(MAKE.format(workspace=quote(workspace))),
                 ],
             ),
         ],
     )
+
+
+def _train(workspace: str, size: str) -> str:
+    """The command that trains transcoders on the sample text, or, where it is not installed, on a text of one's own."""
+    try:
+        text = str(sample_text())
+    except MissingDependencyError:
+        text = "TEXT.parquet"
+    return TRAIN.format(workspace=quote(workspace), text=quote(text), size=size)
 
 
 def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, verified: Any) -> html.Div:

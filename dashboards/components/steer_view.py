@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
     from scope.interventions.spec import Intervention, InterventionSpec
 
-__all__ = ["draw_controls", "draw_result", "draw_writing", "suggestions"]
+__all__ = ["draw_controls", "draw_result", "draw_writing", "intervention_words", "suggestions"]
 
 SIDES = {
     "plain": ("By itself", None),
@@ -130,7 +130,9 @@ def _named_part(wanted: Steer, spec: "InterventionSpec | None", problem: str) ->
     if spec is None:
         children.append(html.P(problem, className="small", role="alert"))
     else:
-        children.append(html.Ul([html.Li(_words(one)) for one in spec.interventions], className="steer-words"))
+        children.append(
+            html.Ul([html.Li(intervention_words(one)) for one in spec.interventions], className="steer-words")
+        )
         if spec.freeze_attention:
             children.append(html.P("Attention stays where it is without them.", className="small muted"))
     children.append(
@@ -154,7 +156,7 @@ def _as_sliders(spec: "InterventionSpec | None") -> dict[str, Any]:
     return {"push": pushes_text(pushes), "during": during, "freeze": "1" if spec.freeze_attention else None}
 
 
-def _words(one: "Intervention") -> str:
+def intervention_words(one: "Intervention") -> str:
     """An intervention in a line."""
     if one.features:
         whose = f"{'features' if len(one.features) > 1 else 'feature'} {', '.join(map(str, one.features))}"

@@ -4,7 +4,8 @@
    worker; when the graph is there its page opens.
 2. With one (`graph`), assets/49_circuit_page.js fetches it at the thresholds of the address and draws it; what is
    pinned and hidden is in the address, supernodes go into the workspace (`#circuit-groups`).
-3. Verifying, which heads carry an edge or write what a node reads (`#circuit-edge`), and why a head looked where it did
+3. Verifying, which heads carry an edge or write what a node reads, and which layers a node writes (`#circuit-edge`,
+   with two ends, a target alone or a source alone), and why a head looked where it did
    (`#circuit-head`), and testing an edge in the model (`#circuit-test-run`), are jobs of the same worker.
 """
 
@@ -21,6 +22,7 @@ from dashboards.components.charts import theme_of_request
 from dashboards.components.circuit_attention import heads, pairs
 from dashboards.components.circuit_edge import tested
 from dashboards.components.circuit_view import PAGE_FEATURES, graph_table, graph_view, make_form, verification
+from dashboards.components.circuit_writes import writes
 from dashboards.components.controls import define, link_button
 from dashboards.components.progress import Asked, register_progress
 from dashboards.context import Context
@@ -171,17 +173,25 @@ def _register_heads(app: Dash, context: Context) -> None:
         if not asked:
             raise PreventUpdate
         try:
-            job = circuit_jobs(context).submit_heads(asked["graph"], asked["source"], asked["target"])
+            jobs = circuit_jobs(context)
+            if asked["target"]:
+                job = jobs.submit_heads(asked["graph"], asked["source"], asked["target"])
+            else:
+                job = jobs.submit_writes(asked["graph"], asked["source"])
         except ScopeError as problem:
             return {**asked, "problem": str(problem)}
         return {**asked, "id": job.id}
 
     def found(asked: Asked, job: Job) -> Any:
         graph = circuits(context).graph(asked["graph"])
+        if not asked["target"]:
+            logits = graph.nodes[graph.nodes["kind"] == "logit"]
+            likeliest = str(logits["label"].iloc[int(logits["probability"].to_numpy().argmax())])
+            return writes(job.result, str(asked.get("words", "")), likeliest)
         query = int(graph.nodes["position"].iloc[circuits(context).number(asked["graph"], asked["target"])])
         return heads(job.result, str(asked.get("words", "")), graph.tokens, query, of_edge=bool(asked["source"]))
 
-    register_progress(app, context.worker, "circuit-heads", found, "The heads could not be found")
+    register_progress(app, context.worker, "circuit-heads", found, "What was asked of the node could not be found")
 
 
 def _register_pairs(app: Dash, context: Context) -> None:
@@ -233,7 +243,7 @@ def _register_testing(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )
     def chosen(edge: Asked | None) -> Any:
-        if not edge or not edge["source"]:
+        if not edge or not edge["source"] or not edge["target"]:
             return True, None
         return False, drawn(edge)
 
@@ -244,7 +254,7 @@ def _register_testing(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )
     def start(clicks: int | None, edge: Asked | None) -> Asked:
-        if not clicks or not edge or not edge["source"]:
+        if not clicks or not edge or not edge["source"] or not edge["target"]:
             raise PreventUpdate
         try:
             job = circuit_jobs(context).submit_test(edge["graph"], edge["source"])

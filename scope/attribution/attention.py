@@ -8,6 +8,9 @@ alone, and v_l what the source has made of the stream in front of layer l, by wh
 `node_heads` splits a node's value, its pre-activation or centred logit, in the same way: v_l is then all that was
 written in front of layer l.
 
+What layers scale the stream by counts on the way, and a layer that takes its values from an earlier one reads the
+stream in front of that one. Of the sources, an embedding also writes through the projections of per-layer embeddings.
+
 A head reads its values at every position it attends to; `key` is the one that most of its weight comes from, the place
 to ask `scope.attribution.query_key.qk_pairs` about.
 """
@@ -19,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scope.attribution.frozen import FrozenLayer, FrozenModel
+from scope.attribution.frozen import FrozenModel
 from scope.attribution.graph import CircuitGraph
 from scope.attribution.reading import Prompt, read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
@@ -41,7 +44,7 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
         graph: the graph.
         model: its model.
         transcoders: those that it was made with.
-        source: the node that the edge comes from: an embedding, an error or a feature.
+        source: the node that the edge comes from: an embedding, an error, a table or a feature.
         target: the node that it goes to: a feature or a logit.
 
     Returns:
@@ -50,11 +53,10 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
 
     Raises:
         OutOfRangeError: there is no such node.
-        InvalidInputError: an edge cannot go from or to such nodes, or the model has normed or shared values, or layers
-            that scale the stream (Gemma 4).
+        InvalidInputError: an edge cannot go from or to such nodes.
     """
     start, end = (_node(graph, number) for number in (source, target))
-    if start["kind"] in ("logit", "table") or end["kind"] not in ("feature", "logit"):
+    if start["kind"] == "logit" or end["kind"] not in ("feature", "logit"):
         raise InvalidInputError(f"No edge goes from a node of kind {start['kind']} to one of kind {end['kind']}.")
     read = _read(graph, model, transcoders)
     frozen = read.frozen
@@ -62,6 +64,15 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
     layer, until = int(start["layer"]), int(end["layer"])
     if start["kind"] == "embedding":
         written = {layer: frozen.embedding[place]}
+        written |= {
+            index: one.per_layer.projection[place]
+            for index, one in enumerate(frozen.layers[:until])
+            if one.per_layer is not None
+        }
+    elif start["kind"] == "table":
+        per_layer = frozen.layers[layer].per_layer
+        assert per_layer is not None
+        written = {layer: per_layer.table[place]}
     elif start["kind"] == "error":
         written = {layer: read.errors[layer][place]}
     else:
@@ -76,8 +87,12 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
     found: dict[int, Tensor] = {}
     start_at = torch.tensor([place], device=model.device)
     for first, what in written.items():
+        streams: dict[int, Tensor] = {}
         for index, stream in frozen.push_forward(first, start_at, what[None], until):
-            own = _by_key(frozen.layers[index], stream[0], at, before_mlp[index])
+            streams[index] = stream[0]
+            # What an earlier layer read before anything was written is not changed by it.
+            values = streams.get(frozen.layers[index].values_from, torch.zeros_like(stream[0]))
+            own = _by_key(frozen, index, values, at, before_mlp[index])
             found[index] = found[index] + own if index in found else own
     return _table(alone, found)
 
@@ -98,7 +113,7 @@ def node_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node
 
     Raises:
         OutOfRangeError: there is no such node.
-        InvalidInputError: nothing comes into such a node; or as of `edge_heads`.
+        InvalidInputError: nothing comes into such a node.
     """
     end = _node(graph, node)
     if end["kind"] not in ("feature", "logit"):
@@ -116,14 +131,19 @@ def node_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node
         if index in mlp_in:  # what the stream itself becomes there is in the gradient
             normed = frozen.layers[index].ln2(seen[mlp_in[index]][at : at + 1].float(), slice(at, at + 1))
             written = written - (normed @ frozen.skips[index].T)[0]
+        per_layer = frozen.layers[index].per_layer
+        if per_layer is not None:
+            written = written + per_layer.table[at] + per_layer.projection[at]
         alone += float(gradient @ written)
     for index in streams:
         alone += float(before_mlp[index] @ read.attention_biases[index][at])
     return _table(
         alone,
         {
-            index: _by_key(frozen.layers[index], seen[hook].float(), at, before_mlp[index])
-            for index, hook in streams.items()
+            index: _by_key(
+                frozen, index, seen[streams[frozen.layers[index].values_from]].float(), at, before_mlp[index]
+            )
+            for index in streams
         },
     )
 
@@ -135,9 +155,7 @@ def _node(graph: CircuitGraph, number: int) -> "pd.Series[Any]":
 
 
 def _read(graph: CircuitGraph, model: Any, transcoders: Sequence[Any]) -> Prompt:
-    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
-    read.frozen.require_plain_attention("The split over heads")
-    return read
+    return read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
 
 
 def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model"]:
@@ -159,6 +177,7 @@ def _along_the_stream(
     """A target's gradient in front of and behind each layer's MLP at its own position, no attention on the way."""
     before, behind, now = {until: gradient}, {}, gradient
     for index in range(until - 1, layer - 1, -1):
+        now = now * (frozen.layers[index].scale if index >= 0 else 1.0)
         behind[index] = now
         if index in frozen.skips:
             now = now + frozen.layers[index].ln2.backward((now @ frozen.skips[index])[None], slice(at, at + 1))[0]
@@ -167,16 +186,19 @@ def _along_the_stream(
 
 
 def _by_key(
-    layer: FrozenLayer, stream: Float[Tensor, "seq d_model"], at: int, gradient: Float[Tensor, " d_model"]
+    frozen: FrozenModel, index: int, stream: Float[Tensor, "seq d_model"], at: int, gradient: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "n_heads n_keys"]:
-    """What each head of a layer, by way of each key, writes along a gradient at a position, biases left out."""
-    here = slice(at, at + 1)
+    """What each head of a layer, by way of each key, writes along a gradient at a position, biases left out; from the
+    stream in front of the layer that its values are of."""
+    layer, here = frozen.layers[index], slice(at, at + 1)
     if layer.ln1_post is not None:
         gradient = layer.ln1_post.backward(gradient[None], here)[0]
     attention = layer.attention
-    normed = layer.ln1(stream[: at + 1], slice(0, at + 1))
+    normed = frozen.layers[layer.values_from].ln1(stream[: at + 1], slice(0, at + 1))
     at_values = torch.einsum("d,hde->he", gradient, attention.W_O).unflatten(0, (-1, attention.group))
     values = torch.einsum("kd,ged->gke", normed, attention.W_V)
+    if attention.value_denominator is not None:
+        values = values / attention.value_denominator[:, : at + 1, None]
     along: Tensor = torch.einsum("gke,gje->gjk", values, at_values).flatten(0, 1)
     return along * attention.pattern(here)[:, 0]
 

@@ -1,7 +1,8 @@
 """`qk_pairs`: why a head looked from one position at another, as pairs of what was written at the two.
 
 Norms held at their denominators, query and key are linear in their residual streams, and those are sums of what was
-written before: embeddings, features, error nodes, attention layers, biases. With R the rotation of a position:
+written before: embeddings, features, error nodes, attention layers, biases, and where the model has them what per-layer
+tables wrote. With R the rotation of a position:
 
     score = scaling (R_q W_Q x_q) . (R_k W_K x_k) = Σ_{i, j} w_ij(k)
     w_ij(k) = scaling (R_q W_Q x_q^i) . (R_k W_K x_k^j)
@@ -14,6 +15,9 @@ keys have in common. So each pair is set against what the same pair comes to at 
 where a feature that does not fire at k' counts 0 there, and those that fire at other keys but not at this one are one
 node for each layer, "elsewhere". The relative weights add up to the score minus its mean over the other keys. Scores
 are before soft-capping.
+
+Where layers scale the stream (Gemma 4), what was written before them counts with their scales. A layer that takes its
+keys from an earlier one has a key side of that layer: what was written before it, through its norms.
 
 1. The prompt is read once (`scope.attribution.reading.read_prompt`), and what every attention layer wrote.
 2. What was written at the query and at each key goes through the layer's norm, its projection and the rotation.
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PAIR_KINDS", "PairNode", "QkPairs", "qk_pairs"]
 
-PAIR_KINDS = ("embedding", "feature", "elsewhere", "attention", "error", "skip", "bias")
+PAIR_KINDS = ("embedding", "table", "feature", "elsewhere", "attention", "error", "skip", "bias")
 Progress = Callable[[int, int | None], None]
 
 
@@ -45,7 +49,8 @@ class PairNode(NamedTuple):
 
     kind: str
     """One of `PAIR_KINDS`: "attention" is what a layer's attention wrote, "skip" a skip transcoder's linear part,
-    "elsewhere" the features of a layer that fire at other keys only."""
+    "table" what a layer's per-layer table wrote (what the projection of the main embedding wrote there counts to the
+    "embedding"), "elsewhere" the features of a layer that fire at other keys only."""
     layer: int = -1
     feature: int = -1
 
@@ -104,7 +109,7 @@ def qk_pairs(
 
     Raises:
         OutOfRangeError: there is no such layer, head or position, or the key lies behind the query.
-        InvalidInputError: the model has normed or shared values, or layers that scale the stream (Gemma 4).
+        InvalidInputError: the model's residual stream is a stack (AltUp), or its attention cannot be frozen.
     """
     tokens = model.prompt_tokens(prompt)
     layout = model.layout
@@ -117,16 +122,18 @@ def qk_pairs(
         if not 0 <= value < end:
             raise OutOfRangeError(f"{name} is {value}; expected 0 to {end - 1}.")
     read = read_prompt(model, tokens, transcoders)
-    read.frozen.require_plain_attention("The score of a head as pairs of nodes")
-    block = f"blocks.{layer}."
-    hooks = [f"{block}attn.hook_q", f"{block}attn.hook_k"] + [f"blocks.{i}.hook_attn_out" for i in range(layer)]
-    rotation, seen = _rotation(model, tokens, layer, hooks)
     frozen = read.frozen.layers[layer]
+    owner = frozen.values_from
+    own = {"q": f"blocks.{layer}.attn.hook_q", "k": f"blocks.{owner}.attn.hook_k"}
+    rotation, seen = _rotation(
+        model, tokens, layer, [*own.values(), *(f"blocks.{i}.hook_attn_out" for i in range(layer))]
+    )
     kv_head = head // frozen.attention.group
-    written = _Written(read, [seen[f"blocks.{i}.hook_attn_out"] for i in range(layer)], layer)
-    query_side = _Side(model, layer, "q", head, seen[f"{block}attn.hook_q"], rotation)
-    key_side = _Side(model, layer, "k", kv_head, seen[f"{block}attn.hook_k"], rotation)
-    query_nodes, queries = written.at(query, query_side)
+    attention_out = [seen[f"blocks.{i}.hook_attn_out"] for i in range(layer)]
+    query_side = _Side(model, layer, "q", head, seen[own["q"]], rotation)
+    key_side = _Side(model, owner, "k", kv_head, seen[own["k"]], rotation)
+    written = _Written(read, attention_out, owner)
+    query_nodes, queries = _Written(read, attention_out, layer).at(query, query_side)
     key_nodes, keys = written.at(key, key_side)
     others = [place for place in _visible(frozen.attention.mask, query) if place != key]
     key_nodes, mean = _mean_of_others(written, key_side, key_nodes, others, progress or (lambda done, total: None))
@@ -225,6 +232,10 @@ class _Written:
         self.read, self.attention_out, self.until = read, attention_out, layer
         self.layers = [index for index in read.firing if index < layer]
         """Of the features."""
+        self.scales = [1.0]
+        """What the layers from each one on multiply the stream by; of the last entry, none."""
+        for frozen in reversed(read.frozen.layers[:layer]):
+            self.scales.insert(0, self.scales[0] * frozen.scale)
 
     def at(self, position: int, side: "_Side") -> tuple[list[PairNode], Float[Tensor, "n d_head"]]:
         """The nodes of a position, biases last, and what each comes to in a head's query or key there."""
@@ -236,7 +247,7 @@ class _Written:
 
     def _parts(self, position: int) -> tuple[list[PairNode], Float[Tensor, "n d_model"]]:
         read, d = self.read, self.read.dictionaries
-        nodes, parts = [PairNode("embedding")], [read.frozen.embedding[position][None]]
+        nodes, parts = [PairNode("embedding")], [self.scales[0] * read.frozen.embedding[position][None]]
         rests = [frozen.mlp_out[position] for frozen in read.frozen.layers[: self.until]]
         for index in self.layers:
             firing = read.firing[index]
@@ -248,19 +259,24 @@ class _Written:
                 if written < self.until:
                     rows = values * d.decoder(index, ids, written).to(total.device)
                     rests[written] = rests[written] - rows.sum(0)
-                    total += rows
+                    total += self.scales[written] * rows
             nodes += [PairNode("feature", index, feature) for feature in ids.tolist()]
             parts.append(total)
         bias = torch.zeros_like(parts[0])
         for index, rest in enumerate(rests):
-            error = read.errors[index][position]
+            error, scale = read.errors[index][position], self.scales[index]
             nodes += [PairNode("attention", index), PairNode("error", index)]
-            parts += [self.attention_out[index][position][None], error[None]]
+            parts += [scale * self.attention_out[index][position][None], scale * error[None]]
             if index in read.mlp_biases:
-                bias = bias + read.mlp_biases[index]
+                bias = bias + scale * read.mlp_biases[index]
             if index in read.frozen.skips:
                 nodes.append(PairNode("skip", index))
-                parts.append((rest - error - read.mlp_biases[index])[None])
+                parts.append(scale * (rest - error - read.mlp_biases[index])[None])
+            per_layer = read.frozen.layers[index].per_layer
+            if per_layer is not None:
+                nodes.append(PairNode("table", index))
+                parts.append(scale * per_layer.table[position][None])
+                parts[0] = parts[0] + scale * per_layer.projection[position][None]
         return [*nodes, PairNode("bias")], torch.cat([*parts, bias])
 
 
@@ -273,9 +289,10 @@ class _Side:
         module = model.hf.get_submodule(layout.layer(layer, family.qkv[0 if fused else "qk".index(which)]))
         weight = module.weight.detach().float()
         weight = weight if isinstance(module, torch.nn.Linear) else weight.T
-        start = (layout.n_heads * layout.d_head if fused and which == "k" else 0) + head * layout.d_head
-        self.weight = weight[start : start + layout.d_head]
-        self.offset = None if module.bias is None else module.bias.detach().float()[start : start + layout.d_head]
+        d_head = layout.sizes[layer].d_head
+        start = (layout.n_heads * d_head if fused and which == "k" else 0) + head * d_head
+        self.weight = weight[start : start + d_head]
+        self.offset = None if module.bias is None else module.bias.detach().float()[start : start + d_head]
         self.rotation = rotation
         self.gain = None
         if layout.query_key_norms:

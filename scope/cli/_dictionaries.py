@@ -1,5 +1,6 @@
 """The transcoders of a command, and the model that they are of."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ __all__ = ["opened", "transcoder_paths"]
 
 
 def transcoder_paths(given: list[str]) -> list[str]:
-    """The transcoders themselves: a folder that is none stands for those in it."""
+    """The transcoders themselves: a folder that is none stands for those in it, other dictionaries left out."""
     found: list[str] = []
     for path in given:
         folder = Path(path)
         if folder.is_dir() and not (folder / "cfg.json").is_file():
-            inside = sorted(str(cfg.parent) for cfg in folder.glob("*/cfg.json"))
+            inside = sorted(str(cfg.parent) for cfg in folder.glob("*/cfg.json") if _writes_elsewhere(cfg))
             if not inside:
                 raise InvalidInputError(f"{path} holds no transcoders; expected folders with a cfg.json each.")
             found += inside
@@ -24,6 +25,15 @@ def transcoder_paths(given: list[str]) -> list[str]:
     if not found:
         raise InvalidInputError("No transcoders were given; say where they lie with --transcoders.")
     return found
+
+
+def _writes_elsewhere(cfg: Path) -> bool:
+    """Whether a dictionary may be a transcoder, as far as its file says; loading it says what is wrong with it."""
+    try:
+        architecture = str(json.loads(cfg.read_text()).get("architecture", "transcoder"))
+    except (OSError, ValueError, AttributeError):
+        return True
+    return "transcoder" in architecture or architecture == "clt"
 
 
 def opened(

@@ -135,6 +135,17 @@ def test_a_feature_of_a_cross_layer_transcoder_says_what_it_reads_and_writes(vis
         page.wait_for_selector("#tip .circuit-layers")
         page.locator(f'[data-node="{key}"]').click()
         opened.until(f"document.querySelector('#circuit-panel .circuit-layers')?.textContent === '{said}'")
+    # How strongly it writes each of them, with what that does to the likeliest logit.
+    page.locator(".circuit-head button:has-text('Layers')").click()
+    rows = page.locator("#circuit-heads-result .circuit-writes tbody tr")
+    rows.first.wait_for()
+    assert rows.locator("th").all_text_contents() == ["L2", "L3"]
+    assert query(page)["edge"] == key + ":"
+    assert page.is_hidden("#circuit-test-part")
+    again(opened)
+    rows.first.wait_for()
+    page.wait_for_timeout(200)
+    assert serious(page) == []
     page.locator(".circuit-head button:has-text('Heads')").click()
     page.wait_for_selector("#circuit-heads-result [data-head]")
     page.locator("#circuit-heads-result [data-head]").first.click()
