@@ -34,6 +34,7 @@ from dashboards.pages import (
     experts,
     feature,
     features,
+    generation,
     lens,
     model,
     prompt,
@@ -70,11 +71,12 @@ PAGES: dict[str, Callable[[Context, View], Page]] = {
     "model": model.render,
     "embeddings": embeddings.render,
     "experts": experts.render,
+    "generation": generation.render,
 }
 """What draws each page. One that is not here has no entry in the rail."""
 REGISTERED = (workspace, features, feature, prompt, lens, circuit, steer, training, compare, model, embeddings, experts)
 """Pages with callbacks of their own."""
-ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer", "model", "embeddings", "experts")
+ABOUT_AN_INDEX = ("features", "feature", "prompt", "lens", "steer", "model", "embeddings", "experts", "generation")
 """Pages that show the first index where their address names none."""
 ADDRESSES = [
     "/",
@@ -90,6 +92,7 @@ ADDRESSES = [
     "/model",
     "/embeddings",
     "/experts",
+    "/generation",
 ]
 INDEX = """<!DOCTYPE html>
 <html lang="en">

@@ -16,6 +16,19 @@ class Definition(NamedTuple):
 
 
 GLOSSARY: dict[str, Definition] = {
+    "denoising_step": Definition(
+        "step of denoising",
+        "A model that denoises fills in a canvas of tokens in passes over all of it; a step is one of them, counted "
+        "from 0. The rate is over the tokens as they stood when the model read them at that step, noise included; the "
+        "band is Wilson's 95% interval. Tokens of one text depend on each other, so it speaks of these texts alone.",
+        "rate at step s = firings at step s / indexed tokens at step s",
+    ),
+    "commit": Definition(
+        "committed",
+        "At the end of a step the sampler takes some of the tokens that the model proposes: they are committed, and "
+        "the others stay noise, or a mask. It may take a commitment back. A token's commit step is the one from which "
+        "on it stayed; one that no step committed was filled in when the steps ended.",
+    ),
     "strength": Definition(
         "firing strength",
         "How strongly a feature fires on a token, in the model's own units: what the feature adds to the activation "

@@ -15,6 +15,7 @@ __all__ = [
     "experts_link",
     "feature_link",
     "features_link",
+    "generation_link",
     "lens_link",
     "list_query",
     "model_link",
@@ -32,7 +33,7 @@ class View:
 
     page: str
     """ "workspace", "features", "feature", "prompt", "lens", "circuit", "steer", "training", "compare", "model",
-    "embeddings", "experts", or "" where no page has this address."""
+    "embeddings", "experts", "generation", or "" where no page has this address."""
     path: str = "/"
     target: str = ""
     """What follows the page's name in the path: the id of a feature or of a training, as it was written."""
@@ -54,7 +55,8 @@ def parse(path: str | None, search: str | None) -> View:
     query = list_query((search or "").lstrip("?"))
     if path == "/":
         return View("workspace", path, "", query)
-    match = re.fullmatch(r"/(features|prompt|lens|circuit|steer|training|compare|model|embeddings|experts)/?", path)
+    pages = "features|prompt|lens|circuit|steer|training|compare|model|embeddings|experts|generation"
+    match = re.fullmatch(rf"/({pages})/?", path)
     if match:
         return View(match[1], path, "", query)
     match = re.fullmatch(r"/(feature|training)/([^/]+)/?", path)
@@ -114,6 +116,11 @@ def experts_link(index: str, /, **query: object) -> str:
     """The model's experts; `query` as in its address (view, store, layer, expert, by, sort, feature, text, token, do,
     other, at)."""
     return _link("/experts", query, index)
+
+
+def generation_link(index: str, /, **query: object) -> str:
+    """One generation of a model that denoises; `query` as in its address (document, block, from, feature)."""
+    return _link("/generation", query, index)
 
 
 def circuit_link(graph: str = "", /, **query: object) -> str:

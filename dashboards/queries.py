@@ -13,6 +13,7 @@ import numpy as np
 from dashboards.conversations import Said, words_of
 from dashboards.marks import feature_label
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
+from scope.features.denoising import rate_by_step
 from scope.features.examples import BANDS
 from scope.figures.text import one_in, short_number, visible_token
 
@@ -78,7 +79,9 @@ class FeatureSummary:
     by_language: "pd.DataFrame"
     by_source: "pd.DataFrame"
     by_spoken: "Mapping[str, pd.DataFrame]"
-    """By "role" and by "kind", where the text is chats."""
+    """By "role" and by "kind", where the text is chats; by "state", where it was denoised."""
+    by_step: "pd.DataFrame | None"
+    """How often it fires at each step, where the text was denoised."""
     previous: int
     next: int
     """Its neighbours in the list that it was reached from, by id where it was not reached from one."""
@@ -144,13 +147,19 @@ def summary(index: "FeatureIndex", feature: int, among: np.ndarray | None = None
         cofiring=index.cofiring(feature, LISTED),
         by_language=index.by_language(feature),
         by_source=index.by_source(feature),
-        by_spoken={"role": index.by_role(feature), "kind": index.by_kind(feature)} if index.roles else {},
+        by_spoken=_by_spoken(index, feature),
+        by_step=rate_by_step(index, feature) if index.states else None,
         previous=int(ids[(at - 1) % len(ids)]),
         next=int(ids[(at + 1) % len(ids)]),
         random=random_feature(index, feature, ids),
         place=at + 1 if len(found) else None,
         n_listed=len(ids),
     )
+
+
+def _by_spoken(index: "FeatureIndex", feature: int) -> "dict[str, pd.DataFrame]":
+    chats = {"role": index.by_role(feature), "kind": index.by_kind(feature)} if index.roles else {}
+    return chats | ({"state": index.by_state(feature)} if index.states else {})
 
 
 def effect_words(feature: FeatureSummary) -> str:

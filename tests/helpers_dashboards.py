@@ -82,6 +82,7 @@ class FakeIndex:
         self.chat_template = chat_template
         self.roles = ("system", "user", "assistant", "tool") if chat_template else ()
         self.kinds = ("markup", "text", "tool_call", "tool_response") if chat_template else ()
+        self.states: tuple[str, ...] = ()
         self.name, self.path = name, Path(f"/nowhere/{name}.index")
         self.fingerprint = "fa4e" * 15 + ("fa4e" if repeats == 40 else f"{repeats:04x}")
         self.id = self.fingerprint[:12]

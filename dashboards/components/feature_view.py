@@ -13,12 +13,14 @@ from dashboards.components.controls import button, code, icon, link_button, pane
 from dashboards.components.stats import interval, stat, stats
 from dashboards.feature_jobs import AllLogits
 from dashboards.format import count, density, exact, number, percent, plural
-from dashboards.links import feature_link, features_link, list_query, prompt_link
+from dashboards.links import feature_link, features_link, generation_link, list_query, prompt_link
 from dashboards.marks import marks_of
 from dashboards.queries import LISTED, FeatureSummary, effect_words, feature_name, tokens_label
-from scope.figures import logit_histogram
+from scope.figures import logit_histogram, step_rates
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from scope.features.index import FeatureIndex
     from scope.workspace import Workspace
 
@@ -197,12 +199,14 @@ def feature_side(
             links = {str(value): features_link(id, a=f"{name}:{value}") for value in frame[name]}
             parts.append(
                 panel(
-                    {"role": "By role", "kind": "By kind of content"}[name],
+                    {"role": "By role", "kind": "By kind of content", "state": "By state of the token"}[name],
                     bars.rate_list(frame, links, SHOWN_GROUPS),
                     unit="firings per 1,000 tokens",
                     term="rate",
                 )
             )
+        if feature.by_step is not None:
+            parts.append(_by_step(id, feature, feature.by_step))
     if len(feature.neighbours):
         listed = bars.feature_list(feature.neighbours, id, "cosine", "cosine {cosine:.4f}", names)
         parts.append(panel("Decoder neighbours", listed, unit="cosine", term="neighbours"))
@@ -211,6 +215,15 @@ def feature_side(
     parts.append(panel("In Python", code(python_snippet(workspace, index, feature.id))))
     parts.append(panel("Download", _downloads(index, feature)))
     return parts
+
+
+def _by_step(index: str, feature: FeatureSummary, rates: "pd.DataFrame") -> Any:
+    """How often it fires over the steps of denoising, and the way to a generation coloured by it."""
+    figure = step_rates(rates, theme=theme_of_request())
+    words = f"How often feature {feature.id} fires at each of {count(len(rates))} steps of denoising"
+    drawn = chart(figure, id="feature-steps", height=HISTOGRAM_HEIGHT, words=words)
+    link = html.A("One generation, step by step", href=generation_link(index, feature=feature.id))
+    return panel("By step of denoising", drawn, html.P(link), term="denoising_step")
 
 
 def _by_mean(row: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "every_layer",
     "finished_sae",
     "has_held_out",
+    "has_next_tokens",
     "index_sae",
     "load_model_of",
     "measure_sae",
@@ -145,6 +146,11 @@ def has_held_out(source: "Source") -> bool:
     if isinstance(source, ActivationStore):
         return bool(source.documents()["held_out"].any())
     return source.has_held_out()
+
+
+def has_next_tokens(source: "Source") -> bool:
+    """Whether there is a cross-entropy of next tokens to measure; steps of denoising have none."""
+    return not getattr(source, "manifest", {}).get("denoising")
 
 
 def load_model_of(

@@ -31,8 +31,8 @@ def register(app: typer.Typer) -> None:
         data: Annotated[
             list[Path],
             typer.Option(
-                help="Prompts: a jsonl, parquet or plain text file. Columns suffix (text) and gap (tokens) make a prompt "
-                "to be filled in the middle. May be repeated."
+                help="Prompts: a jsonl, parquet or plain text file. Columns suffix (text) and gap (tokens) make one to "
+                "be filled in the middle. May be repeated."
             ),
         ],
         hook: Annotated[
@@ -69,8 +69,8 @@ def register(app: typer.Typer) -> None:
             typer.Option("--trust-remote-code", help="Run Python code that comes with the model (LLaDA, Dream)."),
         ] = False,
     ) -> Outcome:
-        """Generate prompts with a model that denoises, in its own loop, and keep what its hooks see at every step: a row
-        for each step and position of each canvas."""
+        """Generate with a model that denoises, in its own loop, and keep what hooks see at every step: a row for each
+        step and position of each canvas."""
         from activations.denoising import DenoisingSettings
         from activations.denoising_capture import capture_denoising
         from activations.text import TextSource
@@ -108,7 +108,7 @@ def register(app: typer.Typer) -> None:
         facts |= {name: figures[name] for name in kept}
         return Outcome(
             facts,
-            f"{store.path} holds {report.rows:,} rows of {report.documents:,} generations; {report.new_rows:,} rows were "
+            f"{store.path} holds {report.rows:,} rows of {report.documents:,} generations; {report.new_rows:,} were "
             f"computed, in {report.seconds:,.0f} s. scope denoising {store.path} tells when tokens were committed.",
         )
 
@@ -116,9 +116,7 @@ def register(app: typer.Typer) -> None:
     def denoising(
         source: Annotated[Path, typer.Argument(help="A store of scope denoise, or an index over one.")],
         feature: Annotated[int | None, typer.Option(help="Of an index: one feature, its rate at each step.")] = None,
-        n: Annotated[
-            int, typer.Option("--top", help="Of an index: features to list, early and late ones.", min=1)
-        ] = 10,
+        n: Annotated[int, typer.Option("--top", help="Of an index: early and late features to list.", min=1)] = 10,
         figure: Annotated[
             Path | None, typer.Option(help="Write the figure (rate or commits by step) as a page, FILE.html.")
         ] = None,

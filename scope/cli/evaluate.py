@@ -74,7 +74,7 @@ def register(app: typer.Typer) -> None:
         if store is None or sae is None:
             raise InvalidInputError("Give a store and an SAE, or --transcoders FOLDER.")
         from activations.store import ActivationStore
-        from scope.cli._steps import has_held_out, measure_sae, optional_model_of
+        from scope.cli._steps import has_held_out, has_next_tokens, measure_sae, optional_model_of
         from scope.saes.formats import load, locate
 
         if tokens < 0:
@@ -84,7 +84,9 @@ def register(app: typer.Typer) -> None:
             raise InvalidInputError("No document of this store is held out (one title in ten is). Capture more text.")
         loaded = load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
         folder = Path(sae) if save and Path(sae).is_dir() else None
-        language_model = optional_model_of(opened, model, device, embeddings) if tokens else None
+        language_model = (
+            optional_model_of(opened, model, device, embeddings) if tokens and has_next_tokens(opened) else None
+        )
         if language_model is not None:
             loaded = loaded.to(language_model.device)
         elif device is not None:

@@ -130,6 +130,7 @@ def register(app: typer.Typer) -> None:
             every_layer,
             finished_sae,
             has_held_out,
+            has_next_tokens,
             measure_sae,
             measure_set,
             open_source,
@@ -182,7 +183,7 @@ def register(app: typer.Typer) -> None:
                 done = [(sae, out, figures, f"{out} holds the result of this very run already.")]
         if follows():
             raise typer.Exit
-        spliced = held_out and evaluate_tokens and not beside
+        spliced = held_out and evaluate_tokens and not beside and has_next_tokens(first)
         language_model = optional_model_of(first, model, config.device, embeddings) if spliced else None
         if is_set(runs) and language_model is not None:
             folders = {layer_of(str(sae.hook_name)) or 0: folder for sae, folder, _, _ in done}

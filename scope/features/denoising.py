@@ -11,8 +11,8 @@ firings, N the indexed rows, and mean and variance those of the rows' steps:
 
     z = (mean step of its firings - mean) / sqrt(variance / n * (N - n) / (N - 1))
 
-Below 0 it fires early, on noise; above 0 late. Rows of a text depend on each other: an interval or a z says how well the
-rate of these texts is known, not of others. Later steps have fewer rows where canvases end early.
+Below 0 it fires early, on noise; above 0 late. Rows of a text depend on each other: an interval or a z says how well
+the rate of these texts is known, not of others. Later steps have fewer rows where canvases end early.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ def generation_cells(index: "FeatureIndex", document: int, feature: int | None =
         feature: whose strength is told.
 
     Returns:
-        As `FeatureIndex.document_tokens`, with a column value, 0 where the feature does not fire (or none is asked for).
+        As `FeatureIndex.document_tokens`, with a column value, 0 where the feature does not fire or none is asked for.
 
     Raises:
         InvalidInputError: the text was not denoised, or has no such document.
