@@ -90,9 +90,9 @@ def _colour(index: str, shown: Generation, names: Mapping[int, str]) -> html.P:
         parts.append(html.Span("Coloured by no feature yet. "))
     else:
         chosen = html.A(f"feature {shown.feature}", href=feature_link(index, shown.feature))
-        name = html.Bdi(names.get(shown.feature, ""))
+        name = [" ", html.Bdi(names[shown.feature])] if shown.feature in names else []
         without = html.A("no colour", href=generation_link(index, **_query(shown, feature=None)))
-        parts += ["Coloured by ", chosen, " ", name, f", full at {number(shown.scale)} (", without, "). "]
+        parts += ["Coloured by ", chosen, *name, f", full at {number(shown.scale)} (", without, "). "]
     others = [one for one in shown.strongest if one != shown.feature]
     if others:
         parts.append("Strongest on this canvas: ")
