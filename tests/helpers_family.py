@@ -24,9 +24,7 @@ LAYERS = (0, 1, 2)
 FRENCH = "Le café était fermé à midi. La rivière est <b>profonde</b>. " * 4
 
 
-def family_workspace(
-    folder: Path, kinds: tuple[str, ...] = ("mixtral", "gemma4", "llama", "gemma4_experts")
-) -> Workspace:
+def family_workspace(folder: Path, kinds: tuple[str, ...] = ("mixtral", "gemma4", "llama")) -> Workspace:
     """Indexes named like their kinds; models compute in the processor's own dtype, as the dashboard loads them."""
     workspace = Workspace(folder)
     text = folder / "text.jsonl"
@@ -44,7 +42,7 @@ def family_workspace(
             hooks += [f"blocks.{one}.moe.{name}" for one in LAYERS for name in ("hook_experts", "hook_weights")]
         path = workspace.path_for("activation-store", kind)
         capture(model, TextSource(text), hooks, path, context_size=32, dtype="float32")
-        sae = make("topk", d_in=32, d_sae=60, k=6, seed=1, metadata=SAEMetadata(hook_name=HOOK))
+        sae = make("topk", d_in=32, d_sae=60, k=6, seed=1, metadata=SAEMetadata(hook_name=HOOK, model_name=model.name))
         save(sae, workspace.path_for("sae", kind))
         build_index(
             ActivationStore.open(path), workspace.sae(kind), workspace.path_for("feature-index", kind), model=model

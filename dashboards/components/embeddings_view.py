@@ -30,7 +30,7 @@ PARTS = {
     "table": ("The layer's table", "written by the look-up in the layer's own table"),
     "projection": ("Projected main embedding", "written by the projection of the main embedding"),
 }
-CHART_HEIGHT = 320
+CHART_HEIGHT = 260
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ def draw_embeddings(written: Written, query: Mapping[str, Any], index: "FeatureI
             _grid(written, selection, position, layer),
             html.Div(
                 [
-                    _bars(report.writes, position, theme),
-                    html.Aside(
-                        [_one(here, layer, report.tokens[position]), _features(written, index, position, layer)]
-                    ),
+                    _features(written, index, position, layer),
+                    html.Aside([_one(here, layer, report.tokens[position]), _bars(report.writes, position, theme)]),
                 ],
                 className="columns",
             ),
@@ -133,7 +131,12 @@ def _grid(written: Written, selection: EmbeddingsSelection, position: int, layer
 def _bars(writes: "pd.DataFrame", position: int, theme: Theme) -> html.Section:
     text = str(writes.loc[writes["position"] == position, "token"].iloc[0])
     figure = per_layer_bars(writes, position, theme=theme)
-    figure.update_layout(title=None, margin={"t": 12})
+    figure.update_layout(
+        title=None,
+        margin={"t": 46, "b": 40, "l": 50, "r": 4},
+        legend={"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "orientation": "v", "font": {"size": 11}},
+    )
+    figure.update_yaxes(title=None)
     words = f"share of the residual stream's norm that table and projection wrote at {text!r}, by layer"
     return panel(
         "Table against computed part",
@@ -153,7 +156,7 @@ def _one(here: "pd.DataFrame", layer: int, text: str) -> html.Section:
         ]
         for part in PARTS
     ]
-    table = stacking_table("Parts", ("Part", "Norm", "Share of the stream"), rows, numeric={1, 2})
+    table = stacking_table("Parts", ("Part", "Norm", "Share"), rows, numeric={1, 2}, className="compact")
     return html.Section(
         [html.Header([html.H2(["At ", token(text)]), html.Span(f"layer {layer}", className="unit")]), table],
         className="panel",
@@ -186,5 +189,7 @@ def _features(written: Written, index: "FeatureIndex", position: int, layer: int
                       href=feature_link(index.id, feature), title=f"Open feature {feature}")  # fmt: skip
         pushes = [signed_bar(float(row[part]), most) for part in PARTS]
         rows.append([link, plain_bar(float(row["value"]), largest), *pushes])
-    drawn = stacking_table("Features", ("Feature", "Fires", "Table", "Projection"), rows, className="pushed-features")
+    drawn = stacking_table(
+        "Features", ("Feature", "Fires", "Table", "Projection"), rows, className="pushed-features compact"
+    )
     return panel("Along which features", drawn, term="per_layer_effect", unit=f"{written.hook}")

@@ -229,7 +229,7 @@ def _expert(
     rows = [
         [
             _group_name(row["group"], selection.by),
-            plain_bar(float(row["share"]), largest, "plain"),
+            plain_bar(float(row["share"]), largest),
             html.Td(number(row["lift"]), title=exact(row["lift"])),
         ]
         for row in records(own.sort_values("lift", ascending=False, kind="stable"))
@@ -249,7 +249,11 @@ def _expert(
         f"Expert {expert}",
         html.P(weight, className="small muted"),
         stacking_table(
-            "Its share of each group", (selection.by.capitalize(), "Share of its tokens", "Lift"), rows, numeric={2}
+            "Its share of each group",
+            (selection.by.capitalize(), "Share", "Lift"),
+            rows,
+            numeric={2},
+            className="compact",
         ),
         html.Div(link_button("Its features", href=link, **{"data-carry": "store text chat"}), className="chips more"),
         unit=f"layer {layer}",
@@ -334,7 +338,7 @@ def _pairs_part(pairs: "pd.DataFrame", selection: ExpertSelection, layer: int, i
             html.Td(count(row["firings"])),
             html.Td(count(row["together"])),
             html.Td(percent(row["share"]), title=exact(row["share"])),
-            plain_bar(float(row["lift"]), largest, "plain"),
+            plain_bar(float(row["lift"]), largest),
         ]
         for row in records(found.head(selection.rows))
     ]

@@ -112,7 +112,7 @@ def _parts(facts: ModelFacts) -> html.Section:
             name,
             html.Td(_short(parameters, UNITS), title=count(parameters)),
             percent(parameters / size.total),
-            plain_bar(parameters / size.total, largest / size.total, "plain"),
+            plain_bar(parameters / size.total, largest / size.total),
             words,
         ]
         for name, parameters, words in rows

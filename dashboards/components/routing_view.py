@@ -73,9 +73,17 @@ def draw_routing(
 ) -> html.Div:
     """The result: the routing, and what the edit does once that is known."""
     selection = RoutingSelection.of(query, routed)
-    aside = html.Aside([_here(routed, selection, index.id), _edit_panel(routed, selection)])
-    below = _effects(routed, effects, waiting, selection, ExpertEdit.of(query), index)
-    return html.Div([_grid(routed, selection), html.Div([below, aside], className="columns")], className="lens-result")
+    changed = html.Div(
+        [
+            _edit_panel(routed, selection),
+            _effects(routed, effects, waiting, selection, ExpertEdit.of(query), index),
+        ],
+        className="experts-changed",
+    )
+    aside = html.Aside([_here(routed, selection, index.id)])
+    return html.Div(
+        [_grid(routed, selection), html.Div([changed, aside], className="columns")], className="lens-result"
+    )
 
 
 def _grid(routed: Routed, selection: RoutingSelection) -> html.Section:
@@ -155,17 +163,19 @@ def _here(routed: Routed, selection: RoutingSelection, index: str) -> html.Secti
                 row["expert"] == selection.expert,
                 **{"aria-label": f"Expert {int(row['expert'])}"},
             ),
-            plain_bar(float(row["weight"]), most, "plain"),
+            plain_bar(float(row["weight"]), most),
             html.Td(percent(row["probability"]), title=exact(row["probability"])),
             html.A(
-                "features",
+                "see",
                 href=experts_link(index, view="features", layer=selection.layer, expert=int(row["expert"])),
                 **{"data-carry": "store text chat"},
             ),
         ]
         for row in records(own)
     ]
-    table = stacking_table("The choice", ("Expert", "Weight", "Probability", "Seen as"), rows, numeric={2})
+    table = stacking_table(
+        "The choice", ("Expert", "Weight", "Probability", "Features"), rows, numeric={2}, className="compact"
+    )
     parts: list[Any] = [table]
     if routed.dense is not None:
         there = routed.dense[
@@ -316,7 +326,7 @@ def _next(effects: "EditEffects") -> html.Div:
         for row in records(table)
     ]
     names = ("Next token", "By itself", "Changed", "Change")
-    return stacking_table("What may come next", names, rows, numeric={1, 2}, className="experts-next")
+    return stacking_table("What may come next", names, rows, numeric={1, 2}, className="experts-next compact")
 
 
 def _flips(effects: "EditEffects", index: "FeatureIndex") -> html.Section:
@@ -346,5 +356,5 @@ def _flips(effects: "EditEffects", index: "FeatureIndex") -> html.Section:
     begins = int((flips["before"] == 0).sum())
     unit = f"{plural(begins, 'begins', 'begin')}, {plural(len(flips) - begins, 'ceases', 'cease')}{shown}"
     names = ("Token", "Feature", "Before", "After", "It")
-    table = stacking_table("Features that flip", names, rows, numeric={2, 3}, className="experts-flips")
+    table = stacking_table("Features that flip", names, rows, numeric={2, 3}, className="experts-flips compact")
     return panel("Features that flip", table, unit=unit, term="expert_flips")

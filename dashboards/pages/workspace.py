@@ -12,7 +12,15 @@ from dashboards.components.stats import interval, stat, stats
 from dashboards.components.tables import stacking_table
 from dashboards.context import Context
 from dashboards.format import count, exact, number, percent, plural
-from dashboards.links import View, circuit_link, compare_link, features_link, prompt_link, training_link
+from dashboards.links import (
+    View,
+    circuit_link,
+    compare_link,
+    features_link,
+    model_link,
+    prompt_link,
+    training_link,
+)
 from dashboards.pages import Page
 from dashboards.trainings import settings_in_words
 from dashboards.verifications import Verifier
@@ -55,7 +63,7 @@ def render(context: Context, view: View) -> Page:
             stores,
             "scope capture --model gemma-3-270m --data FILE --hook NAME --out STORE",
         )
-        parts += [_trainings(runs, saes), _models(models([*stores, *indexes])), _graphs(graphs)]
+        parts += [_trainings(runs, saes), _models(models([*stores, *indexes]), indexes), _graphs(graphs)]
         parts += _diffs(diffs)
         parts.append(verify.verify_poll(verifier, [artefact.entry for artefact in (*indexes, *saes, *stores)]))
     return Page(html.Div(parts, className="workspace-page"), "Workspace", "workspace")
@@ -272,13 +280,14 @@ def _made(run: Run, saes: list[Artefact]) -> str:
     return ", ".join(filter(None, [last, kept])) or "nothing yet"
 
 
-def _models(found: list[Model]) -> html.Section:
+def _models(found: list[Model], indexes: list[Artefact]) -> html.Section:
+    """Each with the way to its parameters, where an index says how to load it."""
     if not found:
         words = "None: models are known by the stores and indexes made with them."
         return html.Section([html.H2("Models"), html.P(words, className="muted small")])
     rows = [
         [
-            html.Strong(html.Bdi(model.name)),
+            html.Strong(_model_name(model, indexes)),
             html.Code(model.weight_hash[:12] or "not recorded", title=model.weight_hash or None),
             model.revision or "–",
             ", ".join(model.used_by),
@@ -291,6 +300,14 @@ def _models(found: list[Model]) -> html.Section:
     return html.Section(
         [html.H2("Models"), stacking_table("Models", ("Name", "Weights", "Revision", "Used by", "Health"), rows)]
     )
+
+
+def _model_name(model: Model, indexes: list[Artefact]) -> Any:
+    name = html.Bdi(model.name)
+    for index in indexes:
+        if index.entry.name in model.used_by and str(index.facts.get("weight_hash") or "") == model.weight_hash:
+            return html.A(name, href=model_link(index.entry.id), title="Its parameters, embeddings and experts")
+    return name
 
 
 def _graphs(found: list[Any]) -> html.Section:
