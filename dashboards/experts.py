@@ -162,12 +162,19 @@ class ExpertJobs:
         return self.context.worker.submit(key, lambda job: self._effects(job, index, asked, edit, position))
 
     def _layers(self, entry: "Entry") -> ExpertStore | None:
+        """What a store has; read once for each state of its ledger."""
+        known: dict[Any, ExpertStore] = self.context.once("expert-stores", dict)
+        ledger = entry.path / "ledger"
         try:
+            state = (entry.id, max(path.stat().st_mtime_ns for path in (ledger, *ledger.iterdir())))
+            if state in known:
+                return known[state]
             hooks = self.context.workspace.store(entry.id).hooks
         except (ScopeError, OSError):
             return None
         layers = [int(name.split(".")[1]) for name in hooks if name.endswith(".moe.hook_experts")]
-        return ExpertStore(entry, tuple(sorted(layers)), tuple(hooks))
+        known[state] = ExpertStore(entry, tuple(sorted(layers)), tuple(hooks))
+        return known[state]
 
     def _open(self, store: ExpertStore) -> "ActivationStore":
         return self.context.workspace.store(store.entry.id)

@@ -17,18 +17,19 @@ def progress_bar(prefix: str) -> html.Div:
     return jobs.progress(*(f"{prefix}-{part}" for part in ("progress", "share", "step", "cancel")), hidden=True)
 
 
-def trouble_of(ended: Iterable[Job | None], failed: str) -> Any:
+def trouble_of(ended: Iterable[Job | None], failed: str, again: str = "Run starts it again.") -> Any:
     """What went wrong with the first job that has not come to a result; None where all have.
 
     Args:
         ended: None stands for one that is no longer kept.
         failed: the request in words, as in "The prompt could not be run".
+        again: how a request that was cancelled is made anew.
     """
     for job in ended:
         if job is None:
             return states.error(ScopeError("The result is no longer kept. Press Run to compute it again."), "Not kept")
         if job.state is JobState.CANCELLED:
-            return html.P("Cancelled. Run starts it again.", className="muted")
+            return html.P(f"Cancelled. {again}", className="muted")
         if job.error is not None:
             return states.error(job.error, failed)
     return None

@@ -25,6 +25,7 @@ __all__ = ["Shown", "register_watched", "watched", "watched_stores"]
 Record = dict[str, Any]
 
 POLL_MS = 350
+AGAIN = "Run starts it again, and so does reloading the page."
 
 
 class Shown(NamedTuple):
@@ -125,7 +126,7 @@ def register_watched(
         known = {name: context.worker.get(id) for name, id in now["ids"].items()}
         news = {**now, "theme": theme, "states": [job.state if job else "gone" for job in known.values()]}
         waiting = [job for job in known.values() if job is not None and job.pending]
-        trouble = None if waiting else trouble_of(known.values(), failed)
+        trouble = None if waiting else trouble_of(known.values(), failed, AGAIN)
         result, kept = no_update, no_update
         if news != drawn:
             result, kept = _drawn(now, known, draw, failed), news

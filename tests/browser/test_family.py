@@ -41,7 +41,7 @@ def test_accessible_and_not_wider_than_a_phone(
 ) -> None:
     opened = visit(width=width, theme=theme, server=family.server)
     shown = pages(family)
-    for name in shown if width > 500 else ("embeddings", "load", "edited"):
+    for name in shown if width > 500 else ("load", "edited"):
         path, ready = shown[name]
         page = opened.open(path, ready)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
