@@ -79,7 +79,9 @@ def written_report(folder: Path, token: str = "<b>thou</b>") -> str:
     sae = {
         "name": "topk", "fingerprint": "0" * 64, "hook": HOOK, "fvu_base": 0.05, "fvu_tuned": 0.06,
         "fvu_change_interval": [0.005, 0.015], "changed": 1, "firing": 3, "more_often": 1, "less_often": 0,
-        "n_rows": 50, "mean_agreement": 0.9, "mean_decoder_cosine": 0.99,
+        "n_rows": 50, "mean_agreement": 0.9, "mean_decoder_cosine": 0.99, "beyond": 1, "changed_in_control": 2,
+        "by_source": [{"source": "plays", "firing": 3, "changed": 1, "more_often": 1, "beyond": 1,
+                       "beyond_more_often": 1}],
         "examples": {"1": {"base": [], "tuned": [example]}},
     }  # fmt: skip
     crosscoder = {
@@ -93,12 +95,18 @@ def written_report(folder: Path, token: str = "<b>thou</b>") -> str:
     figures = {
         "base": {"model": "gemma"}, "tuned": {"model": "gemma on plays"}, "layers": layers, "predictions": predictions,
         "saes": [sae], "crosscoder": crosscoder, "conclusions": conclusions,
+        "control": {"model": "gemma on nothing", "id": "0" * 12, "layers": [], "predictions": predictions},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / REPORT).write_text(json.dumps(figures))
     rates = {"rate_base": 0.1, "rate_tuned": 0.2, "log_ratio": 1.0, "log_ratio_low": 0.5, "log_ratio_high": 1.5}
-    known = {"z": 5.0, "agreement": 0.5, "decoder_cosine": 0.9}
-    table = pd.DataFrame([{"feature": feature, **rates, **known, "changed": feature == 1} for feature in range(3)])
+    known = {"z": 5.0, "agreement": 0.5, "decoder_cosine": 0.9, "source": "plays", "lift": 1.0}
+    control = {"rate_control": 0.1, "excess": 1.0, "excess_low": 0.5, "excess_high": 1.5, "z_control": 4.0}
+    rows = [
+        {"feature": feature, **rates, **known, **control, "changed": feature == 1, "beyond": feature == 1}
+        for feature in range(3)
+    ]
+    table = pd.DataFrame(rows)
     table.to_parquet(folder / sae_file(0))
     places, verdicts = ["shared", "tuned", "tuned"], ["", "specific", "shrinkage"]
     nu = {f"{name}{end}": 0.1 for name in ("nu_error", "nu_reconstruction") for end in ("", "_low", "_high")}

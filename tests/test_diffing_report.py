@@ -13,7 +13,7 @@ from test_cli import scope
 
 from activations.text import TextSource
 from scope.diffing import ComparisonConfig, DiffReport, ModelPair, diff_models, layer_changes, report
-from scope.diffing.summary import summary_of
+from scope.diffing.summary import conclusions_table, summary_of
 from scope.errors import OccupiedError
 from scope.models.live import LiveActivations
 from scope.saes import formats
@@ -164,7 +164,7 @@ def test_nothing_is_found_where_nothing_changed(folder: Path, tmp_path: Path) ->
     assert (sae["changed"], sae["fvu_change"], sae["mean_agreement"]) == (0, 0.0, 1.0)
     assert sae["examples"] == {}
     assert found["crosscoder"] is None
-    assert len(found["conclusions"]) == 6
+    assert len(found["conclusions"]) == 8
     assert all(one["holds"] for one in found["conclusions"])
 
 
@@ -185,6 +185,40 @@ def test_a_coarse_quantisation_breaks_conclusions(folder: Path, tmp_path: Path) 
     held = {one["statement"]: one["holds"] for one in found["conclusions"]}
     assert not held["The likeliest next token is the same"]
     assert not held["sae: features fire on the same rows"]
+
+
+def test_several_files_are_compared_as_each_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one run of the reference for all of them."""
+    base, files = tiny_folder("gemma3"), [folder / "same", folder / "tuned"]
+    common = ("--data", folder / "text.jsonl", "--sae", folder / "sae", *SIZES, "--json")
+    alone = {file.name: scope("quantisation", base, file, "--out", tmp_path / file.name, *common) for file in files}
+    models: list[str] = []
+    runs = LiveActivations.batches
+
+    def counted(self: LiveActivations, *args: object, **more: object) -> object:
+        models.append(self.model.name)
+        return runs(self, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LiveActivations, "batches", counted)
+    out = tmp_path / "all"
+    found = scope("quantisation", base, *files, "--out", out, *common)["reports"]
+    assert sum(name not in ("same", "tuned") for name in models) == 1
+    for name, figures in found.items():
+        left_out = ("report", "id")
+        assert {key: part for key, part in figures.items() if key not in left_out} == {
+            key: part for key, part in alone[name].items() if key not in left_out
+        }
+    assert sorted(path.name for path in out.iterdir()) == ["same", "tuned"]
+    table = conclusions_table(found)
+    assert table.count("!") > 1
+    assert "same" in table.splitlines()[0]
+    missing = scope("quantisation", base, files[0], tmp_path / "no.gguf", "--out", tmp_path / "none", *common, code=2)
+    assert missing["error"]["type"] == "UnknownNameError"
+    assert not (tmp_path / "none").exists()
+    twice = scope("quantisation", base, files[0], files[0], "--out", tmp_path / "none", *common, code=2)
+    assert "both called same" in twice["error"]["message"]
 
 
 def test_models_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:

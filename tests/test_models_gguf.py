@@ -67,16 +67,46 @@ def test_a_coarser_file_is_further_from_its_reference(tmp_path: Path, monkeypatc
         encoded = {key: (quantize(weight, kind), kind) for key, weight in weights.items()}
         write_gguf(tmp_path / f"{name}.gguf", hf, encoded if name != "F32" else None)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 20)
-    changes = []
-    for name in ("Q8_0", "Q4_0"):
-        found = scope(
-            *("quantisation", tmp_path / "F32.gguf", tmp_path / f"{name}.gguf", "--data", tmp_path / "text.txt"),
-            *("--out", tmp_path / name, "--layer-tokens", 200, "--context-size", 32, "--json"),
-        )
-        changes.append([row["change"] for row in found["layers"] if row["source"] == "all"])
-        assert len(found["conclusions"]) == 2
+    found = scope(
+        *("quantisation", tmp_path / "F32.gguf", tmp_path / "Q8_0.gguf", tmp_path / "Q4_0.gguf"),
+        *("--data", tmp_path / "text.txt", "--out", tmp_path / "out"),
+        *("--layer-tokens", 200, "--context-size", 32, "--json"),
+    )["reports"]
+    assert all(len(report["conclusions"]) == 2 for report in found.values())
+    changes = [[row["change"] for row in found[name]["layers"] if row["source"] == "all"] for name in ("Q8_0", "Q4_0")]
     assert all(0 < fine < coarse for fine, coarse in zip(*changes, strict=True))
     assert max(changes[0]) < 0.05
+
+
+def test_a_file_quantised_again_stands_for_its_coarser_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCOPE_CACHE", str(tmp_path / "cache"))
+    hf = random_llama()
+    source = write_gguf(tmp_path / "F32.gguf", hf)
+    found = scope("bench", "requantise", source, "Q4_0", "--out", tmp_path / "Q4_0.gguf", "--json")
+    assert found["tensors"]["Q8_0"] == 2  # token embeddings and unembedding
+    assert found["tensors"]["Q4_0"] == 7 * LAYERS
+    assert found["bytes"] < source.stat().st_size / 4
+    before, after = (
+        LanguageModel.load(str(file), device="cpu", dtype="float32") for file in (source, tmp_path / "Q4_0.gguf")
+    )
+    assert before.identity.tokenizer_hash == after.identity.tokenizer_hash
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for name, weight in before.hf.state_dict().items():
+        new = after.hf.get_parameter(name)
+        if "layers" in name and weight.ndim == 2 and "q_proj" not in name and "k_proj" not in name:
+            expected = np.asarray(dequantize(quantize(weight.numpy(), kind), kind), np.float32)
+            assert np.array_equal(new.numpy(), expected.reshape(weight.shape))
+        elif weight.ndim == 1:
+            assert torch.equal(new, weight)
+        else:
+            assert 0 < float((new - weight).norm() / weight.norm()) < 0.2
+    for kind_name, out, words in (
+        ("Q4_K", "x.gguf", "Q4_0"),
+        ("Q8_0", "x.bin", ".gguf"),
+        ("Q8_0", "Q4_0.gguf", "exists"),
+    ):
+        refused = scope("bench", "requantise", source, kind_name, "--out", tmp_path / out, "--json", code=2)
+        assert words in refused["error"]["message"]
 
 
 def test_each_quantisation_loads_as_the_weights_that_it_stands_for(

@@ -2,7 +2,9 @@
 
 1. What the models predict, by source: loss, KL, the same likeliest token.
 2. How far the residual stream moved, layer by layer.
-3. For each SAE which of its features changed, with the tokens that each is strongest on in either model.
+3. For each SAE which of its features changed, with the tokens that each is strongest on in either model, and by the
+   source that they fire on most. With a control, which of them changed beyond it; without one, that any tuning changes
+   features.
 4. Which features of the crosscoder one model truly has alone, and which only seem so.
 5. Of a quantised file: what holds of it as of its reference.
 """
@@ -31,6 +33,9 @@ ROWS = 20
 LINES = 4
 """Sources that are drawn: those whose residual stream moved most."""
 TOKENS = 4
+NO_CONTROL = (
+    "Any tuning changes features, one on nothing too. What this one's text did, only a control tells (--control)."
+)
 VERDICTS = {
     "specific": "only in this model",
     "shrinkage": "in the other's error (shrinkage)",
@@ -73,7 +78,7 @@ def diff_view(context: Context, id: str, theme: Theme) -> list[Any]:
             *_predictions(figures, theme),
         ]
         for place, sae in enumerate(figures["saes"]):
-            parts += _sae(context, report.sae_table(place), sae)
+            parts += _sae(context, report.sae_table(place), sae, bool(figures["conclusions"]))
         parts += _crosscoder(report, theme)
         parts += _conclusions(figures)
     except (ScopeError, OSError, KeyError, ValueError) as problem:
@@ -92,6 +97,13 @@ def _predictions(figures: Mapping[str, Any], theme: Theme) -> list[Any]:
          percent(row["top1"])]
         for row in figures["predictions"]
     ]  # fmt: skip
+    control = {row["source"]: row for row in (figures.get("control") or {}).get("predictions", ())}
+    if control:
+        head.insert(5, "control's change (95%)")
+        for cells, row in zip(rows, figures["predictions"], strict=True):
+            same = control.get(row["source"], {})
+            change = (same.get(f"ce_change{end}") for end in ("", "_low", "_high"))
+            cells.insert(5, _interval(*change))
     lines = layer_lines(
         _most_moved(pd.DataFrame(figures["layers"])), "change", low="change_low", high="change_high", theme=theme,
         label="‖B − A‖ / ‖A‖",
@@ -118,13 +130,26 @@ def _most_moved(layers: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([layers[whole], *(layers[layers["source"] == source] for source in moved)])
 
 
-def _sae(context: Context, table: pd.DataFrame, sae: Mapping[str, Any]) -> list[Any]:
+def _sae(context: Context, table: pd.DataFrame, sae: Mapping[str, Any], quantised: bool) -> list[Any]:
     index = next(
         (entry.id for entry in context.indexes() if sae["fingerprint"] in entry.manifest.get("parents", ())), None
     )
-    changed = table[table["changed"]]
-    changed = changed.reindex(changed["z"].abs().sort_values(ascending=False, kind="stable").index)
-    head = ["feature", "fires in A", "in B", "B / A, log2 (95%)", "same tokens", "decoder cosine", "strongest on"]
+    controlled = sae.get("beyond") is not None
+    chosen, score = ("beyond", "z_control") if controlled else ("changed", "z")
+    changed = table[table[chosen]]
+    changed = changed.reindex(changed[score].abs().sort_values(ascending=False, kind="stable").index)
+    head = [
+        "feature",
+        "fires in A",
+        "in B",
+        "B / A, log2 (95%)",
+        "same tokens",
+        "decoder cosine",
+        "most on",
+        "strongest on",
+    ]
+    if controlled:
+        head[3:4] = ["in the control", "B / A, log2 (95%)", "B / control, log2 (95%)"]
     rows = [
         [
             html.A(str(row["feature"]), href=feature_link(index, int(row["feature"])), className="number")
@@ -132,14 +157,18 @@ def _sae(context: Context, table: pd.DataFrame, sae: Mapping[str, Any]) -> list[
             else html.Span(str(row["feature"]), className="number"),
             percent(row["rate_base"]),
             percent(row["rate_tuned"]),
+            *([percent(row["rate_control"])] if controlled else []),
             _interval(row["log_ratio"], row["log_ratio_low"], row["log_ratio_high"]),
+            *([_interval(row["excess"], row["excess_low"], row["excess_high"])] if controlled else []),
             percent(row["agreement"]),
             _number(row["decoder_cosine"]),
+            html.Bdi(row.get("source") or "–"),
             _tokens(sae["examples"].get(str(row["feature"]), {})),
         ]
         for row in changed.head(ROWS).to_dict("records")
     ]
     low, high = sae["fvu_change_interval"]
+    words = "Features that changed beyond the control" if controlled else "Features that changed"
     return [
         panel(
             f"What became of the features of {sae['name']}",
@@ -148,14 +177,36 @@ def _sae(context: Context, table: pd.DataFrame, sae: Mapping[str, Any]) -> list[
                     stat("fvu in A", _short(sae["fvu_base"]), note=sae["hook"]),
                     stat("fvu in B", _short(sae["fvu_tuned"]), note=f"change {_signed(low)} to {_signed(high)}"),
                     stat("changed features", count(sae["changed"]), note=f"of {count(sae['firing'])} that fire"),
+                    *_beyond(sae),
                     stat("more often", count(sae["more_often"])),
                     stat("less often", count(sae["less_often"])),
                 ]
             ),
-            _table(head, rows, "Features that changed") if rows else html.P("No feature changed.", className="muted"),
+            *([] if controlled or quantised else [html.P(NO_CONTROL, className="muted small")]),
+            _table(head, rows, words)
+            if rows
+            else html.P(f"No feature changed{' beyond the control' * controlled}.", className="muted"),
             *_more(len(changed)),
+            *_homes(sae, controlled),
         )
     ]
+
+
+def _beyond(sae: Mapping[str, Any]) -> list[Any]:
+    if sae.get("beyond") is None:
+        return []
+    return [stat("beyond the control", count(sae["beyond"]), note=f"{count(sae['changed_in_control'])} changed in it")]
+
+
+def _homes(sae: Mapping[str, Any], controlled: bool) -> list[Any]:
+    """By the source that features fire on most, how many changed."""
+    found = sae.get("by_source") or []
+    if not found:
+        return []
+    parts = ["firing", "changed", "more_often", *(["beyond", "beyond_more_often"] if controlled else [])]
+    head = ["fire most on", "features", "changed", "more often", "beyond the control", "more often"][: len(parts) + 1]
+    rows = [[html.Bdi(row["source"]), *(count(row[part]) for part in parts)] for row in found]
+    return [_table(head, rows, "Changed features by source")]
 
 
 def _crosscoder(report: DiffReport, theme: Theme) -> list[Any]:

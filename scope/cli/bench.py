@@ -131,6 +131,23 @@ def register(app: typer.Typer) -> None:
         figures = tuned_copy(config, out, say)
         return Outcome({"model": str(out), **figures}, _table(figures))
 
+    @command(bench, "requantise")
+    def requantise(
+        source: Annotated[str, typer.Argument(help="A .gguf file, or a packaged model such as gemma-3-270m.")],
+        kind: Annotated[str, typer.Argument(help="The quantisation, such as Q8_0 or Q4_0.")],
+        out: Annotated[Path, typer.Option(help="The .gguf file to make.")],
+    ) -> Outcome:
+        """Write a GGUF file again in another quantisation: something for `scope quantisation` to look at."""
+        import tempfile
+
+        from scope.bench.requantised import requantised
+        from scope.models.loading import packaged_gguf
+
+        with tempfile.TemporaryDirectory(prefix="scope-gguf-") as folder:
+            file = Path(source) if source.endswith(".gguf") else packaged_gguf(source, Path(folder))
+            figures = requantised(file, kind, out, say)
+        return Outcome(figures, _table(figures))
+
 
 def _table(figures: dict[str, Any]) -> str:
     lines = []

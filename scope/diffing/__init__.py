@@ -1,6 +1,7 @@
 """What a fine-tuning, or a quantisation, changed inside a model: two models with one tokenizer on the same text.
 
 - `diff_models`: the whole report, as `scope diff` and `scope quantisation` make it; `DiffReport` opens one.
+- `quantisation_reports`: several quantised files against one reference, which is run once.
 - `ModelPair`: the two models; `capture_pair`: their activations on one text, row by row aligned.
 - `layer_changes`: how far activations and predictions are apart, by layer and by source.
 - `feature_changes`: what a given SAE makes of both: reconstruction, and rate and decoder feature by feature.
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from scope.diffing.pair import ModelPair, capture_pair
     from scope.diffing.report import diff_models
     from scope.diffing.scaling import FeatureScaling, scale_features
-    from scope.diffing.settings import ComparisonConfig, DiffConfig
+    from scope.diffing.settings import ComparisonConfig, DiffConfig, QuantisationConfig
+    from scope.diffing.several import quantisation_reports
     from scope.diffing.stored import DiffReport
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "FeatureScaling",
     "LayerChanges",
     "ModelPair",
+    "QuantisationConfig",
     "capture_pair",
     "diff_models",
     "feature_changes",
     "layer_changes",
+    "quantisation_reports",
     "scale_features",
 ]
 
@@ -47,10 +51,12 @@ _HOMES = {
     "FeatureScaling": "scaling",
     "LayerChanges": "layers",
     "ModelPair": "pair",
+    "QuantisationConfig": "settings",
     "capture_pair": "pair",
     "diff_models": "report",
     "feature_changes": "features",
     "layer_changes": "layers",
+    "quantisation_reports": "several",
     "scale_features": "scaling",
 }
 

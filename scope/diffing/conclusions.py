@@ -7,10 +7,11 @@ limits are ours; each stands beside its figure in the report, so that a reader c
 2. Loss: the cross-entropy differs by at most `CE_NATS` nats a token.
 3. For each SAE: the `N_TOP` features that fire most in the one are those of the other, at least `OVERLAP` of them;
    firings fall on the same rows, with a mean agreement of at least `AGREEMENT`; no more than `CHANGED` of the features
-   that fire changed their rate; delta_ce, the cost of splicing the SAE in, differs by at most `CE_NATS`.
+   that fire changed their rate; and the readings that are taken through it (`scope.diffing.readings`) are the same:
+   delta_ce, the cost of splicing it in, but for `CE_NATS`, the logit lens's likeliest token on at least `TOP1` of the
+   rows, and at least `ATTRIBUTED` of the features that a prediction is attributed to.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,11 @@ import pandas as pd
 
 from scope.diffing.features import FeatureChanges
 from scope.diffing.layers import LayerChanges
-from scope.diffing.pair import ModelPair
-from scope.saes.base import SAE
-from scope.training.cross_entropy import delta_ce
+from scope.diffing.readings import Readings
 
-__all__ = ["Conclusion", "conclusions_of", "spliced_losses", "top_overlap"]
+__all__ = ["Conclusion", "conclusions_of", "top_overlap"]
 
-TOP1, CE_NATS, OVERLAP, AGREEMENT, CHANGED = 0.9, 0.05, 0.9, 0.75, 0.01
+TOP1, CE_NATS, OVERLAP, AGREEMENT, CHANGED, ATTRIBUTED = 0.9, 0.05, 0.9, 0.75, 0.01, 0.75
 N_TOP = 100
 
 
@@ -44,14 +43,14 @@ class Conclusion(NamedTuple):
 def conclusions_of(
     layers: LayerChanges | None,
     features: dict[str, FeatureChanges],
-    losses: dict[str, dict[str, float]],
+    readings: dict[str, tuple[Readings, Readings]],
 ) -> list[Conclusion]:
     """What holds.
 
     Args:
         layers: the comparison of the predictions.
         features: by name of the SAE, what became of its features.
-        losses: by name of the SAE, `spliced_losses`.
+        readings: by name of the SAE, of the reference and of the other model.
     """
     found = []
     if layers is not None:
@@ -67,9 +66,21 @@ def conclusions_of(
             found.append(_at_least(f"{name}: features fire on the same rows", figures["mean_agreement"], AGREEMENT))
             share = figures["changed"] / figures["firing"]
             found.append(_at_most(f"{name}: features keep their rates, all but", share, CHANGED))
-        if name in losses:
-            change = abs(losses[name]["delta_ce_tuned"] - losses[name]["delta_ce_base"])
-            found.append(_at_most(f"{name}: splicing it in costs the same, in nats", change, CE_NATS))
+        if name in readings:
+            found += _same_readings(name, *readings[name])
+    return found
+
+
+def _same_readings(name: str, base: Readings, other: Readings) -> list[Conclusion]:
+    change = abs(other.delta_ce - base.delta_ce)
+    found = [_at_most(f"{name}: splicing it in costs the same, in nats", change, CE_NATS)]
+    if base.lens is not None and other.lens is not None:
+        same = float(np.mean(base.lens == other.lens))
+        found.append(_at_least(f"{name}: the logit lens reads the same token at its layer", same, TOP1))
+    pairs = [(a, b) for a, b in zip(base.attributed, other.attributed, strict=True) if a]
+    if pairs:
+        same = float(np.mean([len(a & b) / len(a) for a, b in pairs]))
+        found.append(_at_least(f"{name}: predictions are attributed to the same features", same, ATTRIBUTED))
     return found
 
 
@@ -86,14 +97,3 @@ def top_overlap(table: pd.DataFrame, n: int = N_TOP) -> float:
     n = max(1, min(n, int((table["rate_base"] > 0).sum())))
     best = [set(np.argsort(-table[name].to_numpy(), kind="stable")[:n]) for name in ("rate_base", "rate_tuned")]
     return len(best[0] & best[1]) / n
-
-
-def spliced_losses(
-    pair: ModelPair, sae: SAE, windows: Sequence[np.ndarray], documents: Sequence[int], seed: int = 0
-) -> dict[str, float]:
-    """`delta_ce` of an SAE in both models on the same windows; its own b_dec stands for the mean activation."""
-    found = {}
-    for name, model in zip(("base", "tuned"), pair, strict=True):
-        measured = delta_ce(model, sae, windows, sae.b_dec.detach().float(), documents=documents, seed=seed)
-        found[f"delta_ce_{name}"], found[f"ce_{name}"] = measured.delta_ce, measured.ce
-    return found

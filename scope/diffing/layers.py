@@ -27,6 +27,7 @@ from torch import Tensor
 from activations.source import RowFlag
 from activations.text import TextSource
 from scope.diffing.pair import LEFT_OUT, ModelPair
+from scope.diffing.reference import LayerBatch
 from scope.diffing.settings import ComparisonConfig
 from scope.errors import InvalidInputError
 from scope.kernels.tensors import as_tensor
@@ -62,6 +63,7 @@ def layer_changes(
     text: TextSource,
     config: ComparisonConfig,
     progress: Callable[[int, int | None], None] | None = None,
+    kept: list[LayerBatch] | None = None,
 ) -> LayerChanges:
     """Compare two models layer by layer on the first `layer_tokens` rows of a text.
 
@@ -70,6 +72,7 @@ def layer_changes(
         text: where documents come from.
         config: tokens and windows.
         progress: called with (rows done, rows in all).
+        kept: of a `ReferencePass`: empty, it takes up the base model's rows; else the base model is not run.
 
     Raises:
         MismatchError: the models have different widths.
@@ -93,7 +96,8 @@ def layer_changes(
     ]
     table = _Tokens(sources[0])
     sums = _Sums(table, hooks)
-    for rows, base, tuned in _both(sources, computed):
+    streams = [_rows_of(source, computed) for source in sources]
+    for (rows, base), (_, tuned) in zip(kept or _kept(streams[0], kept), streams[1], strict=True):
         sums.add_layers(rows, base, tuned)
         sums.add_predictions(pair, rows, base[final], tuned[final])
         if progress:
@@ -101,12 +105,16 @@ def layer_changes(
     return LayerChanges(sums.layers(config.seed), sums.predictions(config.seed))
 
 
-def _both(
-    sources: list[LiveActivations], hooks: tuple[str, ...]
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor], dict[str, Tensor]]]:
-    for parts in zip(*(source.batches(hooks, ROWS) for source in sources), strict=True):
-        values = [{hook: as_tensor(part.activations[hook], "float32") for hook in hooks} for part in parts]
-        yield parts[0].rows, values[0], values[1]
+def _rows_of(source: LiveActivations, hooks: tuple[str, ...]) -> Iterator[LayerBatch]:
+    for part in source.batches(hooks, ROWS):
+        yield part.rows, {hook: as_tensor(part.activations[hook], "float32") for hook in hooks}
+
+
+def _kept(stream: Iterator[LayerBatch], kept: list[LayerBatch] | None) -> Iterator[LayerBatch]:
+    for batch in stream:
+        yield batch
+        if kept is not None:
+            kept.append(batch)
 
 
 class _Tokens:

@@ -185,6 +185,7 @@ def capture_pair(
     folder: Path,
     config: ComparisonConfig,
     progress: Progress | None = None,
+    base_folder: Path | None = None,
 ) -> PairedStores:
     """Capture both models on a text, one after the other.
 
@@ -195,6 +196,7 @@ def capture_pair(
         folder: where the two stores are put, `base.zarr` and `tuned.zarr`; a capture that stopped there goes on.
         config: tokens and windows.
         progress: called with (model's name, rows done, rows in all).
+        base_folder: where the base model's store is put, or is found already; None for `folder`.
     """
     report = progress or (lambda which, done, total: None)
     stores = []
@@ -203,7 +205,7 @@ def capture_pair(
             model,
             text,
             list(hooks),
-            folder / f"{which}.zarr",
+            (base_folder if base_folder and which == BASE else folder) / f"{which}.zarr",
             max_tokens=config.tokens,
             context_size=min(config.context_size, model.max_context_size),
             progress=lambda done, total, which=which: report(which, done, total),  # type: ignore[misc]

@@ -34,12 +34,14 @@ from activations.plain import plain
 from activations.spec import fingerprint_of
 from activations.text import TextSource
 from scope._version import __version__
-from scope.diffing.conclusions import conclusions_of, spliced_losses
+from scope.diffing.conclusions import conclusions_of
 from scope.diffing.control import Control
 from scope.diffing.examples import snippets
 from scope.diffing.features import FeatureChanges, feature_changes
 from scope.diffing.layers import layer_changes
 from scope.diffing.pair import BASE, TUNED, ModelPair, PairedStores, capture_pair
+from scope.diffing.readings import Readings, read_model, sample_of
+from scope.diffing.reference import ReferencePass
 from scope.diffing.scaling import FeatureScaling, scale_features
 from scope.diffing.settings import ComparisonConfig, DiffConfig
 from scope.diffing.stored import CROSSCODER, FORMAT, MANIFEST, REPORT, DiffReport, firings_file, sae_file
@@ -51,7 +53,6 @@ from scope.training import TrainConfig, train
 __all__ = ["diff_models"]
 
 CAPTURES = "captures"
-CE_WINDOWS = 32
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -65,6 +66,7 @@ def diff_models(
     saes: Mapping[str, SAE] | None = None,
     control: Control | None = None,
     conclusions: bool = False,
+    reference: ReferencePass | None = None,
     keep_captures: bool = False,
     progress: Progress | None = None,
 ) -> DiffReport:
@@ -79,6 +81,7 @@ def diff_models(
         saes: by name, dictionaries of the base model that reconstruct one hook each.
         control: the finished comparison of a control with the base model, on the same text and with these SAEs.
         conclusions: whether to say what holds of the second model as it does of the first.
+        reference: what an earlier comparison with the same base model, text, settings and SAEs left for this one.
         keep_captures: whether the stores stay.
         progress: called with (what is done, rows done, rows in all).
 
@@ -110,10 +113,11 @@ def diff_models(
     figures: dict[str, Any] = {**identity, "saes": [], "crosscoder": None, "conclusions": None}
     layers = None
     if config.layer_tokens:
-        layers = layer_changes(pair, text, config, lambda done, total: report("Layers", done, total))
+        kept = None if reference is None else reference.layers
+        layers = layer_changes(pair, text, config, lambda done, total: report("Layers", done, total), kept)
         figures |= layers.to_dict()
     changes: dict[str, FeatureChanges] = {}
-    losses: dict[str, dict[str, float]] = {}
+    readings: dict[str, tuple[Readings, Readings]] = {}
     if needed:
         stores = capture_pair(
             pair,
@@ -122,6 +126,7 @@ def diff_models(
             folder / CAPTURES,
             config,
             lambda which, done, total: report(f"Capture {which}", done, total),
+            None if reference is None else reference.folder,
         )
         for number, (name, sae) in enumerate(saes.items()):
             found = feature_changes(sae, hooks[name], stores, config.seed)
@@ -131,14 +136,14 @@ def diff_models(
             changes[name] = found
             found.table.to_parquet(folder / sae_file(number))
             if conclusions:
-                losses[name] = spliced_losses(pair, sae, *_windows(stores, config.seed), config.seed)
-            known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict(), **losses.get(name, {})}
+                readings[name] = _readings(pair, name, sae, hooks[name], stores, config.seed, reference)
+            known = {"name": name, "fingerprint": sae.fingerprint, **found.to_dict()}
             known["changed_in_control"] = None if control is None else control.changed(sae.fingerprint)
             figures["saes"].append({**known, "examples": _changed(pair, stores, found, config.examples)})
         if training and crosscoder_hook:
             figures["crosscoder"] = _crosscoder(pair, stores, crosscoder_hook, folder, training, report)
     if conclusions:
-        figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, losses)]
+        figures["conclusions"] = [one.to_dict() for one in conclusions_of(layers, changes, readings)]
     write_atomically(folder / REPORT, (json.dumps(plain(figures), indent=1, allow_nan=False) + "\n").encode())
     write_manifest(
         folder,
@@ -255,9 +260,12 @@ def _examples(
     return [{**row, "examples": snippets(stores.base, pair.base, scaling.top.of(int(row["feature"])))} for row in rows]
 
 
-def _windows(stores: PairedStores, seed: int) -> tuple[list[np.ndarray], list[int]]:
-    """Some windows of two tokens or more, and each one's document."""
-    sequences = stores.base.sequences()
-    sequences = sequences[sequences["n_rows"] > 1]
-    drawn = sequences.sample(min(CE_WINDOWS, len(sequences)), random_state=seed)
-    return stores.base.window_tokens(drawn["sequence"].tolist()), drawn["document"].astype(int).tolist()
+def _readings(
+    pair: ModelPair, name: str, sae: SAE, hook: str, stores: PairedStores, seed: int, reference: ReferencePass | None
+) -> tuple[Readings, Readings]:
+    windows, residual = sample_of(stores, hook, seed)
+    known = {} if reference is None else reference.readings
+    rows = residual or (None, None)
+    if name not in known:
+        known[name] = read_model(pair.base, sae, windows, rows[0])
+    return known[name], read_model(pair.tuned, sae, windows, rows[1])

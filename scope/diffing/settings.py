@@ -5,7 +5,7 @@ from typing import Any
 
 from scope.errors import InvalidInputError
 
-__all__ = ["ComparisonConfig", "DiffConfig"]
+__all__ = ["ComparisonConfig", "DiffConfig", "QuantisationConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +59,15 @@ class DiffConfig(ComparisonConfig):
                 raise InvalidInputError(f"{name} is {getattr(self, name):,}; expected at least {least}.")
         if self.d_sae and self.k > self.d_sae:
             raise InvalidInputError(f"k is {self.k:,}; expected at most d_sae, {self.d_sae:,}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisationConfig(ComparisonConfig):
+    """The same with less text: a quantisation moves rows less than a training, and several files are looked at."""
+
+    tokens: int = 16_384
+    """Rows of text that SAEs see, BOS included."""
+    document_tokens: int | None = 128
+    """Tokens that are taken of a document at most, so that many documents come in; None for all of each."""
+    layer_tokens: int = 2_048
+    """Rows on which every layer's activations and the predictions are compared. 0 leaves that out."""

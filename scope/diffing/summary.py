@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["summary_of"]
+__all__ = ["conclusions_table", "summary_of"]
 
 SHOWN = 8
 
@@ -88,3 +88,21 @@ def _crosscoder(found: Mapping[str, Any]) -> list[str]:
                 f"{one['nu_reconstruction']:.2f}): {tokens}"
             )
     return lines
+
+
+def conclusions_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Statement by statement what holds of each of several files, as text.
+
+    Args:
+        reports: by name of the file, the figures of its report.
+    """
+    names = list(reports)
+    width = max(12, *(len(name) + 2 for name in names))
+    statements = [one["statement"] for one in reports[names[0]]["conclusions"]]
+    length = max(map(len, statements), default=0)
+    lines = [" " * (length + 9) + "".join(f"{name:>{width}}" for name in names)]
+    for place, statement in enumerate(statements):
+        one = [reports[name]["conclusions"][place] for name in names]
+        cells = "".join(f"{found['figure']:.3f}{' ' if found['holds'] else '!'}".rjust(width) for found in one)
+        lines.append(f"{statement:<{length}} {one[0]['limit']:>8g}{cells}")
+    return "\n".join([*lines, "A ! stands where it does not hold; the number before is its limit."])

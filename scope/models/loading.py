@@ -21,7 +21,15 @@ from scope.models.conversion import converted_model
 from scope.models.hashing import file_digest, remembered
 from scope.models.placement import EmbeddingPlace, place
 
-__all__ = ["PACKAGED_MODELS", "ModelFiles", "find_model", "load_causal_lm", "pick_device", "pick_dtype"]
+__all__ = [
+    "PACKAGED_MODELS",
+    "ModelFiles",
+    "find_model",
+    "load_causal_lm",
+    "packaged_gguf",
+    "pick_device",
+    "pick_dtype",
+]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -86,14 +94,31 @@ def find_model(
 
 
 def _packaged(name: str) -> ModelFiles:
-    model = PACKAGED_MODELS[name]
-    try:
-        package = importlib.import_module(model.module)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(model.package, model.extra, f"The model {name}") from error
+    package = _package(name)
     key = f"{name}-{package.EXPECTED_SHA256[:16]}"
     folder = converted_model(key, lambda temporary: Path(package.assemble(temporary / package.MODEL_NAME)))
-    return ModelFiles(folder, model.display_name, None, name)
+    return ModelFiles(folder, PACKAGED_MODELS[name].display_name, None, name)
+
+
+def packaged_gguf(name: str, folder: Path) -> Path:
+    """The GGUF file of a packaged model, put together in a folder.
+
+    Raises:
+        UnknownNameError: there is no such packaged model.
+        MissingDependencyError: the package that carries the model is not installed.
+    """
+    if name.lower() not in PACKAGED_MODELS:
+        raise UnknownNameError("packaged model", name, list(PACKAGED_MODELS))
+    package = _package(name.lower())
+    return Path(package.assemble(folder / package.MODEL_NAME))
+
+
+def _package(name: str) -> Any:
+    model = PACKAGED_MODELS[name]
+    try:
+        return importlib.import_module(model.module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(model.package, model.extra, f"The model {name}") from error
 
 
 def _gguf(path: Path) -> ModelFiles:

@@ -25,7 +25,10 @@ def test_two_models_are_shown(visit: Callable, serve: Callable, tmp_path: Path, 
     page.wait_for_selector("#diff-layers .main-svg")
     assert f"diff={id}" in page.url
     page.wait_for_selector("#diff-scaling .main-svg")
-    assert MARKUP in page.text_content("[aria-label='Features that changed']")
+    assert MARKUP in page.text_content("[aria-label='Features that changed beyond the control']")
+    assert "B / control" in page.text_content("[aria-label='Features that changed beyond the control']")
+    assert "control's change" in page.text_content("[aria-label='Predictions by source']")
+    assert "plays" in page.text_content("[aria-label='Changed features by source']")
     assert "does not hold" in page.text_content("[aria-label='Conclusions']")
     assert serious(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
