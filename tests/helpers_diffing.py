@@ -95,7 +95,8 @@ def written_report(folder: Path, token: str = "<b>thou</b>") -> str:
     figures = {
         "base": {"model": "gemma"}, "tuned": {"model": "gemma on plays"}, "layers": layers, "predictions": predictions,
         "saes": [sae], "crosscoder": crosscoder, "conclusions": conclusions,
-        "control": {"model": "gemma on nothing", "id": "0" * 12, "layers": [], "predictions": predictions},
+        "control": {"model": "gemma on nothing", "id": "0" * 12, "layers": [], "predictions": predictions,
+                    "crosscoder": {"hook": HOOK, "places": {}, "verdicts": {"tuned": {"specific": 2}, "base": {}}}},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / REPORT).write_text(json.dumps(figures))

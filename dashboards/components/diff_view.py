@@ -214,6 +214,7 @@ def _crosscoder(report: DiffReport, theme: Theme) -> list[Any]:
     if not found or table is None:
         return []
     places, limits = found["places"], found["limits"]
+    control = (report.figures.get("control") or {}).get("crosscoder")
     seeming = table[table["place"].isin(["tuned", "base"]) & (table["verdict"] != "rare")]
     examples = {
         one["feature"]: [example["token"] for example in one["examples"]]
@@ -245,6 +246,11 @@ def _crosscoder(report: DiffReport, theme: Theme) -> list[Any]:
     def verdict(which: str, name: str) -> int:
         return int(found["verdicts"][which].get(name, 0))
 
+    def beside(which: str) -> str:
+        """How many only seem to be, and how many the control has."""
+        told = f"{places.get(which, 0)} seem so"
+        return f"{told}; {control['verdicts'][which].get('specific', 0)} in the control" if control else told
+
     return [
         panel(
             "A crosscoder over both models",
@@ -253,8 +259,8 @@ def _crosscoder(report: DiffReport, theme: Theme) -> list[Any]:
                     stat(
                         "shared", count(places.get("shared", 0)), note=f"of {count(found['d_sae'])} at {found['hook']}"
                     ),
-                    stat("only in B", count(verdict("tuned", "specific")), note=f"{places.get('tuned', 0)} seem so"),
-                    stat("only in A", count(verdict("base", "specific")), note=f"{places.get('base', 0)} seem so"),
+                    stat("only in B", count(verdict("tuned", "specific")), note=beside("tuned")),
+                    stat("only in A", count(verdict("base", "specific")), note=beside("base")),
                     stat("fvu", _short(found["fvu"])),
                 ]
             ),

@@ -121,13 +121,16 @@ class Control:
         return int(self.report.figures["saes"][self._place(fingerprint)]["changed"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Which it is, its predictions, and how far its residual stream moved; JSON-able."""
+        """Which it is, its predictions, how far its residual stream moved, and what its crosscoder, where it has one,
+        found of one model alone; JSON-able."""
         figures = self.report.figures
+        crosscoder = figures["crosscoder"]
         return {
             "model": figures["tuned"]["model"],
             "id": self.report.manifest["fingerprint"][:12],
             "layers": [row for row in figures.get("layers", ()) if row["source"] == "all"],
             "predictions": list(figures.get("predictions", ())),
+            "crosscoder": crosscoder and {part: crosscoder[part] for part in ("hook", "places", "verdicts")},
         }
 
 

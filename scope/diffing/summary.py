@@ -15,7 +15,7 @@ def summary_of(figures: Mapping[str, Any]) -> str:
     for sae in figures["saes"]:
         lines += _sae(sae)
     if figures["crosscoder"]:
-        lines += _crosscoder(figures["crosscoder"])
+        lines += _crosscoder(figures["crosscoder"], (figures.get("control") or {}).get("crosscoder"))
     if figures["conclusions"]:
         lines.append("What holds of the second as of the first:")
         lines += [
@@ -70,7 +70,7 @@ def _sae(sae: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _crosscoder(found: Mapping[str, Any]) -> list[str]:
+def _crosscoder(found: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
     places = found["places"]
     lines = [
         f"Crosscoder at {found['hook']}: fvu {found['fvu']:.4f}, {places.get('shared', 0):,} of {found['d_sae']:,} "
@@ -80,7 +80,9 @@ def _crosscoder(found: Mapping[str, Any]) -> list[str]:
     for which, words in (("tuned", "second"), ("base", "first")):
         verdicts = found["verdicts"][which]
         told = ", ".join(f"{verdict} {count:,}" for verdict, count in sorted(verdicts.items())) or "none"
-        lines.append(f"  of the {words}: {told}")
+        of_control = control["verdicts"][which] if control else {}
+        beside = f" (in the control's crosscoder: {of_control.get('specific', 0):,} specific)" if control else ""
+        lines.append(f"  of the {words}: {told}{beside}")
         for one in found["examples"][which][:SHOWN]:
             tokens = " · ".join(repr(example["token"]) for example in one["examples"][:4])
             lines.append(

@@ -28,6 +28,7 @@ def test_two_models_are_shown(visit: Callable, serve: Callable, tmp_path: Path, 
     assert MARKUP in page.text_content("[aria-label='Features that changed beyond the control']")
     assert "B / control" in page.text_content("[aria-label='Features that changed beyond the control']")
     assert "control's change" in page.text_content("[aria-label='Predictions by source']")
+    assert "2 in the control" in page.text_content("dl.stats >> nth=-1")
     assert "plays" in page.text_content("[aria-label='Changed features by source']")
     assert "does not hold" in page.text_content("[aria-label='Conclusions']")
     assert serious(page) == []
