@@ -166,7 +166,7 @@ capture(load, TextSource({text!r}), [{hook!r}], {out!r}, progress=die, **{settin
 @pytest.mark.real
 def test_kill_9_with_the_real_model(tmp_path: Path) -> None:
     hook, out = "blocks.8.hook_resid_post", tmp_path / "killed.zarr"
-    text = write_text(tmp_path / "text.jsonl", n_documents=60)
+    text = write_text(tmp_path / "text.jsonl", n_documents=120)
     settings = {"context_size": 64, "rows_per_group": 256, "batch_size": 256, "max_tokens": 1500}
     code = CHILD.format(text=str(text), hook=hook, out=str(out), settings=settings)
     path = os.pathsep.join([str(Path(activations.__file__).parents[1]), *sys.path])
