@@ -34,7 +34,9 @@ def case(request):
 def test_heads_add_up_to_the_edge(case):
     model, made, _, graph = case
     rng = np.random.default_rng(0)
-    for edge in rng.choice(len(graph.weight), 12, replace=False):
+    kinds = graph.nodes["kind"].to_numpy()[graph.source]
+    of_each_kind = [int((kinds == kind).argmax()) for kind in set(kinds)]
+    for edge in [*of_each_kind, *rng.choice(len(graph.weight), 12, replace=False)]:
         source, target, weight = int(graph.source[edge]), int(graph.target[edge]), float(graph.weight[edge])
         table = edge_heads(graph, model, made, source, target)
         assert table["weight"].sum() == pytest.approx(weight, rel=2e-3, abs=2e-4)
@@ -106,7 +108,8 @@ def scores_of(model, prompt, layer, head, query):
 
 def test_pairs_add_up_to_the_score_before_the_softmax(case):
     model, made, prompt, _ = case
-    for layer, head, query, key in ((0, 0, 5, 2), (2, 3, 11, 8), (1, 1, 7, 7), (1, 0, 0, 0)):
+    last = model.n_layers - 1
+    for layer, head, query, key in ((0, 0, 5, 2), (2, 3, 11, 8), (1, 1, 7, 7), (1, 0, 0, 0), (last, 2, 9, 4)):
         scores, seen, pattern = scores_of(model, prompt, layer, head, query)
         found = qk_pairs(model, prompt, made, layer, head, query, key, top=None)
         assert found.score == pytest.approx(float(scores[key]), rel=2e-3, abs=2e-4)

@@ -14,7 +14,7 @@ from scope.saes.base import SAEMetadata
 
 __all__ = ["one_thread"]
 
-KINDS = ["gemma3", "llama", "gpt2", "gemma2", "qwen3"]
+KINDS = ["gemma3", "llama", "gpt2", "gemma2", "qwen3", "gemma4", "gemma4_experts"]
 
 
 def raw_logits(model, prompt, at=-1):
@@ -44,19 +44,25 @@ def test_parts_add_up_to_the_logit_and_each_is_what_its_hook_sees(kind, at):
     assert abs(rounding) < 1e-3 * max(1.0, found.table["effect"].abs().max())
     versus = logit_components(model, prompt, 300, 310, position=at)
     assert versus.value == pytest.approx(float(logits[300] - logits[310]), rel=1e-3, abs=1e-3)
-    hooks = [f"blocks.{i}.{name}" for i in range(model.n_layers) for name in ("hook_attn_out", "hook_mlp_out")]
+    names = ["hook_attn_out", "hook_mlp_out", *(["hook_ple_out"] if model.layout.d_per_layer else [])]
+    hooks = [f"blocks.{i}.{name}" for i in range(model.n_layers) for name in names]
     seen = model.run(prompt, hooks=hooks).activations
     g = direction_of(model, prompt, 300, at)
     whole = found.by_component().set_index(["component", "layer"])["effect"]
-    for layer in range(model.n_layers):
+    for layer in reversed(range(model.n_layers)):
+        g = g * getattr(model.hf.get_submodule(model.layout.layer(layer)), "layer_scalar", 1.0)
         attention = whole["attention", layer] + whole.get(("bias", layer), 0.0)
         assert attention == pytest.approx(float(seen[f"blocks.{layer}.hook_attn_out"][at] @ g), rel=1e-3, abs=1e-3)
         expected = float(seen[f"blocks.{layer}.hook_mlp_out"][at] @ g)
         assert whole["mlp", layer] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        if model.layout.d_per_layer:
+            expected = float(seen[f"blocks.{layer}.hook_ple_out"][at] @ g)
+            both = whole["table", layer] + whole["projection", layer]
+            assert both == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert len(found.heads()) == model.n_layers * model.layout.n_heads
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "gemma4"])
 def test_dictionaries_split_what_they_write(kind):
     model = tiny_model(kind)
     prompt = prompt_of(model)
@@ -77,8 +83,12 @@ def test_dictionaries_split_what_they_write(kind):
     features, W_dec = sae.encode(state).detach(), sae.W_dec.detach()
     g = direction_of(model, prompt, 300, -1)
     rows = found.table[found.table["component"] == "feature"]
+    later = 1.0
+    for layer in range(2, model.n_layers):
+        later *= float(getattr(model.hf.get_submodule(model.layout.layer(layer)), "layer_scalar", 1.0))
     for row in rows.itertuples():
-        assert row.effect == pytest.approx(float(features[row.feature] * (W_dec[row.feature] @ g)), rel=1e-3, abs=1e-4)
+        expected = later * float(features[row.feature] * (W_dec[row.feature] @ g))
+        assert row.effect == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert len(rows) == int((features > 0).sum())
 
 

@@ -111,14 +111,28 @@ def test_every_command_with_a_model_takes_it() -> None:
     assert lacking <= {"fertility"}
 
 
-@pytest.mark.parametrize("name", ["attribute", "graph", "steer", "evaluate"])
+ANSWERS = ("attribute", "components", "graph", "steer", "evaluate")
+
+
+@pytest.mark.parametrize("name", ANSWERS)
 def test_the_answer_is_the_same(name: str, made: dict[str, Any], tmp_path: Path) -> None:
+    require_the_same_answers(name, made, tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_answer_is_the_same_on_a_gpu(name: str, made: dict[str, Any], tmp_path: Path) -> None:
+    require_the_same_answers(name, made, tmp_path, "cuda")
+
+
+def require_the_same_answers(name: str, made: dict[str, Any], out: Path, device: str) -> None:
+    """What a command says, and the edges of the graph that it writes, with tables on the device and on the host."""
     answers = []
     for place in ("device", "host"):
-        answer = scope(*commands(made, tmp_path)[name], "--device", "cpu", "--embeddings", place, "--json")
+        answer = scope(*commands(made, out)[name], "--device", device, "--embeddings", place, "--json")
         answer.pop("seconds", None)
         if name == "graph":
-            answer["written"] = json.loads((tmp_path / "g").read_text())["links"]
+            answer["written"] = json.loads((out / "g").read_text())["links"]
         answers.append(answer)
     assert answers[0] == answers[1]
 

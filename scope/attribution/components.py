@@ -1,12 +1,14 @@
 """`logit_components`: a logit as a sum over everything that was written to the residual stream where it is read.
 
 The residual stream into the final norm is a sum: the embedding, what each head of each layer's attention wrote, what
-each MLP wrote, and biases. With the norm's denominator s held at what it is, a logit is a sum too (Elhage et al. 2021,
-"A Mathematical Framework for Transformer Circuits", section "Decomposing and attributing logits"):
+each MLP wrote, and biases; in models with per-layer embeddings also what each layer's table and its projection of the
+main embedding wrote. With the norm's denominator s held at what it is, a logit is a sum too (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits", section "Decomposing and attributing logits"):
 
     logit = Σ_c  c · g + bias        g = gain (W_U[token] - W_U[against], or - mean W_U) / s
 
-A norm behind attention (Gemma) is held in the same way, so that its heads add up too. Dictionaries split what they
+A norm behind attention (Gemma) is held in the same way, so that its heads add up too; scalars that layers end with
+(Gemma 4) count with all that was written before them. Dictionaries split what they
 write further: a transcoder or an SAE of an MLP's output splits the MLP into features, b_dec and an error; an SAE of the
 residual stream takes the place of everything before it. What the terms miss of the model's own number, by rounding, is
 the last row.
@@ -47,9 +49,9 @@ class LogitComponents:
     value: float
     """The model's own number, before any soft-capping: the sum of all effects."""
     table: "pd.DataFrame"
-    """component ("embedding", "attention", "mlp", "feature", "error", "bias", "rounding"), layer (-1 where it has
-    none), head (of attention, else -1), feature (else -1), strength (a feature's firing strength, else NaN), effect: by
-    absolute effect, the largest first."""
+    """component ("embedding", "attention", "mlp", "table", "projection", "feature", "error", "bias", "rounding"), layer
+    (-1 where it has none), head (of attention, else -1), feature (else -1), strength (a feature's firing strength, else
+    NaN), effect: by absolute effect, the largest first."""
 
     def by_component(self) -> "pd.DataFrame":
         """component, layer, effect: heads, features and biases summed; in the order of the layers."""
@@ -88,8 +90,8 @@ def logit_components(
         position: after which token of the prompt.
 
     Raises:
-        InvalidInputError: a dictionary writes elsewhere, or two write one place; or the model has values that are
-            normed or shared, or layers that scale the stream (Gemma 4).
+        InvalidInputError: a dictionary writes elsewhere, or two write one place; or the residual stream is a stack
+            (AltUp).
         OutOfRangeError: there is no such token or position.
         MismatchError: a dictionary has another width than the model.
     """
@@ -142,7 +144,6 @@ class _Parts:
         wanted += [f"blocks.{i}.ln2.hook_out" for i in self.mlp.layers] if self.mlp else []
         self.frozen: FrozenModel
         self.frozen, self.seen = freeze(model, tokens, [*reads, *dict.fromkeys(wanted)])
-        self.frozen.require_plain_attention("This decomposition")
         self.is_bos = at == 0 and bool(model.bos_mask(tokens[None])[0, 0])
 
     def _place(self, sae: Any) -> None:
@@ -168,22 +169,23 @@ class _Parts:
         rows: list[Row] = []
 
         def add(component: str, layer: int, written: Tensor, head: int = -1) -> None:
-            rows.append((component, layer, head, -1, float("nan"), float(written @ gradient)))
+            scale = scales[max(layer, 0)]
+            rows.append((component, layer, head, -1, float("nan"), scale * float(written @ gradient)))
 
-        first = 0
+        first, scales = 0, frozen.scales(len(frozen.layers))
         if self.of_stream is None:
             add("embedding", -1, frozen.embedding[at])
         else:
             first, sae, hook = self.of_stream
             state = self.seen[hook][at]
-            rows += self._features(first - 1, sae, state, state, gradient)
+            rows += self._features(first - 1, sae, state, state, scales[first] * gradient)
         constants = frozen.attention_constants()
         here, until = slice(at, at + 1), slice(0, at + 1)
-        across = self._across(gradient) if self.mlp is not None else {}
+        across = self._across(gradient, scales) if self.mlp is not None else {}
         for index in range(first, len(frozen.layers)):
             layer = frozen.layers[index]
-            before = self.seen[f"blocks.{index}.hook_resid_pre"][: at + 1]
-            heads = layer.attention.heads(layer.ln1(before, until), here)
+            before = self.seen[f"blocks.{layer.values_from}.hook_resid_pre"][: at + 1]
+            heads = layer.attention.heads(frozen.layers[layer.values_from].ln1(before, until), here)
             if layer.ln1_post is not None:
                 heads = layer.ln1_post(heads, here)
             for head, written in enumerate(heads[:, 0]):
@@ -194,9 +196,12 @@ class _Parts:
                 rows += across[index]
             elif index in self.of_mlp:
                 sae, reads, _ = self.of_mlp[index]
-                rows += self._features(index, sae, self.seen[reads][at], layer.mlp_out[at], gradient)
+                rows += self._features(index, sae, self.seen[reads][at], layer.mlp_out[at], scales[index] * gradient)
             else:
                 add("mlp", index, layer.mlp_out[at])
+            if layer.per_layer is not None:
+                add("table", index, layer.per_layer.table[at])
+                add("projection", index, layer.per_layer.projection[at])
         return rows
 
     def _features(
@@ -215,13 +220,14 @@ class _Parts:
             ("error", layer, -1, -1, float("nan"), float(nodes.errors[0] @ gradient)),
         ]
 
-    def _across(self, gradient: Float[Tensor, " d_model"]) -> dict[int, list[Row]]:
+    def _across(self, at_end: Float[Tensor, " d_model"], scales: Sequence[float]) -> dict[int, list[Row]]:
         """By layer written, what a cross-layer transcoder's features, b_dec and error come to; a feature stands with
         the layer that it reads, and has a row for each layer that it writes."""
         d = self.mlp
         features = d.encode({layer: self.seen[f"blocks.{layer}.ln2.hook_out"][self.at][None] for layer in d.layers})
         found: dict[int, list[Row]] = {}
         for written in d.layers:
+            gradient = scales[written] * at_end
             b_dec = d.b_dec(written).to(gradient.device)
             rest = self.frozen.layers[written].mlp_out[self.at] - b_dec
             rows: list[Row] = []

@@ -33,7 +33,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.frozen_attention import FrozenAttention, attended
-from scope.errors import InvalidInputError
 from scope.models.attention import own_attention
 from scope.models.per_layer import PerLayerWrites
 
@@ -109,18 +108,14 @@ class FrozenModel:
     def n_tokens(self) -> int:
         return len(self.tokens)
 
-    def require_plain_attention(self, what: str) -> None:
-        """Refuse what does not know shared or normed values, or layers that scale the stream.
-
-        Raises:
-            InvalidInputError: the model has one of these (Gemma 4).
-        """
-        for index, layer in enumerate(self.layers):
-            if layer.values_from != index or layer.attention.value_denominator is not None or layer.scale != 1:
-                raise InvalidInputError(
-                    f"{what} is not made for models with normed or shared values or scaled layers, such as "
-                    f"{type(self.model.hf).__name__}."
-                )
+    def scales(self, until: int) -> list[float]:
+        """What becomes of a unit that each layer writes, up to the stream in front of layer `until` (n_layers: the
+        final norm): the product of the scalars at the layers' ends from there on. The first is of the embeddings too;
+        behind that of the last layer stands a 1."""
+        found = [1.0]
+        for layer in reversed(self.layers[:until]):
+            found.insert(0, found[0] * layer.scale)
+        return found
 
     def at_mlp_input(self, layer: int, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Tensor:
         """Directions at what the MLP of a layer reads, as gradients at the residual stream before its norm."""

@@ -125,11 +125,10 @@ def qk_pairs(
     frozen = read.frozen.layers[layer]
     owner = frozen.values_from
     own = {"q": f"blocks.{layer}.attn.hook_q", "k": f"blocks.{owner}.attn.hook_k"}
-    rotation, seen = _rotation(
-        model, tokens, layer, [*own.values(), *(f"blocks.{i}.hook_attn_out" for i in range(layer))]
-    )
+    outputs = [f"blocks.{i}.hook_attn_out" for i in range(layer)]
+    rotation, seen = _rotation(model, tokens, layer, [*own.values(), *outputs])
     kv_head = head // frozen.attention.group
-    attention_out = [seen[f"blocks.{i}.hook_attn_out"] for i in range(layer)]
+    attention_out = [seen[name] for name in outputs]
     query_side = _Side(model, layer, "q", head, seen[own["q"]], rotation)
     key_side = _Side(model, owner, "k", kv_head, seen[own["k"]], rotation)
     written = _Written(read, attention_out, owner)
@@ -232,10 +231,7 @@ class _Written:
         self.read, self.attention_out, self.until = read, attention_out, layer
         self.layers = [index for index in read.firing if index < layer]
         """Of the features."""
-        self.scales = [1.0]
-        """What the layers from each one on multiply the stream by; of the last entry, none."""
-        for frozen in reversed(read.frozen.layers[:layer]):
-            self.scales.insert(0, self.scales[0] * frozen.scale)
+        self.scales = read.frozen.scales(layer)
 
     def at(self, position: int, side: "_Side") -> tuple[list[PairNode], Float[Tensor, "n d_head"]]:
         """The nodes of a position, biases last, and what each comes to in a head's query or key there."""
