@@ -297,4 +297,8 @@ def test_a_spec_on_experts_and_the_features_that_flip_from_the_command_line(tmp_
     told = scope(*asked, "--spec", tmp_path / "spec.json", "--flips", tmp_path / "sae").stdout
     assert f"{flips['begin']} begin to fire, {flips['cease']} cease to." in told
     (tmp_path / "wrong.json").write_text('{"kind": "forbid", "layer": 2, "experts": [9]}')
+    save(make("topk", d_in=31, metadata=SAEMetadata(hook_name=hook)), tmp_path / "narrow")
+    told = scope(*asked, "--spec", tmp_path / "spec.json", "--flips", tmp_path / "narrow", code=2).stderr
+    assert "31" in told
+    assert "Writing" not in told
     assert "no expert 9" in scope(*asked, "--spec", tmp_path / "wrong.json", code=2).stderr

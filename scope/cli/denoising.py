@@ -11,6 +11,7 @@ import typer
 
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
+from scope.cli._model import EmbeddingsOption, load_model
 from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
+    from scope.models import LanguageModel
 
 __all__ = ["register"]
 
@@ -61,6 +63,7 @@ def register(app: typer.Typer) -> None:
         compute_dtype: Annotated[
             str, typer.Option(help="dtype in which the model runs: auto, bfloat16 or float32.")
         ] = "auto",
+        embeddings: EmbeddingsOption = "device",
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
@@ -74,12 +77,12 @@ def register(app: typer.Typer) -> None:
         from activations.denoising import DenoisingSettings
         from activations.denoising_capture import capture_denoising
         from activations.text import TextSource
-        from scope.models import LanguageModel
 
-        def load() -> LanguageModel:
+        def load() -> "LanguageModel":
             say(f"Loading {model}")
-            return LanguageModel.load(
+            return load_model(
                 model,
+                embeddings=embeddings,
                 revision=revision,
                 device=device,
                 dtype=compute_dtype,

@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
             )
         if given and sae is None:
             raise InvalidInputError("Whose features are these? Give the SAE with --sae.")
+        from scope.features.experts import feature_flips
         from scope.interventions.resolving import control
         from scope.interventions.spec import Intervention
         from scope.interventions.steering import steer_with
@@ -88,6 +89,7 @@ def register(app: typer.Typer) -> None:
         opened = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
         edits = declared.resolve(opened, saes, maxima)
         beside = control(declared, opened, saes, maxima, seed)
+        flipped = None if watched is None else feature_flips(opened, watched, prompt, edits)
         with progress_bar("Writing (tokens)") as progress:
             found = steer_with(
                 opened,
@@ -100,7 +102,7 @@ def register(app: typer.Typer) -> None:
                 listen=lambda done, texts: progress(done, max_new_tokens),
             )
         outcome = _outcome(found, declared, prompt)
-        return outcome if watched is None else _with_flips(outcome, opened, watched, prompt, edits)
+        return outcome if flipped is None else _with_flips(outcome, flipped)
 
 
 def _declared(spec: str, workspace: Path) -> Any:
@@ -164,11 +166,8 @@ def _maxima(index: Path | None, saes: Callable[[str], Any]) -> Callable[[str, in
     return largest
 
 
-def _with_flips(outcome: Outcome, model: Any, sae: Any, prompt: str, edits: Any) -> Outcome:
+def _with_flips(outcome: Outcome, table: Any) -> Outcome:
     """What was written, and the features that begin or cease to fire on the prompt."""
-    from scope.features.experts import feature_flips
-
-    table = feature_flips(model, sae, prompt, edits)
     begun = int((table["before"] == 0).sum())
     rows = table.head(MAX_FLIPS)
     words = f"Features of the prompt: {begun:,} begin to fire, {len(table) - begun:,} cease to."
