@@ -62,7 +62,7 @@ def test_an_address_says_what_is_done_and_what_cannot_be_read_is_left_out() -> N
 
 def test_a_model_is_made_of_what_scope_info_says(family: SimpleNamespace) -> None:
     jobs = ModelJobs(family.context)
-    for index, d_per_layer, experts in ((family.mixtral, 0, {one: (4, 2) for one in LAYERS}), (family.gemma4, 6, {})):
+    for index, d_per_layer, experts in ((family.mixtral, 0, dict.fromkeys(LAYERS, (4, 2))), (family.gemma4, 6, {})):
         facts = found(family, jobs.submit_facts(index))
         model, _ = loaded(family, index)
         assert facts.parameters == model.parameter_count()
