@@ -64,7 +64,7 @@ def draw_embeddings(written: Written, query: Mapping[str, Any], index: "FeatureI
     if selection.token is not None and selection.token <= position:
         position = selection.token
     here = report.of_token(position)
-    layer = int(here.loc[here["share_table"].idxmax(), "layer"])
+    layer = int(here["layer"].to_numpy()[here["share_table"].to_numpy().argmax()])
     if selection.layer is not None and selection.layer < written.facts.n_layers:
         layer = selection.layer
     switches = [choice(words, {"part": name}, selection.part == name) for name, (words, _) in PARTS.items()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
+import numpy as np
 from dash import html
 
 from dashboards.components.charts import chart
@@ -140,8 +141,9 @@ def _load_grid(load: "pd.DataFrame", selection: ExpertSelection, layer: int) -> 
         for one in reversed(share.index.tolist())
     ]
     experts = [int(one) for one in share.columns]
-    chosen_per_token = float(share.loc[layer].sum())
-    even = chosen_per_token / max(1, int(share.loc[layer].notna().sum()))
+    own = share.loc[layer].to_numpy(dtype=float)
+    chosen_per_token = float(np.nansum(own))
+    even = chosen_per_token / max(1, int(np.isfinite(own).sum()))
     grid = token_grid(
         [str(one) for one in experts],
         experts,

@@ -6,7 +6,8 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.exceptions import PreventUpdate
@@ -28,7 +29,8 @@ POLL_MS = 350
 AGAIN = "Run starts it again, and so does reloading the page."
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True)
+class Shown:
     """What there is to draw."""
 
     index: str

@@ -9,7 +9,7 @@ from dash.exceptions import PreventUpdate
 from dashboards import streams
 from dashboards.components import ablation, excerpt_view, live, states
 from dashboards.components.charts import LOGITS_HEIGHT, strength_histogram
-from dashboards.components.controls import button, choice, define, icon
+from dashboards.components.controls import button, choice, define, icon, panel
 from dashboards.components.examples import example_groups, one_document
 from dashboards.components.feature_view import (
     all_logits,
@@ -22,8 +22,9 @@ from dashboards.components.labels import label_panel_of
 from dashboards.components.progress import Asked, progress_box, register_demand
 from dashboards.components.strip import legend
 from dashboards.context import Context
+from dashboards.experts import ExpertJobs
 from dashboards.feature_jobs import FeatureJobs
-from dashboards.links import View, feature_link, list_query
+from dashboards.links import View, experts_link, feature_link, list_query
 from dashboards.listing import FeatureQuery, listing
 from dashboards.pages import Page
 from dashboards.queries import (
@@ -63,6 +64,7 @@ def render(context: Context, view: View) -> Page:
     worth = ablation.ablation_box(context, entry.id, feature.id, bool(view.get("ablate"))) if feature.fires else None
     label, logits = label_panel_of(index, feature.id), _logits_part(context, entry.id, feature, view)
     side = feature_side(context.workspace, index, feature, label, logits)
+    side += _experts_part(context, entry.id, feature)
     content = html.Div(
         className="feature-page",
         children=[
@@ -93,6 +95,15 @@ def _listed(index: "FeatureIndex", view: View) -> "np.ndarray | None":
         return listing(index, FeatureQuery.of(list_query(view.get("in")))).ids
     except ScopeError:
         return None
+
+
+def _experts_part(context: Context, index: str, feature: FeatureSummary) -> list[Any]:
+    """The way to the experts of its tokens, where a store knows them and what the SAE reads."""
+    reads = context.index(index).hook_name
+    if not feature.fires or all(reads not in store.hooks for store in ExpertJobs(context).stores(index)):
+        return []
+    link = html.A("The experts that its tokens go to", href=experts_link(index, view="features", feature=feature.id))
+    return [panel("Experts", html.P(link), term="experts")]
 
 
 def _logits_part(context: Context, index: str, feature: FeatureSummary, view: View) -> html.Div:
