@@ -151,7 +151,9 @@ def test_from_a_feature_to_its_experts_and_back(visit: Callable, family: SimpleN
     page.click("button:has-text('Feature'):has-text('×')")
     page.wait_for_selector("h2:has-text('Features of expert 2')")
     assert set(page.locator(".experts-table td[data-name=Expert]").all_text_contents()) == {"2"}
-    page.click(f".pair-feature a:text-is('{feature}')")
+    feature = page.text_content(".pair-feature a >> nth=0")
+    page.click(".pair-feature a >> nth=0")
+    page.wait_for_selector(f"h1:has-text('Feature {feature}')")
     page.click("aside a:has-text('The experts that its tokens go to')")
     page.wait_for_selector(f"h2:has-text('Experts of feature {feature}')")
     opened.check()
