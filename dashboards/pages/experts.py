@@ -5,7 +5,8 @@ prompt's tokens go, with edits of that. `view` in the address says which; the re
 2. A prompt runs in the model of the index; an edit runs as soon as the address says it whole.
 """
 
-from typing import Any
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from dash import ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.exceptions import PreventUpdate
@@ -25,6 +26,9 @@ from dashboards.models import ModelFacts, ModelJobs
 from dashboards.pages import Page
 from dashboards.prompts import MAX_LENS_TOKENS, Asked
 from scope.errors import ScopeError
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
 
 __all__ = ["register", "render"]
 
@@ -126,7 +130,7 @@ def _draw(context: Context, jobs: ExpertJobs, shown: Shown) -> Any:
         return invitation(INVITATION, SAMPLES) if facts is not None else skeleton(*HEIGHTS)
     store = jobs.store(shown.index, shown.words("store"))
     if store is None:
-        return _no_store(facts, index.hook_name) if facts is not None else skeleton(*HEIGHTS)
+        return _no_store(context, facts, index) if facts is not None else skeleton(*HEIGHTS)
     chips = store_chips(jobs.stores(shown.index), store)
     if shown.words("view") == "features":
         if index.hook_name not in store.hooks:
@@ -139,14 +143,15 @@ def _draw(context: Context, jobs: ExpertJobs, shown: Shown) -> Any:
     return html.Div([chips, drawn], className="lens-result")
 
 
-def _no_store(facts: ModelFacts, hook: str) -> html.Div:
-    layer = next(iter(facts.experts))
+def _no_store(context: Context, facts: ModelFacts, index: "FeatureIndex") -> html.Div:
+    layer, model = next(iter(facts.experts)), str(index.model_info.get("load_name") or facts.name)
+    out = str(context.workspace.path / "stores" / "experts.zarr")
     return empty(
         "No store has the router's choices yet",
         "Capture them for the layers that have experts, and the hook of the SAE into the same store. Experts are "
         "numbers: with more than 256 of them capture in float32.",
-        command=f"scope capture --model MODEL --data FILE --hook blocks.{layer}.moe.hook_experts "
-        f"--hook blocks.{layer}.moe.hook_weights --hook {hook} --out STORE",
+        command=f"scope capture --model {shlex.quote(model)} --data FILE --hook blocks.{layer}.moe.hook_experts "
+        f"--hook blocks.{layer}.moe.hook_weights --hook {index.hook_name} --out {shlex.quote(out)}",
     )
 
 
