@@ -16,6 +16,7 @@ from test_cli_stores import scope
 
 from activations.denoising import STATES, Canvas, DenoisedBlock, DenoisingSettings, states_of
 from activations.denoising_capture import capture_denoising
+from activations.documents import Document, is_held_out
 from activations.source import RowFlag
 from activations.spec import StorageDtype
 from activations.store import ActivationStore
@@ -159,6 +160,21 @@ def test_the_command_line_goes_from_prompts_to_the_report(tmp_path: Path) -> Non
     assert {row["state"] for row in one["states"]} <= set(STATES)
     assert "at each step" in page.read_text()
     assert "has no features" in scope("denoising", tmp_path / "s.zarr", "--feature", 3, code=2)
+
+
+def test_an_sae_trains_on_steps_and_is_measured_without_a_cross_entropy(tmp_path: Path) -> None:
+    held_out = next(f"title {n}" for n in range(99) if is_held_out(Document("a", f"title {n}")))
+    prompts = [{"text": "The cat", "title": held_out}, {"text": "In 1905", "title": "x"}, {"text": "She", "title": "y"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    model = tiny_model("diffusion_gemma")
+    capture_denoising(model, TextSource(tmp_path / "p.jsonl"), [HOOK], tmp_path / "s.zarr", dtype="float32")
+    options = ("--d-sae", 48, "--k", 4, "--tokens", 2000, "--batch-size", 64, "--no-baselines", "--device", "cpu")
+    made = scope("train", tmp_path / "s.zarr", "--hook", HOOK, "--out", tmp_path / "sae", *options)
+    assert made["fvu_all"] < 1
+    assert made["delta_ce"] is None
+    measured = scope("evaluate", tmp_path / "s.zarr", tmp_path / "sae", "--no-baselines")
+    assert measured["delta_ce"] is None
+    assert scope("info", tmp_path / "s.zarr")["rows"] == 3 * 80
 
 
 def test_what_was_not_denoised_is_refused(tmp_path: Path, case: Any) -> None:

@@ -45,6 +45,10 @@ def all_figures(theme):
     rows = [("graph", 1, 0.2), ("random", 1, 0.1), ("graph", 200, 0.9), ("all", 300, 1.0)]
     curve = pd.DataFrame(rows, columns=["nodes", "size", "faithfulness"]).assign(errors="kept", low=0.0, high=0.2)
     yield figures.faithfulness_curves(pd.concat([curve, curve.assign(errors="ablated")]), theme=theme)
+    steps = {"step": [0, 1], "n_firings": [5, 2], "n_rows": [9, 9]} | rates
+    yield figures.step_rates(pd.DataFrame(steps), theme=theme)
+    commits = pd.DataFrame({"step": [0, 1, -1], "n_tokens": [4, 2, 1], "share": [0.5, 0.3, 0.2]})
+    yield figures.commit_bars(commits, theme=theme)
     heat = pd.DataFrame({"position": [0, 1], "feature": [7, 3], "value": [1.0, 2.0]})
     yield figures.token_feature_heatmap(heat, [EVIL, " x"], labels={7: EVIL}, theme=theme)
 
