@@ -212,11 +212,13 @@ class _Pass(CapturePass):
 
     def _rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Per hook what it saw on rows `[start, stop)`."""
-        first, last = start - self._first_row, stop - self._first_row
-        return {
-            name: np.concatenate([values[name] for values in self._generated])[first:last]
-            for name in self._generated[0]
-        }
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self._generated[0]}
+        row = self._first_row
+        for values in self._generated:
+            for name, rows in values.items():
+                parts[name].append(rows[max(0, start - row) : max(0, stop - row)])
+            row += len(next(iter(values.values())))
+        return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 
     def _forget(self, row: int) -> None:
         """Drop the prompts whose rows end at `row` or before."""
