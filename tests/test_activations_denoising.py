@@ -1,12 +1,17 @@
 """Stores of denoising: what they hold against the model's own generation, going on after a stop, further hooks."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import helpers_denoising
 import numpy as np
 import pytest
 import torch
+from helpers_denoising import captured
 from helpers_models import one_thread as one_thread
 from helpers_models import tiny_model
 
@@ -104,6 +109,18 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path) -> None:
     store = _store(stopped)
     assert _bytes(Path(store.path)) == expected
     assert _bytes(Path(_store(stopped).path)) == expected
+
+
+def test_a_run_that_was_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    expected = _bytes(Path(captured(whole).path))
+    for n in (3, 1, 9):
+        command = [sys.executable, helpers_denoising.__file__, str(killed), str(n)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not ActivationStore.open(killed / "s.zarr").verify()
+    assert _bytes(Path(captured(killed).path)) == expected
 
 
 def test_further_hooks_see_the_same_steps(tmp_path: Path) -> None:

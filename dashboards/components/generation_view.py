@@ -125,7 +125,8 @@ def _legend() -> html.Div:
 
 
 def _grid(shown: Generation) -> html.Div:
-    steps = [(int(step), own) for step, own in shown.cells.groupby("step")]
+    cells = shown.cells
+    steps = [(step, cells[cells["step"] == step]) for step in sorted(set(cells["step"].tolist()))]
     first = steps[0][1]
     head = [html.Th("step", scope="col", className="corner")]
     head += [html.Th(str(position), scope="col") for position in first["position"]]

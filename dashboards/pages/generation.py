@@ -3,9 +3,13 @@
 All of it is in the address, and every move is a link: nothing here has a callback.
 """
 
+from typing import TYPE_CHECKING
+
 from dash import html
 
 from dashboards.components import states
+from dashboards.components.charts import HISTOGRAM_HEIGHT, chart, theme_of_request
+from dashboards.components.controls import panel
 from dashboards.components.generation_view import generation_view
 from dashboards.context import Context
 from dashboards.generations import generation
@@ -14,6 +18,11 @@ from dashboards.marks import marks_of
 from dashboards.pages import Page
 from dashboards.queries import feature_id
 from scope.errors import InvalidInputError
+from scope.features.denoising import commit_table
+from scope.figures import commit_bars
+
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
 
 __all__ = ["render"]
 
@@ -39,9 +48,21 @@ def render(context: Context, view: View) -> Page:
         _whole(view, "from") or 0,
         feature,
     )
-    content = generation_view(entry.id, shown, marks_of(index).labels)
+    content = html.Div([generation_view(entry.id, shown, marks_of(index).labels), _commits(index)])
     address = "" if view.index else generation_link(entry.id, **view.query)
     return Page(content, f"Generation {shown.document}", "features", address)
+
+
+def _commits(index: "FeatureIndex") -> html.Section:
+    """When the tokens of all generations of the index are committed."""
+    table = commit_table(index)
+    drawn = chart(
+        commit_bars(table, theme=theme_of_request()),
+        id="generation-commits",
+        height=HISTOGRAM_HEIGHT,
+        words=f"Share of the tokens of all generations that is committed at each of {len(table) - 1} steps",
+    )
+    return panel("All generations of this index", drawn, term="commit", unit="share of tokens by commit step")
 
 
 def _whole(view: View, name: str) -> int | None:

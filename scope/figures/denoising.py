@@ -38,8 +38,9 @@ def step_rates(
         line={"color": palette.accent_text, "width": 2},
         marker={"size": 6},
         hovertext=[
-            f"step {row.step}<br>{row.n_firings:,} firings on {row.n_rows:,} tokens ({short_number(100 * row.rate)}%)"
-            for row in frame.itertuples()
+            f"step {row['step']}<br>{row['n_firings']:,} firings on {row['n_rows']:,} tokens "
+            f"({short_number(100 * row['rate'])}%)"
+            for row in frame.to_dict("records")
         ],
         hoverinfo="text",
     )
@@ -62,11 +63,14 @@ def commit_bars(
         y=100 * frame["share"],
         marker={"color": [palette.accent if name != "end" else palette.muted for name in names]},
         hovertext=[
-            f"{'filled in at the end' if row.step < 0 else f'committed at step {row.step}'}"
-            f"<br>{row.n_tokens:,} tokens ({short_number(100 * row.share)}%)"
-            for row in frame.itertuples()
+            f"{_when(row['step'])}<br>{row['n_tokens']:,} tokens ({short_number(100 * row['share'])}%)"
+            for row in frame.to_dict("records")
         ],
         hoverinfo="text",
     )
     figure.update_xaxes(title_text="step of denoising", type="category")
     return figure.update_yaxes(title_text="% of tokens", rangemode="tozero")
+
+
+def _when(step: int) -> str:
+    return "filled in at the end" if step < 0 else f"committed at step {step}"

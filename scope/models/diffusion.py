@@ -141,7 +141,7 @@ def read_canvas(
     prompt: Int[Tensor, " prompt"],
     canvas: Int[Tensor, " canvas"],
     hooks: Sequence[str],
-) -> tuple[dict[str, Tensor], Float[Tensor, "canvas d_vocab"]]:
+) -> tuple[dict[str, Tensor], Float[Tensor, "n d_vocab"]]:
     """One pass over one canvas, without self-conditioning: what hooks see, `(canvas, …)` each (`(prompt, …)` of the
     encoder's), and the logits. Where one stack reads both, the canvas is preceded by the prompt in all of these."""
     if not model.layout.family.denoises:

@@ -483,7 +483,7 @@ class LanguageModel:
 
     def read_canvas(
         self, prompt: Int[Tensor, " prompt"], canvas: Int[Tensor, " canvas"], hooks: Sequence[str] = ()
-    ) -> tuple[dict[str, Tensor], Float[Tensor, "canvas d_vocab"]]:
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "n d_vocab"]]:
         """One pass of a model that denoises over one canvas: what hooks see, and logits; see
         `scope.models.diffusion`."""
         return diffusion.read_canvas(self, prompt, canvas, hooks)

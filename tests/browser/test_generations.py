@@ -106,7 +106,7 @@ def test_accessible_and_not_wider_than_a_phone(visit: Callable, denoised: Any, t
     server, index = denoised
     feature = int(index.table["n_firings"].idxmax())
     opened = visit(width=390, theme=theme, server=server)
-    page = opened.open(f"/generation?document=1&feature={feature}", GRID)
+    page = opened.open(f"/generation?document=1&feature={feature}", "#generation-commits .main-svg")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(page) == []
     opened.check()
