@@ -123,7 +123,7 @@ def planned_tail(store: ActivationStore, state: PlanState) -> PlannedGroup | Non
     start = state.n_rows - n_rows
     columns = {name: store.column(name, start, state.n_rows) for name in store.token_columns}
     tables = {table: store.table_piece(table, group).to_pydict() for table in store.layout.tables}
-    return PlannedGroup(group, start, state.n_rows, columns, state=state, **{"windows": {}, **tables})
+    return PlannedGroup(group, start, state.n_rows, columns, state=state, **{"windows": {}, "media": {}, **tables})
 
 
 def fill_earlier(

@@ -2,7 +2,8 @@
 
 1. A group's windows run up to the group's last row. A window that began in an earlier group runs from its start and
    only the rows that are this group's are kept: models are causal, so every row has its whole past, and a group's
-   result depends on nothing but the plan.
+   result depends on nothing but the plan. A window with media runs whole: in some models the tokens of an image see
+   each other, so that one depends on what comes after it.
 2. Windows are sorted by length and cut into batches under a budget of tokens, padding counted, so that padding and
    the fixed cost of a batch are least.
 """
@@ -12,6 +13,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+
+from activations.media import PlacedMedium
 
 __all__ = ["Batch", "Window", "chosen_windows", "group_windows", "pack_batches"]
 
@@ -30,6 +33,7 @@ class Window(NamedTuple):
     """Tokens that lie in earlier groups: computed, and dropped."""
     kept: np.ndarray | None = None
     """Which tokens are rows of the group (ascending places in `tokens`), where not all after `skip` are."""
+    media: Sequence[PlacedMedium] = ()
 
 
 class Batch(NamedTuple):
@@ -40,6 +44,8 @@ class Batch(NamedTuple):
     """Rows of the group, int64, in the order of the windows' kept tokens."""
     kept: np.ndarray | None
     """Which of the windows' tokens are kept (bool), None for all."""
+    media: list[Sequence[PlacedMedium]] | None = None
+    """Of each window; None where no window has any."""
 
 
 def group_windows(token_ids: np.ndarray, positions: np.ndarray, group_start: int) -> list[Window]:
@@ -59,21 +65,28 @@ def group_windows(token_ids: np.ndarray, positions: np.ndarray, group_start: int
 
 
 def chosen_windows(
-    windows: Sequence[np.ndarray], sequences: np.ndarray, positions: np.ndarray, first_row: int
+    windows: Sequence[np.ndarray],
+    sequences: np.ndarray,
+    positions: np.ndarray,
+    first_row: int,
+    media: Sequence[Sequence[PlacedMedium]] | None = None,
 ) -> list[Window]:
-    """The windows of rows that are only some of their windows' tokens. Nothing after the last of them is run.
+    """The windows of rows that are only some of their windows' tokens. Nothing after the last of them is run, but where
+    there are media.
 
     Args:
         windows: all tokens of each window that has rows, in order.
         sequences: window number of each row, ascending.
         positions: position within the window of each row.
         first_row: row of the group at which these rows begin.
+        media: of each window.
     """
+    shown = [()] * len(windows) if media is None else media
     starts = np.flatnonzero(np.diff(sequences, prepend=-1))
     ends = np.append(starts[1:], len(sequences))
     return [
-        Window(tokens[: positions[end - 1] + 1], first_row + start, 0, positions[start:end])
-        for tokens, start, end in zip(windows, starts.tolist(), ends.tolist(), strict=True)
+        Window(tokens if own else tokens[: positions[end - 1] + 1], first_row + start, 0, positions[start:end], own)
+        for tokens, own, start, end in zip(windows, shown, starts.tolist(), ends.tolist(), strict=True)
     ]
 
 
@@ -112,7 +125,8 @@ def _batch(windows: list[Window]) -> Batch:
     masks = [_mask(window) for window in windows]
     rows = [window.first_row + np.arange(np.count_nonzero(mask)) for window, mask in zip(windows, masks, strict=True)]
     kept = np.concatenate(masks)
-    return Batch([window.tokens for window in windows], np.concatenate(rows), None if kept.all() else kept)
+    media = [window.media for window in windows] if any(window.media for window in windows) else None
+    return Batch([window.tokens for window in windows], np.concatenate(rows), None if kept.all() else kept, media)
 
 
 def _mask(window: Window) -> np.ndarray:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -23,10 +23,11 @@ from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
 from activations.layout import PLAN, appended_from
+from activations.media import MODALITIES
 from activations.passes import PassSettings, Progress, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
-from activations.source import HookedModel
+from activations.source import HookedModel, MediaModel
 from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, require_sizes, rows_per_group_for
 from activations.storage import Storage, storage_at
 from activations.store import ActivationStore
@@ -172,7 +173,10 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
     shapes, aliases = resolved_hooks(made, hooks)
     spec = spec_of(made, shapes, context_size, dtype, rows_per_group)
     if text is not None and (manifest is None or entry is not None):
-        _require_tokens(text, made)
+        if text.has_media:
+            _require_media_fit(text, made, spec)
+        else:
+            _require_tokens(text, made)
         _require_rows(text, made, spec, rows)
     load_name = made.identity.load_name
     identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity, "denoising": None}
@@ -287,6 +291,8 @@ class RowChoice(NamedTuple):
 
     selection: RowSelection
     chat_template: str | None
+    media: Mapping[str, Any] | None = None
+    """What the manifest keeps of how media are prepared, where the text has any."""
     stored: Mapping[str, Any] | None = None
     """What the store keeps of how its chats are written, where no text is added."""
 
@@ -298,7 +304,7 @@ class RowChoice(NamedTuple):
         chats = None if template is None else {"template": template, **codes}
         if self.stored is not None and self.stored["template"] == template:
             chats = dict(self.stored)
-        return {"selection": self.selection.settings, "chats": chats}
+        return {"selection": self.selection.settings, "chats": chats, "media": self.media}
 
 
 def row_choice(
@@ -320,7 +326,15 @@ def row_choice(
     if selection is None:
         selection = RowSelection.from_settings(stored.get("selection") if adopt else None)
     if text is None:
-        return RowChoice(selection, chats["template"] if chats and chat_template is None else chat_template, chats)
+        template = chats["template"] if chats and chat_template is None else chat_template
+        return RowChoice(selection, template, stored.get("media"), chats)
+    media = _media(model, text)
+    if manifest is not None and (stored.get("media") is None) != (media is None):
+        has, lacks = ("the store", "text") if media is None else (", ".join(text.names), "store")
+        raise MismatchError(
+            f"{has} has images or sounds, and the {lacks} has none. Give another output folder, or a text that names "
+            "its media in the same way."
+        )
     if not text.is_chats:
         if chats is not None and adopt:
             raise MismatchError(f"The store holds chats, {', '.join(text.names)} none. Give text with messages.")
@@ -328,7 +342,7 @@ def row_choice(
             given = "a chat template was given" if chat_template is not None else f"roles is {list(selection.roles)}"
             given = f"kinds is {list(selection.kinds)}" if selection.kinds else given
             raise InvalidInputError(f"{given}, but the text is no chats. Name the column of their messages.")
-        return RowChoice(selection, None)
+        return RowChoice(selection, None, media)
     if manifest is not None and chats is None:
         raise MismatchError(f"The store holds plain text, {', '.join(text.names)} chats. Give another output folder.")
     template = chat_template or (chats["template"] if chats and adopt else model.chat_template)
@@ -336,12 +350,39 @@ def row_choice(
         raise InvalidInputError(
             f"The tokenizer of {model.identity.model} has no chat template; give one, or capture the text as text."
         )
-    return RowChoice(selection, template)
+    return RowChoice(selection, template, media)
+
+
+def _media(model: HookedModel, text: TextSource) -> dict[str, Any] | None:
+    """What the manifest keeps of how the media of a text are prepared."""
+    if not text.has_media:
+        return None
+    if not hasattr(type(model), "processor_hash"):
+        raise InvalidInputError(f"{model.identity.model} takes text alone, and {', '.join(text.names)} has media.")
+    return {"processor": cast("MediaModel", model).processor_hash(), "modalities": list(MODALITIES)}
+
+
+def _require_media_fit(text: TextSource, model: HookedModel, spec: CaptureSpec) -> None:
+    """Refuse media that a window may have no room for, before anything is written."""
+    found, sizes = text.media, {}
+    if found.images:
+        sizes["image"] = cast("MediaModel", model).max_medium_tokens("image", 0.0)
+    if found.sounds:
+        sizes["audio"] = cast("MediaModel", model).max_medium_tokens("audio", found.longest_seconds)
+    has_bos = spec.bos_token_id is not None
+    for kind, n_tokens in sizes.items():
+        if n_tokens > spec.context_size - has_bos:
+            what = "An image" if kind == "image" else f"A sound of {found.longest_seconds:,.1f} s"
+            raise InvalidInputError(
+                f"{what} takes up to {n_tokens:,} tokens of {spec.model}, and is never cut in two; a window of "
+                f"context_size {spec.context_size} has no room for it. Give a context_size of at least "
+                f"{n_tokens + has_bos:,}."
+            )
 
 
 def _require_rows(text: TextSource, model: HookedModel, spec: CaptureSpec, rows: RowChoice) -> None:
     """Refuse a text of which no token is chosen."""
-    choosing = choosing_for(model, rows.selection, rows.chat_template)
+    choosing = choosing_for(model, rows.selection, rows.chat_template, rows.media is not None)
     if choosing is None:
         return
     windowing = windowing_of(spec, model, text)

@@ -2,7 +2,8 @@
 
 Files hold conversations in a few usual shapes, all of which become a `Chat`:
 
-- messages `{"role": …, "content": …}`; the content is a text, or a list of parts `{"type": "text", "text": …}`;
+- messages `{"role": …, "content": …}`; the content is a text, or a list of parts `{"type": "text", "text": …}`, and,
+  where media are read (`activations.media`), `{"type": "image", "path": …}` and `{"type": "audio", "path": …}`;
 - calls, `"tool_calls": [{"function": {"name": …, "arguments": …}, "id": …}]`, with or without the `function` around
   name and arguments, the arguments an object or its JSON; or one call as `"function_call"`;
 - answers of tools, `{"role": "tool", "content": …}`, the content a text or any JSON;
@@ -13,10 +14,13 @@ Files hold conversations in a few usual shapes, all of which become a `Chat`:
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from activations.media import medium_from
 
 __all__ = [
     "CHAT_COLUMNS",
@@ -26,6 +30,7 @@ __all__ = [
     "Chat",
     "ChatTokens",
     "Message",
+    "Part",
     "chat_from",
     "cleaned",
     "message_from",
@@ -49,6 +54,20 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
+class Part(NamedTuple):
+    """A part of a message's content."""
+
+    kind: str
+    """ "text", "image" or "audio"."""
+    value: str
+    """The text, or the medium's path."""
+
+    @property
+    def as_dict(self) -> dict[str, str]:
+        """The part as chat templates take it."""
+        return {"type": self.kind, "text" if self.kind == "text" else "path": self.value}
+
+
 class Message(NamedTuple):
     """A turn of a chat."""
 
@@ -58,12 +77,15 @@ class Message(NamedTuple):
     """`{"type": "function", "function": {"name": …, "arguments": {…}}}` each, with its `id` where it has one."""
     extra: Mapping[str, str] = NOTHING
     """Further fields that the template may read, such as `name`, `tool_call_id` and `reasoning_content`."""
+    parts: tuple[Part, ...] = ()
+    """What it says and shows, one after the other, where it has media; `content` is then the texts among them."""
 
     @property
     def as_dict(self) -> dict[str, Any]:
         """The message as chat templates take it."""
         calls = {"tool_calls": [dict(call) for call in self.tool_calls]} if self.tool_calls else {}
-        return {"role": self.role, "content": self.content, **self.extra, **calls}
+        content = [part.as_dict for part in self.parts] or self.content
+        return {"role": self.role, "content": content, **self.extra, **calls}
 
     @property
     def text(self) -> str:
@@ -100,21 +122,25 @@ def role_code(role: str) -> int:
     return ROLES.index(name if name in ROLES else "other")
 
 
-def chat_from(value: Any) -> Chat:
+def chat_from(value: Any, media: bool = False) -> Chat:
     """The chat that some JSON stands for: a list of messages, or an object with `messages` and perhaps `tools`.
+
+    Args:
+        value: the JSON.
+        media: whether contents may hold images and sounds.
 
     Raises:
         ValueError: it stands for none.
     """
     if isinstance(value, Mapping):
-        return Chat(chat_from(value.get("messages")).messages, tools_from(value.get("tools")))
+        return Chat(chat_from(value.get("messages"), media).messages, tools_from(value.get("tools")))
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected a list of messages, got {str(value)[:80]}")
-    return Chat(tuple(message_from(message) for message in value))
+    return Chat(tuple(message_from(message, media) for message in value))
 
 
-def message_from(value: Any) -> Message:
-    """The message that a mapping stands for, in one of the shapes above.
+def message_from(value: Any, media: bool = False) -> Message:
+    """The message that a mapping stands for, in one of the shapes above; `media` as for `chat_from`.
 
     Raises:
         ValueError: it stands for none.
@@ -135,10 +161,13 @@ def message_from(value: Any) -> Message:
         content = ""
     elif "content" not in value:
         raise ValueError(f"expected messages with role and content, got {str(value)[:80]}")
+    parts = _parts(content) if media else ()
+    if parts:
+        content = "\n".join(part.value for part in parts if part.kind == "text")
     role, content = value["role"], _content(content, answers=value["role"] in ("tool", "function", "ipython"))
     if not isinstance(role, str) or content is None:
         raise ValueError(f"expected a message whose role and content are text, got {str(value)[:80]}")
-    return Message(cleaned(role), cleaned(content), calls, extra or NOTHING)
+    return Message(cleaned(role), cleaned(content), calls, extra or NOTHING, parts)
 
 
 def tools_from(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -177,6 +206,22 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _parts(content: Any) -> tuple[Part, ...]:
+    """The parts of a content, if there are media among them; raises ValueError."""
+    if not isinstance(content, list | tuple) or not all(isinstance(part, Mapping) for part in content):
+        return ()
+    if all(isinstance(part.get("text"), str) for part in content):
+        return ()
+    parts = []
+    for part in content:
+        if isinstance(part.get("text"), str):
+            parts.append(Part("text", cleaned(part["text"])))
+        else:
+            medium = medium_from(part, Path())
+            parts.append(Part(medium.kind, medium.name))
+    return tuple(parts)
 
 
 def _content(content: Any, answers: bool) -> str | None:

@@ -2,11 +2,13 @@
 
     OUT/export.json             the store's identity and spec, the hooks, every file with its rows and xxh3-128
     OUT/sequences.parquet       the windows; documents.parquet the documents, both as the store's tables
-    OUT/windows.parquet         all tokens of the windows, where the store's rows are only some of them
+    OUT/windows.parquet         all tokens of the windows, where the store's rows are only some of them or it has media
+    OUT/media.parquet           its images and sounds, with the content of their files
     OUT/data/train-00000-of-00007.safetensors | .parquet             some rows: all columns of them
     OUT/data/<column>/00000-of-00007.npy                             some rows of one column
 
-Columns are the store's: `token_id, sequence, position, flags`, per hook its name and `norm/<name>`.
+Columns are the store's: `token_id, sequence, position, flags`, those of chats and media where it has them, per hook
+its name and `norm/<name>`.
 
 1. Check everything; nothing is written before all of it is found good.
 2. Write into the folder `OUT.partial`, file by file, each of bounded size; rows are read verified and converted a piece
@@ -31,7 +33,7 @@ import xxhash
 from activations.disk import sync_folder
 from activations.errors import InvalidInputError, NonFiniteError, OccupiedError, UnknownNameError
 from activations.export_files import WRITERS, Column, Write
-from activations.layout import PLAN, TABLES, WINDOWS
+from activations.layout import MEDIA, PLAN, TABLES, WINDOWS
 from activations.source import RowFlag, float32_to_bf16
 from activations.spec import DTYPE_BYTES, StorageDtype
 from activations.store import ActivationStore
@@ -220,24 +222,26 @@ def _write_tables(store: ActivationStore, folder: Path, n_rows: int) -> None:
     for name, table in zip(TABLES, (sequences, documents), strict=True):
         table.to_parquet(folder / f"{name}.parquet", index=False)
         _settle(folder / f"{name}.parquet")
-    if store.layout.has_windows:
-        _write_windows(store, folder / f"{WINDOWS}.parquet", int(sequences["sequence"].iloc[-1]))
+    last = int(sequences["sequence"].iloc[-1])
+    for table in (WINDOWS, MEDIA):
+        if table in store.layout.tables:
+            _write_by_window(store, table, folder / f"{table}.parquet", last)
 
 
-def _write_windows(store: ActivationStore, path: Path, last_sequence: int) -> None:
+def _write_by_window(store: ActivationStore, table: str, path: Path, last_sequence: int) -> None:
     from pyarrow import compute, parquet
 
     groups = range(store.ledger.committed_groups(PLAN))
-    with parquet.ParquetWriter(path, store.table_piece(WINDOWS, 0).schema, compression="zstd") as writer:
-        for table in (store.table_piece(WINDOWS, group) for group in groups):
-            writer.write_table(table.filter(compute.less_equal(table.column("sequence"), last_sequence)))
+    with parquet.ParquetWriter(path, store.table_piece(table, 0).schema, compression="zstd") as writer:
+        for piece in (store.table_piece(table, group) for group in groups):
+            writer.write_table(piece.filter(compute.less_equal(piece.column("sequence"), last_sequence)))
     _settle(path)
 
 
 def _provenance(
     store: ActivationStore, format: str, columns: Sequence[Column], n_rows: int, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    known = ("id", "fingerprint", "spec", "text", "appended", "selection", "chats", "created_by", "load_name")
+    known = ("id", "fingerprint", "spec", "text", "appended", "selection", "chats", "media", "created_by", "load_name")
     return {
         "format": f"activations-{format}",
         "version": VERSION,

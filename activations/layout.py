@@ -5,7 +5,8 @@ NAME.zarr/
   hooks/<hook>/c.<group>.0          activations, one shard per row group
   tokens/<column>/c.<group>         per-token columns; tokens/norm/<hook> holds the rows' L2 norms
   sequences/<group>.parquet         the windows that start in a row group; documents/ likewise
-  windows/<group>.parquet           where only some tokens are rows: all tokens of these windows
+  windows/<group>.parquet           where only some tokens are rows, or there are media: all tokens of these windows
+  media/<group>.parquet             images and sounds of these windows, with the content of their files
   ledger/                           which row groups exist, with digests (`activations.ledger`)
   **/*.before-append                a last row group as it was, while text is appended (`activations.append`)
   journal.jsonl                     when, where and by whom
@@ -19,12 +20,14 @@ from activations.arrays import ArrayLayout, ObjectRecord
 from activations.chats import CHAT_COLUMNS
 from activations.denoising import DENOISING_COLUMNS
 from activations.ledger import GroupRecord
+from activations.media import MEDIA_COLUMNS
 from activations.plan import TOKEN_COLUMNS
 from activations.spec import CaptureSpec, fingerprint_of
 
 __all__ = [
     "ASIDE",
     "FORMAT",
+    "MEDIA",
     "OPTIONAL_IDENTITY",
     "PLAN",
     "TABLES",
@@ -40,7 +43,9 @@ PLAN = "tokens"
 """The ledger's capture id of the plan: token columns, sequences and documents."""
 TABLES = ("sequences", "documents")
 WINDOWS = "windows"
-"""The table of whole windows that a store has besides whose rows are only some of the tokens."""
+"""The table of whole windows that a store has besides whose rows are only some of the tokens, or that has media."""
+MEDIA = "media"
+"""The table of media, with the content of their files (`activations.media.MEDIA_TABLE`)."""
 ZARR_GROUPS = ("", "hooks", "tokens", "tokens/norm")
 """Folders that are Zarr groups; each has a `zarr.json`."""
 ASIDE = ".before-append"
@@ -48,8 +53,9 @@ ASIDE = ".before-append"
 
 IDENTITY = ("spec", "text", "max_tokens", "hooks_at_creation")
 """Entries of the manifest that make the store's fingerprint."""
-OPTIONAL_IDENTITY = ("selection", "chats", "denoising")
-"""Entries that do so where they are: which tokens are rows, how chats are written, and how a canvas was denoised."""
+OPTIONAL_IDENTITY = ("selection", "chats", "media", "denoising")
+"""Entries that do so where they are: which tokens are rows, how chats are written, how media are prepared, and how a
+canvas was denoised."""
 
 
 def identity_fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -72,18 +78,26 @@ class StoreLayout:
         spec: the store's.
         spoken: of chats, which of `CHAT_COLUMNS` their tokens have.
         has_windows: whether only some tokens are rows, so that whole windows are kept in a table.
+        has_media: whether the text has media; then whole windows are kept too.
         denoised: whether rows are steps of denoising, and have `DENOISING_COLUMNS`.
     """
 
     def __init__(
-        self, spec: CaptureSpec, spoken: Sequence[str] = (), has_windows: bool = False, denoised: bool = False
+        self,
+        spec: CaptureSpec,
+        spoken: Sequence[str] = (),
+        has_windows: bool = False,
+        has_media: bool = False,
+        denoised: bool = False,
     ) -> None:
-        self.spec, self.has_windows = spec, has_windows
+        self.spec, self.has_windows, self.has_media = spec, has_windows or has_media, has_media
         self.token_columns = TOKEN_COLUMNS | {name: CHAT_COLUMNS[name] for name in spoken}
+        if has_media:
+            self.token_columns |= MEDIA_COLUMNS
         if denoised:
             self.token_columns |= DENOISING_COLUMNS
         """Per-token columns and their dtypes."""
-        self.tables = (*TABLES, WINDOWS) if has_windows else TABLES
+        self.tables = (*TABLES, *((WINDOWS,) if self.has_windows else ()), *((MEDIA,) if has_media else ()))
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "StoreLayout":
@@ -92,6 +106,7 @@ class StoreLayout:
             CaptureSpec(**manifest["spec"]),
             spoken=_spoken(manifest.get("chats")),
             has_windows=manifest.get("selection") is not None,
+            has_media=manifest.get("media") is not None,
             denoised=manifest.get("denoising") is not None,
         )
 

@@ -14,19 +14,19 @@ shards, whatever the length of the run.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from activations.append import planned_tail
-from activations.batching import Window, chosen_windows, group_windows, pack_batches
+from activations.batching import Batch, Window, chosen_windows, group_windows, pack_batches
 from activations.collect import Collector, GroupTask
 from activations.errors import InterruptedRunError
 from activations.layout import PLAN
 from activations.pipeline import Channel, Stopped, Worker
 from activations.plan import Windowing, plan_groups
 from activations.selection import RowSelection, choosing_for
-from activations.source import HookedModel
+from activations.source import HookedModel, MediaModel, PendingRows
 from activations.spec import CaptureSpec
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -152,7 +152,8 @@ class CapturePass:
             windowing = windowing_of(writer.spec, self.model, self.text, self.max_tokens)
             manifest = writer.manifest
             selection = RowSelection.from_settings(manifest.get("selection"))
-            choosing = choosing_for(self.model, selection, (manifest.get("chats") or {}).get("template"))
+            template = (manifest.get("chats") or {}).get("template")
+            choosing = choosing_for(self.model, selection, template, self.writer.layout.has_media)
             encode = self.model.encode_documents
             for planned in plan_groups(self.text, encode, windowing, state, tail, choosing):
                 writer.commit_plan(planned)
@@ -170,11 +171,16 @@ class CapturePass:
             task = GroupTask(group, record.row_start, n_rows, len(batches), n_earlier)
             for batch in batches:
                 with self.writer.interrupts.at_once():
-                    pending = self.model.forward_rows(
-                        batch.windows, self.hooks, self.writer.spec.dtype, self.batch_size
-                    )
+                    pending = self._forward(batch)
                 self.collector.add(task, batch, pending)
                 self._report()
+
+    def _forward(self, batch: Batch) -> PendingRows:
+        dtype = self.writer.spec.dtype
+        if batch.media is None:
+            return self.model.forward_rows(batch.windows, self.hooks, dtype, self.batch_size)
+        model = cast("MediaModel", self.model)
+        return model.forward_rows(batch.windows, self.hooks, dtype, self.batch_size, batch.media)
 
     def _start(self, group: int) -> int:
         """The first row of a planned group that is not committed; its end if all are."""
@@ -187,8 +193,9 @@ class CapturePass:
         n_earlier = from_row - record.row_start
         if self.writer.layout.has_windows:
             rows = self.plan.rows(from_row, record.row_stop)
-            windows = self.plan.window_tokens(np.unique(rows.sequence).tolist())
-            return chosen_windows(windows, rows.sequence, rows.position, n_earlier)
+            numbers = np.unique(rows.sequence).tolist()
+            media = self.plan.window_media(numbers) if self.writer.layout.has_media else None
+            return chosen_windows(self.plan.window_tokens(numbers), rows.sequence, rows.position, n_earlier, media)
         first = self.plan.rows(from_row, from_row + 1)
         start = from_row - int(first.position[0])
         rows = self.plan.rows(start, record.row_stop)

@@ -1,7 +1,8 @@
 """From documents to rows: the plan of a capture.
 
 1. A document becomes consecutive windows that do not overlap: BOS (where the tokenizer has one) and up to
-   `context_size - 1` of its tokens. The last one may be shorter; a window never holds two documents.
+   `context_size - 1` of its tokens. The last one may be shorter, and one before an image or a sound that would not fit
+   into the rest of it; a window never holds two documents.
 2. The windows' tokens, in order, are the rows; where a selection chooses among them (`activations.selection`), those
    that it chooses, and a window or document of which it chooses none is left out. Row group g is the rows
    `[g R, (g + 1) R)`, whatever windows they belong to. A sequence (window) or document is listed in the group in which
@@ -22,6 +23,7 @@ import numpy as np
 
 from activations.chats import CHAT_COLUMNS
 from activations.cutting import TOKEN_COLUMNS, Cut, Windowing, cut_document
+from activations.media import MEDIA_TABLE, MediumContent
 from activations.selection import Choosing
 from activations.source import RowFlag
 from activations.text import Document, TextSource, is_held_out
@@ -39,6 +41,8 @@ __all__ = [
 ENCODE_DOCUMENTS = 64
 FIRST_CHARACTERS, ENCODE_CHARACTERS = 2**15, 2**18
 """Text that is encoded at once: little at first, so that the model need not wait for it, then more."""
+MEDIUM_CHARACTERS = 2**13
+"""What a medium counts for among these."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class PlannedGroup(NamedTuple):
     state: PlanState
     windows: Mapping[str, list[Any]] = {}  # nobody writes to it
     """Columns `sequence, tokens` and, of chats, `roles, kinds, messages`: whole windows, where only some of their
-    tokens are rows."""
+    tokens are rows, or media among them."""
+    media: Mapping[str, list[Any]] = {}  # nobody writes to it
+    """Columns as in `MEDIA_TABLE`: the media of these windows."""
 
 
 @dataclass
@@ -99,6 +105,7 @@ class _DocumentRows(NamedTuple):
     columns: Mapping[str, np.ndarray]
     windowed_before: int
     empty_before: int
+    media: Sequence[MediumContent]
 
     @property
     def n_rows(self) -> int:
@@ -119,6 +126,7 @@ class CutDocument(NamedTuple):
     has_tokens: bool
     cut: "_CutTo"
     """Makes its rows, at most so many; called once, and only if they are wanted."""
+    media: Sequence[MediumContent] = ()
 
 
 class _CutTo(Protocol):
@@ -129,8 +137,9 @@ class _Encoded(NamedTuple):
     document: Document
     ordinal: int
     tokens: np.ndarray
-    spoken: Mapping[str, np.ndarray]
-    """Of a chat: `CHAT_COLUMNS`."""
+    beside: Mapping[str, np.ndarray]
+    """Of a chat `CHAT_COLUMNS`, of a text with media `MEDIA_COLUMNS`."""
+    media: Sequence[MediumContent]
 
 
 def plan_groups(
@@ -153,10 +162,10 @@ def plan_groups(
     """
 
     def cuts() -> Iterator[CutDocument]:
-        for document, ordinal, tokens, spoken in _encoded(text, encode, state.ordinal, choosing):
-            kept = tokens[: windowing.max_document_tokens]
-            cut = partial(cut_document, kept, spoken, document, windowing, choosing=choosing)
-            yield CutDocument(document, ordinal, len(tokens) > 0, cut)
+        for document, ordinal, tokens, beside, media in _encoded(text, encode, state.ordinal, choosing):
+            kept = tokens[: _limit(windowing.max_document_tokens, beside)]
+            cut = partial(cut_document, kept, beside, document, windowing, choosing=choosing)
+            yield CutDocument(document, ordinal, len(tokens) > 0, cut, media)
 
     return group_documents(cuts(), windowing.rows_per_group, windowing.max_tokens, state, tail)
 
@@ -201,6 +210,7 @@ def _following(tail: PlannedGroup | None, planned: PlannedGroup) -> PlannedGroup
         sequences={name: [*tail.sequences[name], *values] for name, values in planned.sequences.items()},
         documents={name: [*tail.documents[name], *values] for name, values in planned.documents.items()},
         windows={name: [*tail.windows[name], *values] for name, values in planned.windows.items()},
+        media={name: [*tail.media[name], *values] for name, values in planned.media.items()},
     )
 
 
@@ -213,7 +223,7 @@ def _document_rows(
     sequence = state.n_sequences
     number = state.n_documents - resumed
     windowed = state.windowed_documents
-    for document, ordinal, has_tokens, cut_to in documents:
+    for document, ordinal, has_tokens, cut_to, media in documents:
         left = None if max_rows is None else max_rows - row
         if has_tokens and left is not None and left <= 0:
             return
@@ -225,11 +235,19 @@ def _document_rows(
             windowed -= cut.is_windowed
             sequence -= int(np.searchsorted(cut.window_starts, state.rows_done))
         columns = {**cut.columns, "sequence": sequence + cut.columns["sequence"]}
-        yield _DocumentRows(document, ordinal, number, row, sequence, cut, columns, windowed, empty.count)
+        yield _DocumentRows(document, ordinal, number, row, sequence, cut, columns, windowed, empty.count, media)
         windowed += cut.is_windowed
         row += len(columns["token_id"])
         sequence += len(cut.window_starts)
         number += 1
+
+
+def _limit(max_tokens: int | None, beside: Mapping[str, np.ndarray]) -> int | None:
+    """Tokens of a document that are used, at most: no medium is cut in two."""
+    medium = beside.get("medium")
+    if max_tokens is None or medium is None or max_tokens >= len(medium) or medium[max_tokens] < 0:
+        return max_tokens
+    return max_tokens - int((medium[:max_tokens] == medium[max_tokens]).sum())
 
 
 def _encoded(
@@ -244,15 +262,15 @@ def _encoded(
     ordinal = start
 
     def flush() -> Iterator[_Encoded]:
-        written = [document for document in some if document.text.strip()]
+        written = [document for document in some if not document.is_empty]
         encoded = iter(_tokens_of(written, encode, choosing) if written else ())
         for offset, document in enumerate(some):
-            tokens, spoken = next(encoded) if document.text.strip() else (np.empty(0, np.int32), {})
-            yield _Encoded(document, ordinal + offset, tokens, spoken)
+            tokens, beside, media = (np.empty(0, np.int32), {}, ()) if document.is_empty else next(encoded)
+            yield _Encoded(document, ordinal + offset, tokens, beside, media)
 
     for document in text.documents(start):
         some.append(document)
-        characters += len(document.text)
+        characters += len(document.text) + MEDIUM_CHARACTERS * len(document.media)
         if len(some) >= ENCODE_DOCUMENTS or characters >= enough:
             yield from flush()
             ordinal += len(some)
@@ -262,11 +280,13 @@ def _encoded(
 
 def _tokens_of(
     documents: Sequence[Document], encode: Callable[[Sequence[str]], list[np.ndarray]], choosing: Choosing | None
-) -> Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
+) -> Sequence[tuple[np.ndarray, Mapping[str, np.ndarray], Sequence[MediumContent]]]:
+    if choosing is not None and choosing.encode_media is not None:
+        return choosing.encode_media(documents)
     if choosing is not None and choosing.encode_chats is not None:
         chats = choosing.encode_chats([document.chat for document in documents])
-        return [(chat.token_id, {name: getattr(chat, name) for name in CHAT_COLUMNS}) for chat in chats]
-    return [(tokens, {}) for tokens in encode([document.text for document in documents])]
+        return [(chat.token_id, {name: getattr(chat, name) for name in CHAT_COLUMNS}, ()) for chat in chats]
+    return [(tokens, {}, ()) for tokens in encode([document.text for document in documents])]
 
 
 def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: int, complete: bool) -> PlannedGroup:
@@ -279,13 +299,14 @@ def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: in
     }
     names = ("sequence", "tokens", *(f"{name}s" for name in CHAT_COLUMNS if name in columns))
     windows: dict[str, list[Any]] = {name: [] for name in names} if pending[0].cut.windows else {}
+    media: dict[str, list[Any]] = {name: [] for name in MEDIA_TABLE if "modality" in columns}
     for item in pending:
         first, last = max(0, start - item.row_start), min(item.n_rows, stop - item.row_start)
         for name, values in columns.items():
             values.append(item.columns[name][first:last])
         if item.row_start >= start and last > 0:
             _list_document(item, documents)
-        _list_sequences(item, first, last, sequences, windows)
+        _list_sequences(item, first, last, sequences, windows, media)
     return PlannedGroup(
         group=start // size,
         row_start=start,
@@ -295,6 +316,7 @@ def _planned_group(pending: list[_DocumentRows], start: int, stop: int, size: in
         documents=documents,
         state=_state_at(pending, stop, complete),
         windows=windows,
+        media=media,
     )
 
 
@@ -309,7 +331,12 @@ def _list_document(item: _DocumentRows, table: dict[str, list[Any]]) -> None:
 
 
 def _list_sequences(
-    item: _DocumentRows, first: int, last: int, table: dict[str, list[Any]], windows: dict[str, list[Any]]
+    item: _DocumentRows,
+    first: int,
+    last: int,
+    table: dict[str, list[Any]],
+    windows: dict[str, list[Any]],
+    media: dict[str, list[Any]],
 ) -> None:
     starts = item.cut.window_starts
     ends = np.append(starts[1:], item.n_rows)
@@ -324,6 +351,10 @@ def _list_sequences(
                 windows["sequence"].append(item.first_sequence + window)
                 for name, values in item.cut.windows[window].items():
                     windows["tokens" if name == "token_id" else f"{name}s"].append(values)
+            for number, position, n_tokens in item.cut.media[window] if media else ():
+                placed = (item.first_sequence + window, position, n_tokens, item.number, number, *item.media[number])
+                for name, value in zip(MEDIA_TABLE, placed, strict=True):
+                    media[name].append(value)
 
 
 def _state_at(pending: list[_DocumentRows], stop: int, complete: bool) -> PlanState:

@@ -16,13 +16,15 @@ BOS belongs to no text: it stays only where none of the last four is given.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
 from activations.chats import CONTENT_KINDS, ROLES, Chat, ChatTokens
+from activations.documents import Document
 from activations.errors import InvalidInputError, UnknownNameError
-from activations.source import HookedModel, RowFlag
+from activations.media import MediaTokens
+from activations.source import HookedModel, MediaModel, RowFlag
 
 __all__ = ["Choosing", "RowSelection", "WindowTokens", "choosing_for"]
 
@@ -129,27 +131,37 @@ class Choosing(NamedTuple):
     """Whether the pattern is found in each token's text (bool by token)."""
     encode_chats: Callable[[Sequence[Chat]], list[ChatTokens]] | None
     """Tokens of chats and what they are, where the text is chats."""
+    encode_media: Callable[[Sequence[Document]], list[MediaTokens]] | None = None
+    """Tokens of documents with media, where the text has any."""
 
 
-def choosing_for(model: HookedModel, selection: RowSelection, chat_template: str | None) -> Choosing | None:
+def choosing_for(
+    model: HookedModel, selection: RowSelection, chat_template: str | None, media: bool = False
+) -> Choosing | None:
     """What the plan needs to choose rows with a model; None where every token of plain text is a row.
 
     Args:
         model: whose tokenizer it is.
         selection: which tokens become rows.
         chat_template: what chats are written with; None for plain text.
+        media: whether documents may have images and sounds.
     """
-    if selection.keeps_all and chat_template is None:
+    if selection.keeps_all and chat_template is None and not media:
         return None
-    encode_chats = None
-    if chat_template is not None:
+    encode_chats, encode_media = None, None
+    if media:
+
+        def encode_media(documents: Sequence[Document]) -> list[MediaTokens]:
+            return cast("MediaModel", model).encode_media(documents, chat_template)
+
+    elif chat_template is not None:
         template = chat_template
 
         def encode_chats(chats: Sequence[Chat]) -> list[ChatTokens]:
             return model.encode_chats(chats, template)
 
     matches = None if selection.pattern is None else _Matcher(selection.pattern, model.token_texts)
-    return Choosing(selection, matches, encode_chats)
+    return Choosing(selection, matches, encode_chats, encode_media)
 
 
 class _Matcher:

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from activations.chats import Chat, ChatTokens
+from activations.documents import Document
+from activations.media import MediaTokens, PlacedMedium
 from activations.spec import StorageDtype
 
 __all__ = [
     "ActivationBatch",
     "ActivationSource",
     "HookedModel",
+    "MediaModel",
     "ModelIdentity",
     "PendingRows",
     "RowFlag",
@@ -125,6 +128,35 @@ class HookedModel(Protocol):
             batch_size: tokens to run at once, at most (padding included); a single longer window runs alone.
         The result may depend on how windows are batched (rounding), never on what ran before.
         """
+        ...
+
+
+class MediaModel(HookedModel, Protocol):
+    """A model that sees or hears, as capture drives it."""
+
+    def processor_hash(self) -> str:
+        """Digest (hex) of how media are prepared for the model. Raises `InvalidInputError` where it takes none."""
+        ...
+
+    def max_medium_tokens(self, kind: str, seconds: float) -> int:
+        """The most tokens, markup included, that an image takes, or a sound of so many seconds. Raises
+        `InvalidInputError` where the model takes no such medium, or none so long."""
+        ...
+
+    def encode_media(self, documents: Sequence[Document], template: str | None) -> list[MediaTokens]:
+        """Token ids of documents with their media as the model's processor places them, without the BOS that windows
+        begin with; chats are written with `template`. Raises `InvalidInputError` naming the document."""
+        ...
+
+    def forward_rows(
+        self,
+        windows: Sequence[np.ndarray],
+        hooks: Sequence[str],
+        dtype: StorageDtype,
+        batch_size: int,
+        media: Sequence[Sequence[PlacedMedium]] | None = None,
+    ) -> PendingRows:
+        """As of `HookedModel`, with the media of each window."""
         ...
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from activations.arrays import ArrayLayout, open_zarr
 from activations.errors import IntegrityError, InvalidInputError, UnknownNameError
-from activations.layout import FORMAT, PLAN, StoreLayout, appended_from, identity_fingerprint
+from activations.layout import FORMAT, MEDIA, PLAN, StoreLayout, appended_from, identity_fingerprint
 from activations.ledger import Ledger
 from activations.manifest import ID_LENGTH, has_its_digest, read_manifest
+from activations.media import MEDIA_TABLE, PlacedMedium
 from activations.reading import GroupReader
 from activations.source import ActivationBatch, bf16_to_float32
 from activations.spec import CaptureSpec, StorageDtype
@@ -253,14 +254,57 @@ class ActivationStore:
             spans = ((int(table["start_row"][number]), int(table["n_rows"][number])) for number in sequences)
             end = self.ledger.committed_rows(PLAN)
             return [self.rows(start, min(start + n_rows, end)).token_id for start, n_rows in spans]
-        records = self.ledger.records[PLAN]
-        groups = range(self.ledger.committed_groups(PLAN))
         tokens = []
         for number in map(int, sequences):
-            group = bisect_right(groups, number, key=lambda group: records[group].extra["n_sequences"])
-            first, windows = self._reader.windows_that_start_in(group)
+            first, windows = self._reader.windows_that_start_in(self._group_of_window(number))
             tokens.append(windows[number - first])
         return tokens
+
+    @property
+    def has_media(self) -> bool:
+        """Whether the text has images and sounds."""
+        return self.layout.has_media
+
+    def window_media(self, sequences: Sequence[int]) -> list[tuple[PlacedMedium, ...]]:
+        """The media of these windows (numbers as in `sequences()`), in the order of their tokens, with the content of
+        their files."""
+        names = PlacedMedium._fields
+        found: dict[int, list[PlacedMedium]] = {int(number): [] for number in sequences}
+        for group in sorted({self._group_of_window(number) for number in found}) if self.has_media else ():
+            table = self.table_piece(MEDIA, group)
+            numbers = table.column("sequence").to_pylist()
+            values = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            for number, one in zip(numbers, values, strict=True):
+                if number in found:
+                    found[number].append(PlacedMedium(*one))
+        by_place = (sorted(found[int(number)], key=lambda one: one.position) for number in sequences)
+        return [tuple(media) for media in by_place]
+
+    def media(self, content: bool = False) -> "pd.DataFrame":
+        """The images and sounds: the columns of `activations.media.MEDIA_TABLE`, `content` only if that is asked for.
+
+        Raises:
+            InvalidInputError: the text has no media.
+        """
+        import pyarrow
+
+        if not self.has_media:
+            raise InvalidInputError(
+                f"{self.path} has no images or sounds: its text was captured without a column of media."
+            )
+        names = [name for name in MEDIA_TABLE if content or name != "content"]
+        groups = range(self.ledger.committed_groups(PLAN))
+        pieces = [self.table_piece(MEDIA, group).select(names) for group in groups]
+        table = pyarrow.concat_tables(pieces).to_pandas() if pieces else None
+        if table is None:
+            raise InvalidInputError(f"{self.path} has no committed rows yet.")
+        sequences = self.sequences()
+        return table[table["sequence"].isin(sequences["sequence"])].reset_index(drop=True)
+
+    def _group_of_window(self, number: int) -> int:
+        """The row group in which a window starts."""
+        records, groups = self.ledger.records[PLAN], range(self.ledger.committed_groups(PLAN))
+        return bisect_right(groups, number, key=lambda group: records[group].extra["n_sequences"])
 
     def documents(self) -> "pd.DataFrame":
         """The documents: `document, title, source, language, license, extra, n_tokens, held_out`.

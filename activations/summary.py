@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from activations.layout import PLAN
+from activations.media import MODALITIES
 from activations.selection import RowSelection
 from activations.source import RowFlag
 from activations.store import ActivationStore
@@ -20,9 +21,9 @@ SAMPLED_ROWS = 2**24
 def store_info(store: ActivationStore) -> dict[str, Any]:
     """What is in the store, JSON-able; see `ActivationStore.info`.
 
-    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, selection, chats,
-    created_by, hooks, sequences, documents, held_out_documents, by_language, by_source`. Per hook: `shape,
-    rows, bytes, norms`.
+    Keys: `id, fingerprint, path, complete, rows, planned_rows, bytes, spec, text, appended, selection, chats, media,
+    created_by, hooks, sequences, documents, held_out_documents, by_language, by_source`, and
+    `by_modality` where there are media. Per hook: `shape, rows, bytes, norms`.
     """
     info: dict[str, Any] = {
         "id": store.id,
@@ -37,6 +38,7 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
         "appended": store.manifest.get("appended", []),
         "selection": store.manifest.get("selection"),
         "chats": store.manifest.get("chats"),
+        "media": store.manifest.get("media"),
         "created_by": store.manifest["created_by"],
         "hooks": {
             hook: {
@@ -57,7 +59,22 @@ def store_info(store: ActivationStore) -> dict[str, Any]:
             info[f"by_{column}"] = {
                 str(name): {"documents": int(row["size"]), "tokens": int(row["sum"])} for name, row in counts.iterrows()
             }
+        if store.has_media:
+            info["by_modality"] = _by_modality(store)
     return info
+
+
+def _by_modality(store: ActivationStore) -> dict[str, dict[str, int]]:
+    """Rows of each modality, and how many media there are."""
+    kinds, size = store.media()["kind"].value_counts(), SAMPLED_ROWS
+    counts = np.zeros(len(MODALITIES), np.int64)
+    for start in range(0, store.n_rows, size):
+        codes = store.column("modality", start, min(store.n_rows, start + size))
+        counts += np.bincount(codes, minlength=len(MODALITIES))
+    rows = dict(zip(MODALITIES, counts.tolist(), strict=True))
+    return {
+        name: {"rows": n, **({} if name == "text" else {"media": int(kinds.get(name, 0))})} for name, n in rows.items()
+    }
 
 
 def norm_statistics(store: ActivationStore, hook: str) -> dict[str, Any]:

@@ -14,13 +14,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from activations.documents import KNOWN_SUFFIXES, Block, Document, blocks_of, document_from, is_held_out, name_of
+from activations.documents import (
+    KNOWN_SUFFIXES,
+    Block,
+    Columns,
+    Document,
+    blocks_of,
+    document_from,
+    is_held_out,
+    name_of,
+)
 from activations.errors import InvalidInputError, UnknownNameError
+from activations.media import MODALITIES, places_in, read_medium
 from activations.spec import fingerprint_of
 
 __all__ = ["Document", "TextSource", "is_held_out"]
@@ -30,6 +40,17 @@ HF_ADDRESS = "hf:/"
 """What is left of the prefix in a `Path`, which drops doubled slashes."""
 HF_SHUFFLE_BUFFER = 10_000
 BLOCKS_PER_POOL = 8
+
+
+class MediaSummary(NamedTuple):
+    """The media of a text."""
+
+    digest: str
+    """xxh3-128 (hex) over all of them."""
+    images: int
+    sounds: int
+    longest_seconds: float
+    """Of the longest sound."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,9 @@ class TextSource:
         max_document_tokens: use only the first so many tokens of each document.
         messages_column: in place of `text_column`, the column that holds chats, a list of messages each; the tools
             that they may call stand in a column `tools`. `activations.chats` says which shapes are read.
+        media_column: beside `text_column`, the column that lists each text's images and sounds; `activations.media`
+            says how.
+        message_media: whether the messages of chats may hold images and sounds.
     """
 
     paths: Sequence[str | Path] | str | Path
@@ -51,6 +75,8 @@ class TextSource:
     shuffle_seed: int | None = None
     max_document_tokens: int | None = None
     messages_column: str | None = None
+    media_column: str | None = None
+    message_media: bool = False
 
     def __post_init__(self) -> None:
         paths = (self.paths,) if isinstance(self.paths, str | Path) else tuple(self.paths)
@@ -61,6 +87,12 @@ class TextSource:
             raise InvalidInputError(f"shuffle_seed is {self.shuffle_seed}; expected 0 or more.")
         if self.max_document_tokens is not None and self.max_document_tokens < 1:
             raise InvalidInputError(f"max_document_tokens is {self.max_document_tokens}; expected at least 1.")
+        if self.media_column is not None and self.is_chats:
+            raise InvalidInputError("Chats hold their media in their messages: give message_media, no media_column.")
+        if self.message_media and not self.is_chats:
+            raise InvalidInputError("message_media is for chats: name the column of their messages.")
+        if self.has_media and any(_is_hf(path) for path in paths):
+            raise InvalidInputError("Media are read from files beside the text, not from a streamed data set.")
         if len(paths) > 1 and any(_is_hf(path) for path in paths):
             raise InvalidInputError("A streamed data set cannot be mixed with other paths; capture them one by one.")
 
@@ -70,12 +102,15 @@ class TextSource:
         Raises:
             UnknownNameError: a file, or the text column of one, does not exist.
             InvalidInputError: a file of unknown kind, a column that is no text, a line that is no JSON object
-                (file and line are named), bytes that are no UTF-8.
+                (file and line are named), bytes that are no UTF-8; an image or a sound that is missing or unreadable
+                (document and path are named).
         """
         if self._hf_name is not None:
             next(iter(self._hf_documents(0)), None)
         else:
             _ = self._blocks
+        if self.has_media:
+            _ = self.media
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,7 +118,8 @@ class TextSource:
 
         A streamed data set is known by its address only: a change of its content goes unnoticed.
         """
-        return fingerprint_of({"files": self._content, **self.settings})
+        media = {"media": self.media.digest} if self.has_media else {}
+        return fingerprint_of({"files": self._content, **media, **self.settings})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,6 +129,8 @@ class TextSource:
             "shuffle_seed": self.shuffle_seed,
             "max_document_tokens": self.max_document_tokens,
             **({"messages_column": self.messages_column} if self.is_chats else {}),
+            **({"media_column": self.media_column} if self.media_column is not None else {}),
+            **({"message_media": True} if self.message_media else {}),
         }
 
     @property
@@ -102,7 +140,7 @@ class TextSource:
 
     def require_text(self) -> None:
         """Raise `InvalidInputError` if every document is empty."""
-        if not any(document.text.strip() for document in self.documents()):
+        if all(document.is_empty for document in self.documents()):
             raise InvalidInputError(f"There is no text in {', '.join(self.names)}: every document is empty.")
 
     @property
@@ -111,8 +149,39 @@ class TextSource:
         return self.messages_column is not None
 
     @property
+    def has_media(self) -> bool:
+        """Whether documents may have images and sounds."""
+        return self.media_column is not None or self.message_media
+
+    @cached_property
+    def media(self) -> MediaSummary:
+        """What media there are; all of them are read for it.
+
+        Raises:
+            InvalidInputError: one is missing or unreadable; document and path are named.
+        """
+        digest, counts, longest = xxhash.xxh3_128(), dict.fromkeys(MODALITIES[1:], 0), 0.0
+        for number, document in enumerate(document for block in self._blocks for document in block.load()):
+            try:
+                if not self.is_chats:
+                    places_in(document.text, document.media)
+                for medium in document.media:
+                    found = read_medium(medium)
+                    digest.update(f"{number} {found.kind} {found.digest}\n".encode())
+                    counts[found.kind] += 1
+                    longest = max(longest, found.seconds or 0.0)
+            except ValueError as error:
+                name = f"{document.title!r} (number {number})" if document.title else f"number {number}"
+                raise InvalidInputError(f"The document {name}: {error}.") from error
+        return MediaSummary(digest.hexdigest(), counts["image"], counts["audio"], longest)
+
+    @property
     def _column(self) -> str:
         return self.text_column if self.messages_column is None else self.messages_column
+
+    @property
+    def _columns(self) -> Columns:
+        return Columns(self._column, self.is_chats, self.media_column, self.message_media)
 
     @property
     def names(self) -> list[str]:
@@ -163,7 +232,7 @@ class TextSource:
 
     @cached_property
     def _blocks(self) -> list[Block]:
-        return blocks_of(self._files, self._column, self.is_chats)
+        return blocks_of(self._files, self._columns)
 
     @cached_property
     def _last_pool(self) -> dict[int, list[Document]]:
@@ -203,7 +272,7 @@ class TextSource:
             if self._column not in row:
                 raise UnknownNameError("text column", self._column, row)
             try:
-                yield document_from(row, self._column, name, self.is_chats)
+                yield document_from(row, self._columns, name, None)
             except ValueError as error:
                 raise InvalidInputError(f"{self._hf_name}: {error}.") from error
 

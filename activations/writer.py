@@ -40,6 +40,7 @@ from activations.interrupts import Interrupts
 from activations.layout import (
     ASIDE,
     FORMAT,
+    MEDIA,
     OPTIONAL_IDENTITY,
     PLAN,
     ZARR_GROUPS,
@@ -50,6 +51,7 @@ from activations.layout import (
 from activations.ledger import GroupRecord, Journal, Ledger
 from activations.locks import LOCK_NAME
 from activations.manifest import DIGEST, read_manifest, write_manifest
+from activations.media import MEDIA_TABLE
 from activations.plan import PlannedGroup, PlanState
 from activations.spec import CaptureSpec, fingerprint_of
 from activations.storage import Storage, StoredObject, storage_at
@@ -227,10 +229,9 @@ class StoreWriter:
             layout = self.layout.column(column)
             name = f"{self.layout.column_array(column)}/{layout.shard_name(planned.group)}"
             objects[name] = write_object(self._object(name), pack_shard(layout, values))
-        tables = (planned.sequences, planned.documents, planned.windows)
-        for table, columns in zip(self.layout.tables, tables, strict=False):
+        for table in self.layout.tables:
             name = self.layout.table_object(table, planned.group)
-            objects[name] = write_object(self._object(name), _parquet(table, columns))
+            objects[name] = write_object(self._object(name), _parquet(table, getattr(planned, table)))
         extra = asdict(planned.state)
         self.ledger.commit(GroupRecord(PLAN, planned.group, planned.row_start, planned.row_stop, objects, extra))
 
@@ -365,6 +366,8 @@ def _parquet(table: str, columns: Mapping[str, list[Any]]) -> bytes:
     kinds = dict.fromkeys(("title", "source", "language", "license", "extra"), text) | {"held_out": truth}
     kinds |= {name: pyarrow.list_(pyarrow.int32()) for name in ("tokens", "messages")}
     kinds |= {name: pyarrow.list_(pyarrow.uint8()) for name in ("roles", "kinds")}
+    if table == MEDIA:
+        kinds = {name: pyarrow.type_for_alias(kind) for name, kind in MEDIA_TABLE.items()}
     schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns])
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(dict(columns), schema=schema), stream, compression="zstd")

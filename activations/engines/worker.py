@@ -9,17 +9,19 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from activations.batching import Window
 from activations.chats import ChatTokens
+from activations.documents import Document
 from activations.engines.crew import Objects
 from activations.layout import PLAN
 from activations.ledger import GroupRecord, Ledger
+from activations.media import MediaTokens, held
 from activations.passes import GROUPS_IN_FLIGHT, CapturePass, PassSettings
 from activations.pipeline import Channel, Stopped, Worker
 from activations.source import HookedModel, ModelIdentity
@@ -97,6 +99,17 @@ class ModelProxy:
 
     def encode_chats(self, chats: Any, template: str) -> list[ChatTokens]:
         return list(self._ask("encode_chats", chats, template))
+
+    def processor_hash(self) -> str:
+        return str(self._ask("processor_hash"))
+
+    def max_medium_tokens(self, kind: str, seconds: float) -> int:
+        return int(self._ask("max_medium_tokens", kind, seconds))
+
+    def encode_media(self, documents: Sequence[Document], template: str | None) -> list[MediaTokens]:
+        # A worker may have no path to the files.
+        sent = [replace(one, media=tuple(map(held, one.media))) for one in documents]
+        return list(self._ask("encode_media", sent, template))
 
     def token_texts(self, ids: Any) -> list[str]:
         return list(self._ask("token_texts", ids))

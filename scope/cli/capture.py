@@ -89,6 +89,19 @@ def register(app: typer.Typer) -> None:
                 "column tools."
             ),
         ] = None,
+        media_column: Annotated[
+            str | None,
+            typer.Option(
+                help="The column that lists the images and sounds of each text, by paths relative to the file; <image> "
+                "and <audio> in the text say where they stand."
+            ),
+        ] = None,
+        message_media: Annotated[
+            bool,
+            typer.Option(
+                "--message-media", help="Of chats: messages may hold images and sounds, as parts of their content."
+            ),
+        ] = False,
         chat_template: Annotated[
             Path | None, typer.Option(help="A Jinja file that writes chats, in place of the tokenizer's own template.")
         ] = None,
@@ -177,6 +190,8 @@ def register(app: typer.Typer) -> None:
                 shuffle_seed=shuffle_seed,
                 max_document_tokens=max_document_tokens,
                 messages_column=messages_column,
+                media_column=media_column,
+                message_media=message_media,
             )
 
         engine = engine or detected_engine()

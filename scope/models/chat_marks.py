@@ -126,7 +126,15 @@ class MarkedChat:
     def _message(self, number: int, message: Message) -> dict[str, Any]:
         kind = ANSWER if message.role in ANSWERING else TEXT
         marked = message.as_dict
-        marked["content"] = self._content(number, message.content, kind)
+        if message.parts:
+            marked["content"] = [
+                {**part.as_dict, "text": self._around(part.value, _Owner(kind, number, item))}
+                if part.kind == "text"
+                else part.as_dict
+                for item, part in enumerate(message.parts)
+            ]
+        else:
+            marked["content"] = self._content(number, message.content, kind)
         for name in REASONING:
             if name in marked:
                 marked[name] = self._around(marked[name], _Owner(THOUGHT, number, 0))

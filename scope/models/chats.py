@@ -24,8 +24,9 @@ own words reach from and to.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,28 +35,33 @@ from activations.chats import CONTENT_KINDS, ROLES, Chat, ChatTokens, role_code
 from scope.errors import InvalidInputError
 from scope.models.chat_marks import Words, mark, wrapped
 
-__all__ = ["encode_chats", "own_template", "written_prompt"]
+__all__ = ["WrittenChat", "chat_tokens", "encode_chats", "own_template", "write_chat", "written_prompt"]
 
 ALWAYS = datetime(2000, 1, 1)
 """The date for templates that write today's (Llama 3.2's do): a capture that is resumed tomorrow must read the same."""
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 BLANK, BRACKETS = re.compile(r"\s*"), re.compile(r"[\s\])}]*")
 CLOSING_TAG = re.compile(r"</[^<>\n]*>|\[/[^\[\]\n]*\]")
+NO_PLACEHOLDERS: Mapping[str, str] = MappingProxyType({})
 CALL, ANSWER = CONTENT_KINDS.index("tool_call"), CONTENT_KINDS.index("tool_response")
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
+    """What of the text belongs to a message."""
+
     start: int
     stop: int
     message: int
 
 
-class _Written(NamedTuple):
+class WrittenChat(NamedTuple):
     """A chat as its template writes it."""
 
     text: str
     words: Sequence[Words]
-    turns: Sequence[_Turn]
+    turns: Sequence[Turn]
+    media: Sequence[tuple[int, int]] = ()
+    """Where the placeholders of its media stand, in order."""
 
 
 def own_template(tokenizer: Any) -> str | None:
@@ -79,12 +85,10 @@ def encode_chats(
     Raises:
         InvalidInputError: the template fails, or what a token is can't be told.
     """
-    template = _dated(template)
-    specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
-    written = [_written(tokenizer, chat, template, specials, answer) for chat in chats]
+    written = [write_chat(tokenizer, special_ids, chat, template, answer) for chat in chats]
     encodings = tokenizer.backend_tokenizer.encode_batch([one.text for one in written], add_special_tokens=False)
     return [
-        _tokens(tokenizer.bos_token_id, encoding, one, chat)
+        chat_tokens(tokenizer.bos_token_id, encoding, one, chat)
         for encoding, one, chat in zip(encodings, written, chats, strict=True)
     ]
 
@@ -102,8 +106,15 @@ def _dated(template: str) -> str:
     return TODAY.sub(lambda call: repr(ALWAYS.strftime(call[2])), template)
 
 
-def _tokens(bos: int | None, encoding: Any, written: _Written, chat: Chat) -> ChatTokens:
-    """Step 4."""
+def chat_tokens(bos: int | None, encoding: Any, written: WrittenChat, chat: Chat) -> ChatTokens:
+    """Step 4, without the BOS that the template writes.
+
+    Args:
+        bos: id of the tokenizer's BOS.
+        encoding: the tokenizer's encoding of the text, with offsets.
+        written: the text, and what of it is what.
+        chat: the conversation.
+    """
     tokens = np.asarray(encoding.ids, np.int32)
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     role, kind = np.zeros(len(tokens), np.uint8), np.zeros(len(tokens), np.uint8)
@@ -117,8 +128,21 @@ def _tokens(bos: int | None, encoding: Any, written: _Written, chat: Chat) -> Ch
     return ChatTokens(tokens[n_bos:], role[n_bos:], kind[n_bos:], message[n_bos:])
 
 
-def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str], answer: bool) -> _Written:
-    """Steps 1 to 3."""
+def write_chat(
+    tokenizer: Any,
+    special_ids: frozenset[int],
+    chat: Chat,
+    template: str,
+    answer: bool = False,
+    placeholders: Mapping[str, str] = NO_PLACEHOLDERS,
+) -> WrittenChat:
+    """Steps 1 to 3; `placeholders` is what the template writes for an image and for a sound.
+
+    Raises:
+        InvalidInputError: as of `encode_chats`; or the template writes other media than the chat has.
+    """
+    template = _dated(template)
+    specials = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids)), key=len, reverse=True)
     messages = [message.as_dict for message in chat.messages]
     text = _rendered(tokenizer, messages, chat.tools, template, answer)
     words = None
@@ -138,12 +162,36 @@ def _written(tokenizer: Any, chat: Chat, template: str, specials: Sequence[str],
     asked = text if answer else _rendered(tokenizer, messages, chat.tools, template, True)
     plain = _rendered(tokenizer, messages, chat.tools, template, False) if answer else text
     heading = asked[len(plain) :] if asked.startswith(plain) else ""
-    return _Written(text, words, _turns(text, words, chat, heading, specials))
+    media = _media_in(text, chat, placeholders)
+    words = sorted([*words, *media])
+    spans = [(one.start, one.stop) for one in media]
+    return WrittenChat(text, words, _turns(text, words, chat, heading, specials), spans)
 
 
-def _turns(text: str, words: Sequence[Words], chat: Chat, heading: str, specials: Sequence[str]) -> list[_Turn]:
+def _media_in(text: str, chat: Chat, placeholders: Mapping[str, str]) -> list[Words]:
+    """Where the template writes what stands for the chat's media; they belong to what the message says."""
+    wanted = [
+        (part.kind, number) for number, one in enumerate(chat.messages) for part in one.parts if part.kind != "text"
+    ]
+    kinds = {mark: kind for kind, mark in placeholders.items()}
+    found = list(re.finditer("|".join(map(re.escape, kinds)), text)) if wanted and kinds else []
+    if [kinds[mark[0]] for mark in found] != [kind for kind, _ in wanted]:
+        own = ", ".join(kind for kind, _ in wanted) or "none"
+        messages = [message.as_dict for message in chat.messages]
+        raise InvalidInputError(
+            f"The chat that begins with {_beginning(messages)!r} has the media {own}, and "
+            f"what its template writes has the marks {', '.join(mark[0] for mark in found) or 'of none'}. Give a "
+            "template that writes media, and none of its marks in what messages say."
+        )
+    return [
+        Words(*mark.span(), CONTENT_KINDS.index("text"), number, item)
+        for item, (mark, (_, number)) in enumerate(zip(found, wanted, strict=True))
+    ]
+
+
+def _turns(text: str, words: Sequence[Words], chat: Chat, heading: str, specials: Sequence[str]) -> list[Turn]:
     """Step 3; `heading` asks for the assistant's answer."""
-    turns: list[_Turn] = []
+    turns: list[Turn] = []
     last_kind: list[int] = []
     for number, one in enumerate(words):
         if one.message < 0:
@@ -160,7 +208,7 @@ def _turns(text: str, words: Sequence[Words], chat: Chat, heading: str, specials
             if heading.strip() and role_code(chat.messages[one.message].role) == ROLES.index("assistant"):
                 found = text.rfind(heading, low, start)
                 start = start if found < 0 else found + len(heading)
-            turns.append(_Turn(start, stop, one.message))
+            turns.append(Turn(start, stop, one.message))
             last_kind.append(one.kind)
     ends = [*(turn.start for turn in turns[1:]), len(text)][: len(turns)]
     return [

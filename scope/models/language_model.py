@@ -18,6 +18,8 @@ from torch import Tensor
 
 from activations.chats import Chat, ChatTokens
 from activations.denoising import Canvas, DenoisedBlock, DenoisingSettings
+from activations.documents import Document
+from activations.media import MediaTokens, PlacedMedium
 from activations.source import ModelIdentity
 from activations.spec import StorageDtype
 from activations.text import TextSource
@@ -30,6 +32,7 @@ from scope.models.dictionaries import Saes
 from scope.models.edits import EditFunction, Standing, resolve_edits
 from scope.models.generation import Generation, NewToken, collect, stream
 from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
+from scope.models.media import MediaInputs, MediaPrompt, MediaReader
 from scope.models.parameters import ParameterCount, count_parameters
 from scope.models.placement import EmbeddingPlace
 from scope.models.rows import HostCopy, check_windows, collect_rows
@@ -223,6 +226,38 @@ class LanguageModel:
         assistant's next turn begins with. See `scope.models.chats`."""
         return encode_chats(self.tokenizer, self.special_token_ids, chats, template, answer)
 
+    # Images and sounds
+
+    @cached_property
+    def media(self) -> MediaReader:
+        """The model's processor: how images and sounds become tokens.
+
+        Raises:
+            InvalidInputError: the model takes text alone, or its folder has no processor.
+        """
+        return MediaReader(self)
+
+    def processor_hash(self) -> str:
+        """Digest (hex) of how media are prepared for the model."""
+        return self.media.fingerprint
+
+    def max_medium_tokens(self, kind: str, seconds: float) -> int:
+        """See `activations.source.MediaModel`."""
+        return self.media.max_tokens(kind, seconds)
+
+    def encode_media(self, documents: Sequence[Document], template: str | None) -> list[MediaTokens]:
+        """See `activations.source.MediaModel`."""
+        return self.media.encode(documents, template)
+
+    def media_prompt(self, prompt: "str | Sequence[Any] | Document") -> MediaPrompt:
+        """A prompt with images or sounds, for `run`: chat messages whose contents have parts such as
+        `{"type": "image", "path": …}`, or a document with its media.
+
+        Raises:
+            InvalidInputError: the model takes no such media, or one cannot be read.
+        """
+        return self.media.prompt(prompt)
+
     @cached_property
     def _reader(self) -> TokenReader:
         return TokenReader(self.tokenizer, self.special_token_ids)
@@ -299,6 +334,7 @@ class LanguageModel:
         handlers: Mapping[HookPoint, Handler],
         logits: bool | Literal["last"],
         cache: Any = None,
+        media: MediaInputs | None = None,
     ) -> Float[Tensor, "batch n d_vocab"] | None:
         """One pass with a handler at each hook point: the common ground of `run`, `cross_entropy` and capture.
 
@@ -308,6 +344,7 @@ class LanguageModel:
             logits: whether to compute the logits of all positions, of the last one, or none; without them the pass
                 ends after the last handler.
             cache: transformers' cache of the tokens before these, which these are added to; None for whole windows.
+            media: what the towers get, where there are images or sounds among the tokens.
         """
         if not logits and not handlers:
             return None
@@ -316,33 +353,52 @@ class LanguageModel:
         if any(point.path == "bridge" for point in handlers):
             from scope.models.bridge import bridge_forward
 
+            if media is not None:
+                raise InvalidInputError(
+                    "The bridge runs text alone; with images or sounds ask for hooks of the fast path."
+                )
             return bridge_forward(self, tokens, handlers, logits)
         output = None
         with self.lock, tapped(self.hf, handlers, stop=not logits):
-            hidden = self.hidden_states(tokens, cache)
+            hidden = self.hidden_states(tokens, cache, media)
             if logits or any(point.name == "hook_unembed" for point in handlers):
                 output = losses.unembed(self, hidden[:, -1:] if logits == "last" else hidden)
         return output if logits else None
 
-    def hidden_states(self, tokens: Int[Tensor, "batch seq"], cache: Any = None) -> Float[Tensor, "batch seq d_model"]:
-        """The output of the final norm; `cache` as for `forward`. Of a model that denoises: its encoder's.
+    def hidden_states(
+        self, tokens: Int[Tensor, "batch seq"], cache: Any = None, media: MediaInputs | None = None
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """The output of the final norm; `cache` and `media` as for `forward`. Of a model that denoises: its encoder's.
 
         Raises:
             InvalidInputError: an intervention is in force that the caller does not take part in.
         """
         self.standing.require_taken_in()
+        if media is not None:
+            return media.run(self, tokens)
         backbone = self.hf.get_submodule((self.layout.encoder or self.layout).backbone)
         return backbone(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def forward_rows(
-        self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
+        self,
+        windows: Sequence[np.ndarray],
+        hooks: Sequence[str],
+        dtype: StorageDtype,
+        batch_size: int,
+        media: Sequence[Sequence[PlacedMedium]] | None = None,
     ) -> HostCopy:
-        """Run windows and keep what the hooks see, as rows of real tokens: see `activations.source.HookedModel`."""
+        """Run windows and keep what the hooks see, as rows of real tokens: see `activations.source.HookedModel` and,
+        for `media`, `MediaModel`."""
         with torch.inference_mode():
-            return HostCopy(self.device_rows(windows, hooks, dtype, batch_size))
+            return HostCopy(self.device_rows(windows, hooks, dtype, batch_size, media))
 
     def device_rows(
-        self, windows: Sequence[np.ndarray], hooks: Sequence[str], dtype: StorageDtype, batch_size: int
+        self,
+        windows: Sequence[np.ndarray],
+        hooks: Sequence[str],
+        dtype: StorageDtype,
+        batch_size: int,
+        media: Sequence[Sequence[PlacedMedium]] | None = None,
     ) -> dict[str, Tensor]:
         """As `forward_rows`, but what the hooks see stays on the model's device: per hook the rows, in the storage
         dtype, and per `norm/<hook>` their norms."""
@@ -350,8 +406,10 @@ class LanguageModel:
         check_windows(windows, 1, self.max_context_size, self.d_vocab)
         in_order = sorted(points, key=self.hook_table.rank)
 
-        def forward(tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
-            self.forward(tokens, {points[name][0]: keep[name] for name in in_order}, logits=False)
+        def forward(indices: Sequence[int], tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
+            own = None if media is None else [media[index] for index in indices]
+            inputs = None if own is None or not any(own) else self.media.inputs(tokens, own)
+            self.forward(tokens, {points[name][0]: keep[name] for name in in_order}, logits=False, media=inputs)
 
         hooked = [point.site.module for point, _ in points.values() if point.site is not None]
         layers = self.compiled_layers.in_place(hooked) if self.compiled_layers is not None else nullcontext()
@@ -373,7 +431,7 @@ class LanguageModel:
 
     def run(
         self,
-        prompt: str | Sequence[Any] | Int[Tensor, " seq"],
+        prompt: str | Sequence[Any] | Int[Tensor, " seq"] | MediaPrompt,
         hooks: Sequence[str] = (),
         saes: Saes = (),
         splice: SpliceMode | Literal[False] | None = None,
@@ -385,7 +443,8 @@ class LanguageModel:
         """Run one prompt.
 
         Args:
-            prompt: a text (BOS is put in front), chat messages, or token ids.
+            prompt: a text (BOS is put in front), chat messages, token ids, or what `media_prompt` makes of images and
+                sounds.
             hooks: where to record activations.
             saes: SAEs whose features are wanted: one, several, or several by name.
             splice: put the SAEs' reconstructions in the place of what they read: "without_error", or "with_error",
@@ -399,10 +458,11 @@ class LanguageModel:
         Raises:
             UnknownNameError, OutOfRangeError, MismatchError, InvalidInputError: before anything is computed.
         """
-        tokens = self.prompt_tokens(prompt, chat_template)
+        media = prompt.inputs if isinstance(prompt, MediaPrompt) else None
+        tokens = prompt.tokens if isinstance(prompt, MediaPrompt) else self.prompt_tokens(prompt, chat_template)
         edits = self.standing.with_these(self.hook_table, edits)
         with self.standing.taken_in():
-            return run(self, tokens, hooks, saes, splice, edits, grad, logits)
+            return run(self, tokens, hooks, saes, splice, edits, grad, logits, media)
 
     @contextmanager
     def intervene(self, edits: Mapping[str, EditFunction]) -> Iterator["LanguageModel"]:

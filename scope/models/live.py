@@ -80,6 +80,10 @@ class LiveActivations:
     ) -> None:
         check_numbers(max_tokens, batch_size)
         require_sizes(context_size, dtype, rows_per_group)
+        if text.has_media:
+            raise InvalidInputError(
+                "Images and sounds cannot be streamed; capture them into a store, which keeps them and their places."
+            )
         text.check()
         text.require_text()
         self._rows = row_choice(model, text, None, None, chat_template, adopt=False)

@@ -150,7 +150,7 @@ def collect_rows(
     dtype: StorageDtype,
     batch_size: int,
     device: torch.device,
-    forward: Callable[[Tensor, Mapping[str, Callable[[Tensor], None]]], None],
+    forward: Callable[[Sequence[int], Tensor, Mapping[str, Callable[[Tensor], None]]], None],
 ) -> dict[str, Tensor]:
     """Run all windows and collect what the hooks see, on the model's device: per hook its rows in the order of the
     windows, and per `norm/<hook>` their norms.
@@ -161,7 +161,8 @@ def collect_rows(
         dtype: storage dtype.
         batch_size: tokens to run at once, padding included.
         device: where the model runs.
-        forward: runs a batch of tokens and hands each hook's tensor to its function.
+        forward: given the numbers of some windows and their tokens as a batch, runs them and hands each hook's tensor
+            to its function.
     """
     storage = STORAGE[dtype]
     lengths = [len(window) for window in windows]
@@ -178,5 +179,5 @@ def collect_rows(
     with unpacked(), sdpa_kernel(ANY_SHAPE) if device.type == "cuda" else nullcontext():
         for indices in pack_windows(windows, batch_size):
             batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
-            forward(batch.tokens, {name: partial(keep, name, batch) for name in shapes})
+            forward(indices, batch.tokens, {name: partial(keep, name, batch) for name in shapes})
     return {**out, **{f"norm/{name}": values for name, values in norms.items()}}

@@ -21,6 +21,7 @@ from scope.models.attention import attention_of_the_plain_run
 from scope.models.dictionaries import Dictionary, Saes, as_read, resolve_dictionaries
 from scope.models.edits import EditContext, EditFunction, apply_edits, freezes_attention, resolve_edits
 from scope.models.hooks import HookPoint, HookTable
+from scope.models.media import MediaInputs
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
@@ -120,6 +121,7 @@ def run(
     edits: Mapping[str, EditFunction] | None,
     grad: bool,
     logits: bool | Literal["last"],
+    media: MediaInputs | None = None,
 ) -> RunResult:
     """See `LanguageModel.run`."""
     table = model.hook_table
@@ -152,9 +154,11 @@ def run(
     freeze = freezes_attention(edits)
     if freeze and any(point.path == "bridge" for point in handlers):
         raise InvalidInputError("Attention cannot be held beside hooks that only the bridge sees; ask for others.")
+    if freeze and media is not None:
+        raise InvalidInputError("Attention cannot be held where a prompt has images or sounds.")
     held = attention_of_the_plain_run(model, batch) if freeze and handlers else nullcontext()
     with model.lock, held, torch.set_grad_enabled(grad):
-        output = model.forward(batch, handlers, logits)
+        output = model.forward(batch, handlers, logits, media=media)
     return RunResult(
         tokens=tokens,
         logits=None if output is None else output[0],
