@@ -223,9 +223,9 @@ def _write_tables(store: ActivationStore, folder: Path, n_rows: int) -> None:
         table.to_parquet(folder / f"{name}.parquet", index=False)
         _settle(folder / f"{name}.parquet")
     last = int(sequences["sequence"].iloc[-1])
-    for table in (WINDOWS, MEDIA):
-        if table in store.layout.tables:
-            _write_by_window(store, table, folder / f"{table}.parquet", last)
+    for by_window in (WINDOWS, MEDIA):
+        if by_window in store.layout.tables:
+            _write_by_window(store, by_window, folder / f"{by_window}.parquet", last)
 
 
 def _write_by_window(store: ActivationStore, table: str, path: Path, last_sequence: int) -> None:

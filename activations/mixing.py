@@ -63,14 +63,27 @@ class Piece(NamedTuple):
     values: Values | None
 
 
-def permute(pieces: Iterator[Piece], n_rows: int, seed: int, passes: int | None) -> Iterator[Fill | Give]:
-    """Fill all rows in, once; then every pass is a permutation of them."""
+def permute(
+    pieces: Iterator[Piece], n_rows: int, seed: int, passes: int | None, groups: np.ndarray | None = None
+) -> Iterator[Fill | Give]:
+    """Fill all rows in, once; then every pass is a permutation of them, or, given the group of each, of as many of each
+    group as the smallest has, drawn anew for each pass."""
     filled = 0
     for rows, values in pieces:
         yield Fill(np.arange(filled, filled + len(rows)), rows, values)
         filled += len(rows)
     for number in count() if passes is None else range(passes):
-        yield Give(np.random.default_rng([seed, number]).permutation(n_rows))
+        rng = np.random.default_rng([seed, number])
+        yield Give(rng.permutation(n_rows if groups is None else equal_shares(groups, rng)))
+
+
+def equal_shares(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Places of as many members of each group as the smallest has, drawn without repeats."""
+    counts = np.bincount(groups)
+    smallest = int(counts[counts > 0].min())
+    return np.concatenate(
+        [rng.choice(np.flatnonzero(groups == code), smallest, replace=False) for code in np.flatnonzero(counts)]
+    )
 
 
 def mix(pieces: Iterator[Piece], capacity: int, share: float, rng: np.random.Generator) -> Iterator[Fill | Give]:
@@ -147,6 +160,9 @@ class Chooser(Protocol):
     @property
     def max_norm_ratio(self) -> float | None: ...
 
+    @property
+    def balanced(self) -> bool: ...
+
     def by_flags(self, flags: np.ndarray) -> np.ndarray: ...
 
 
@@ -156,11 +172,22 @@ class Feed(Protocol):
     limits: dict[str, float]
     """Largest norm of a row that is used, by hook; empty where the selection does not bound norms."""
 
+    groups: np.ndarray | None
+    """The group of each chosen row in order, where a pass takes the same number of each."""
+
     @property
-    def n_rows(self) -> int | None: ...
+    def n_rows(self) -> int | None:
+        """Rows of a pass."""
+        ...
+
+    @property
+    def n_chosen(self) -> int | None:
+        """Rows that passes take theirs from."""
+        ...
 
     def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
-        """All chosen rows once: blocks in random order, or in the source's order if there is no generator."""
+        """The rows of a pass: blocks in random order; all chosen rows in the source's order if there is no
+        generator."""
         ...
 
     def read(self, rows: np.ndarray) -> Values:
@@ -183,23 +210,63 @@ class StoreFeed:
         if chooser.max_norm_ratio is not None and any(chosen.any() for chosen in by_flags):
             self._bound_norms(stretches, by_flags, chooser.max_norm_ratio)
         self._bits = np.packbits(np.concatenate([*by_flags, np.zeros(0, bool)]))
-        self._n_rows = sum(int(chosen.sum()) for chosen in by_flags)
+        self._n_chosen = self._n_rows = sum(int(chosen.sum()) for chosen in by_flags)
+        self.groups: np.ndarray | None = None
+        self._codes: np.ndarray | None = None
+        if chooser.balanced:
+            self._group(stretches, by_flags)
 
     @property
     def n_rows(self) -> int | None:
         return self._n_rows
 
+    @property
+    def n_chosen(self) -> int | None:
+        return self._n_chosen
+
     def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
+        all_bits = self._bits if rng is None or self._codes is None else self._drawn(self._codes, rng)
         n_blocks = -(-self._end // self._block)
         for block in (np.arange(n_blocks) if rng is None else rng.permutation(n_blocks)).tolist():
             start, stop = block * self._block, min(self._end, (block + 1) * self._block)
-            bits = np.unpackbits(self._bits[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
+            bits = np.unpackbits(all_bits[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
             rows = start + np.flatnonzero(bits)
             if len(rows):
                 yield Piece(rows, None)
 
     def read(self, rows: np.ndarray) -> Values:
         return {hook: self.store.read_rows(hook, rows) for hook in self.hooks}
+
+    def _group(self, stretches: list[tuple[int, int]], chosen: list[np.ndarray]) -> None:
+        """Tell the modalities of the chosen rows apart, a byte a row."""
+        if not self.store.has_media:
+            raise InvalidInputError(
+                f"{self.store.path} has no images or sounds, so there is nothing to balance. Leave balance out."
+            )
+        self._codes = np.concatenate(
+            [
+                np.where(rows, 1 + self.store.column("modality", start, stop), 0).astype(np.uint8)
+                for (start, stop), rows in zip(stretches, chosen, strict=True)
+            ]
+        )
+        self.groups = self._codes[self._codes > 0]
+        counts = np.bincount(self.groups)
+        there = counts[counts > 0]
+        self._n_rows = len(there) * int(there.min(initial=0)) if len(there) else 0
+
+    def _drawn(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The rows of a balanced pass, a bit each: how many of a group come from each stretch is drawn first, so that
+        no more than a stretch is looked at."""
+        stretches = [slice(start, start + SCAN_ROWS) for start in range(0, len(codes), SCAN_ROWS)]
+        drawn = np.zeros(len(codes), bool)
+        present = np.flatnonzero(np.bincount(self.groups)) if self.groups is not None else ()
+        for code in present:
+            counts = [int(np.count_nonzero(codes[stretch] == code)) for stretch in stretches]
+            shares = rng.multivariate_hypergeometric(counts, self._n_rows // len(present), method="marginals")
+            for stretch, share in zip(stretches, shares.tolist(), strict=True):
+                places = np.flatnonzero(codes[stretch] == code)
+                drawn[stretch.start + rng.choice(places, share, replace=False)] = True
+        return np.packbits(drawn)
 
     def _bound_norms(self, stretches: list[tuple[int, int]], chosen: list[np.ndarray], ratio: float) -> None:
         step = max(1, len(stretches) * SCAN_ROWS // MEDIAN_ROWS)
@@ -231,9 +298,18 @@ class LiveFeed:
         self.source, self.hooks, self.chooser = source, hooks, chooser
         self.piece_rows, self.median_rows = piece_rows, min(median_rows, LIVE_MEDIAN_ROWS)
         self.limits: dict[str, float] = {}
+        self.groups: np.ndarray | None = None
+        if chooser.balanced:
+            raise InvalidInputError(
+                "Rows can be balanced by modality from a store alone, which knows how many there are of each."
+            )
 
     @property
     def n_rows(self) -> int | None:
+        return None
+
+    @property
+    def n_chosen(self) -> int | None:
         return None
 
     def pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:

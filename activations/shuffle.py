@@ -1,7 +1,8 @@
 """Shuffled batches from a source, in bounded memory.
 
 1. *Select*: rows are chosen by their flags (BOS, special tokens and held-out documents are left out by default) and,
-   if asked, by norm against the median of the rows that the flags leave.
+   if asked, by norm against the median of the rows that the flags leave. Balanced over modalities, a pass is of as many
+   rows of each as the rarest has, and draws those of the others anew.
 2. If all chosen rows fit in memory they are read once, and each pass is a new permutation of them.
 3. Otherwise a pass takes blocks of consecutive rows (about 1 MiB) in random order into a buffer. Whenever the buffer
    is full, a random quarter of it is handed out, and its slots take the rows that come next. At the end of a pass the
@@ -23,15 +24,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from activations.buffers import RowBuffer, concatenated
-from activations.errors import InvalidInputError
+from activations.errors import InvalidInputError, UnknownNameError
 from activations.mixing import Feed, Fill, Give, LiveFeed, StoreFeed, Values, mix, permute, skip, stream
 from activations.pipeline import Channel, Worker
 from activations.source import ActivationSource, RowFlag
+from activations.spec import BALANCES
 from activations.store import ActivationStore
 
 __all__ = ["Selection", "ShuffledBatch", "ShuffledBatches"]
@@ -62,12 +64,22 @@ class Selection:
     """Rows without all of these flags are left out (`HELD_OUT` for metrics)."""
     max_norm_ratio: float | None = None
     """Rows whose norm is above so many times the median are left out, at any of the hooks; None keeps them."""
+    balance: Literal["none", "modality"] = "none"
+    """"modality": each pass takes as many rows of text, of images and of sounds as there are of the rarest of them,
+    drawn anew from the others. Of a store with media alone."""
 
     def __post_init__(self) -> None:
         if self.max_norm_ratio is not None and not self.max_norm_ratio > 0:
             raise InvalidInputError(f"max_norm_ratio is {self.max_norm_ratio}; expected more than 0, or None.")
+        if self.balance not in BALANCES:
+            raise UnknownNameError("balance", self.balance, BALANCES)
         if self.exclude_flags & self.require_flags:
             raise InvalidInputError("The selection both excludes and requires a flag, which leaves no row.")
+
+    @property
+    def balanced(self) -> bool:
+        """Whether a pass takes the same number of rows of each modality."""
+        return self.balance == "modality"
 
     def by_flags(self, flags: np.ndarray) -> np.ndarray:
         """Rows (bool) that the flags leave."""
@@ -140,7 +152,7 @@ class ShuffledBatches:
             event_bytes = piece * row_bytes
             self._feed = LiveFeed(source, self.hooks, select, piece, median_rows=streamed)
         self._no_row = f"The selection leaves no row of {source!r}: {select}."
-        n_rows = self._feed.n_rows
+        n_rows = self._feed.n_chosen
         if n_rows == 0:
             raise InvalidInputError(self._no_row)
         self.in_memory = n_rows is not None and n_rows <= fitting
@@ -198,7 +210,7 @@ class ShuffledBatches:
 
     def _schedule(self) -> Iterator[Fill | Give]:
         if self.in_memory:
-            yield from permute(self._feed.pieces(None), self.capacity, self.seed, self.passes)
+            yield from permute(self._feed.pieces(None), self.capacity, self.seed, self.passes, self._feed.groups)
             return
         if self._feed.n_rows is None:
             yield from stream(self._feed.pieces, self.capacity, GIVEN_SHARE, self.seed, self.passes, self._no_row)

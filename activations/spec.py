@@ -7,9 +7,11 @@ from typing import Literal
 
 from activations.errors import InvalidInputError, MismatchError
 
-__all__ = ["CaptureSpec", "StorageDtype", "fingerprint_of", "require_sizes", "rows_per_group_for"]
+__all__ = ["BALANCES", "CaptureSpec", "StorageDtype", "fingerprint_of", "require_sizes", "rows_per_group_for"]
 
 StorageDtype = Literal["bfloat16", "float16", "float32"]
+BALANCES = ("none", "modality")
+"""What the rows of a pass may be balanced over (`activations.shuffle`)."""
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_ROWS_PER_GROUP = 65_536
 MAX_SHARD_BYTES = 128 * 2**20

@@ -301,6 +301,15 @@ class ActivationStore:
         sequences = self.sequences()
         return table[table["sequence"].isin(sequences["sequence"])].reset_index(drop=True)
 
+    def media_contents(self) -> Iterator[tuple[str, bytes]]:
+        """Digest and file of each image and sound, a row group's at a time; a file that several documents show comes
+        once for each row group."""
+        for group in range(self.ledger.committed_groups(PLAN)) if self.has_media else ():
+            piece = self.table_piece(MEDIA, group)
+            yield from dict(
+                zip(piece.column("digest").to_pylist(), piece.column("content").to_pylist(), strict=True)
+            ).items()
+
     def _group_of_window(self, number: int) -> int:
         """The row group in which a window starts."""
         records, groups = self.ledger.records[PLAN], range(self.ledger.committed_groups(PLAN))

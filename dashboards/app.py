@@ -20,7 +20,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, no_update, set_
 from dash.exceptions import DependencyException, PreventUpdate
 from flask import Response
 
-from dashboards import api, circuit_api, exports, security
+from dashboards import api, circuit_api, exports, media, security
 from dashboards.access import Access
 from dashboards.components import labels, shell, states
 from dashboards.components.charts import theme_of_request
@@ -156,6 +156,7 @@ def create_app(
     labels.register(app, context)
     api.register(app.server, context)
     exports.register(app.server, context)
+    media.register(app.server, context)
     circuit_api.register(app.server, context)
     app.server.add_url_rule("/palette.css", "palette", _palette)
     app.server.register_error_handler(DependencyException, lambda problem: ("There is no such library.", 404))

@@ -106,6 +106,17 @@ GLOSSARY: dict[str, Definition] = {
     "mean_position": Definition(
         "mean position", "The mean place of its firings in the window that the model saw, BOS being place 0."
     ),
+    "modality_rate": Definition(
+        "rate by modality",
+        "How often the feature fires on tokens of text, on soft tokens of images (each a patch), or on those of sounds "
+        "(each a span of time). Shown where the text has images or sounds.",
+        "rate = firings on the modality's tokens / its indexed tokens",
+    ),
+    "soft_token": Definition(
+        "soft token",
+        "A place among the tokens that holds what a vision or an audio tower made of a patch of an image, or of a span "
+        "of a sound, in place of a word's embedding. ▦ stands for one of an image, ♪ for one of a sound.",
+    ),
     "special_share": Definition(
         "share of special tokens",
         "How much of the feature's strength would lie on BOS and other special tokens, which are otherwise left out "

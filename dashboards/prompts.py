@@ -18,6 +18,7 @@ import numpy as np
 
 from dashboards.context import Context
 from dashboards.conversations import Prepared, Said, form_turns, prepare, turns_of
+from dashboards.stored import StoredWindow, stored_window
 from dashboards.worker import Job
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 
@@ -52,6 +53,7 @@ LENS_TIME_LIMIT = 900.0
 """Seconds."""
 N_PREDICTIONS = 10
 LENS_TOP = 10
+MAX_DIGITS = 10
 LensMode = Literal["", "read", "splice"]
 
 
@@ -61,11 +63,17 @@ class Asked(NamedTuple):
     text: str
     """The text, or a chat as JSON: [[role, content], …], or an object with messages and tools."""
     chat: bool = False
+    window: bool = False
+    """The text is the number of a stored window with images or sounds."""
 
     @classmethod
     def of(cls, query: Mapping[str, Any] | None, suffix: str = "") -> "Asked":
-        """The prompt of an address, its names ending in `suffix`: `chat` where it is there, else `text`."""
+        """The prompt of an address, its names ending in `suffix`: `window`, which has no suffix, or `chat` where it is
+        there, else `text`."""
         query = query or {}
+        window = str(query.get("window") or "") if not suffix else ""
+        if window.isascii() and window.isdigit() and len(window) < MAX_DIGITS:
+            return cls(window, window=True)
         chat = str(query.get(f"chat{suffix}") or "")
         return cls(chat, True) if chat else cls(str(query.get(f"text{suffix}") or ""))
 
@@ -95,6 +103,8 @@ class Analysis:
     """Per position the likeliest next tokens."""
     said: tuple[Said, ...] = ()
     """Of a chat: what each token is."""
+    stored: StoredWindow | None = None
+    """The stored window that was run, with its images and sounds."""
 
     @property
     def turns(self) -> dict[int, str]:
@@ -210,13 +220,19 @@ class PromptJobs:
 
     def _analyse(self, job: Job, index: str, asked: Asked) -> Analysis:
         model, sae = self._loaded(job, index)
-        prompt, n_tokens, said = self._prepared(model, index, asked)
+        stored = None
+        if asked.window:
+            stored = stored_window(self.context.index(index), int(asked.text))
+            prompt: Any = model.media.placed(stored.token_ids, stored.placed)
+            n_tokens, said = len(stored.token_ids), stored.said
+        else:
+            prompt, n_tokens, said = self._prepared(model, index, asked)
         _check_length(model, n_tokens, MAX_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         from scope.features.prompt import features_on_prompt
 
         found = features_on_prompt(model, sae, prompt, index=self.context.index(index), logits=False)
-        return Analysis(asked, found, _predictions(model, found.final_residual, job), said)
+        return Analysis(asked, found, _predictions(model, found.final_residual, job), said, stored)
 
     def _distributions(self, job: Job, index: str, *sides: tuple[Asked, int]) -> Distributions:
         import pandas as pd
@@ -307,6 +323,10 @@ class PromptJobs:
 
     def _prepared(self, model: Any, index: str, asked: Asked) -> Prepared:
         """What the model is given; chats are written as those of the index are, where it does not say otherwise."""
+        if asked.window:
+            raise InvalidInputError(
+                "A stored window with images or sounds is shown on the prompt page alone; give a text or a chat here."
+            )
         template = self.context.chat_template
         if asked.chat and template is None:
             template = self.context.index(index).chat_template

@@ -79,7 +79,8 @@ class FeatureSummary:
     by_language: "pd.DataFrame"
     by_source: "pd.DataFrame"
     by_spoken: "Mapping[str, pd.DataFrame]"
-    """By "role" and by "kind", where the text is chats; by "state", where it was denoised."""
+    """By "role" and by "kind", where the text is chats; by "modality", where it has images or sounds; by "state", where
+    it was denoised."""
     by_step: "pd.DataFrame | None"
     """How often it fires at each step, where the text was denoised."""
     previous: int
@@ -159,7 +160,8 @@ def summary(index: "FeatureIndex", feature: int, among: np.ndarray | None = None
 
 def _by_spoken(index: "FeatureIndex", feature: int) -> "dict[str, pd.DataFrame]":
     chats = {"role": index.by_role(feature), "kind": index.by_kind(feature)} if index.roles else {}
-    return chats | ({"state": index.by_state(feature)} if index.states else {})
+    media = {"modality": index.by_modality(feature)} if index.modalities else {}
+    return chats | media | ({"state": index.by_state(feature)} if index.states else {})
 
 
 def effect_words(feature: FeatureSummary) -> str:

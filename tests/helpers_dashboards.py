@@ -80,6 +80,7 @@ class FakeIndex:
 
     def __init__(self, name: str = "fake", repeats: int = 40, chat_template: str | None = None) -> None:
         self.chat_template = chat_template
+        self.modalities: tuple[str, ...] = ()
         self.roles = ("system", "user", "assistant", "tool") if chat_template else ()
         self.kinds = ("markup", "text", "tool_call", "tool_response") if chat_template else ()
         self.states: tuple[str, ...] = ()

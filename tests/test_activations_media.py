@@ -18,9 +18,12 @@ from activations.errors import InvalidInputError, MismatchError, UnknownNameErro
 from activations.export import export_store
 from activations.media import BOX, MODALITIES, SPAN, Medium, window_breaks
 from activations.selection import RowSelection
+from activations.shuffle import Selection, ShuffledBatches
 from activations.source import RowFlag
 from activations.store import ActivationStore
 from activations.text import TextSource
+from scope.training.config import TrainConfig
+from scope.training.data import shuffled_batches
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -66,7 +69,8 @@ def columns(store: ActivationStore) -> pd.DataFrame:
 def test_rows_equal_a_run_of_each_window(store: ActivationStore) -> None:
     model = media_model("gemma3" if store.spec.context_size == 24 else "gemma4")
     rows = columns(store)
-    for sequence, own in rows.groupby("sequence"):
+    for sequence in rows["sequence"].unique().tolist():
+        own = rows[rows["sequence"] == sequence]
         (tokens,), (placed,) = store.window_tokens([sequence]), store.window_media([sequence])
         assert tokens.tolist() == own["token_id"].tolist()
         alone = model.forward_rows([tokens], [HOOK], "float32", 4096, [placed]).wait()[HOOK]
@@ -269,3 +273,54 @@ def test_export_carries_columns_and_media(store: ActivationStore, tmp_path: Path
     media = pd.read_parquet(tmp_path / "out/media.parquet")
     assert media["digest"].tolist() == store.media()["digest"].tolist()
     assert json.loads((tmp_path / "out/export.json").read_text())["store"]["media"]["modalities"] == list(MODALITIES)
+
+
+@pytest.mark.parametrize("memory_bytes", [2**20, 30_000])
+def test_passes_balanced_over_modalities(store: ActivationStore, memory_bytes: int) -> None:
+    """Each pass has as many rows of each modality as the rarest has, other ones each time, the same for a seed."""
+    code, flags = store.column("modality", 0, store.n_rows), store.flags(0, store.n_rows)
+    usable = (flags & (RowFlag.BOS | RowFlag.SPECIAL | RowFlag.HELD_OUT)) == 0
+    there = np.unique(code[usable])
+    smallest = np.bincount(code[usable])[there].min()
+    settings: dict[str, Any] = {"passes": 3, "select": Selection(balance="modality"), "memory_bytes": memory_bytes}
+    batches = ShuffledBatches(store, HOOK, 16, 5, **settings)
+    assert batches.n_rows == len(there) * smallest
+    assert batches.in_memory == (memory_bytes == 2**20)
+    rows = np.concatenate([batch.rows for batch in batches])
+    passes = np.split(rows, 3)
+    for own in passes:
+        assert usable[own].all()
+        assert len(np.unique(own)) == len(own)
+        assert np.bincount(code[own])[there].tolist() == [smallest] * len(there)
+    assert set(passes[0].tolist()) != set(passes[1].tolist())
+    again = [batch.rows for batch in ShuffledBatches(store, HOOK, 16, 5, **settings)]
+    np.testing.assert_array_equal(np.concatenate(again), rows)
+    for start in (1, 5, len(again) - 1):
+        rest = list(ShuffledBatches(store, HOOK, 16, 5, start=start, **settings))
+        np.testing.assert_array_equal(np.concatenate([batch.rows for batch in rest]), rows[16 * start :])
+        np.testing.assert_array_equal(rest[-1].values, store.read_rows(HOOK, rest[-1].rows))
+
+
+def test_what_cannot_be_balanced(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(words(8))
+    plain = capture(tiny_model("gemma3"), TextSource(tmp_path / "t.txt"), [HOOK], tmp_path / "s.zarr").store
+    with pytest.raises(InvalidInputError, match="nothing to balance"):
+        ShuffledBatches(plain, HOOK, 8, 0, select=Selection(balance="modality"))
+    with pytest.raises(UnknownNameError, match="balance"):
+        Selection(balance="modalities")  # type: ignore[arg-type]
+    live: Any = tiny_model("gemma3").source(TextSource(tmp_path / "t.txt"), [HOOK])
+    with pytest.raises(InvalidInputError, match="from a store alone"):
+        ShuffledBatches(live, HOOK, 8, 0, select=Selection(balance="modality"))
+
+
+def test_training_is_balanced_where_the_config_says_so(store: ActivationStore) -> None:
+    config = TrainConfig(d_sae=40, k=4, tokens=640, batch_size=32, balance="modality")
+    code = store.column("modality", 0, store.n_rows)
+    rows = np.concatenate([batch.rows for batch in shuffled_batches(store, HOOK, config)(0)])
+    per_pass = ShuffledBatches(store, HOOK, 32, 0, select=Selection(balance="modality", max_norm_ratio=10)).n_rows
+    assert per_pass is not None
+    whole = rows[: len(rows) // per_pass * per_pass]
+    counts = np.bincount(code[whole])
+    assert len(set(counts[counts > 0].tolist())) == 1
+    assert config.to_dict()["balance"] == "modality"
+    assert "balance" not in TrainConfig(d_sae=40, k=4).to_dict()

@@ -267,7 +267,7 @@
       const form = document.querySelector(".prompt-form");
       const asked = prompts(form);
       if (!asked) return [nothing, nothing];
-      const names = Object.assign(asked, sample);
+      const names = Object.assign({ window: null }, asked, sample);
       sample = null;
       const changed = Object.entries(names).some(([name, value]) => (request[name] || null) !== (value || null));
       const gone = changed ? { token: null, token2: null, at: null, from: null, columns: null } : {};

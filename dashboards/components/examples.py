@@ -1,7 +1,7 @@
 """Examples of a feature: the text with its firings, where it is from, how strong; a snippet or the whole document."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dash import html
@@ -25,7 +25,13 @@ AFTER = 12
 """Tokens that an example shows after its own."""
 
 
-def example_card(example: Example, index: str | None, scale: float, whole: bool = False) -> html.Article:
+Shown = Callable[[Example], Any]
+"""What is shown of the image or the sound that an example is in."""
+
+
+def example_card(
+    example: Example, index: str | None, scale: float, whole: bool = False, shown: Shown | None = None
+) -> html.Article:
     """One example; `scale` is the feature's maximum, the same for all its examples.
 
     Args:
@@ -34,14 +40,16 @@ def example_card(example: Example, index: str | None, scale: float, whole: bool 
             the rest of the document, cannot be asked for.
         scale: the strength with the full colour.
         whole: show its document, which assets/45_document.js reads a part at a time once it comes into view.
+        shown: makes the figure of an image or a sound that the example is in.
     """
     origin = " · ".join(part for part in (example.title, example.source, example.language) if part)
     text = _document(example, index, scale) if whole and index else _snippet(example, index, scale, origin)
     place = f"position {example.document_position:,}"
+    figure = None if shown is None or example.medium is None else shown(example)
     return html.Article(
         className="example whole" if whole else "example",
         children=[
-            text,
+            text if figure is None else html.Div([figure, text], className="beside-medium"),
             html.Div(
                 className="example-side",
                 children=[
@@ -150,7 +158,9 @@ def _cut(example: Example) -> tuple[bool, bool]:
     return example.position - example.centre > 1, len(example.tokens) - 1 - example.centre >= AFTER
 
 
-def example_groups(groups: Sequence[ExampleGroup], index: str | None, scale: float, whole: bool = False) -> html.Div:
+def example_groups(
+    groups: Sequence[ExampleGroup], index: str | None, scale: float, whole: bool = False, shown: Shown | None = None
+) -> html.Div:
     """Examples under their headings, as `example_card` shows them; of whole documents, each document once under a
     heading."""
     children: list[html.H3 | html.Article] = []
@@ -162,5 +172,5 @@ def example_groups(groups: Sequence[ExampleGroup], index: str | None, scale: flo
             if whole and example.document in seen:
                 continue
             seen.add(example.document)
-            children.append(example_card(example, index, scale, whole))
+            children.append(example_card(example, index, scale, whole, shown))
     return html.Div(children, className="examples")

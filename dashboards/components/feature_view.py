@@ -28,6 +28,13 @@ __all__ = ["all_logits", "feature_head", "feature_side", "feature_statistics", "
 
 SHOWN_GROUPS = 6
 """Languages or sources that are listed at once."""
+PANELS = {
+    "role": "By role",
+    "kind": "By kind of content",
+    "modality": "By modality",
+    "state": "By state of the token",
+}
+"""Titles of the rates by what tokens are."""
 CARRIED = "show language source role content context logits try whole"
 """What of the address the moves from one feature to the next keep."""
 
@@ -199,7 +206,7 @@ def feature_side(
             links = {str(value): features_link(id, a=f"{name}:{value}") for value in frame[name]}
             parts.append(
                 panel(
-                    {"role": "By role", "kind": "By kind of content", "state": "By state of the token"}[name],
+                    PANELS[name],
                     bars.rate_list(frame, links, SHOWN_GROUPS),
                     unit="firings per 1,000 tokens",
                     term="rate",

@@ -13,7 +13,7 @@ from dashboards.prompts import Asked
 
 __all__ = ["invitation", "prompt_form", "prompt_stores"]
 
-NAMES = ("text", "chat", "text2", "chat2")
+NAMES = ("text", "chat", "text2", "chat2", "window")
 """What of an address says what to run."""
 
 
@@ -67,7 +67,7 @@ def _editor(asked: Asked, suffix: str, name: str) -> html.Div:
             html.Span(name, className="prompt-letter", **{"aria-hidden": "true"}),
             dmc.Textarea(
                 id=f"prompt-text{suffix}",
-                value="" if asked.chat else asked.text,
+                value="" if asked.chat or asked.window else asked.text,
                 className="prompt-text",
                 placeholder="Type a text to run through the model",
                 autosize=True,

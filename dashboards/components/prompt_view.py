@@ -3,10 +3,12 @@
 from typing import Any
 
 import dash_mantine_components as dmc
+import numpy as np
 from dash import html
 
 from dashboards.components.controls import define
 from dashboards.components.firings import choice, firing_list, prediction_chips
+from dashboards.components.medium_view import medium_figure
 from dashboards.components.prompt_heatmap import heatmap_part
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
 from dashboards.components.said import said_of
@@ -78,11 +80,26 @@ def _strip_part(view: PromptView) -> html.Section:
                     ),
                 ],
             ),
+            _media(view, values, scale, kind),
             strip,
             _feature_note(view),
             _pinned_tokens(view),
         ],
     )
+
+
+def _media(view: PromptView, values: np.ndarray, scale: float, kind: Kind) -> html.Div | None:
+    """The images and sounds of a stored window, with what colours its tokens."""
+    stored = view.analysis.stored
+    if stored is None:
+        return None
+    figures = []
+    for one in stored.media:
+        own = one._replace(values=values[one.rows].astype(np.float32))
+        centre = np.flatnonzero(one.rows == view.position).tolist()
+        figures.append(medium_figure(own, view.index.id, scale, centre, kind=kind))
+    title = html.P(["A stored window of ", html.Bdi(stored.title)], className="small muted")
+    return html.Div([title, html.Div(figures, className="media-row")])
 
 
 def _feature_note(view: PromptView) -> html.P | None:

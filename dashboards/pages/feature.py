@@ -1,5 +1,6 @@
 """One feature: statistics and examples, what it does on a text that one types, what it promotes, what is like it."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
@@ -19,6 +20,7 @@ from dashboards.components.feature_view import (
     no_firings,
 )
 from dashboards.components.labels import label_panel_of
+from dashboards.components.medium_view import example_medium
 from dashboards.components.progress import Asked, progress_box, register_demand
 from dashboards.components.strip import legend
 from dashboards.context import Context
@@ -213,7 +215,8 @@ def _examples(context: Context, index: str, feature: int, wanted: ExampleRequest
         where = " and ".join(part.replace("_", " ") for part in parts if part) or "this part of the text"
         words = f"The feature does not fire in {where}. Clear the filter to see where it does."
         return html.Div([*only, states.empty("No examples", words)])
-    content: list[Any] = [*only, example_groups(groups, index, scale, wanted.context == "document")]
+    figure = partial(example_medium, opened, scale=scale) if opened.modalities else None
+    content: list[Any] = [*only, example_groups(groups, index, scale, wanted.context == "document", figure)]
     if wanted.show == "random" and not wanted.filtered:
         content.append(button(icon("shuffle"), "Draw others", id="examples-again", className="more"))
     elif wanted.show != "quantiles" and shown >= wanted.n and wanted.n < MAX_EXAMPLES:

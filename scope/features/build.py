@@ -19,6 +19,7 @@ from activations.chats import CHAT_COLUMNS
 from activations.denoising import DENOISING_COLUMNS
 from activations.ledger import WriterLock
 from activations.manifest import read_manifest, write_atomically
+from activations.media import MEDIA_COLUMNS
 from activations.source import RowFlag
 from scope.errors import IntegrityError, InterruptedRunError, InvalidInputError, OccupiedError
 from scope.features.checks import check_model, check_sae
@@ -296,11 +297,11 @@ def _run(
 
 
 def _spoken(source: Any, build: _Build) -> dict[str, str]:
-    """The columns of chats, or of denoising, that the rows of an index have: those of the source, if it does not grow
+    """The columns of chats, media or denoising that the rows of an index have: those of the source, if it does not grow
     without."""
     known = set(getattr(source, "token_columns", ()))
     own = known if build.growing is None else build.growing.columns
-    wanted = (CHAT_COLUMNS, DENOISING_COLUMNS)
+    wanted = (CHAT_COLUMNS, MEDIA_COLUMNS, DENOISING_COLUMNS)
     return {name: dtype for columns in wanted if set(columns) <= known & own for name, dtype in columns.items()}
 
 

@@ -5,6 +5,7 @@
     role:assistant                 of chats: rows of the turns of one role
     kind:tool_call                 of chats: rows of one kind of content (text, tool_call, tool_response, markup, …)
     state:masked                   of denoising: rows of tokens of one state (prompt, masked, committing, committed)
+    modality:image                 of texts with media: soft tokens of images, or of sounds (audio), or text
     document:17                    rows of one document
     token: cat                     rows of this token; spaces count
     regex:^\\d+$                    rows whose token's text has a match (RE2 syntax; \\p{L} is any letter)
@@ -24,7 +25,7 @@ from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["KINDS", "Condition", "Term"]
 
-KINDS: Final = ("language", "source", "role", "kind", "state", "document", "token", "regex", "feature")
+KINDS: Final = ("language", "source", "role", "kind", "modality", "state", "document", "token", "regex", "feature")
 NUMBERED: Final = ("document", "feature")
 EXAMPLE = "Write it as kind:value, such as language:de, or several joined by &."
 

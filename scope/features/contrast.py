@@ -28,6 +28,7 @@ from scope.errors import InvalidInputError
 from scope.features.beside import both
 from scope.features.conditions import Condition
 from scope.features.counting import count_features
+from scope.features.layout import listed_as
 from scope.features.profile import described
 from scope.features.selection import Rows, rows_of, rows_without
 from scope.features.statistics import wilson
@@ -188,7 +189,7 @@ def count_condition(reader: "IndexReader", condition: Condition) -> Counted:
     """
     terms = condition.terms
     if len(terms) == 1 and terms[0].kind in ("language", "source", *reader.spoken):
-        known = dict(reader.manifest[f"{terms[0].kind}s"])
+        known = dict(reader.manifest[listed_as(terms[0].kind)])
         if terms[0].value in known:
             counts = reader.array(f"statistics/{terms[0].kind}_firings").all()
             n = int(known[terms[0].value])

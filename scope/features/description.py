@@ -32,7 +32,11 @@ def info(index: "FeatureIndex") -> dict[str, Any]:
         "over_dense": int(table["over_dense"].sum()),
         "languages": dict(index.manifest["languages"]),
         "sources": dict(index.manifest["sources"]),
-        **{name: dict(index.manifest[name]) for name in ("roles", "kinds", "states") if name in index.manifest},
+        **{
+            name: dict(index.manifest[name])
+            for name in ("roles", "kinds", "modalities", "states")
+            if name in index.manifest
+        },
         **({"denoising": index.manifest["denoising"]} if "denoising" in index.manifest else {}),
         "bytes": index.n_bytes,
         "metrics": index.metrics,

@@ -16,6 +16,7 @@ import numpy as np
 
 from activations.source import RowFlag
 from scope.errors import InvalidInputError
+from scope.features.media import shown_tokens
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -73,6 +74,8 @@ class Example:
     """Place among all firings of the feature by strength, 0 the strongest."""
     quantile: float
     """Share of the feature's firings that are not stronger, 1 - rank / n_firings."""
+    medium: int | None = None
+    """Which of the document's images and sounds the firing's token is a soft token of."""
 
     @property
     def token(self) -> str:
@@ -204,8 +207,7 @@ def _example(reader: "IndexReader", feature: int, firing: Ranked, before: int, a
     start, stop = max(window.start, row - before), min(window.stop, row + after + 1)
     # Read a little more than is shown, so that a character cut at the edge still shows.
     outer = max(window.start, start - CHARACTER_TOKENS), min(window.stop, stop + CHARACTER_TOKENS)
-    token_ids = reader.row_column("token_id").slice(*outer)
-    tokens = reader.vocabulary.display(token_ids)[start - outer[0] : stop - outer[0]]
+    tokens = shown_tokens(reader, np.arange(*outer))[start - outer[0] : stop - outer[0]]
     document = reader.document_info(window.document)
     position = int(reader.row_column("position").slice(row, row + 1)[0])
     return Example(
@@ -224,4 +226,11 @@ def _example(reader: "IndexReader", feature: int, firing: Ranked, before: int, a
         document_position=window.document_offset + position - reader.has_bos,
         rank=firing.rank,
         quantile=1 - firing.rank / reader.n_firings_of(feature),
+        medium=_medium(reader, row),
     )
+
+
+def _medium(reader: "IndexReader", row: int) -> int | None:
+    if "modality" not in reader.spoken or not reader.row_column("modality").slice(row, row + 1)[0]:
+        return None
+    return int(reader.row_column("medium").slice(row, row + 1)[0])

@@ -58,12 +58,16 @@ def make_excerpt(
     Raises:
         OccupiedError: there is something at `out`.
         InvalidInputError: the index is of some tokens of its documents only (`scope capture --every`, roles and the
-            like).
+            like), or its text has images or sounds.
     """
     settings, out = settings or ExcerptSettings(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OccupiedError(f"{out} is there already. Give another folder, or delete it.")
     reader = index._reader
+    if "modality" in reader.spoken:
+        raise InvalidInputError(
+            "The text of this index has images or sounds, which an excerpt does not keep. Share the index itself."
+        )
     layout = _layout_of(reader)
     chosen = _Chosen(reader, layout, settings)
     for feature in range(index.d_sae):

@@ -34,10 +34,12 @@ from scope.features.layout import (
     dtype_of,
     file_of,
     grown_folder,
+    listed_as,
     place_of,
     row_dtype,
 )
 from scope.features.lists import ListReader, ListWriter
+from scope.features.media import copy_media
 from scope.features.merge import Run, merge_runs, open_runs
 from scope.features.segments import SegmentLog
 from scope.features.statistics import Codes, ListStatistics, RowLookup, SpreadStatistics, TokenStatistics, extremes
@@ -111,6 +113,9 @@ def finish_index(
         "sequences": texts.sequences,
         "vocabulary": gathered.vocabulary.table,
     }
+    media = copy_media(source, folder, texts.sequences)
+    if media is not None:
+        tables["media"] = media
     for name, table in tables.items():
         table.to_parquet(place_of(folder, f"tables/{name}.parquet", derived), index=False, compression="zstd")
     if growing is not None:
@@ -138,17 +143,18 @@ def finish_index(
 
 
 def _spoken(source: Any, rows: RowCounts) -> dict[str, Any]:
-    """What the manifest says of chats, or of denoising: rows of each role, kind and state that there is, and how chats
-    are written, or how the text was generated."""
+    """What the manifest says of chats, media or denoising: rows of each role, kind, modality and state that there is,
+    and how chats are written, or how the text was generated."""
     if not rows.by_spoken:
         return {}
     listed = {
-        f"{name}s": [[SPOKEN[name][code], int(counts[code])] for code in np.flatnonzero(counts)]
+        listed_as(name): [[SPOKEN[name][code], int(counts[code])] for code in np.flatnonzero(counts)]
         for name, counts in rows.by_spoken.items()
     }
     if "state" in rows.by_spoken:
         return {**listed, "denoising": source.manifest["denoising"]}
-    return {**listed, "chat_template": source.manifest["chats"]["template"]}
+    chats = source.manifest.get("chats")
+    return listed if chats is None else {**listed, "chat_template": chats["template"]}
 
 
 def _codes(code: np.ndarray, counts: np.ndarray) -> Codes:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scope.errors import OutOfRangeError
-from scope.features import description, lookup, occurrences, parallel, profile, text_rows
+from scope.features import description, lookup, media, occurrences, parallel, profile, text_rows
 from scope.features.conditions import Condition
 from scope.features.contrast import Contrast, contrast, count_condition
 from scope.features.described import Described
@@ -17,6 +17,7 @@ from scope.features.examples import Examples, choose, ranked_firings, sample_ban
 from scope.features.feature import Feature
 from scope.features.grid import FeatureGrid, QueryResult
 from scope.features.labels import FeatureLabels
+from scope.features.media import MediumValues
 from scope.features.reader import IndexFault, IndexReader
 from scope.features.within import rows_within
 
@@ -97,6 +98,7 @@ class FeatureIndex(Described):
         language_entropy, source_entropy: bits, of rates (not counts) over groups.
         language_neutral (bool), language_specific (the language, or ""): see `scope.features.languages`.
         top_role, role_entropy, top_kind, kind_entropy: of chats, the same over roles and kinds of content.
+        text_rate, image_rate, audio_rate: firings per indexed row of each modality, where the text has media.
         dead (no firing), over_dense (density above 0.1)
         """
         return self._table
@@ -284,6 +286,40 @@ class FeatureIndex(Described):
             InvalidInputError: the text was not denoised.
         """
         return self._by_spoken("state", feature)
+
+    def by_modality(self, feature: int) -> pd.DataFrame:
+        """As `by_language`, with `modality` as its first column: text, image, audio.
+
+        Raises:
+            InvalidInputError: the text has no images or sounds.
+        """
+        return self._by_spoken("modality", feature)
+
+    # --- images and sounds ------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What rows are where the text has media: text, image, audio; none of a text without."""
+        return tuple(name for name, _ in self.manifest.get("modalities", ()))
+
+    @property
+    def media(self) -> pd.DataFrame:
+        """document, medium (its number there), kind, name, digest, width, height (pixels), seconds, and where its soft
+        tokens stand: sequence, position, n_tokens. Raises InvalidInputError where there are none."""
+        return self._reader.media
+
+    def medium_file(self, digest: str) -> bytes:
+        """The file of an image or a sound, verified; raises OutOfRangeError, IntegrityError."""
+        return media.medium_file(self._reader, digest)
+
+    def medium_values(self, feature: int, document: int, medium: int) -> MediumValues:
+        """One feature's strength over the patches of an image, or the spans of a sound.
+
+        Raises:
+            InvalidInputError: the text has no media.
+            OutOfRangeError: there is no such feature, document or medium.
+        """
+        return media.medium_values(self._reader, self._reader.check_feature(feature), document, medium)
 
     # --- one place of the text --------------------------------------------------------------------------------
 

@@ -3,13 +3,15 @@
     manifest.json                written last; its `arrays` says dtype and shape of every flat array
     digests.json                 size and xxh3-128 digests of every file
     rows/                        token_id, sequence, position, flags: one entry per row of the store; of chats also
-                                 role, kind, message; of denoising step, block, state, final_id, commit_step
+                                 role, kind, message; of a text with media modality, medium and the places in them; of
+                                 denoising step, block, state, final_id, commit_step
+    media/                       files of images and sounds, by their digest
     by_token/                    indptr, feature, value: CSR, within a row the strongest first
     by_feature/indptr            where each feature's list starts
     by_feature/firings.zarr/     row, value: CSC, within a feature the strongest first, equal ones by row
-    statistics/                  histograms, counts by language, source and token, of chats by role and kind,
-                                 of denoising by state, co-firing features
-    tables/                      features, documents, sequences, vocabulary (parquet)
+    statistics/                  histograms, counts by language, source and token, of chats by role and kind, of media
+                                 by modality, of denoising by state, co-firing features
+    tables/                      features, documents, sequences, vocabulary, media (parquet)
     build/                       only while it is being built: identity.json, one record and one sorted run per segment
 
 An index that has grown has by_feature/, statistics/, tables/ and digests.json in a folder of their own, `grown-N/`
@@ -28,6 +30,7 @@ import numpy as np
 
 from activations.chats import CONTENT_KINDS, ROLES
 from activations.denoising import STATES
+from activations.media import MODALITIES
 
 __all__ = [
     "APPENDED_PARTS",
@@ -43,7 +46,7 @@ __all__ = [
     "SPOKEN",
     "dtype_of",
 ]
-__all__ += ["feature_dtype", "file_of", "grown_folder", "is_appended", "place_of", "row_dtype"]
+__all__ += ["feature_dtype", "file_of", "grown_folder", "is_appended", "listed_as", "place_of", "row_dtype"]
 
 FORMAT: Final = "feature-index"
 
@@ -60,14 +63,19 @@ N_LOGITS: Final = 20
 
 FIRINGS: Final = "by_feature/firings.zarr"
 
-APPENDED_PARTS: Final = ("rows", "by_token")
+APPENDED_PARTS: Final = ("rows", "by_token", "media")
 """Folders that an index which grows appends to."""
 DERIVED_PARTS: Final = ("by_feature", "statistics", "tables")
 """Folders that are made anew when an index grows."""
 
 ROW_COLUMNS: Final = {"token_id": "int32", "sequence": "int64", "position": "int32", "flags": "uint8"}
-SPOKEN: Final = {"role": ROLES, "kind": CONTENT_KINDS, "state": STATES}
-"""What the rows of chats, and of denoising, are grouped by, and the names of the codes."""
+SPOKEN: Final = {"role": ROLES, "kind": CONTENT_KINDS, "modality": MODALITIES, "state": STATES}
+"""What the rows of chats, of texts with media and of denoising are grouped by, and the names of the codes."""
+
+
+def listed_as(group: str) -> str:
+    """The manifest's name for the list of a group's values: languages, roles, modalities."""
+    return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
 
 
 def dtype_of(suffix: str) -> np.dtype:

@@ -142,11 +142,13 @@ def _logits(index: "FeatureIndex", feature: int) -> list[str]:
 
 
 def _groups(index: "FeatureIndex", feature: int) -> list[str]:
-    """How often it fires in each language; of chats also in each role's turns and on each kind of content, of
-    denoising on tokens of each state."""
+    """How often it fires in each language; of chats also in each role's turns and on each kind of content, of a text
+    with media on each modality, of denoising on tokens of each state."""
     frames = [index.by_language(feature)]
     if index.roles:
         frames += [index.by_role(feature), index.by_kind(feature)]
+    if index.modalities:
+        frames.append(index.by_modality(feature))
     if index.states:
         frames.append(index.by_state(feature))
     return [_rates(frame.head(GROUPS)) for frame in frames]

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from scope.features.layout import listed_as
 from scope.features.reader import IndexReader
 from scope.features.statistics import wilson
 
@@ -10,8 +11,8 @@ __all__ = ["by_group", "cofiring", "described", "neighbours", "top_tokens"]
 
 
 def by_group(reader: IndexReader, group: str, feature: int) -> pd.DataFrame:
-    """Firings by language, source, role or kind; see `FeatureIndex.by_language`."""
-    listed = reader.manifest[f"{group}s"]
+    """Firings by language, source, role, kind or modality; see `FeatureIndex.by_language`."""
+    listed = reader.manifest[listed_as(group)]
     names, rows = [name for name, _ in listed], np.array([n for _, n in listed], np.int64)
     firings = reader.array(f"statistics/{group}_firings").slice(feature, feature + 1)[0].astype(np.int64)
     strength = reader.array(f"statistics/{group}_strength").slice(feature, feature + 1)[0]

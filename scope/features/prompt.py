@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from activations.media import MODALITIES
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import MismatchError, OutOfRangeError
+from scope.features.media import MARKS
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
@@ -95,13 +97,15 @@ def features_on_prompt(
     last = model.layout.final_residual
     run = model.run(prompt, hooks=list(dict.fromkeys([sae.hook_name, last])), logits=logits)
     token_ids = run.tokens.cpu().numpy().astype(np.int64)
-    flags = _flags(token_ids, model)
+    kinds = _kinds(prompt, len(token_ids))
+    flags = _flags(token_ids, model, kinds)
     indexed = np.flatnonzero(flags & (RowFlag.BOS | RowFlag.SPECIAL) == 0)
     x = run.activations[sae.hook_name].flatten(1)[torch.from_numpy(indexed).to(run.tokens.device)]
     if index is not None:
         x = x.to(getattr(torch, index.model_info["activation_dtype"]))
     firings = encode_rows(sae, x, sae.decoder_norms)
-    tokens = [text.display for text in model.token_strings(run.tokens)]
+    strings = [text.display for text in model.token_strings(run.tokens)]
+    tokens = [MARKS.get(MODALITIES[kind], own) for own, kind in zip(strings, kinds.tolist(), strict=True)]
     position = np.repeat(indexed, firings.counts)
     ends = np.cumsum(firings.counts)
     table = pd.DataFrame(
@@ -125,8 +129,14 @@ def features_on_prompt(
     )
 
 
-def _flags(token_ids: np.ndarray, model: Any) -> np.ndarray:
-    special = np.isin(token_ids, sorted(model.special_token_ids))
+def _kinds(prompt: Any, n_tokens: int) -> np.ndarray:
+    """The modality of each token, by its code."""
+    columns = getattr(prompt, "columns", None)  # of a prompt with media
+    return np.zeros(n_tokens, np.uint8) if columns is None else np.asarray(columns["modality"])
+
+
+def _flags(token_ids: np.ndarray, model: Any, kinds: np.ndarray) -> np.ndarray:
+    special = np.isin(token_ids, sorted(model.special_token_ids)) & (kinds == 0)
     flags = np.where(special, np.uint8(RowFlag.SPECIAL), np.uint8(0))
     if model.bos_token_id is not None and token_ids[0] == model.bos_token_id:
         flags[0] = RowFlag.BOS

@@ -16,7 +16,17 @@ from activations.manifest import read_manifest
 from activations.source import RowFlag, bf16_to_float32
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError
 from scope.features.digests import BLOCK, CheckedArray, digest_file, gone, read_digests
-from scope.features.layout import FIRINGS, FORMAT, SPOKEN, dtype_of, file_of, is_appended, place_of, row_dtype
+from scope.features.layout import (
+    FIRINGS,
+    FORMAT,
+    SPOKEN,
+    dtype_of,
+    file_of,
+    is_appended,
+    listed_as,
+    place_of,
+    row_dtype,
+)
 from scope.features.lists import ListReader
 
 if TYPE_CHECKING:
@@ -204,11 +214,16 @@ class IndexReader:
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """ "role" and "kind" where the text is chats, "state" where it was denoised."""
-        return tuple(name for name in SPOKEN if f"{name}s" in self.manifest)
+        """ "role" and "kind" where the text is chats, "modality" where it has media, "state" where it was denoised."""
+        return tuple(name for name in SPOKEN if listed_as(name) in self.manifest)
 
     def require_spoken(self, group: str) -> None:
-        """Raise InvalidInputError unless rows have a role, a kind, or a state."""
+        """Raise InvalidInputError unless rows have a role, a kind, a modality, or a state."""
+        if group not in self.spoken and group == "modality":
+            raise InvalidInputError(
+                "The text of this index has no images or sounds. Capture one that has, with --media-column or "
+                "--message-media, and index that store."
+            )
         if group not in self.spoken and group == "state":
             raise InvalidInputError(
                 "The tokens of this index have no state: its text was not denoised. Capture a model that denoises with "
@@ -219,6 +234,17 @@ class IndexReader:
                 f"The tokens of this index have no {group}: its text is no chats. Capture chats with --messages-column "
                 "and index that store."
             )
+
+    @cached_property
+    def media(self) -> "pd.DataFrame":
+        """The table of images and sounds; raises InvalidInputError where there are none."""
+        self.require_spoken("modality")
+        return self.table("media")
+
+    @cached_property
+    def media_digests(self) -> frozenset[str]:
+        """What the files of media are called; none of a text without."""
+        return frozenset(self.media["digest"]) if "modality" in self.spoken else frozenset()
 
     def fired_on(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What fires on rows `start` to `stop`: row ids (int64), features, strengths (float32)."""

@@ -22,7 +22,7 @@ from scope.errors import UnknownNameError
 from scope.features.beside import both
 from scope.features.conditions import Condition
 from scope.features.counting import fires_on
-from scope.features.layout import SPOKEN
+from scope.features.layout import SPOKEN, listed_as
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -209,13 +209,13 @@ def _windows(reader: "IndexReader", condition: Condition) -> np.ndarray | None:
 
 
 def _spoken(reader: "IndexReader", condition: Condition) -> list[tuple[str, int]]:
-    """Of chats: columns of the rows, and the code that they must have."""
+    """Of chats and media: columns of the rows, and the code that they must have."""
     asked = []
     for group, names in SPOKEN.items():
         for value in condition.values(group):
             reader.require_spoken(group)
             if value not in names:
-                raise UnknownNameError(group, str(value), [name for name, _ in reader.manifest[f"{group}s"]])
+                raise UnknownNameError(group, str(value), [name for name, _ in reader.manifest[listed_as(group)]])
             asked.append((group, names.index(str(value))))
     return asked
 

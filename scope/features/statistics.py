@@ -52,14 +52,14 @@ class RowLookup(NamedTuple):
     n_languages: int
     n_sources: int
     spoken: "Mapping[str, Codes]"
-    """Of chats, by "role" and "kind": which of the groups that have rows each row is of."""
+    """Of chats by "role" and "kind", of media by "modality": which of the groups that have rows each row is of."""
 
 
 class Codes(NamedTuple):
     """Groups of rows, by row."""
 
     code: np.ndarray
-    """By row id, a code as in `activations.chats`."""
+    """By row id, a code as in `activations.chats` and `activations.media`."""
     number_of: np.ndarray
     """By code, its place among those that have rows."""
     n: int
@@ -106,7 +106,7 @@ class ListStatistics:
         self.by_source = np.zeros((d_sae, lookup.n_sources), np.int64)
         self.strength_by_source = np.zeros((d_sae, lookup.n_sources))
         self.by_spoken = {name: np.zeros((d_sae, codes.n), np.int64) for name, codes in lookup.spoken.items()}
-        """Firings by role and by kind."""
+        """Firings by role, kind and modality."""
         self.strength_by_spoken = {name: np.zeros((d_sae, codes.n)) for name, codes in lookup.spoken.items()}
 
     def add(self, piece: Piece) -> None:

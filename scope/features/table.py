@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from activations.media import MODALITIES
 from scope.features.languages import language_facts
 from scope.features.layout import SPOKEN
 from scope.features.statistics import (
@@ -65,6 +66,7 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
     language_entropy, source_entropy: bits, of rates (not counts) over groups.
     language_neutral, language_specific: see `scope.features.languages`.
     top_role, role_entropy, top_kind, kind_entropy: of chats, as of languages, over the roles and kinds that have rows.
+    text_rate, image_rate, audio_rate: firings per indexed row of this modality, where the text has media.
     dead: no firing in this index. over_dense: density above `OVER_DENSE`.
     """
     import pandas as pd
@@ -97,6 +99,7 @@ def feature_table(gathered: Gathered) -> "pd.DataFrame":
         **_group_columns("source", gathered.texts.sources, lists.by_source, gathered.rows.by_source),
         **_language_columns(gathered),
         **_spoken_columns(gathered),
+        **_modality_columns(lists, gathered.rows),
         "dead": n == 0,
         "over_dense": density > OVER_DENSE,
     }
@@ -143,6 +146,16 @@ def _spoken_columns(gathered: Gathered) -> dict[str, object]:
         names = tuple(SPOKEN[group][code] for code in there)
         columns |= _group_columns(group, names, gathered.lists.by_spoken[group], rows[there])
     return columns
+
+
+def _modality_columns(lists: ListStatistics, rows: RowCounts) -> dict[str, object]:
+    """Of a text with media: firings per indexed row of each modality that there is."""
+    if "modality" not in rows.by_spoken:
+        return {}
+    counts = rows.by_spoken["modality"]
+    there = np.flatnonzero(counts)
+    rates = lists.by_spoken["modality"] / counts[there]
+    return {f"{MODALITIES[code]}_rate": rates[:, place].astype(np.float32) for place, code in enumerate(there.tolist())}
 
 
 def _group_columns(group: str, names: tuple[str, ...], counts: np.ndarray, rows: np.ndarray) -> dict[str, object]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from activations.media import MEDIA_COLUMNS
 from scope.features.layout import ROW_COLUMNS, SPOKEN
+from scope.features.media import shown_tokens
 
 if TYPE_CHECKING:
     from scope.features.reader import IndexReader
@@ -15,18 +17,21 @@ __all__ = ["firings", "tokens"]
 
 
 def tokens(reader: "IndexReader", rows: np.ndarray) -> pd.DataFrame:
-    """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind, message;
-    of denoising also state, step, block, final (display string), final_id, commit_step."""
+    """Columns row, token (display string), token_id, sequence, position, flags; of chats also role, kind, message; of
+    a text with media also modality, medium and the places of soft tokens (`activations.media`); of denoising also
+    state, step, block, final (display string), final_id, commit_step."""
     columns = {name: reader.row_column(name).take(rows) for name in ROW_COLUMNS}
     for name in reader.spoken:
         columns[name] = np.array(SPOKEN[name], object)[reader.row_column(name).take(rows)]
-    if "role" in reader.spoken:
-        columns["message"] = reader.row_column("message").take(rows)
+    further = ["message"] if "role" in reader.spoken else []
+    if "modality" in reader.spoken:
+        further += [name for name in MEDIA_COLUMNS if name != "modality"]
     if "state" in reader.spoken:
-        numbers = ("step", "block", "final_id", "commit_step")
-        columns |= {name: reader.row_column(name).take(rows) for name in numbers}
+        further += ["step", "block", "final_id", "commit_step"]
+    columns |= {name: reader.row_column(name).take(rows) for name in further}
+    if "state" in reader.spoken:
         columns["final"] = reader.vocabulary.display(columns["final_id"])
-    return pd.DataFrame({"row": rows, "token": reader.vocabulary.display(columns["token_id"]), **columns})
+    return pd.DataFrame({"row": rows, "token": shown_tokens(reader, rows), **columns})
 
 
 def firings(

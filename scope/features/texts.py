@@ -43,7 +43,7 @@ class RowCounts(NamedTuple):
     by_position: np.ndarray
     """By `position_bins`."""
     by_spoken: Mapping[str, np.ndarray]
-    """Of chats by "role" and "kind": rows of each code."""
+    """Of chats by "role" and "kind", of media by "modality": rows of each code."""
 
 
 def read_texts(source: Any, n_rows: int) -> Texts:

@@ -167,6 +167,20 @@ class MediaReader:
         inputs = self._together(ids[None], [placed], prepared) if placed else None
         return MediaPrompt(ids, inputs, columns, encoded.media)
 
+    def placed(self, tokens: Sequence[int], media: Sequence[PlacedMedium]) -> MediaPrompt:
+        """A window of tokens, BOS included, with its media in their places, as a prompt."""
+        ids = self._model.prompt_tokens(list(tokens))
+        columns = {name: np.full(len(ids), NO_MEDIUM[name]).astype(dtype) for name, dtype in MEDIA_COLUMNS.items()}
+        contents = tuple(MediumContent(one.kind, one.name, "", None, None, None, one.content) for one in media)
+        prepared = [self._prepared(one) for one in contents]
+        for number, (one, own) in enumerate(zip(media, prepared, strict=True)):
+            span = slice(one.position, one.position + one.n_tokens)
+            columns["medium"][span] = number
+            columns["modality"][span] = MODALITIES.index(one.kind)
+            for name, values in own.places.items():
+                columns[name][span] = values
+        return MediaPrompt(ids, self._together(ids[None], [media], prepared) if media else None, columns, contents)
+
     def inputs(self, tokens: Int[Tensor, "batch seq"], media: Sequence[Sequence[PlacedMedium]]) -> MediaInputs:
         """What a batch of windows with these media needs."""
         prepared = [

@@ -60,7 +60,7 @@ def _without_videos(kind: Any) -> Any:
     if NOT_READ not in kind.get_attributes():
         return kind
 
-    class WithoutVideos(kind):  # type: ignore[misc]  # a class that is given
+    class WithoutVideos(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == NOT_READ and argument is None:
                 return None

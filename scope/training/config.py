@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from activations.spec import BALANCES
 from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["CENTRES", "SWEPT", "TrainConfig"]
@@ -95,6 +96,9 @@ class TrainConfig:
     """Rows without firing after which a feature counts as dead. None: 1/40 of the run, at most 10 million."""
     max_norm_ratio: float = 10.0
     """Rows whose norm is more than this many times the median are left out of training (sinks). 0: none is."""
+    balance: str = "none"
+    """"modality": of a store with images or sounds, train on as many rows of each modality as there are of the rarest,
+    drawn anew for each pass. "none": on all rows alike."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
     shuffle_bytes: int = 2**30
@@ -150,7 +154,8 @@ class TrainConfig:
             raise InvalidInputError(
                 "k_start is given, but k_anneal is 0: give the share of the run over which k falls."
             )
-        for name, choices in (("decoder_norm", DECODER_NORMS), ("b_dec_init", CENTRES), ("parallel", PARALLEL)):
+        choices_of = {"decoder_norm": DECODER_NORMS, "b_dec_init": CENTRES, "parallel": PARALLEL, "balance": BALANCES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
         for name in ("clip_grad_norm", "auxk_coefficient", "max_norm_ratio", "frequency_coefficient", "resample_steps"):
@@ -252,5 +257,8 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
+        """All fields, JSON-able; `balance` only where it is one, so that runs from before it was known go on."""
+        settings = asdict(self)
+        if self.balance == "none":
+            del settings["balance"]
+        return settings

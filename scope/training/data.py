@@ -164,7 +164,11 @@ def shuffled_batches(source: ActivationSource, hook: str | Sequence[str], config
             config.batch_size,
             config.seed,
             tokens=config.steps * config.batch_size,
-            select=Selection(exclude_flags=EXCLUDED, max_norm_ratio=config.max_norm_ratio or None),
+            select=Selection(
+                exclude_flags=EXCLUDED,
+                max_norm_ratio=config.max_norm_ratio or None,
+                balance=config.balance,  # type: ignore[arg-type]  # checked there
+            ),
             memory_bytes=config.shuffle_bytes,
             start=start,
         )

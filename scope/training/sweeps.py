@@ -10,7 +10,7 @@ from scope.training.config import SWEPT, TrainConfig
 
 __all__ = ["SweepRun", "require_one_pass", "sweep"]
 
-SHARED = ("tokens", "batch_size", "seed", "shuffle_bytes", "max_norm_ratio", "parallel", "device")
+SHARED = ("tokens", "batch_size", "seed", "shuffle_bytes", "max_norm_ratio", "balance", "parallel", "device")
 """Settings that decide which batches come, and so must be the same for all runs."""
 
 
