@@ -35,6 +35,7 @@ __all__ = [
     "MediumContent",
     "PlacedMedium",
     "held",
+    "kind_of",
     "media_from",
     "medium_from",
     "places_in",
@@ -143,12 +144,17 @@ def medium_from(value: Any, folder: Path | None, kind: str | None = None) -> Med
         raise ValueError(f"expected the path of an image or a sound, got {str(value)[:80]}")
     if "://" in value and not value.startswith("file://"):
         raise ValueError(f"{value} lies elsewhere; download it and give its path")
-    kind = kind or SUFFIXES.get(Path(value).suffix.lower())
+    kind = kind or kind_of(value)
     if kind is None:
         raise ValueError(f"{value} is no medium that is known by its ending: {', '.join(SUFFIXES)}")
     if folder is None:
         raise ValueError(f"{value} is relative to no file; media are read from files")
     return Medium(kind, value, folder / value.removeprefix("file://"))
+
+
+def kind_of(name: str) -> str | None:
+    """ "image" or "audio", by the ending of a file's name; None where it says neither."""
+    return SUFFIXES.get(Path(name).suffix.lower())
 
 
 def media_from(value: Any, folder: Path | None) -> tuple[Medium, ...]:

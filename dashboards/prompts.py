@@ -18,7 +18,8 @@ import numpy as np
 
 from dashboards.context import Context
 from dashboards.conversations import Prepared, Said, form_turns, prepare, turns_of
-from dashboards.stored import StoredWindow, stored_window
+from dashboards.stored import WithMedia, stored_window, with_files
+from dashboards.uploads import uploads_of
 from dashboards.worker import Job
 from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 
@@ -54,6 +55,8 @@ LENS_TIME_LIMIT = 900.0
 N_PREDICTIONS = 10
 LENS_TOP = 10
 MAX_DIGITS = 10
+MAX_FILES = 8
+"""Images and sounds of a prompt."""
 LensMode = Literal["", "read", "splice"]
 
 
@@ -65,6 +68,8 @@ class Asked(NamedTuple):
     chat: bool = False
     window: bool = False
     """The text is the number of a stored window with images or sounds."""
+    media: tuple[str, ...] = ()
+    """Digests of files that were handed over (`dashboards.uploads`)."""
 
     @classmethod
     def of(cls, query: Mapping[str, Any] | None, suffix: str = "") -> "Asked":
@@ -75,11 +80,15 @@ class Asked(NamedTuple):
         if window.isascii() and window.isdigit() and len(window) < MAX_DIGITS:
             return cls(window, window=True)
         chat = str(query.get(f"chat{suffix}") or "")
-        return cls(chat, True) if chat else cls(str(query.get(f"text{suffix}") or ""))
+        media = str(query.get("media") or "") if not suffix else ""
+        files = tuple(name for name in media.split(",")[:MAX_FILES] if name.isascii() and name.isalnum())
+        return cls(chat or str(query.get(f"text{suffix}") or ""), bool(chat), media=files)
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to run."""
+        if self.media:
+            return False
         return not any(said or calls for _, said, calls, _ in form_turns(self.text)[0]) if self.chat else not self.text
 
 
@@ -103,8 +112,8 @@ class Analysis:
     """Per position the likeliest next tokens."""
     said: tuple[Said, ...] = ()
     """Of a chat: what each token is."""
-    stored: StoredWindow | None = None
-    """The stored window that was run, with its images and sounds."""
+    shown: WithMedia | None = None
+    """Its images and sounds."""
 
     @property
     def turns(self) -> dict[int, str]:
@@ -220,19 +229,17 @@ class PromptJobs:
 
     def _analyse(self, job: Job, index: str, asked: Asked) -> Analysis:
         model, sae = self._loaded(job, index)
-        stored = None
-        if asked.window:
-            stored = stored_window(self.context.index(index), int(asked.text))
-            prompt: Any = model.media.placed(stored.token_ids, stored.placed)
-            n_tokens, said = len(stored.token_ids), stored.said
-        else:
+        shown = self._with_media(model, index, asked)
+        if shown is None:
             prompt, n_tokens, said = self._prepared(model, index, asked)
+        else:
+            prompt, n_tokens, said = shown.prompt, shown.n_tokens, shown.said
         _check_length(model, n_tokens, MAX_TOKENS)
         job.report(f"running the model on {n_tokens:,} tokens")
         from scope.features.prompt import features_on_prompt
 
         found = features_on_prompt(model, sae, prompt, index=self.context.index(index), logits=False)
-        return Analysis(asked, found, _predictions(model, found.final_residual, job), said, stored)
+        return Analysis(asked, found, _predictions(model, found.final_residual, job), said, shown)
 
     def _distributions(self, job: Job, index: str, *sides: tuple[Asked, int]) -> Distributions:
         import pandas as pd
@@ -323,14 +330,25 @@ class PromptJobs:
 
     def _prepared(self, model: Any, index: str, asked: Asked) -> Prepared:
         """What the model is given; chats are written as those of the index are, where it does not say otherwise."""
-        if asked.window:
+        if asked.window or asked.media:
             raise InvalidInputError(
-                "A stored window with images or sounds is shown on the prompt page alone; give a text or a chat here."
+                "A prompt with images or sounds is read on the prompt page, by strength and by direct effect; give a "
+                "text or a chat here."
             )
+        return prepare(model, asked.text, asked.chat, self._template(index, asked))
+
+    def _template(self, index: str, asked: Asked) -> str | None:
         template = self.context.chat_template
-        if asked.chat and template is None:
-            template = self.context.index(index).chat_template
-        return prepare(model, asked.text, asked.chat, template)
+        return self.context.index(index).chat_template if asked.chat and template is None else template
+
+    def _with_media(self, model: Any, index: str, asked: Asked) -> WithMedia | None:
+        """A stored window, or a prompt with files; None of a prompt without."""
+        if asked.window:
+            return stored_window(model, self.context.index(index), int(asked.text))
+        if not asked.media:
+            return None
+        files = [uploads_of(self.context).get(digest) for digest in asked.media]
+        return with_files(model, asked.text, asked.chat, files, self._template(index, asked))
 
     def model(self, job: Job, name: str) -> Any:
         """A model by what it is loaded as, loaded once whoever asks; called in the worker's thread only."""

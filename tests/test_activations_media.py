@@ -303,12 +303,14 @@ def test_passes_balanced_over_modalities(store: ActivationStore, memory_bytes: i
 
 def test_what_cannot_be_balanced(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(words(8))
-    plain = capture(tiny_model("gemma3"), TextSource(tmp_path / "t.txt"), [HOOK], tmp_path / "s.zarr").store
+    plain = capture(
+        tiny_model("gemma3"), TextSource(tmp_path / "t.txt"), [HOOK], tmp_path / "s.zarr", context_size=32
+    ).store
     with pytest.raises(InvalidInputError, match="nothing to balance"):
         ShuffledBatches(plain, HOOK, 8, 0, select=Selection(balance="modality"))
     with pytest.raises(UnknownNameError, match="balance"):
         Selection(balance="modalities")  # type: ignore[arg-type]
-    live: Any = tiny_model("gemma3").source(TextSource(tmp_path / "t.txt"), [HOOK])
+    live: Any = tiny_model("gemma3").source(TextSource(tmp_path / "t.txt"), [HOOK], context_size=32)
     with pytest.raises(InvalidInputError, match="from a store alone"):
         ShuffledBatches(live, HOOK, 8, 0, select=Selection(balance="modality"))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_media import media_folder, media_model, picture, png, samples, wav
-from helpers_models import one_thread, relative_difference, tiny_model  # noqa: F401  one_thread is a fixture
+from helpers_models import WRONG_TYPE, one_thread, relative_difference, tiny_model  # noqa: F401  one_thread is a fixture
 from PIL import Image
 
 from activations.documents import Columns, Document, document_from
@@ -195,6 +195,12 @@ def test_the_bridge_does_not_see_media() -> None:
     model = media_model("gemma3")
     with pytest.raises(InvalidInputError, match="bridge runs text alone"):
         model.run(model.media_prompt(chat("gemma3")[0]), hooks=["blocks.0.attn.hook_pattern"])
+
+
+def test_other_ways_to_run_take_text() -> None:
+    model: Any = media_model("gemma3")
+    with pytest.raises(WRONG_TYPE):
+        model.generate(model.media_prompt(chat("gemma3")[0]))
 
 
 def test_a_folder_without_a_processor(tmp_path: Path) -> None:

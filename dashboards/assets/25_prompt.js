@@ -237,6 +237,11 @@
       open(box, !box.classList.contains("open"));
       if (box.classList.contains("open")) box.querySelector("textarea").focus();
     }
+    const removed = event.target.closest("[data-remove-file]");
+    if (removed) {
+      const left = Array.from(document.querySelectorAll("[data-remove-file]")).filter((one) => one !== removed);
+      setProps("prompt-files", { data: left.map((one) => [one.dataset.removeFile, one.querySelector("bdi").textContent]) });
+    }
     if (event.target.closest("[data-use-pasted]")) paste(event.target.closest(".chat-editor"));
     const chosen = event.target.closest("[data-sample]");
     if (chosen) {
@@ -261,13 +266,14 @@
   const clientside = (window.dash_clientside = window.dash_clientside || {});
   clientside.scope = Object.assign(clientside.scope || {}, {
     /** Run: the prompts go into the address; tokens that were selected in the old ones are let go. */
-    runPrompt(clicks, request) {
+    runPrompt(clicks, request, files) {
       const nothing = window.dash_clientside.no_update;
       if (!clicks || !request) return [nothing, nothing];
       const form = document.querySelector(".prompt-form");
       const asked = prompts(form);
       if (!asked) return [nothing, nothing];
-      const names = Object.assign({ window: null }, asked, sample);
+      const media = (files || []).map(([digest]) => digest).join(",") || null;
+      const names = Object.assign({ window: null, media }, asked, sample);
       sample = null;
       const changed = Object.entries(names).some(([name, value]) => (request[name] || null) !== (value || null));
       const gone = changed ? { token: null, token2: null, at: null, from: null, columns: null } : {};

@@ -34,12 +34,14 @@ def example_medium(index: "FeatureIndex", example: Example, *, scale: float) -> 
     sequence = int(index.tokens(example.row, example.row + 1)["sequence"].iloc[0])
     link = prompt_link(index.id, window=sequence, feature=example.feature, token=place)
     centre = np.flatnonzero(found.rows == example.row).tolist()
-    return medium_figure(found, index.id, scale, centre, html.A("Run it as a prompt", href=link))
+    return medium_figure(
+        found, media_link(index.id, found.digest), scale, centre, html.A("Run it as a prompt", href=link)
+    )
 
 
 def medium_figure(
     found: "MediumValues",
-    index: str,
+    source: str,
     scale: float,
     centre: Sequence[int] = (),
     more: Any = None,
@@ -49,7 +51,7 @@ def medium_figure(
 
     Args:
         found: the medium and the strengths.
-        index: the index that holds its file.
+        source: where its file is served.
         scale: the strength with the full colour.
         centre: places of the soft tokens that the figure is about, which are outlined.
         more: what else stands below it.
@@ -59,7 +61,7 @@ def medium_figure(
     drawn = np.union1d(fires, np.array(centre, np.int64)).astype(np.int64)
     spec: dict[str, Any] = {
         "kind": found.kind,
-        "src": media_link(index, found.digest),
+        "src": source,
         "m": float(scale),
         "k": kind,
         "places": np.round(found.places[drawn].astype(float), 5).tolist(),

@@ -10,20 +10,28 @@ from dash import dcc, html
 from dashboards.components.controls import button
 from dashboards.conversations import form_turns
 from dashboards.prompts import Asked
+from dashboards.uploads import MAX_FILE_BYTES
 
-__all__ = ["invitation", "prompt_form", "prompt_stores"]
+__all__ = ["file_chips", "invitation", "prompt_form", "prompt_stores"]
 
-NAMES = ("text", "chat", "text2", "chat2", "window")
+NAMES = ("text", "chat", "text2", "chat2", "window", "media")
 """What of an address says what to run."""
 
 
-def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt-run") -> html.Div:
+def prompt_form(
+    first: Asked,
+    second: Asked | None = None,
+    *,
+    run: str = "prompt-run",
+    files: Sequence[tuple[str, str]] | None = None,
+) -> html.Div:
     """Fields for one prompt, or for two where `second` is given, even if it is empty.
 
     Args:
         first: what stands in the first one.
         second: what stands in the other; None for a page that takes one prompt.
         run: id of the button.
+        files: digest and name of its images and sounds; None for a page, or a model, that takes none.
     """
     chat = first.chat or (second is not None and second.chat)
     compared = second is not None and bool(second.text)
@@ -47,6 +55,7 @@ def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt
         children=[
             html.Div(switches, className="prompt-switches"),
             html.Div(editors, className="prompt-editors"),
+            *([] if files is None else [_files_part(files)]),
             html.Div(
                 className="chips",
                 children=[
@@ -56,6 +65,32 @@ def prompt_form(first: Asked, second: Asked | None = None, *, run: str = "prompt
             ),
         ],
     )
+
+
+def _files_part(files: Sequence[tuple[str, str]]) -> html.Div:
+    """A button that takes images and sounds, and those that were handed over (`dashboards.components.prompt_files`)."""
+    return html.Div(
+        className="prompt-files chips",
+        children=[
+            dcc.Upload(
+                button("Add an image or a sound", className="tiny"),
+                id="prompt-upload",
+                accept="image/*,.wav",
+                max_size=MAX_FILE_BYTES,
+            ),
+            html.Div(file_chips(files), id="prompt-file-chips", className="chips"),
+            html.Span(id="prompt-file-problem", className="small", role="alert"),
+            dcc.Store(id="prompt-files", data=[list(one) for one in files]),
+        ],
+    )
+
+
+def file_chips(files: Sequence[Sequence[str]]) -> list[Any]:
+    """Files that were handed over, each with a button that lets it go."""
+    return [
+        button([html.Bdi(name), " ×"], label=f"Remove {name}", className="tiny", **{"data-remove-file": digest})
+        for digest, name in files
+    ]
 
 
 def _editor(asked: Asked, suffix: str, name: str) -> html.Div:

@@ -89,17 +89,17 @@ def _strip_part(view: PromptView) -> html.Section:
 
 
 def _media(view: PromptView, values: np.ndarray, scale: float, kind: Kind) -> html.Div | None:
-    """The images and sounds of a stored window, with what colours its tokens."""
-    stored = view.analysis.stored
-    if stored is None:
+    """The prompt's images and sounds, with what colours its tokens."""
+    shown = view.analysis.shown
+    if shown is None:
         return None
     figures = []
-    for one in stored.media:
+    for one in shown.media:
         own = one._replace(values=values[one.rows].astype(np.float32))
         centre = np.flatnonzero(one.rows == view.position).tolist()
-        figures.append(medium_figure(own, view.index.id, scale, centre, kind=kind))
-    title = html.P(["A stored window of ", html.Bdi(stored.title)], className="small muted")
-    return html.Div([title, html.Div(figures, className="media-row")])
+        figures.append(medium_figure(own, f"{shown.files}/{one.digest}", scale, centre, kind=kind))
+    title = [html.P(html.Bdi(shown.title), className="small muted")] if shown.title else []
+    return html.Div([*title, html.Div(figures, className="media-row")])
 
 
 def _feature_note(view: PromptView) -> html.P | None:

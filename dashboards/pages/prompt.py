@@ -12,7 +12,7 @@ from typing import Any
 from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from dash.exceptions import PreventUpdate
 
-from dashboards.components import states
+from dashboards.components import prompt_files, states
 from dashboards.components.jobs import one_at_a_time, standing
 from dashboards.components.prompt_form import invitation, prompt_form, prompt_stores
 from dashboards.components.prompt_pair import PairView, draw_pair, selected_pair
@@ -24,6 +24,7 @@ from dashboards.links import View, prompt_link
 from dashboards.pages import Page
 from dashboards.prompts import Asked, PromptJobs, prompt_jobs
 from dashboards.pushes import PushJobs
+from dashboards.uploads import uploads_of
 from dashboards.worker import Job, JobState
 from scope.errors import ScopeError
 
@@ -51,13 +52,15 @@ def render(context: Context, view: View) -> Page:
     """The page, with the prompts and the selection of its address."""
     entry = context.entry(view)
     first, second = Asked.of(view.query), Asked.of(view.query, "2")
+    takes_files = bool(context.index(entry.id).modalities)
+    files = uploads_of(context).named(first.media) if takes_files else None
     content = html.Div(
         id="selection-box",
         className="prompt-page",
         **{"data-store": "prompt-selection"},
         children=[
             html.Header(className="page-head", children=[html.H1("Prompt")]),
-            prompt_form(first, second),
+            prompt_form(first, second, files=files),
             progress_bar("prompt"),
             html.Div(id="prompt-status"),
             html.Div(states.skeleton(*SKELETON) if not first.empty else _invitation(), id="prompt-result"),
@@ -79,6 +82,7 @@ def register(app: Dash, context: Context) -> None:
     _register_watching(app, context, jobs)
     _register_drawing(app, context, jobs, pushes)
     _register_typed(app, context, jobs)
+    prompt_files.register(app, context)
 
 
 def _register_running(app: Dash, jobs: PromptJobs, pushes: PushJobs) -> None:
@@ -89,6 +93,7 @@ def _register_running(app: Dash, jobs: PromptJobs, pushes: PushJobs) -> None:
         Output("prompt-selection", "data"),
         Input("prompt-run", "n_clicks"),
         State("prompt-request", "data"),
+        State("prompt-files", "data", allow_optional=True),
         prevent_initial_call=True,
     )
 

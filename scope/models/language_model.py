@@ -297,6 +297,8 @@ class LanguageModel:
                 or it fails, or one is given and the prompt is no chat.
             OutOfRangeError: a token id that the vocabulary does not have.
         """
+        if isinstance(prompt, MediaPrompt):
+            raise InvalidInputError("A prompt with images or sounds goes through model.run; this takes text alone.")
         return prompt_ids(self, prompt, chat_template).to(self.device)
 
     # Hooks

@@ -135,22 +135,21 @@ class MediaReader:
         """See `activations.source.MediaModel.encode_media`."""
         return [self._encoded(document, template) for document in documents]
 
-    def prompt(self, prompt: "str | Sequence[Any] | Document") -> MediaPrompt:
-        """See `LanguageModel.media_prompt`."""
+    def prompt(self, prompt: "str | Sequence[Any] | Document", template: str | None = None) -> MediaPrompt:
+        """See `LanguageModel.media_prompt`; `template` in place of the model's own."""
         model = self._model
-        template = None
         if isinstance(prompt, Document):
             document = prompt
-            template = self._template() if document.messages else None
+            template = (template or self._template()) if document.messages else None
         elif isinstance(prompt, str):
-            document = Document(prompt)
+            document, template = Document(prompt), None
         else:
             try:
                 row = {"messages": list(prompt)}
                 document = document_from(row, Columns("messages", chats=True, message_media=True), "", Path())
             except ValueError as error:
                 raise InvalidInputError(f"The prompt: {error}.") from error
-            template = self._template()
+            template = template or self._template()
         encoded = self._encoded(document, template, answer=bool(document.messages))
         tokens, columns = encoded.token_id, dict(encoded.columns)
         if model.bos_token_id is not None:

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 from helpers_browser import query, serious
-from helpers_media import media_model
+from helpers_media import media_model, png, wav
 from helpers_saes import make
 from test_activations_media import HOOK, written
 
 from activations.capture import capture
 from activations.text import TextSource
 from scope.features.build import build_index
+from scope.features.examples import Example
 from scope.features.index import FeatureIndex
+from scope.features.media import MediumValues
 from scope.saes.base import SAEMetadata
 from scope.saes.formats import save
 from scope.workspace import Workspace
@@ -39,6 +41,16 @@ def strongest(index: FeatureIndex, modality: str) -> int:
     return int(index.table[f"{modality}_rate"].to_numpy().argmax())
 
 
+def first_in(index: FeatureIndex, feature: int, kind: str) -> tuple[Example, MediumValues]:
+    """The first example in an image, or in a sound, as the page lists them."""
+    for one in index.top_examples(feature):
+        if one.medium is not None:
+            found = index.medium_values(feature, one.document, one.medium)
+            if found.kind == kind:
+                return one, found
+    raise AssertionError(f"feature {feature} has no example in an {kind}")
+
+
 def shown(page: Any, feature: int) -> Any:
     """The first image of a feature's page, loaded."""
     page.wait_for_selector(".medium.image img")
@@ -53,8 +65,7 @@ def test_patches_lie_over_the_image(visit: Callable, seen: tuple[Any, FeatureInd
     page = opened.open(f"/feature/{feature}?index={index.id}", ".medium.image .patch")
     figure = shown(page, feature)
     opened.until("document.querySelector('.medium.image img').naturalWidth > 0")
-    example = next(one for one in index.top_examples(feature) if one.medium is not None)
-    found = index.medium_values(feature, example.document, example.medium)
+    example, found = first_in(index, feature, "image")
     assert figure.locator(".patch").count() == int((found.values > 0).sum())
     # Boxes are where the store's columns say, to a pixel.
     frame, centre = (figure.locator(where).first.bounding_box() for where in (".medium-frame", ".patch.centre"))
@@ -63,6 +74,8 @@ def test_patches_lie_over_the_image(visit: Callable, seen: tuple[Any, FeatureInd
     assert abs(centre["y"] - frame["y"] - y0 * frame["height"]) < 1
     assert abs(centre["width"] - (x1 - x0) * frame["width"]) < 1
     assert abs(centre["height"] - (y1 - y0) * frame["height"]) < 1
+    assert found.width is not None
+    assert found.height is not None
     assert abs(frame["width"] / frame["height"] - found.width / found.height) < 0.02
     assert "strength" in figure.locator(".patch.centre").first.get_attribute("title")
     figure.locator("button").click()
@@ -78,13 +91,9 @@ def test_strength_along_a_sound(visit: Callable, seen: tuple[Any, FeatureIndex])
     opened = visit(server=server)
     page = opened.open(f"/feature/{feature}?index={index.id}", ".medium.audio .span-bar")
     figure = page.locator(".medium.audio").first
-    example = next(
-        one
-        for one in index.top_examples(feature)
-        if one.medium is not None and index.medium_values(feature, one.document, one.medium).kind == "audio"
-    )
-    found = index.medium_values(feature, example.document, example.medium)
+    example, found = first_in(index, feature, "audio")
     frame, centre = (figure.locator(where).first.bounding_box() for where in (".medium-frame", ".span-bar.centre"))
+    assert found.seconds is not None
     start, end = found.places[found.rows == example.row][0]
     assert abs(centre["x"] - frame["x"] - start / found.seconds * frame["width"]) < 1
     assert abs(centre["width"] - (end - start) / found.seconds * frame["width"]) < 1
@@ -92,7 +101,7 @@ def test_strength_along_a_sound(visit: Callable, seen: tuple[Any, FeatureIndex])
     response = page.request.get(server.url + source)
     assert response.headers["content-type"] == "audio/wav"
     assert page.request.get(f"{server.url}/media/{index.id}/nothing").status == 404
-    assert page.request.get(f"{server.url}/media/{index.id}/..%2Fmanifest.json").status == 404
+    assert "arrays" not in page.request.get(f"{server.url}/media/{index.id}/..%2Fmanifest.json").text()
     opened.check()
 
 
@@ -105,17 +114,50 @@ def test_a_stored_window_is_run_as_a_prompt(visit: Callable, seen: tuple[Any, Fe
     page.wait_for_selector("#prompt-strip")
     page.wait_for_selector(".media-row .patch")
     assert query(page)["feature"] == str(feature)
-    example = next(one for one in index.top_examples(feature) if one.medium is not None)
-    found = index.medium_values(feature, example.document, example.medium)
-    fires = int((found.values > 0).sum())
-    own = page.locator(".media-row .medium.image").nth(0)
-    assert own.locator(".patch").count() in (fires, fires + 1)
+    _, found = first_in(index, feature, "image")
+    own = page.locator(".media-row .medium.image:has(.patch.centre)")
+    assert own.locator(".patch").count() == int((found.values > 0).sum())
     page.fill("#prompt-text", "the cat sat")
     page.click("[data-run]")
     opened.until("!new URL(location).searchParams.has('window')")
     page.wait_for_selector("#prompt-strip:has-text('cat')")
     assert page.locator(".media-row").count() == 0
     opened.check()
+
+
+def test_files_are_handed_over_for_a_prompt(visit: Callable, seen: tuple[Any, FeatureIndex], tmp_path: Path) -> None:
+    server, index = seen
+    opened = visit(server=server)
+    page = opened.open(f"/prompt?index={index.id}", "#prompt-upload")
+    for name, content in (("cat.png", png()), ("no.png", b"none"), ("cat.wav", wav())):
+        (tmp_path / name).write_bytes(content)
+        page.set_input_files("#prompt-upload input", str(tmp_path / name))
+        opened.until(f"document.querySelector('.prompt-files').textContent.includes('{name}')")
+    opened.until("document.querySelectorAll('[data-remove-file]').length === 2")
+    page.fill("#prompt-text", "look <image> and <audio> the cat")
+    page.click("[data-run]")
+    page.wait_for_selector(".media-row .medium.image .patch")
+    page.wait_for_selector(".media-row .medium.audio")
+    assert len(query(page)["media"].split(",")) == 2
+    assert {"▦", "♪"} <= set(page.text_content("#prompt-strip"))
+    opened.until("document.querySelector('.media-row img').naturalWidth > 0")
+    page.reload()
+    page.wait_for_selector(".media-row .medium.image .patch")
+    assert page.locator("[data-remove-file]").count() == 2
+    page.locator("[data-remove-file]").last.click()
+    opened.until("document.querySelectorAll('[data-remove-file]').length === 1")
+    page.fill("#prompt-text", "<image> the cat")
+    page.click("[data-run]")
+    opened.until("new URL(location).searchParams.get('media').length === 32")
+    opened.until("document.querySelectorAll('.media-row .medium').length === 1")
+    page.click("[data-mode=chat]")
+    page.fill(".turn-text >> nth=0", "who is it")
+    page.click("[data-run]")
+    page.wait_for_selector("#prompt-strip .turn")
+    assert page.locator(".media-row .medium").count() == 1
+    opened.check()
+    page = opened.open(f"/prompt?index={index.id}&text=a&media={'0' * 32}", "#prompt-status .state")
+    assert "no longer here" in page.text_content("#prompt-status")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
