@@ -252,7 +252,7 @@ class StoreFeed:
         self.groups = self._codes[self._codes > 0]
         counts = np.bincount(self.groups)
         there = counts[counts > 0]
-        self._n_rows = len(there) * int(there.min(initial=0)) if len(there) else 0
+        self._n_rows = len(there) * int(there.min()) if len(there) else 0
 
     def _drawn(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The rows of a balanced pass, a bit each: how many of a group come from each stretch is drawn first, so that

@@ -64,7 +64,8 @@ def stored_window(model: Any, index: "FeatureIndex", sequence: int) -> WithMedia
     columns = {name: tokens[name].to_numpy() for name in (*BOX, *SPAN)}
     placed, media = [], []
     for row in own.to_dict("records"):
-        one = MediumContent(*(row[name] for name in MediumContent._fields[:-1]), index.medium_file(row["digest"]))
+        known = {name: row[name] for name in MediumContent._fields if name != "content"}
+        one = MediumContent(**known, content=index.medium_file(row["digest"]))
         placed.append(PlacedMedium(one.kind, one.name, row["position"], row["n_tokens"], one.content))
         positions = np.arange(row["position"], row["position"] + row["n_tokens"])
         media.append(_shown(one, row["document"], row["medium"], positions, columns))

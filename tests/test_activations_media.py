@@ -275,7 +275,7 @@ def test_export_carries_columns_and_media(store: ActivationStore, tmp_path: Path
     assert json.loads((tmp_path / "out/export.json").read_text())["store"]["media"]["modalities"] == list(MODALITIES)
 
 
-@pytest.mark.parametrize("memory_bytes", [2**20, 30_000])
+@pytest.mark.parametrize("memory_bytes", [2**20, 4_000])
 def test_passes_balanced_over_modalities(store: ActivationStore, memory_bytes: int) -> None:
     """Each pass has as many rows of each modality as the rarest has, other ones each time, the same for a seed."""
     code, flags = store.column("modality", 0, store.n_rows), store.flags(0, store.n_rows)

@@ -1,5 +1,6 @@
 """Images and sounds through tiny models with towers: all equals transformers' own processor and pass."""
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers_media import media_folder, media_model, picture, png, samples, wav
-from helpers_models import WRONG_TYPE, one_thread, relative_difference, tiny_model  # noqa: F401  one_thread is a fixture
+from helpers_models import WRONG_TYPE, fast_points, one_thread, relative_difference, tiny_model  # noqa: F401  one_thread is a fixture
 from PIL import Image
 
 from activations.documents import Columns, Document, document_from
 from activations.media import Medium, PlacedMedium
 from scope.errors import InvalidInputError
 from scope.models import LanguageModel
+from scope.models.bridge import bridge_forward
 from scope.models.media import MediaPrompt
 from scope.models.media_files import samples_from
 
@@ -187,14 +189,41 @@ def test_what_cannot_be_read_is_named() -> None:
     Image.new("RGB", (400, 400)).save(half, "JPEG")
     with pytest.raises(InvalidInputError, match=r"half\.jpg cannot be read"):
         model.media_prompt(Document("", media=(Medium("image", "half.jpg", content=half.getvalue()[:300]),)))
+    with pytest.raises(InvalidInputError, match="too short"):
+        media_model("gemma4").media_prompt(Document("", media=(Medium("audio", "a.wav", content=wav(0.005)),)))
     with pytest.raises(InvalidInputError, match=r"30\.0 s\. Cut it"):
         media_model("gemma4").max_medium_tokens("audio", 31.0)
 
 
-def test_the_bridge_does_not_see_media() -> None:
-    model = media_model("gemma3")
-    with pytest.raises(InvalidInputError, match="bridge runs text alone"):
-        model.run(model.media_prompt(chat("gemma3")[0]), hooks=["blocks.0.attn.hook_pattern"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_the_analysis_path_sees_the_same_and_patterns_too(kind: str) -> None:
+    """At every fast hook; and an image's tokens look at each other in both directions."""
+    model = media_model(kind, "eager")
+    prompt = model.media_prompt(chat(kind)[0])
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        seen[name] = value[0].clone()
+
+    points = fast_points(model)
+    handlers = {point: functools.partial(keep, point.name) for point in points}
+    with torch.no_grad():
+        logits = bridge_forward(model, prompt.tokens[None], handlers, True, prompt.inputs)
+    pattern = "blocks.1.attn.hook_pattern"
+    result = model.run(prompt, hooks=[point.name for point in points])
+    differences = {name: relative_difference(value, seen[name]) for name, value in result.activations.items()}
+    assert max(differences.values()) <= 1e-5, {name: d for name, d in differences.items() if d > 1e-5}
+    assert result.logits is not None
+    assert logits is not None
+    assert relative_difference(result.logits, logits[0]) <= 1e-5
+    weights = model.run(prompt, hooks=[pattern]).activations[pattern]  # (head, seq, seq)
+    soft = np.flatnonzero((prompt.columns["medium"] == 0) & (prompt.columns["modality"] == 1))
+    ahead = torch.ones(weights.shape[-2:], dtype=torch.bool).triu(1)
+    ahead[soft[0] : soft[-1] + 1, soft[0] : soft[-1] + 1] = False
+    other = np.flatnonzero((prompt.columns["medium"] == (2 if SOUNDS[kind] else 1)) & (prompt.columns["modality"] == 1))
+    ahead[other[0] : other[-1] + 1, other[0] : other[-1] + 1] = False
+    assert (weights[..., soft[0], soft[1:]] > 0).all()
+    assert weights[..., ahead].abs().max() == 0
 
 
 def test_other_ways_to_run_take_text() -> None:

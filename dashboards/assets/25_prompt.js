@@ -138,6 +138,7 @@
       if (root.matches(name)) put(root);
       root.querySelectorAll(name).forEach(put);
     }
+    root.querySelectorAll(".prompt-files input[type=file]").forEach((input) => input.setAttribute("aria-label", "An image or a sound"));
   }
   new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(scan))).observe(
     document.documentElement, { subtree: true, childList: true });

@@ -88,7 +88,7 @@ def _files_part(files: Sequence[tuple[str, str]]) -> html.Div:
 def file_chips(files: Sequence[Sequence[str]]) -> list[Any]:
     """Files that were handed over, each with a button that lets it go."""
     return [
-        button([html.Bdi(name), " ×"], label=f"Remove {name}", className="tiny", **{"data-remove-file": digest})
+        button(html.Bdi(name), " ×", label=f"Remove {name}", className="tiny", **{"data-remove-file": digest})
         for digest, name in files
     ]
 

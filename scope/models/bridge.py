@@ -23,6 +23,7 @@ from scope.models.taps import Countdown, Handler, StopForward, apply_handler, at
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
+    from scope.models.media import MediaInputs
 
 __all__ = ["boot_bridge", "bridge_forward"]
 
@@ -95,6 +96,7 @@ def bridge_forward(
     tokens: Int[Tensor, "batch seq"],
     handlers: Mapping[HookPoint, Handler],
     logits: bool | Literal["last"],
+    media: "MediaInputs | None" = None,
 ) -> Float[Tensor, "batch n d_vocab"] | None:
     """What `LanguageModel.forward` does, through the bridge."""
     bridge = model.bridge
@@ -110,7 +112,7 @@ def bridge_forward(
     opened = _opened(bridge, [name for name, _ in hooks])
     tree = attached(bridge.original_model, unnamed, countdown)
     with model.lock, opened, bridge.hooks(fwd_hooks=hooks), contextlib.suppress(StopForward), tree:
-        output = bridge(tokens)
+        output = bridge(tokens, **({} if media is None else media.encoded(model)))
     if output is None and countdown.remaining:
         raise InvalidInputError("TransformerLens did not call a hook that it lists; ask for others.")
     if output is None or not logits:

@@ -355,11 +355,7 @@ class LanguageModel:
         if any(point.path == "bridge" for point in handlers):
             from scope.models.bridge import bridge_forward
 
-            if media is not None:
-                raise InvalidInputError(
-                    "The bridge runs text alone; with images or sounds ask for hooks of the fast path."
-                )
-            return bridge_forward(self, tokens, handlers, logits)
+            return bridge_forward(self, tokens, handlers, logits, media)
         output = None
         with self.lock, tapped(self.hf, handlers, stop=not logits):
             hidden = self.hidden_states(tokens, cache, media)

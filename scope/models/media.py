@@ -64,6 +64,16 @@ class MediaInputs:
         hidden: Tensor = outer(input_ids=tokens, use_cache=False, **self.tensors).last_hidden_state
         return hidden
 
+    def encoded(self, model: "LanguageModel") -> dict[str, Any]:
+        """The same arguments with images as the model's own tower encodes them, for TransformerLens, whose adapter of
+        Gemma 3's tower gives other features."""
+        given: dict[str, Any] = dict(self.tensors)
+        images = {name: given.pop(name) for name in ("pixel_values", "image_position_ids") if name in given}
+        if images:
+            outer: Any = model.hf.get_submodule(model.layout.backbone.rpartition(".")[0])
+            given["mm_encoder_outputs"] = {"image": outer.get_image_features(**images, return_dict=True)}
+        return given
+
 
 @dataclass(frozen=True)
 class MediaPrompt:
@@ -210,6 +220,8 @@ class MediaReader:
         found = dict(processor(**given, return_tensors="pt"))
         ((replaced,),) = found.pop("text_replacement_offsets")
         n_tokens = int((found.pop("input_ids") == soft).sum())
+        if n_tokens == 0:
+            raise InvalidInputError("a sound is too short to be heard: it has no soft token.")
         tensors = {
             name: value for name, value in found.items() if name != "attention_mask" and not name.endswith("type_ids")
         }
