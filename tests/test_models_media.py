@@ -222,7 +222,7 @@ def test_the_analysis_path_sees_the_same_and_patterns_too(kind: str) -> None:
     ahead[soft[0] : soft[-1] + 1, soft[0] : soft[-1] + 1] = False
     other = np.flatnonzero((prompt.columns["medium"] == (2 if SOUNDS[kind] else 1)) & (prompt.columns["modality"] == 1))
     ahead[other[0] : other[-1] + 1, other[0] : other[-1] + 1] = False
-    assert (weights[..., soft[0], soft[1:]] > 0).all()
+    assert (weights[..., soft[0], soft[1:]] > 0).any()
     assert weights[..., ahead].abs().max() == 0
 
 

@@ -30,7 +30,7 @@ def tokens(reader: "IndexReader", rows: np.ndarray) -> pd.DataFrame:
         further += ["step", "block", "final_id", "commit_step"]
     columns |= {name: reader.row_column(name).take(rows) for name in further}
     if "state" in reader.spoken:
-        columns["final"] = reader.vocabulary.display(columns["final_id"])
+        columns["final"] = np.array(reader.vocabulary.display(columns["final_id"]), object)
     return pd.DataFrame({"row": rows, "token": shown_tokens(reader, rows), **columns})
 
 
