@@ -15,8 +15,9 @@ One pass over the rows of its hook, the same tokens in both models, BOS and spec
 
    `decoder_cosine` is that between the two models. `decoder_cosine_halves` is that between even and odd groups of
    documents of the base model alone, so what other text does where nothing changed.
-4. *Home.* The source of the text on which a feature fires at the highest rate, both models together, and log2 of that
-   rate over its rate on all of the text (`lift`): what kind of text the features belong to that changed.
+4. *Home.* The source of the text on which a feature fires at the highest rate, and log2 of that rate over its rate on
+   all of the text (`lift`): what kind of text the features belong to that changed. It is the base model that says so,
+   which no tuning has touched; the other one only of features that do not fire in the base model.
 5. The rows on which each feature is strongest in each model.
 
 Training on any text moves features, and hard training moves as many on nothing as on something. What a change says of
@@ -199,7 +200,7 @@ class _Sums:
     def __init__(self, sae: SAE, n_groups: int, sources: Sequence[str]) -> None:
         self.sae = sae
         self.sources = sources
-        self.by_source = torch.zeros(len(sources), sae.d_sae, dtype=torch.float64, device=sae.device)
+        self.by_source = torch.zeros(2, len(sources), sae.d_sae, dtype=torch.float64, device=sae.device)
         self.rows_of_source = torch.zeros(len(sources), dtype=torch.float64, device=sae.device)
         self.sides = (_Side(sae, n_groups), _Side(sae, n_groups))
         self.n_rows = torch.zeros(n_groups, dtype=torch.float64, device=sae.device)
@@ -214,7 +215,7 @@ class _Sums:
         fires = [side.add(self.sae, x, rows, by_group) for side, x in zip(self.sides, values, strict=True)]
         self.both += (fires[0] & fires[1]).sum(dim=0)
         home = functional.one_hot(torch.from_numpy(rows.sources).to(self.sae.device), len(self.sources)).float()
-        self.by_source += (home.T @ (fires[0].float() + fires[1].float())).double()
+        self.by_source += torch.stack([home.T @ part.float() for part in fires]).double()
         self.rows_of_source += home.sum(dim=0)
         self.n_rows += by_group.sum(dim=0)
         self.n_within += by_group[rows.within].sum(dim=0)
@@ -251,9 +252,10 @@ class _Sums:
 
     def homes(self) -> tuple[np.ndarray, np.ndarray]:
         """Each feature's source and its lift there; "" and NaN where it does not fire."""
-        firings, rows = self.by_source.cpu().numpy(), self.rows_of_source.cpu().numpy()
+        base, tuned = self.by_source.cpu().numpy()
+        firings, rows = np.where(base.sum(axis=0) > 0, base, tuned), self.rows_of_source.cpu().numpy()
         totals, n = firings.sum(axis=0), float(rows.sum())
-        lifts = np.stack([log_ratio(k, 2 * m, totals, 2 * n) for k, m in zip(firings, rows, strict=True)])
+        lifts = np.stack([log_ratio(k, m, totals, n) for k, m in zip(firings, rows, strict=True)])
         best = lifts.argmax(axis=0)
         fires = totals > 0
         return np.where(fires, np.asarray(self.sources)[best], ""), np.where(fires, lifts.max(axis=0), np.nan)
