@@ -70,9 +70,11 @@ def diff_view(context: Context, id: str, theme: Theme) -> list[Any]:
         entry = context.workspace.find(id, "model-diff")
         report = DiffReport.open(entry.path)
         figures = report.figures
+        control = figures.get("control")
+        named = [", the control is ", html.B(control["model"])] if control else []
         parts: list[Any] = [
             html.P(
-                ["A is ", html.B(figures["base"]["model"]), ", B is ", html.B(figures["tuned"]["model"]), "."],
+                ["A is ", html.B(figures["base"]["model"]), ", B is ", html.B(figures["tuned"]["model"]), *named, "."],
                 className="muted",
             ),
             *_predictions(figures, theme),
@@ -204,9 +206,15 @@ def _homes(sae: Mapping[str, Any], controlled: bool) -> list[Any]:
     if not found:
         return []
     parts = ["firing", "changed", "more_often", *(["beyond", "beyond_more_often"] if controlled else [])]
-    head = ["fire most on", "features", "changed", "more often", "beyond the control", "more often"][: len(parts) + 1]
-    rows = [[html.Bdi(row["source"]), *(count(row[part]) for part in parts)] for row in found]
-    return [_table(head, rows, "Changed features by source")]
+    head = ["source", "features", "changed", "more often", "beyond the control", "beyond it, more often"][
+        : len(parts) + 1
+    ]
+    ordered = sorted(found, key=lambda row: (-row[parts[-1]], -row["changed"], row["source"]))
+    rows = [[html.Bdi(row["source"]), *(count(row[part]) for part in parts)] for row in ordered]
+    return [
+        html.P("The same by the source that a feature fires on most in A:", className="muted small"),
+        _table(head, rows, "Changed features by source"),
+    ]
 
 
 def _crosscoder(report: DiffReport, theme: Theme) -> list[Any]:

@@ -26,7 +26,7 @@ from scope.saes.base import SAE
 
 __all__ = ["Readings", "Sample", "read_model", "sample_of"]
 
-WINDOWS, PROMPTS = 12, 8
+WINDOWS, PROMPTS = 8, 8
 PROMPT_TOKENS = 32
 LENS_ROWS = 256
 N_TOP = 10

@@ -65,9 +65,9 @@ class DiffConfig(ComparisonConfig):
 class QuantisationConfig(ComparisonConfig):
     """The same with less text: a quantisation moves rows less than a training, and several files are looked at."""
 
-    tokens: int = 16_384
+    tokens: int = 12_288
     """Rows of text that SAEs see, BOS included."""
     document_tokens: int | None = 128
     """Tokens that are taken of a document at most, so that many documents come in; None for all of each."""
-    layer_tokens: int = 2_048
+    layer_tokens: int = 1_536
     """Rows on which every layer's activations and the predictions are compared. 0 leaves that out."""
