@@ -54,9 +54,9 @@ def test_a_chat_goes_through_the_template_and_begins_the_answer(monkeypatch: pyt
     model = tiny_model("gemma3")
     chat = Asked(json.dumps([["user", "The cat sat"], ["assistant", "on the mat"], ["user", "  "]]), True)
     with pytest.raises(InvalidInputError, match="no chat template"):
-        prepare(model, *chat)
+        prepare(model, chat.text, chat.chat)
     monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
-    ids, n_tokens, said = prepare(model, *chat)
+    ids, n_tokens, said = prepare(model, chat.text, chat.chat)
     turns = turns_of(said)
     assert n_tokens == len(ids)
     assert int(ids[0]) == model.bos_token_id

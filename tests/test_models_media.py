@@ -197,7 +197,8 @@ def test_what_cannot_be_read_is_named() -> None:
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
 def test_the_analysis_path_sees_the_same_and_patterns_too(kind: str) -> None:
-    """At every fast hook; and an image's tokens look at each other in both directions."""
+    """At every fast hook; and on local layers an image's tokens look at each other in both directions. Gemma 4's global
+    layers look back alone."""
     model = media_model(kind, "eager")
     prompt = model.media_prompt(chat(kind)[0])
     seen: dict[str, torch.Tensor] = {}
@@ -209,21 +210,23 @@ def test_the_analysis_path_sees_the_same_and_patterns_too(kind: str) -> None:
     handlers = {point: functools.partial(keep, point.name) for point in points}
     with torch.no_grad():
         logits = bridge_forward(model, prompt.tokens[None], handlers, True, prompt.inputs)
-    pattern = "blocks.1.attn.hook_pattern"
+    local, full = "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"
     result = model.run(prompt, hooks=[point.name for point in points])
     differences = {name: relative_difference(value, seen[name]) for name, value in result.activations.items()}
     assert max(differences.values()) <= 1e-5, {name: d for name, d in differences.items() if d > 1e-5}
     assert result.logits is not None
     assert logits is not None
     assert relative_difference(result.logits, logits[0]) <= 1e-5
-    weights = model.run(prompt, hooks=[pattern]).activations[pattern]  # (head, seq, seq)
+    patterns = model.run(prompt, hooks=[local, full]).activations  # (head, seq, seq) each
     soft = np.flatnonzero((prompt.columns["medium"] == 0) & (prompt.columns["modality"] == 1))
-    ahead = torch.ones(weights.shape[-2:], dtype=torch.bool).triu(1)
+    everything_ahead = torch.ones(patterns[local].shape[-2:], dtype=torch.bool).triu(1)
+    ahead = everything_ahead.clone()
     ahead[soft[0] : soft[-1] + 1, soft[0] : soft[-1] + 1] = False
     other = np.flatnonzero((prompt.columns["medium"] == (2 if SOUNDS[kind] else 1)) & (prompt.columns["modality"] == 1))
     ahead[other[0] : other[-1] + 1, other[0] : other[-1] + 1] = False
-    assert (weights[..., soft[0], soft[1:]] > 0).any()
-    assert weights[..., ahead].abs().max() == 0
+    assert (patterns[local][..., soft[0], soft[1:]] > 0).any()
+    assert patterns[local][..., ahead].abs().max() == 0
+    assert patterns[full][..., everything_ahead if kind == "gemma4" else ahead].abs().max() == 0
 
 
 def test_other_ways_to_run_take_text() -> None:

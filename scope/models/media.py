@@ -5,8 +5,8 @@
 2. The text is tokenised once all of it stands. What the soft tokens of an image show is a grid of patches over the
    whole image, row by row, as the tower pools them; those of a sound follow each other in time, a fixed span each.
 3. A batch goes through transformers' multimodal model, with the tensors of all its media in the order of the tokens and
-   the kind of each token, from which the model makes its masks: in Gemma 3, and in Gemma 4 models that say so, the
-   tokens of an image see each other. The hooks are in the text model inside of it, on tokens as for text.
+   the kind of each token, from which the model makes its masks: in Gemma 3, and on the local layers of Gemma 4 models
+   that say so, the tokens of an image see each other. The hooks are in the text model inside of it, as for text.
 """
 
 import json
