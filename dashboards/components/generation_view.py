@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dash import html
 
 from dashboards.components.controls import define, icon, link_button
+from dashboards.components.strip import legend
 from dashboards.format import count, number
 from dashboards.generations import POSITIONS, Generation
 from dashboards.links import feature_link, generation_link
@@ -33,7 +34,7 @@ def generation_view(index: str, shown: Generation, names: Mapping[int, str]) -> 
             _head(index, shown),
             _text(shown),
             _colour(index, shown, names),
-            html.Div(className="generation-tools", children=[_canvases(index, shown), _legend()]),
+            html.Div(className="generation-tools", children=[_canvases(index, shown), _legend(shown)]),
             _grid(shown),
             _turner(index, shown),
         ],
@@ -84,21 +85,22 @@ def _text(shown: Generation) -> html.P:
 
 
 def _colour(index: str, shown: Generation, names: Mapping[int, str]) -> html.P:
-    """Which feature colours the cells, and others that fire here."""
+    """Which feature colours the cells, and others that fire here; the same positions stay in view."""
+    here = {"from": shown.first or None}
     parts: list[Any] = []
     if shown.feature is None:
         parts.append(html.Span("Coloured by no feature yet. "))
     else:
         chosen = html.A(f"feature {shown.feature}", href=feature_link(index, shown.feature))
         name = [" ", html.Bdi(names[shown.feature])] if shown.feature in names else []
-        without = html.A("no colour", href=generation_link(index, **_query(shown, feature=None)))
-        parts += ["Coloured by ", chosen, *name, f", full at {number(shown.scale)} (", without, "). "]
+        without = html.A("no colour", href=generation_link(index, **_query(shown, feature=None, **here)))
+        parts += ["Coloured by ", chosen, *name, " (", without, "). "]
     others = [one for one in shown.strongest if one != shown.feature]
     if others:
         parts.append("Strongest on this canvas: ")
         for place, one in enumerate(others):
             words = f"Colour by feature {one} {names.get(one, '')}".strip()
-            link = generation_link(index, **_query(shown, feature=one))
+            link = generation_link(index, **_query(shown, feature=one, **here))
             parts += [", " if place else "", html.A(str(one), href=link, title=words, **{"aria-label": words})]
     return html.P(parts, className="small")
 
@@ -119,9 +121,11 @@ def _canvases(index: str, shown: Generation) -> html.Nav | None:
     return html.Nav(links, className="chips", **{"aria-label": "Canvases"})
 
 
-def _legend() -> html.Div:
+def _legend(shown: Generation) -> html.Div:
+    """What marks and colours mean."""
+    colours = [] if shown.feature is None else [legend(shown.scale)]
     marks = [html.Span(words, className="mark", **{"data-state": state}) for state, words in STATES.items()]
-    return html.Div([*marks, define("commit")], className="generation-legend small")
+    return html.Div([*marks, define("commit"), *colours], className="generation-legend small")
 
 
 def _grid(shown: Generation) -> html.Div:

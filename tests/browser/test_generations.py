@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from helpers_saes import make
 
 from activations.denoising_capture import capture_denoising
 from activations.text import TextSource
+from dashboards.components.generation_view import generation_view
+from dashboards.generations import generation
 from scope.features.build import build_index
 from scope.features.denoising import generation_cells
 from scope.features.index import FeatureIndex
@@ -87,6 +90,15 @@ def test_the_page_of_a_feature_has_its_steps_and_the_way_to_a_generation(visit: 
     page.wait_for_selector(GRID)
     assert query(page)["feature"] == str(feature)
     opened.check()
+
+
+def test_another_colour_leaves_the_same_positions_in_view(denoised: Any) -> None:
+    shown = replace(generation(denoised[1], None), first=32, length=40)
+    view = generation_view("i", shown, {})
+    links = [one.href for one in view._traverse() if getattr(one, "href", None) and "feature=" in one.href]
+    colours = [link for link in links if "document=0" in link]
+    assert len(colours) >= len(shown.strongest)
+    assert all("from=32" in link for link in colours)
 
 
 def test_what_is_not_there_is_said(visit: Callable, denoised: Any) -> None:
