@@ -8,15 +8,14 @@ from dash import html
 
 from dashboards.components.charts import chart
 from dashboards.components.controls import define, panel
-from dashboards.components.firings import choice, plain_bar, signed_bar
+from dashboards.components.firings import choice, named_feature, plain_bar, signed_bar
 from dashboards.components.prompt_state import scale_of, whole_number
 from dashboards.components.strip import legend, token
 from dashboards.components.tables import stacking_table
 from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.format import exact, number, percent
-from dashboards.links import feature_link
 from dashboards.models import Written
-from dashboards.queries import feature_name, records, table_row
+from dashboards.queries import records
 from scope.figures import Theme, per_layer_bars
 
 if TYPE_CHECKING:
@@ -183,13 +182,10 @@ def _features(written: Written, index: "FeatureIndex", position: int, layer: int
     largest = float(own["value"].max()) or 1.0
     rows = []
     for row in records(own):
-        feature = int(row["feature"])
-        name = feature_name(table_row(index, feature)) or "no tokens"
-        link = html.A([html.Span(str(feature), className="number muted"), " ", html.Bdi(name)],
-                      href=feature_link(index.id, feature), title=f"Open feature {feature}")  # fmt: skip
+        link = named_feature(index, int(row["feature"]))
         pushes = [signed_bar(float(row[part]), most) for part in PARTS]
         rows.append([link, plain_bar(float(row["value"]), largest), *pushes])
     drawn = stacking_table(
         "Features", ("Feature", "Fires", "Table", "Projection"), rows, className="pushed-features compact"
     )
-    return panel("Along which features", drawn, term="per_layer_effect", unit=f"{written.hook}")
+    return panel("Along which features", drawn, term="per_layer_effect", unit=written.hook)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash import html
 
@@ -10,8 +10,12 @@ from dashboards.components.controls import icon
 from dashboards.components.strip import token
 from dashboards.format import exact, number, percent
 from dashboards.links import feature_link
+from dashboards.queries import feature_name, table_row
 
-__all__ = ["choice", "firing_list", "pin_feature", "plain_bar", "prediction_chips", "signed_bar"]
+if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
+
+__all__ = ["choice", "firing_list", "named_feature", "pin_feature", "plain_bar", "prediction_chips", "signed_bar"]
 
 
 def choice(
@@ -112,11 +116,21 @@ def _firing(
     )
 
 
-def plain_bar(value: float, largest: float, kind: str = "strength") -> html.Span:
-    """A number of one sign as a bar."""
+def named_feature(index: "FeatureIndex", feature: int) -> html.A:
+    """A feature's number and name, which lead to its page."""
+    name = feature_name(table_row(index, feature)) or "no tokens"
+    return html.A(
+        [html.Span(str(feature), className="number muted"), " ", html.Bdi(name)],
+        href=feature_link(index.id, feature),
+        title=f"Open feature {feature}",
+    )
+
+
+def plain_bar(value: float, largest: float, kind: str = "strength", words: str = "") -> html.Span:
+    """A number of one sign as a bar; `words` stand for it where it is a share or the like."""
     share = min(1.0, max(0.0, value / largest)) if largest else 0.0
     return html.Span(
-        [html.I(style={"--v": f"{share:.3f}"}), html.Span(number(value), className="number")],
+        [html.I(style={"--v": f"{share:.3f}"}), html.Span(words or number(value), className="number")],
         className=f"firing-bar {kind}",
         title=exact(value),
     )

@@ -9,7 +9,7 @@ from dash import html
 
 from dashboards.components.controls import define, panel
 from dashboards.components.experts_view import number_field
-from dashboards.components.firings import choice, plain_bar, signed_bar
+from dashboards.components.firings import choice, named_feature, plain_bar, signed_bar
 from dashboards.components.prompt_state import whole_number, whole_numbers
 from dashboards.components.states import skeleton
 from dashboards.components.stats import stat, stats
@@ -18,8 +18,8 @@ from dashboards.components.tables import stacking_table
 from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.experts import ExpertEdit, Routed
 from dashboards.format import exact, number, percent, plural
-from dashboards.links import experts_link, feature_link
-from dashboards.queries import feature_name, records, table_row
+from dashboards.links import experts_link
+from dashboards.queries import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,7 +197,7 @@ def _here(routed: Routed, selection: RoutingSelection, index: str) -> html.Secti
             )
         )
     head = [
-        html.H2(["Of ", token(routed.tokens[selection.position])]),
+        html.H2(["The choice for ", token(routed.tokens[selection.position])]),
         html.Span(f"layer {selection.layer}", className="unit"),
     ]
     return html.Section([html.Header(head), *parts], className="panel")
@@ -336,17 +336,10 @@ def _flips(effects: "EditEffects", index: "FeatureIndex") -> html.Section:
         return panel("Features that flip", html.P(words, className="muted small"), term="expert_flips")
     rows = []
     for row in records(flips.head(FLIPS)):
-        feature = int(row["feature"])
-        name = feature_name(table_row(index, feature)) or "no tokens"
-        link = html.A(
-            [html.Span(str(feature), className="number muted"), " ", html.Bdi(name)],
-            href=feature_link(index.id, feature),
-            title=f"Open feature {feature}",
-        )
         rows.append(
             [
                 [token(str(row["token"])), html.Span(f" {int(row['position'])}", className="muted number")],
-                link,
+                named_feature(index, int(row["feature"])),
                 html.Td(number(row["before"]), title=exact(row["before"])),
                 html.Td(number(row["after"]), title=exact(row["after"])),
                 "begins" if row["before"] == 0 else "ceases",
