@@ -192,7 +192,12 @@ def _specialisation(groups: Groups, selection: ExpertSelection) -> list[Any]:
         names,
         rows,
         numeric={1, 2, 3, 5, 6},
-        terms={"Bits": "expert_information", "By chance": "expert_chance"},
+        terms={
+            "Share": "expert_load",
+            "Bits": "expert_information",
+            "By chance": "expert_chance",
+            "Times its due": "expert_lift",
+        },
         sorting=sorting,
         className="experts-table",
     )
@@ -231,7 +236,7 @@ def _expert(
     rows = [
         [
             _group_name(row["group"], selection.by),
-            plain_bar(float(row["share"]), largest),
+            plain_bar(float(row["share"]), largest, words=percent(row["share"])),
             html.Td(number(row["lift"]), title=exact(row["lift"])),
         ]
         for row in records(own.sort_values("lift", ascending=False, kind="stable"))
@@ -265,6 +270,7 @@ def _expert(
 
 def _groups(groups: Groups, selection: ExpertSelection, layer: int, theme: Theme) -> html.Section:
     figure = expert_heatmap(groups.load, selection.of, theme=theme, title=f"Layer {layer}: {MEASURES[selection.of]}")
+    figure.update_traces(zmax=float(groups.load[selection.of].max()) or 1.0)  # without it Plotly ignores zmin
     height = int(figure.layout.height)
     chips = [choice(name.capitalize(), {"of": name}, selection.of == name) for name in MEASURES]
     left_out = groups.n_groups - groups.load["group"].nunique()
@@ -302,8 +308,7 @@ def draw_pairs(
     ]
     switches = [
         html.Div([html.Span("Experts of", className="muted small"), *layers], className="chips"),
-        html.Div([html.Span("Pairs", className="muted small"), *of], className="chips"),
-        html.Div(fields, className="chips"),
+        html.Div([html.Span("Pairs", className="muted small"), *of, *fields], className="chips"),
     ]
     body: Any = skeleton(400)
     if pairs is not None:

@@ -10,11 +10,11 @@ from dashboards.components.controls import panel
 from dashboards.components.firings import plain_bar
 from dashboards.components.stats import stat, stats
 from dashboards.components.tables import stacking_table
-from dashboards.format import count, percent, plural
+from dashboards.format import count, number, percent, plural
 from dashboards.links import embeddings_link, experts_link, model_link
 from dashboards.models import ModelFacts
 
-__all__ = ["draw_model", "model_nav", "no_experts", "no_tables"]
+__all__ = ["BYTES", "UNITS", "draw_model", "model_nav", "no_experts", "no_tables", "short"]
 
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
@@ -86,7 +86,7 @@ def draw_model(facts: ModelFacts) -> html.Div:
 
 
 def _figure(name: str, value: int, term: str) -> html.Div:
-    return stat(name, _short(value, UNITS), term=term, title=count(value))
+    return stat(name, short(value, UNITS), term=term, title=count(value))
 
 
 def _parts(facts: ModelFacts) -> html.Section:
@@ -110,15 +110,14 @@ def _parts(facts: ModelFacts) -> html.Section:
     drawn = [
         [
             name,
-            html.Td(_short(parameters, UNITS), title=count(parameters)),
-            percent(parameters / size.total),
-            plain_bar(parameters / size.total, largest / size.total),
+            html.Td(short(parameters, UNITS), title=count(parameters)),
+            plain_bar(parameters / size.total, largest / size.total, words=percent(parameters / size.total)),
             words,
         ]
         for name, parameters, words in rows
     ]
     table = stacking_table(
-        "Parts of the model", ("Part", "Parameters", "Of all", "Share", "What a token uses"), drawn, numeric={1, 2},
+        "Parts of the model", ("Part", "Parameters", "Share", "What a token uses"), drawn, numeric={1},
         className="model-parts",
     )  # fmt: skip
     return panel("Where parameters are", table)
@@ -128,9 +127,9 @@ def _places(facts: ModelFacts) -> html.Section:
     rows = [
         [
             html.Code(device),
-            html.Td(_short(place.parameters, UNITS), title=count(place.parameters)),
-            html.Td(_short(place.bytes, BYTES), title=f"{count(place.bytes)} bytes"),
-            html.Td(_short(place.lookup_tables, UNITS), title=count(place.lookup_tables)),
+            html.Td(short(place.parameters, UNITS), title=count(place.parameters)),
+            html.Td(short(place.bytes, BYTES), title=f"{count(place.bytes)} bytes"),
+            html.Td(short(place.lookup_tables, UNITS), title=count(place.lookup_tables)),
         ]
         for device, place in facts.parameters.devices.items()
     ]
@@ -138,10 +137,10 @@ def _places(facts: ModelFacts) -> html.Section:
     return panel("Where they lie", stacking_table("Devices", names, rows, numeric={1, 2, 3}), term="parameters_place")
 
 
-def _short(value: int, units: tuple[tuple[int, str], ...]) -> str:
-    """Three digits and a unit: 268M, 1.54 GB."""
+def short(value: int, units: tuple[tuple[int, str], ...]) -> str:
+    """Three digits and a unit: 268M, 1.50 GB."""
     for size, unit in units:
-        if value >= size:
+        if value >= 0.9995 * size:  # what is rounded to it, too
             gap = " " if unit.endswith("B") and len(unit) > 1 else ""
-            return f"{value / size:.3g}{gap}{unit}"
+            return f"{number(value / size)}{gap}{unit}"
     return count(value)
