@@ -1,5 +1,6 @@
 """What the pages about a model ask of the worker: as the library says, of tiny models with experts and with tables."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,14 @@ from helpers_models import one_thread as one_thread
 
 from dashboards.components.embeddings_view import EmbeddingsSelection
 from dashboards.components.experts_view import ExpertSelection
+from dashboards.components.model_view import BYTES, UNITS, short
 from dashboards.components.tables import Sorting
 from dashboards.context import Context
 from dashboards.experts import ExpertEdit, ExpertJobs
 from dashboards.glossary import GLOSSARY
 from dashboards.model_terms import MODEL_TERMS
 from dashboards.models import ModelJobs
+from dashboards.pages.feature import _experts_part
 from dashboards.prompts import Asked, prompt_jobs
 from dashboards.worker import Job, JobState
 from scope.attribution import per_layer_writes
@@ -102,6 +105,20 @@ def test_a_stores_experts(family: SimpleNamespace) -> None:
     pd.testing.assert_frame_equal(pairs, feature_experts(store, sae, 1))
 
 
+def test_a_feature_leads_to_a_store_that_has_what_its_sae_reads(
+    family: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ExpertJobs(family.context).stores(family.mixtral)[0]
+    other = known._replace(entry=replace(known.entry, id="other"), hooks=known.hooks[:1])
+    assert HOOK not in other.hooks
+    monkeypatch.setattr(ExpertJobs, "stores", lambda *_: [other, known])
+    feature = SimpleNamespace(id=3, fires=True)
+    parts = _experts_part(family.context, family.mixtral, feature)
+    links = [one.href for part in parts for one in part._traverse() if getattr(one, "href", None)]
+    assert len(links) == 1
+    assert f"store={known.entry.id}" in links[0]
+
+
 def test_a_prompts_routing_and_what_edits_of_it_change(family: SimpleNamespace) -> None:
     jobs = ExpertJobs(family.context)
     model, sae = loaded(family, family.mixtral)
@@ -120,6 +137,21 @@ def test_a_prompts_routing_and_what_edits_of_it_change(family: SimpleNamespace) 
         pd.testing.assert_frame_equal(effects.next_tokens, own.next_tokens)
         pd.testing.assert_frame_equal(effects.flips, own.flips)
         assert (effects.position, effects.kl) == (5, own.kl)
+
+
+@pytest.mark.parametrize(
+    ("value", "units", "words"),
+    [
+        (394, UNITS, "394"),
+        (52_000, UNITS, "52.0K"),
+        (999_499, UNITS, "999K"),
+        (999_950, UNITS, "1.00M"),
+        (268_098_176, UNITS, "268M"),
+        (1_500_000_000, BYTES, "1.50 GB"),
+    ],
+)
+def test_counts_have_three_digits_and_a_unit(value: int, units: Any, words: str) -> None:
+    assert short(value, units) == words
 
 
 def test_each_term_of_these_pages_is_defined() -> None:

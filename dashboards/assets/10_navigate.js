@@ -148,7 +148,7 @@
       if (!index || current.searchParams.get("index") === index) return window.dash_clientside.no_update;
       const page = /^\/(prompt|lens|steer|model|embeddings|experts)/.test(current.pathname) ? current : new URL("/features", location.href);
       page.searchParams.set("index", index);
-      for (const name of ["feature", "target", "pins", "push", "store", "expert", "do", "other"]) page.searchParams.delete(name);
+      for (const name of ["feature", "target", "pins", "push", "store", "expert", "do", "other", "window"]) page.searchParams.delete(name);
       go(page.href);
       return window.dash_clientside.no_update;
     },

@@ -102,10 +102,11 @@ def _listed(index: "FeatureIndex", view: View) -> "np.ndarray | None":
 def _experts_part(context: Context, index: str, feature: FeatureSummary) -> list[Any]:
     """The way to the experts of its tokens, where a store knows them and what the SAE reads."""
     reads = context.index(index).hook_name
-    if not feature.fires or all(reads not in store.hooks for store in ExpertJobs(context).stores(index)):
+    store = next((one.entry.id for one in ExpertJobs(context).stores(index) if reads in one.hooks), None)
+    if not feature.fires or store is None:
         return []
-    link = html.A("The experts that its tokens go to", href=experts_link(index, view="features", feature=feature.id))
-    return [panel("Experts", html.P(link), term="experts")]
+    there = experts_link(index, view="features", store=store, feature=feature.id)
+    return [panel("Experts", html.P(html.A("The experts that its tokens go to", href=there)), term="experts")]
 
 
 def _logits_part(context: Context, index: str, feature: FeatureSummary, view: View) -> html.Div:

@@ -111,12 +111,28 @@ def test_another_kind_of_model_says_so_in_words(visit: Callable, family: SimpleN
     opened.check()
 
 
+def test_another_index_keeps_the_page_and_lets_go_of_what_was_of_the_old_one(
+    visit: Callable, family: SimpleNamespace
+) -> None:
+    opened = visit(server=family.server)
+    for path, gone, kept in (("/prompt", "window=1", ""), ("/experts", "store=mixtral&expert=1", "layer=1")):
+        page = opened.open(f"{path}?index={family.mixtral}&{gone}&{kept}", "#content > *")
+        page.evaluate("id => window.dash_clientside.scope.switchIndex(id)", family.gemma4)
+        opened.until(f"new URL(location).searchParams.get('index') === '{family.gemma4}'")
+        assert page.url.startswith(f"{family.server.url}{path}?")
+        assert not {name.split("=")[0] for name in gone.split("&")} & set(query(page))
+        assert not kept or query(page)["layer"] == "1"
+
+
 def test_experts_are_chosen_in_the_map_and_sorted_by_any_column(visit: Callable, family: SimpleNamespace) -> None:
     opened = visit(server=family.server)
     page = opened.open(f"/experts?index={family.mixtral}", "#experts-load-grid td")
     page.wait_for_selector(".experts-table")
     page.click("#experts-load-grid tr[data-id='1'] td >> nth=3")
     page.wait_for_selector("h2:has-text('Expert 3')")
+    page.wait_for_selector("#experts-groups-chart .main-svg")
+    figure = "document.querySelector('#experts-groups-chart .js-plotly-plot')"
+    assert page.evaluate(f"{figure}._fullData[0].zmin") == 0
     assert (query(page)["layer"], query(page)["expert"]) == ("1", "3")
     page.wait_for_selector("h2:has-text('the experts of layer 1')")
     page.click(".experts-table .sort:has-text('Share')")
