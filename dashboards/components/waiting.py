@@ -23,11 +23,11 @@ def trouble_of(ended: Iterable[Job | None], failed: str, again: str = "Run start
     Args:
         ended: None stands for one that is no longer kept.
         failed: the request in words, as in "The prompt could not be run".
-        again: how a request that was cancelled is made anew.
+        again: how a request that was cancelled, or is no longer known, is made anew.
     """
     for job in ended:
         if job is None:
-            return states.error(ScopeError("The result is no longer kept. Press Run to compute it again."), "Not kept")
+            return states.error(ScopeError(f"The result is no longer kept. {again}"), "Not kept")
         if job.state is JobState.CANCELLED:
             return html.P(f"Cancelled. {again}", className="muted")
         if job.error is not None:

@@ -26,7 +26,7 @@ __all__ = ["Shown", "register_watched", "watched", "watched_stores"]
 Record = dict[str, Any]
 
 POLL_MS = 350
-AGAIN = "Run starts it again, and so does reloading the page."
+AGAIN = "Reloading the page starts it again."
 
 
 @dataclass(frozen=True)
