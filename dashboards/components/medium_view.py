@@ -46,6 +46,7 @@ def medium_figure(
     centre: Sequence[int] = (),
     more: Any = None,
     kind: Kind = "activation",
+    who: str = "",
 ) -> html.Figure:
     """A feature's strength over a medium.
 
@@ -56,6 +57,7 @@ def medium_figure(
         centre: places of the soft tokens that the figure is about, which are outlined.
         more: what else stands below it.
         kind: what the values are, as of a strip.
+        who: what fires, where it is not one feature.
     """
     fires = np.flatnonzero(found.values)
     drawn = np.union1d(fires, np.array(centre, np.int64)).astype(np.int64)
@@ -68,7 +70,7 @@ def medium_figure(
         "v": [float(f"{value:.5g}") for value in found.values[drawn].tolist()],
         "n": drawn.tolist(),
         "c": list(centre),
-        "words": _words(found, fires),
+        "words": _words(found, fires, who or "the feature"),
     }
     if found.kind == "image":
         spec |= {"w": found.width, "h": found.height, "side": MAX_SIDE}
@@ -80,7 +82,7 @@ def medium_figure(
             html.Figcaption(
                 [
                     html.Bdi(found.name),
-                    f" · {_size(found)} · {_share(found, fires)}",
+                    f" · {_size(found)} · {f'{who} {_share(found, fires)}'.strip()}",
                     *([] if more is None else [" · ", more]),
                 ]
             ),
@@ -101,11 +103,11 @@ def _share(found: "MediumValues", fires: np.ndarray) -> str:
     return f"fires on {count(len(fires))} of {units}"
 
 
-def _words(found: "MediumValues", fires: np.ndarray) -> str:
+def _words(found: "MediumValues", fires: np.ndarray, who: str) -> str:
     """What a screen reader says of it."""
     what = "Image" if found.kind == "image" else "Sound"
     if not len(fires):
-        return f"{what} {found.name}; the feature does not fire in it"
+        return f"{what} {found.name}; {who} does not fire in it"
     best = int(fires[np.argmax(np.abs(found.values[fires]))])
     place = found.places[best]
     if found.kind == "image":
@@ -114,4 +116,4 @@ def _words(found: "MediumValues", fires: np.ndarray) -> str:
     else:
         where = f"from {number(float(place[0]))} to {number(float(place[1]))} s"
     strength = number(float(found.values[best]))
-    return f"{what} {found.name}; the feature {_share(found, fires)}, most strongly ({strength}) {where}"
+    return f"{what} {found.name}; {who} {_share(found, fires)}, most strongly ({strength}) {where}"

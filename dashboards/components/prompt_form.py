@@ -78,6 +78,8 @@ def _files_part(files: Sequence[tuple[str, str]]) -> html.Div:
                 accept="image/*,.wav",
                 max_size=MAX_FILE_BYTES,
             ),
+            # The browser leaves out a larger file without a word.
+            html.Span(f"images and WAV files of up to {MAX_FILE_BYTES // 2**20} MiB", className="muted small"),
             html.Div(file_chips(files), id="prompt-file-chips", className="chips"),
             html.Span(id="prompt-file-problem", className="small", role="alert"),
             dcc.Store(id="prompt-files", data=[list(one) for one in files]),

@@ -93,11 +93,12 @@ def _media(view: PromptView, values: np.ndarray, scale: float, kind: Kind) -> ht
     shown = view.analysis.shown
     if shown is None:
         return None
+    who = "some feature" if view.feature is None else ""
     figures = []
     for one in shown.media:
         own = one._replace(values=values[one.rows].astype(np.float32))
         centre = np.flatnonzero(one.rows == view.position).tolist()
-        figures.append(medium_figure(own, f"{shown.files}/{one.digest}", scale, centre, kind=kind))
+        figures.append(medium_figure(own, f"{shown.files}/{one.digest}", scale, centre, kind=kind, who=who))
     title = [html.P(html.Bdi(shown.title), className="small muted")] if shown.title else []
     return html.Div([*title, html.Div(figures, className="media-row")])
 
