@@ -118,6 +118,7 @@ def test_scatter_groups_what_comes_after_eight():
 def test_heatmap_puts_firings_where_they_are():
     frame = pd.DataFrame({"position": [2, 0, 1], "feature": [7, 3, 3], "value": [1.0, 2.0, 5.0]})
     heat = figures.token_feature_heatmap(frame, ["a", "b", "c"]).data[0]
+    assert (heat.zmin, heat.zmax) == (0, 5)
     z = np.array(heat.z, float)
     assert z[0].tolist()[:2] == [2, 5]
     assert z[1][2] == 1

@@ -270,7 +270,6 @@ def _expert(
 
 def _groups(groups: Groups, selection: ExpertSelection, layer: int, theme: Theme) -> html.Section:
     figure = expert_heatmap(groups.load, selection.of, theme=theme, title=f"Layer {layer}: {MEASURES[selection.of]}")
-    figure.update_traces(zmax=float(groups.load[selection.of].max()) or 1.0)  # without it Plotly ignores zmin
     height = int(figure.layout.height)
     chips = [choice(name.capitalize(), {"of": name}, selection.of == name) for name in MEASURES]
     left_out = groups.n_groups - groups.load["group"].nunique()

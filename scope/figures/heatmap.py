@@ -28,6 +28,8 @@ def heatmap(
     """
     import plotly.graph_objects as go
 
+    largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    cells = {"zmax": largest or 1.0} | cells  # Plotly heeds zmin only beside a zmax
     figure = go.Figure(layout={"template": template(theme), "title": {"text": title}, "showlegend": False})
     return figure.add_heatmap(
         z=values,
