@@ -86,6 +86,8 @@ def test_a_file_quantised_again_stands_for_its_coarser_weights(tmp_path: Path, m
     assert found["tensors"]["Q8_0"] == 2  # token embeddings and unembedding
     assert found["tensors"]["Q4_0"] == 7 * LAYERS
     assert found["bytes"] < source.stat().st_size / 4
+    finest = scope("bench", "requantise", source, "F16", "--out", tmp_path / "F16.gguf", "--json")
+    assert "Q8_0" not in finest["tensors"]
     before, after = (
         LanguageModel.load(str(file), device="cpu", dtype="float32") for file in (source, tmp_path / "Q4_0.gguf")
     )

@@ -4,8 +4,8 @@ how coarse they are.
 1. The source is a GGUF file, or the one that a packaged model carries. What its tensors stand for is the reference; a
    file that was quantised already gives the second quantisation's error alone.
 2. Every matrix of a layer is dequantised and quantised to `kind` (`gguf.quants`, in numpy). Token embeddings and
-   unembedding are kept finer, at Q8_0, as in the files that people use; vectors stay as they are, and so do matrices
-   whose rows are no whole number of blocks.
+   unembedding are kept finer, at Q8_0 where `kind` is coarser than that, as in the files that people use; vectors stay
+   as they are, and so do matrices whose rows are no whole number of blocks.
 3. All metadata is copied, the tokenizer's included, so that both files hold one tokenizer.
 
 The package gguf quantises to F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, TQ1_0, TQ2_0 and MXFP4; it reads many more.
@@ -23,6 +23,8 @@ from scope.errors import InvalidInputError, OccupiedError, UnknownNameError
 __all__ = ["requantised"]
 
 FINER, FINER_TENSORS = "Q8_0", ("token_embd.weight", "output.weight")
+FINEST = ("F32", "F16", "BF16")
+"""Quantisations that are finer than that."""
 
 
 def requantised(source: Path, kind: str, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def _quantised(tensor: Any, kind: str) -> tuple[np.ndarray, Any]:
     import gguf
     from gguf.quants import dequantize, quantize
 
-    wanted = gguf.GGMLQuantizationType[FINER if tensor.name in FINER_TENSORS else kind]
+    kept_finer = tensor.name in FINER_TENSORS and kind not in FINEST
+    wanted = gguf.GGMLQuantizationType[FINER if kept_finer else kind]
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     shape = [int(size) for size in reversed(tensor.shape)]
     if len(shape) < 2 or shape[-1] % block:
