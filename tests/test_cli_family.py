@@ -62,6 +62,10 @@ def test_load_and_specialisation(store: Path) -> None:
     assert "times its due" in scope("experts", "load", store, "--layer", 1).stdout
     assert "moe.hook_experts" in scope("experts", "load", store, "--layer", 2, code=2).stderr
     assert "language" in scope("experts", "load", store, "--layer", 1, "--by", "tongue", code=2).stderr
+    assert "--layer" in scope("experts", "load", store, "--by", "language", code=2).stderr
+    assert "--by token" in scope("experts", "load", store, "--layer", 1, "--model", "gpt2", code=2).stderr
+    other = ("--by", "token", "--model", tiny_folder("gpt2"))
+    assert "another tokenizer" in scope("experts", "load", store, "--layer", 1, *other, code=2).stderr
 
 
 def test_features_and_experts_meet(store: Path, tmp_path: Path) -> None:
@@ -80,6 +84,7 @@ def test_features_and_experts_meet(store: Path, tmp_path: Path) -> None:
     assert {row["feature"] for row in of_expert} == set(own["feature"])
     assert "0 to 3" in scope(*base, "--expert", 4, code=2).stderr
     assert "--min-firings" in scope(*base, "--feature", 10_000, code=2).stderr
+    assert "--min-firings" in scope(*base, "--expert", 0, "--min-firings", 10**9, code=2).stderr
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)

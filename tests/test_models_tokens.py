@@ -4,13 +4,13 @@ import helpers_chats
 import numpy as np
 import pytest
 import torch
-from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_model
+from helpers_models import KINDS, WRONG_TYPE, real_model, tiny_folder, tiny_model
 from helpers_models import one_thread as one_thread
 
 from activations.chats import chat_from
 from scope.errors import InvalidInputError, OutOfRangeError
 from scope.models import LanguageModel, TokenText
-from scope.models.tokens import TokenReader
+from scope.models.tokens import TokenReader, reader_of
 
 TEXTS = [
     "The cat sat on  the mat.",
@@ -31,6 +31,14 @@ def test_the_tokens_of_a_text_join_to_the_text(kind: str, text: str) -> None:
     assert tokens[0].special
     assert not any(token.special for token in tokens[1:])
     assert "".join(token.new_text for token in tokens[1:]) == text
+
+
+def test_tokens_read_the_same_without_the_weights() -> None:
+    model = tiny_model("gemma3")
+    ids = [*sorted(model.special_token_ids), *model.tokenize(TEXTS[1]).tolist()]
+    reader = reader_of(str(tiny_folder("gemma3")), expected_hash=model.identity.tokenizer_hash)
+    assert reader.token_strings(ids) == model.token_strings(ids)
+    assert reader.vocabulary_strings(ids) == model.vocabulary_strings(ids)
 
 
 def test_a_token_that_is_part_of_a_character_shows_the_character_and_its_share() -> None:

@@ -6,11 +6,13 @@ import typer
 
 from scope.cli._command import Outcome, command, progress_bar
 from scope.cli._model import EmbeddingsOption, load_model
-from scope.cli.sae import SAE_HELP, DownloadOption
+from scope.cli.sae import SAE_HELP, DownloadOption, require_hook
 from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from scope.models.tokens import TokenReader
 
 __all__ = ["register"]
 
@@ -42,8 +44,11 @@ def _register_load(group: typer.Typer) -> None:
             int | None, typer.Option(help="One layer, with what its experts are for; by default all.", min=0)
         ] = None,
         by: Annotated[
-            str, typer.Option(help="Groups that experts may be for: language, source or token. With --layer.")
-        ] = "language",
+            str | None,
+            typer.Option(
+                help="With --layer: groups that experts may be for: language, source or token; by default language."
+            ),
+        ] = None,
         model: Annotated[
             str | None,
             typer.Option(help="Whose tokenizer says how tokens read, with --by token; its weights are not loaded."),
@@ -55,16 +60,23 @@ def _register_load(group: typer.Typer) -> None:
         from activations.store import ActivationStore
         from scope.features.experts import expert_load, expert_specialisation
         from scope.features.routing import load_by_layer
+        from scope.models.tokens import reader_of
 
         opened = ActivationStore.open(store)
+        if model is not None and by != "token":
+            raise InvalidInputError("--model says how tokens read; give it with --by token.")
         if layer is None:
+            if by is not None:
+                raise InvalidInputError("--by is asked of one layer's experts; say which with --layer.")
             with progress_bar("Reading (layers)") as progress:
                 table = load_by_layer(opened, progress=progress)
             return Outcome({"store": store, "load": _rows(table)}, _load_text(table))
+        by = by or "language"
         groups = expert_load(opened, layer, by)  # type: ignore[arg-type]  # checked there
         found = expert_specialisation(opened, layer, by, seed)  # type: ignore[arg-type]
-        if by == "token" and model is not None:
-            found, groups = _named(model, found, "top_group"), _named(model, groups, "group")
+        if model is not None:
+            reader = reader_of(model, expected_hash=opened.spec.tokenizer_hash)
+            found, groups = _named(reader, found, "top_group"), _named(reader, groups, "group")
         data = {"store": store, "layer": layer, "by": by, "experts": _rows(found), "load": _rows(groups)}
         return Outcome(data, _specialisation_text(found, layer, by, top))
 
@@ -93,7 +105,10 @@ def _register_features(group: typer.Typer) -> None:
             raise InvalidInputError(f"{store} has no chosen experts; capture blocks.L.moe.hook_experts into it.")
         place = layers[0] if layer is None else layer
         dictionary = load(sae, allow_download=allow_download)
+        require_hook(dictionary)
         table = feature_experts(opened, dictionary, place, min_firings)
+        if table.empty:
+            raise InvalidInputError(f"Every feature fires on fewer than {min_firings} tokens; see --min-firings.")
         for name, asked in (("feature", feature), ("expert", expert)):
             if asked is not None:
                 table = _only(table, name, asked, min_firings)
@@ -146,11 +161,9 @@ def _only(table: "pd.DataFrame", name: str, asked: int, min_firings: int) -> "pd
     return found
 
 
-def _named(model: str, table: "pd.DataFrame", column: str) -> "pd.DataFrame":
+def _named(reader: "TokenReader", table: "pd.DataFrame", column: str) -> "pd.DataFrame":
     """Token ids, and beside them how the tokens read."""
-    from scope.models.tokens import reader_of
-
-    return table.assign(token=reader_of(model).vocabulary_strings(table[column].tolist()))
+    return table.assign(token=reader.vocabulary_strings(table[column].tolist()))
 
 
 def _load_text(table: "pd.DataFrame") -> str:

@@ -1,6 +1,7 @@
 """What a model is: the identity that stores remember, and the description that people read."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activations.source import ModelIdentity
@@ -11,7 +12,7 @@ from scope.models.parameters import count_parameters
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["describe", "identify"]
+__all__ = ["describe", "identify", "tokenizer_hash"]
 
 
 def identify(model: "LanguageModel") -> ModelIdentity:
@@ -20,7 +21,7 @@ def identify(model: "LanguageModel") -> ModelIdentity:
         model=model.name,
         revision=model.files.revision,
         weight_hash=_weight_hash(model),
-        tokenizer_hash=_tokenizer_hash(model),
+        tokenizer_hash=tokenizer_hash(model.files.folder, model.tokenizer),
         bos_token_id=model.bos_token_id,
         compute_dtype=str(model.dtype).removeprefix("torch.") + (", compiled" if model.compiled_layers else ""),
         load_name=model.files.load_name,
@@ -35,13 +36,12 @@ def _weight_hash(model: "LanguageModel") -> str:
     return remembered("weights", files, lambda: weight_digest(files))
 
 
-def _tokenizer_hash(model: "LanguageModel") -> str:
-    folder = model.files.folder
+def tokenizer_hash(folder: Path, tokenizer: Any) -> str:
+    """Digest of the tokenizer that a model's folder has."""
     patterns = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
     def compute() -> str:
-        tokenizer = model.tokenizer
         return tokenizer_digest(tokenizer.backend_tokenizer.to_str(), {"bos": tokenizer.bos_token_id})
 
     return remembered("tokenizer", files, compute)

@@ -38,7 +38,7 @@ from scope.models.placement import EmbeddingPlace
 from scope.models.rows import HostCopy, check_windows, collect_rows
 from scope.models.run import RunResult, SpliceMode, run
 from scope.models.taps import Handler, tapped
-from scope.models.tokens import TokenReader, TokenText, prompt_ids
+from scope.models.tokens import TokenReader, TokenText, prompt_ids, special_ids
 
 if TYPE_CHECKING:
     from scope.models.live import LiveActivations
@@ -200,8 +200,7 @@ class LanguageModel:
     @cached_property
     def special_token_ids(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens, BOS included."""
-        added = self.tokenizer.added_tokens_decoder
-        return frozenset(self.tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
+        return special_ids(self.tokenizer)
 
     def tokenize(self, text: str, prepend_bos: bool = True) -> Int[Tensor, " seq"]:
         """Token ids of a text, on the CPU. BOS is put in front where the tokenizer has one, and never twice."""

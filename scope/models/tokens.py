@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from scope.errors import InvalidInputError, OutOfRangeError
+from scope.errors import InvalidInputError, MismatchError, OutOfRangeError
 from scope.models.chats import own_template, written_prompt
 from scope.models.token_text import BYTE_TOKEN, TokenText, characters_of, texts_of
 
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
-__all__ = ["TokenReader", "TokenText", "prompt_ids", "reader_of"]
+__all__ = ["TokenReader", "TokenText", "prompt_ids", "reader_of", "special_ids"]
 
 
 class TokenReader:
@@ -66,21 +66,35 @@ class TokenReader:
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
-def reader_of(model: str, revision: str | None = None) -> TokenReader:
+def reader_of(model: str, revision: str | None = None, expected_hash: str | None = None) -> TokenReader:
     """What reads a model's tokens; the model's weights are not loaded.
+
+    Args:
+        model: its name, as `LanguageModel.load` takes it.
+        revision: of a model from the hub.
+        expected_hash: the digest of the tokenizer that the tokens are of, `ModelIdentity.tokenizer_hash`.
 
     Raises:
         UnknownNameError, InvalidInputError, MissingDependencyError: as `scope.models.loading.find_model`.
+        MismatchError: the model has another tokenizer.
     """
     from transformers import AutoTokenizer
 
+    from scope.models.identity import tokenizer_hash
     from scope.models.loading import find_model, quiet_transformers
 
+    folder = find_model(model, revision).folder
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            find_model(model, revision).folder, local_files_only=True, trust_remote_code=False
-        )
-    return TokenReader(tokenizer, frozenset(tokenizer.all_special_ids))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if expected_hash is not None and tokenizer_hash(folder, tokenizer) != expected_hash:
+        raise MismatchError(f"{model} has another tokenizer than the one that these tokens are of.")
+    return TokenReader(tokenizer, special_ids(tokenizer))
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of a tokenizer's special tokens, BOS included."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
 
 
 def _byte_level_alphabet() -> dict[str, int]:
