@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from activations.text import TextSource
 from scope.diffing import ComparisonConfig, DiffReport, ModelPair, diff_models, layer_changes, report
 from scope.diffing.summary import conclusions_table, summary_of
 from scope.errors import OccupiedError
+from scope.models import LanguageModel
 from scope.models.live import LiveActivations
 from scope.saes import formats
 from scope.saes.base import SAEMetadata
@@ -109,6 +111,12 @@ def test_a_control_says_what_any_tuning_changes(folder: Path, tmp_path: Path) ->
     assert refused["error"]["type"] == "MismatchError"
     assert "text settings" in refused["error"]["message"]
     assert not (tmp_path / "other").exists()
+    against_same = ("diff", base, tuned, "--out", tmp_path / "other", "--control", tmp_path / "same")
+    refused = scope(*against_same, *common, "--dtype", "float32", code=2)
+    assert "another dtype" in refused["error"]["message"]
+    (tmp_path / "same" / "sae-0-firings.npz").unlink()
+    assert scope(*against_same, *common, code=1)["error"]["type"] == "IntegrityError"
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3n", "gemma4"])
@@ -195,16 +203,26 @@ def test_several_files_are_compared_as_each_alone(
     common = ("--data", folder / "text.jsonl", "--sae", folder / "sae", *SIZES, "--json")
     alone = {file.name: scope("quantisation", base, file, "--out", tmp_path / file.name, *common) for file in files}
     models: list[str] = []
+    loaded: list[weakref.ref[LanguageModel]] = []
     runs = LiveActivations.batches
+    load = LanguageModel.load
+
+    def watched(*args: object, **more: object) -> LanguageModel:
+        assert sum(model() is not None for model in loaded) <= 1  # the reference
+        model = load(*args, **more)  # type: ignore[arg-type]
+        loaded.append(weakref.ref(model))
+        return model
 
     def counted(self: LiveActivations, *args: object, **more: object) -> object:
         models.append(self.model.name)
         return runs(self, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LiveActivations, "batches", counted)
+    monkeypatch.setattr(LanguageModel, "load", watched)
     out = tmp_path / "all"
     found = scope("quantisation", base, *files, "--out", out, *common)["reports"]
     assert sum(name not in ("same", "tuned") for name in models) == 1
+    assert len(loaded) == 3
     for name, figures in found.items():
         left_out = ("report", "id")
         assert {key: part for key, part in figures.items() if key not in left_out} == {

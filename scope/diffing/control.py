@@ -37,6 +37,7 @@ FOLD = 1.5
 """Factor from which a change of a rate is one that a reader should see."""
 SAME = {
     "base": "base model",
+    "dtype": "dtype that the base model ran in",
     "text": "text",
     "config": "text settings",
 }
@@ -92,6 +93,7 @@ class Control:
 
         Raises:
             MismatchError: they differ; what differs is named.
+            IntegrityError: the control has no counts of firings.
         """
         held = json.loads(json.dumps(_comparable(self.report.figures)))
         wanted = json.loads(json.dumps(_comparable(identity)))
@@ -108,6 +110,8 @@ class Control:
                 f"The control {self.report.folder} says nothing of {', '.join(names)}. Compare the control with the "
                 "base model with the same --sae first."
             )
+        for fingerprint in identity["sae_fingerprints"].values():
+            self.counts(fingerprint)
 
     def _place(self, fingerprint: str) -> int:
         return next(n for n, sae in enumerate(self.report.figures["saes"]) if sae["fingerprint"] == fingerprint)
@@ -138,6 +142,7 @@ def _comparable(figures: Mapping[str, Any]) -> dict[str, Any]:
     config = figures["config"]
     return {
         "base": figures["base"]["weight_hash"],
+        "dtype": figures["base"].get("dtype"),
         "text": figures["text"],
         "config": {name: config[name] for name in TEXT_SETTINGS},
     }

@@ -186,7 +186,12 @@ def _identity(
 ) -> dict[str, Any]:
     """What makes this comparison another one than any other."""
     models = {
-        which: {"model": identity.model, "revision": identity.revision, "weight_hash": identity.weight_hash}
+        which: {
+            "model": identity.model,
+            "revision": identity.revision,
+            "weight_hash": identity.weight_hash,
+            "dtype": identity.compute_dtype,
+        }
         for which, identity in ((BASE, pair.base.identity), (TUNED, pair.tuned.identity))
     }
     return {

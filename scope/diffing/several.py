@@ -7,6 +7,7 @@
 3. The reports lie in a folder each, by the file's name.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def quantisation_reports(
     """
     saes = dict(saes or {})
     identity = {
-        "base": reference.identity.weight_hash,
+        "base": (reference.identity.weight_hash, reference.identity.compute_dtype),
         "text": text.described,
         "config": config.to_dict(),
         "saes": [sae.fingerprint for sae in saes.values()],
@@ -79,9 +80,8 @@ def quantisation_reports(
     shared = ReferencePass(out / f".reference-{fingerprint_of(identity)[:12]}")
     reports = {}
     for name, file in files.items():
-        pair = ModelPair.of(reference, load(file))
         reports[name] = diff_models(
-            pair,
+            ModelPair.of(reference, load(file)),
             text,
             out if len(files) == 1 else out / name,
             config,
@@ -91,6 +91,7 @@ def quantisation_reports(
             keep_captures=keep_captures,
             progress=_named(name, progress) if len(files) > 1 else progress,
         )
+        gc.collect()  # what of the model lies in reference cycles goes before the next one is loaded
     if not keep_captures:
         shutil.rmtree(shared.folder, ignore_errors=True)
     return reports
