@@ -120,7 +120,7 @@ class DenoisingModel(HookedModel, Protocol):
         """
         ...
 
-    def require_canvas(self, canvas: Canvas) -> None:
+    def require_canvas(self, canvas: Canvas, settings: DenoisingSettings) -> None:
         """Raise `InvalidInputError` if the model cannot fill this in."""
         ...
 

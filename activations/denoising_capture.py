@@ -105,14 +105,11 @@ def capture_denoising(
         dtype or stored.get("dtype", "bfloat16"),
         rows_per_group or stored.get("rows_per_group"),
     )
+    configuration = dict(made.denoising_configuration(settings))
     for document in prompts.documents():
         if document.text.strip():
-            made.require_canvas(canvas_of(document, made))
-    denoising = {
-        **settings.described,
-        "states": list(STATES),
-        "configuration": dict(made.denoising_configuration(settings)),
-    }
+            made.require_canvas(canvas_of(document, made), settings)
+    denoising = {**settings.described, "states": list(STATES), "configuration": configuration}
     identity = {"text": prompts.described, "max_tokens": max_rows, "selection": None, "chats": None}
     load_name = made.identity.load_name
     with StoreWriter(storage, spec, {**identity, "denoising": denoising}, list(shapes), load_name) as writer:

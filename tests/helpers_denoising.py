@@ -28,7 +28,7 @@ class Planted(FakeModel):
     def denoising_configuration(self, settings: DenoisingSettings) -> dict[str, Any]:
         return {"steps": 4}
 
-    def require_canvas(self, canvas: Canvas) -> None: ...
+    def require_canvas(self, canvas: Canvas, settings: DenoisingSettings) -> None: ...
 
     def denoise(
         self, canvas: Canvas, settings: DenoisingSettings, seed: int, hooks: Sequence[str], dtype: StorageDtype

@@ -161,6 +161,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         model.denoise(_canvas(), SETTINGS, 0, ["encoder.hook_embed"], "float32")
     with pytest.raises(InvalidInputError, match="more than a canvas of 8"):
         model.denoise(_canvas(suffix=" on the mat", gap=8), SETTINGS, 0, [], "float32")
+    with pytest.raises(InvalidInputError, match=r"80 are to be generated.*room for 64"):
+        model.denoise(_canvas(), DenoisingSettings(max_new_tokens=77), 0, [], "float32")
     with pytest.raises(InvalidInputError, match="token by token"):
         tiny_model("llama").denoise(_canvas(), SETTINGS, 0, [], "float32")
     json.dumps(model.denoising_configuration(SETTINGS))

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 
 def attend(q, k, v, heads):
@@ -43,6 +43,16 @@ class DreamConfig(PretrainedConfig):
         sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                      num_key_value_heads=2, max_position_embeddings=64, mask_token_id=3)
         super().__init__(**{**sizes, **more})
+
+
+class DreamGenerationConfig(GenerationConfig):
+    def __init__(self, **kwargs):
+        for name, value in dict(max_new_tokens=6, steps=4, alg="origin", temperature=1.0).items():
+            setattr(self, name, kwargs.pop(name, value))
+        self._from_model_config, self.transformers_version = True, None
+
+    def validate(self, **kwargs):
+        pass
 
 
 class Attention(nn.Module):
@@ -106,8 +116,15 @@ class DreamModel(PreTrainedModel):
             x = layer(x, attention_mask=attention_mask)[0]
         return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        made = DreamGenerationConfig()
+        made.update(**kwargs)
+        return made
+
     @torch.no_grad()
-    def diffusion_generate(self, inputs, max_new_tokens=6, steps=4):
+    def diffusion_generate(self, inputs, generation_config=None, **kwargs):
+        generation_config = self._prepare_generation_config(generation_config, **kwargs)
+        max_new_tokens, steps = generation_config.max_new_tokens, generation_config.steps
         mask = self.config.mask_token_id
         x = nn.functional.pad(inputs, (0, max_new_tokens), value=mask)
         self.history = [x.clone()]
@@ -280,6 +297,12 @@ def test_dreams_own_loop_is_watched_and_fills_a_gap(folders: dict, tmp_path: Pat
     assert block.given.tolist() == [True] * 4 + [False] * 3 + [True] * 2 + [False] * 4
     embedded = model.hf.model.embed_tokens(torch.from_numpy(block.tokens).long()).flatten(0, 1)
     assert np.array_equal(block.values["hook_embed"], embedded.numpy())
+    configuration = model.denoising_configuration(DenoisingSettings(max_steps=3))
+    told = {"alg": "origin", "temperature": 1.0, "steps": 3, "max_new_tokens": 6, "mask_token_id": MASK}
+    assert configuration.items() >= told.items()
+    json.dumps(configuration)
+    with pytest.raises(InvalidInputError, match=r"56 are to be generated.*room for 64"):
+        model.require_canvas(canvas, DenoisingSettings(max_new_tokens=56))
     (tmp_path / "p.jsonl").write_text(json.dumps({"text": "The cat", "suffix": " the moon", "gap": 3}))
     store = capture_denoising(model, TextSource(tmp_path / "p.jsonl"), [hook], tmp_path / "s.zarr").store
     columns = {name: store.column(name, 0, store.n_rows) for name in store.token_columns}

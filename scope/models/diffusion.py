@@ -72,25 +72,37 @@ def require_prompt_hooks(model: "LanguageModel", points: Mapping[HookPoint, Hand
 
 def denoising_configuration(model: "LanguageModel", settings: DenoisingSettings) -> dict[str, Any]:
     """All that the model's loop goes by, JSON-able: see `activations.denoising.DenoisingModel`."""
-    hf = model.hf
     if not model.layout.family.denoises:
         raise InvalidInputError(
             f"{model.name} ({model.config.model_type}) writes token by token; DiffusionGemma and Dream denoise."
         )
     if model.layout.encoder is not None:
-        configuration, _ = hf._prepare_generation_config(None, **_gemma_options(settings))
-        kept = {
-            name: value.to_dict() if hasattr(value, "to_dict") else value
-            for name, value in configuration.to_dict().items()
-            if not name.startswith("_") and name not in NO_SETTINGS
-        }
-        return {**kept, "canvas_length": model.config.canvas_length}
-    if not hasattr(hf, "diffusion_generate"):
+        own = {"canvas_length": model.config.canvas_length}
+    elif hasattr(model.hf, "diffusion_generate"):
+        own = {"mask_token_id": _mask_token(model), **_masked_options(settings)}
+    else:
         raise InvalidInputError(
-            f"{type(hf).__name__} has no generation loop of its own (diffusion_generate), so there is none to look "
-            "into; read single canvases with model.read_canvas."
+            f"{type(model.hf).__name__} has no generation loop of its own (diffusion_generate), so there is none to "
+            "look into; read single canvases with model.read_canvas."
         )
-    return {"mask_token_id": _mask_token(model), **_masked_options(settings)}
+    configuration = _configuration(model, settings)
+    described = {} if configuration is None else configuration.to_dict()
+    kept = {
+        name: value.to_dict() if hasattr(value, "to_dict") else value
+        for name, value in described.items()
+        if not name.startswith("_") and name not in NO_SETTINGS
+    }
+    return {**kept, **own}
+
+
+def _configuration(model: "LanguageModel", settings: DenoisingSettings) -> Any:
+    """The generation configuration that the loop makes of the model's and of `settings`; None if it has none."""
+    prepare = getattr(model.hf, "_prepare_generation_config", None)
+    if prepare is None:
+        return None
+    gemma = model.layout.encoder is not None
+    made = prepare(None, **(_gemma_options(settings) if gemma else _masked_options(settings)))
+    return made[0] if isinstance(made, tuple) else made  # DiffusionGemma also gives what is not of the configuration
 
 
 def denoise(
@@ -113,7 +125,7 @@ def denoise(
         if name.startswith(ENCODER):
             raise InvalidInputError(f"{name} sees the prompt, not canvases; capture it with scope capture.")
     gemma = model.layout.encoder is not None
-    inputs = inputs_of(model, canvas)
+    inputs = inputs_of(model, canvas, settings)
     watch = _Watch(points, dtype, None if gemma else _mask_token(model))
     cuda = [model.device.index or 0] if model.device.type == "cuda" else []
     with ExitStack() as stack:
@@ -275,16 +287,18 @@ def _gemma_options(settings: DenoisingSettings) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def inputs_of(model: "LanguageModel", canvas: Canvas) -> np.ndarray:
+def inputs_of(model: "LanguageModel", canvas: Canvas, settings: DenoisingSettings) -> np.ndarray:
     """The tokens that the model's loop is called with, int32 `(n,)`.
 
     Raises:
-        InvalidInputError: there are none, or they are more than the model can fill in.
+        InvalidInputError: there are none, or with those to be generated they are more than the model can fill in.
     """
+    configuration = _configuration(model, settings)
+    n_new = getattr(configuration, "max_new_tokens", None) or settings.max_new_tokens or 1
     if model.layout.encoder is None:
         masks = np.full(canvas.gap, _mask_token(model), np.int32)
         inputs = np.concatenate([canvas.prefix, masks, canvas.suffix])
-        check_windows([inputs], 1, model.max_context_size, model.d_vocab)
+        _require_room(model, inputs, n_new)
         return inputs
     length = model.config.canvas_length
     if canvas.gap + len(canvas.suffix) > length:
@@ -294,8 +308,17 @@ def inputs_of(model: "LanguageModel", canvas: Canvas) -> np.ndarray:
         )
     if not len(canvas.prefix):
         raise InvalidInputError("The prompt is empty, and the tokenizer has no BOS; give some text.")
-    check_windows([canvas.prefix], 1, model.max_context_size - length, model.d_vocab)
+    _require_room(model, canvas.prefix, length * -(-n_new // length))
     return canvas.prefix
+
+
+def _require_room(model: "LanguageModel", tokens: np.ndarray, n_new: int) -> None:
+    if len(tokens) + n_new > model.max_context_size:
+        raise InvalidInputError(
+            f"The prompt has {len(tokens):,} tokens, and {n_new:,} are to be generated: {model.name} has room for "
+            f"{model.max_context_size:,}. Shorten the prompt, or give fewer new tokens."
+        )
+    check_windows([tokens], 1, model.max_context_size, model.d_vocab)
 
 
 def _generate_gemma(model: "LanguageModel", tokens: Tensor, canvas: Canvas, settings: DenoisingSettings) -> Tensor:

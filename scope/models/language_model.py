@@ -527,9 +527,9 @@ class LanguageModel:
         """All that the model's denoising loop goes by; see `activations.denoising.DenoisingModel`."""
         return diffusion.denoising_configuration(self, settings)
 
-    def require_canvas(self, canvas: Canvas) -> None:
+    def require_canvas(self, canvas: Canvas, settings: DenoisingSettings) -> None:
         """Raise `InvalidInputError` if the model cannot fill this in."""
-        diffusion.inputs_of(self, canvas)
+        diffusion.inputs_of(self, canvas, settings)
 
     def denoise(
         self, canvas: Canvas, settings: DenoisingSettings, seed: int, hooks: Sequence[str], dtype: StorageDtype
