@@ -5,6 +5,7 @@ what is passed by position, and, of Dream, the signature of the loop.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,18 @@ import pytest
 import torch
 from helpers_models import fast_points, tiny_folder
 from helpers_models import one_thread as one_thread
+from helpers_saes import make
+from test_cli_stores import scope
 
 from activations.denoising import STATES, Canvas, DenoisingSettings
 from activations.denoising_capture import capture_denoising
 from activations.source import RowFlag
 from activations.text import TextSource
 from scope.errors import InvalidInputError
+from scope.features.index import FeatureIndex
 from scope.models import LanguageModel
+from scope.saes.base import SAEMetadata
+from scope.saes.formats import save
 
 MASK = 3
 MODULES = """
@@ -40,7 +46,7 @@ class DreamConfig(PretrainedConfig):
     model_type = "Dream"
 
     def __init__(self, **more):
-        sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        sizes = dict(vocab_size=394, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                      num_key_value_heads=2, max_position_embeddings=64, mask_token_id=3)
         super().__init__(**{**sizes, **more})
 
@@ -146,7 +152,7 @@ class LLaDAConfig(PretrainedConfig):
     model_type = "llada"
 
     def __init__(self, **more):
-        sizes = dict(vocab_size=400, d_model=16, mlp_hidden_size=24, n_layers=2, n_heads=2, max_sequence_length=64,
+        sizes = dict(vocab_size=394, d_model=16, mlp_hidden_size=24, n_layers=2, n_heads=2, max_sequence_length=64,
                      mask_token_id=3)
         super().__init__(**{**sizes, **more})
 
@@ -260,6 +266,10 @@ def test_code_that_comes_with_a_model_is_run_only_if_that_is_allowed(folders: di
     with pytest.raises(InvalidInputError, match=r"modeling_tiny\.py.*trust_remote_code=True") as error:
         LanguageModel.load(str(folders[kind]), device="cpu")
     assert kind in str(error.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked at the terminal"))
+        with pytest.raises(InvalidInputError, match="trust_remote_code=True"):
+            LanguageModel.load(str(_of_a_known_type(folders[kind])), device="cpu")
     assert type(load(folders[kind]).hf).__name__ == KINDS[kind][2]
 
 
@@ -313,6 +323,38 @@ def test_dreams_own_loop_is_watched_and_fills_a_gap(folders: dict, tmp_path: Pat
     settled = columns["state"] == STATES.index("committed")
     assert np.array_equal(columns["token_id"][settled], columns["final_id"][settled])
     assert not (columns["flags"][masked] & RowFlag.SPECIAL).any()  # the mask is special, what stands there is not
+
+
+def _of_a_known_type(folder: Path) -> Path:
+    """A copy whose model type transformers knows, but not as a language model: its class is in the folder's code."""
+    copy = folder.with_name(f"{folder.name}-known")
+    shutil.copytree(folder, copy)
+    settings = json.loads((copy / "config.json").read_text())
+    own = {"AutoModelForCausalLM": next(iter(reversed(settings["auto_map"].values())))}
+    (copy / "config.json").write_text(json.dumps({**settings, "model_type": "vit", "auto_map": own}))
+    return copy
+
+
+def test_a_tokenizer_in_python_is_refused(folders: dict) -> None:
+    model = load(folders["Dream"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
+        with pytest.raises(InvalidInputError, match="written in Python"):
+            _ = model.tokenizer
+
+
+def test_an_index_has_token_texts_where_the_models_code_is_allowed(folders: dict, tmp_path: Path) -> None:
+    hook, folder = "blocks.1.hook_resid_post", folders["Dream"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"text": "The cat"}))
+    options = ("--model", folder, "--data", tmp_path / "p.jsonl", "--hook", hook, "--device", "cpu")
+    scope("denoise", *options, "--out", tmp_path / "s.zarr", "--trust-remote-code")
+    save(make("topk", d_in=16, d_sae=24, k=4, seed=1, metadata=SAEMetadata(hook_name=hook)), tmp_path / "sae")
+    scope("index", tmp_path / "s.zarr", tmp_path / "sae", "--out", tmp_path / "with.index", "--trust-remote-code")
+    scope("index", tmp_path / "s.zarr", tmp_path / "sae", "--out", tmp_path / "without.index")
+    found = {name: FeatureIndex.open(tmp_path / f"{name}.index").table["top_token"] for name in ("with", "without")}
+    ids = {name: texts[texts != ""].str.fullmatch(r"<\d+>") for name, texts in found.items()}
+    assert not ids["with"].any()
+    assert ids["without"].all()
 
 
 def test_llada_has_no_loop_to_look_into(folders: dict) -> None:

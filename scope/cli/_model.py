@@ -7,7 +7,7 @@ import typer
 if TYPE_CHECKING:
     from scope.models import LanguageModel
 
-__all__ = ["EmbeddingPlace", "EmbeddingsOption", "load_model"]
+__all__ = ["EmbeddingPlace", "EmbeddingsOption", "TrustOption", "load_model"]
 
 EmbeddingPlace = Literal["device", "host"]
 """As in `scope.models.placement`, which takes seconds to import."""
@@ -20,6 +20,10 @@ EmbeddingsOption = Annotated[
     ),
 ]
 """Of every command that loads a model; its default is "device"."""
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model (LLaDA, Dream).")
+]
+"""Of the commands for models that bring code; its default is False."""
 
 
 def load_model(name: str, *, embeddings: EmbeddingPlace, **settings: Any) -> "LanguageModel":

@@ -154,7 +154,11 @@ def has_next_tokens(source: "Source") -> bool:
 
 
 def load_model_of(
-    store: "ActivationStore", name: str | None = None, device: str | None = None, embeddings: EmbeddingPlace = "device"
+    store: "ActivationStore",
+    name: str | None = None,
+    device: str | None = None,
+    embeddings: EmbeddingPlace = "device",
+    trust_remote_code: bool = False,
 ) -> "LanguageModel":
     """The model that filled a store.
 
@@ -163,13 +167,20 @@ def load_model_of(
         name: load this one instead, if it is the same model.
         device: where it runs.
         embeddings: where its lookup tables lie.
+        trust_remote_code: run Python code that comes with it.
 
     Raises:
         MismatchError: the model has other weights or another tokenizer than the store's.
     """
     wanted = name or store.manifest.get("load_name") or store.spec.model
     say(f"Loading {wanted}")
-    model = load_model(wanted, revision=store.spec.revision, device=device, embeddings=embeddings)
+    model = load_model(
+        wanted,
+        revision=store.spec.revision,
+        device=device,
+        embeddings=embeddings,
+        trust_remote_code=trust_remote_code,
+    )
     for field in ("weight_hash", "tokenizer_hash"):
         got, expected = getattr(model.identity, field), getattr(store.spec, field)
         if got != expected:
@@ -181,7 +192,11 @@ def load_model_of(
 
 
 def optional_model_of(
-    store: "Source", name: str | None, device: str | None, embeddings: EmbeddingPlace = "device"
+    store: "Source",
+    name: str | None,
+    device: str | None,
+    embeddings: EmbeddingPlace = "device",
+    trust_remote_code: bool = False,
 ) -> "LanguageModel | None":
     """As `load_model_of`, but None, with a word, where the store's own model is not on this machine and nothing was
     said of it; a live source has its model."""
@@ -190,7 +205,7 @@ def optional_model_of(
     if not isinstance(store, ActivationStore):
         return store.model
     try:
-        return load_model_of(store, name, device, embeddings)
+        return load_model_of(store, name, device, embeddings, trust_remote_code)
     except MismatchError:
         raise
     except ScopeError as error:

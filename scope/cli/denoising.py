@@ -11,7 +11,7 @@ import typer
 
 from activations.spec import StorageDtype
 from scope.cli._command import Outcome, command, progress_bar, say
-from scope.cli._model import EmbeddingsOption, load_model
+from scope.cli._model import EmbeddingsOption, TrustOption, load_model
 from scope.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -67,10 +67,7 @@ def register(app: typer.Typer) -> None:
         allow_download: Annotated[
             bool, typer.Option("--allow-download", help="Fetch the model from the hub if it is not here.")
         ] = False,
-        trust_remote_code: Annotated[
-            bool,
-            typer.Option("--trust-remote-code", help="Run Python code that comes with the model (LLaDA, Dream)."),
-        ] = False,
+        trust_remote_code: TrustOption = False,
     ) -> Outcome:
         """Generate with a model that denoises, in its own loop, and keep what hooks see at every step: a row for each
         step and position of each canvas."""
@@ -125,6 +122,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Outcome:
         """At which steps tokens are committed and, of an index, which features fire early and which late."""
+        from activations.store import ActivationStore
         from scope.features.denoising import commit_table, features_by_step, rate_by_step
         from scope.figures import commit_bars, step_rates
 
@@ -138,8 +136,8 @@ def register(app: typer.Typer) -> None:
         commits = commit_table(opened)
         _write(figure, lambda: commit_bars(commits))
         facts, text = {"commits": _records(commits)}, _commits(commits)
-        if not hasattr(opened, "hook_shape"):
-            found = features_by_step(_index(opened), n)
+        if not isinstance(opened, ActivationStore):
+            found = features_by_step(opened, n)
             facts["features"] = _records(found)
             text += f"\n\n{_features(found)}"
         return Outcome(facts, text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar, say
-from scope.cli._model import EmbeddingPlace, EmbeddingsOption, load_model
+from scope.cli._model import EmbeddingPlace, EmbeddingsOption, TrustOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption, HookOption, require_hook
 from scope.errors import InvalidInputError
 
@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         hook: HookOption = None,
         allow_download: DownloadOption = False,
+        trust_remote_code: TrustOption = False,
     ) -> Outcome:
         """Note every firing of every feature over a text, with each feature's statistics."""
         from scope.features.build import build_indexes
@@ -81,7 +82,9 @@ def register(app: typer.Typer) -> None:
             require_umap()
         saes = [load(name, allow_download=allow_download, hook=hook) for name in names]
         hooks = [require_hook(sae) for sae in saes]
-        source, language_model = _source(store, hooks, model, data or [], max_tokens, context_size, device, embeddings)
+        source, language_model = _source(
+            store, hooks, model, data or [], max_tokens, context_size, device, embeddings, trust_remote_code
+        )
         for sae in saes:
             sae.to(_device(device, language_model))
         with progress_bar("Indexing (steps)") as progress:
@@ -130,6 +133,7 @@ def _source(
     context_size: int,
     device: str | None,
     embeddings: EmbeddingPlace,
+    trust_remote_code: bool,
 ) -> tuple[Any, "LanguageModel | None"]:
     """What is indexed, and the model that gives strings and logits."""
     if store is not None:
@@ -141,7 +145,7 @@ def _source(
         opened = ActivationStore.open(store)
         for hook in hooks:
             opened.resolve_hook(hook)
-        return opened, optional_model_of(opened, model, device, embeddings)
+        return opened, optional_model_of(opened, model, device, embeddings, trust_remote_code)
     if model is None:
         raise InvalidInputError("--data is a text to run a model on. Give the model with --model.")
     from activations.text import TextSource
@@ -149,7 +153,7 @@ def _source(
     text = TextSource(data)
     text.check()
     say(f"Loading {model}")
-    loaded = load_model(model, device=device, embeddings=embeddings)
+    loaded = load_model(model, device=device, embeddings=embeddings, trust_remote_code=trust_remote_code)
     unique = list(dict.fromkeys(hooks))
     return loaded.source(text, unique, context_size=context_size, max_tokens=max_tokens), loaded
 

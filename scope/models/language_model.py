@@ -188,9 +188,16 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         with loading.quiet_transformers():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 self.files.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
             )
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise InvalidInputError(
+                f"The tokenizer of {self.name}, {type(tokenizer).__name__}, is written in Python; expected one of the "
+                "library tokenizers. Name the class of the same vocabulary that is one in tokenizer_config.json "
+                "(tokenizer_class, without auto_map)."
+            )
+        return tokenizer
 
     @property
     def bos_token_id(self) -> int | None:

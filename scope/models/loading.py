@@ -246,7 +246,7 @@ def load_causal_lm(
                 attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
-                **({"trust_remote_code": True} if trust_remote_code else {}),
+                trust_remote_code=trust_remote_code,
             )
     except InvalidInputError:
         raise
