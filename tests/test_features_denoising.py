@@ -80,6 +80,19 @@ def test_commits_are_counted_once_for_each_token(case: Any) -> None:
             assert table["n_tokens"][number] == here.sum()
 
 
+def test_commits_beyond_the_rows_of_a_store_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"text": "The cat"}))
+    model, prompts = tiny_model("diffusion_gemma"), TextSource(tmp_path / "p.jsonl")
+    whole = capture_denoising(model, prompts, [HOOK], tmp_path / "whole.zarr").store
+    store = capture_denoising(model, prompts, [HOOK], tmp_path / "s.zarr", max_rows=8).store
+    assert store.column("step", 0, 8).max() == 0
+    commits = whole.column("commit_step", 0, 8)
+    assert commits.max() > 0
+    table = commit_table(store).set_index("step")
+    assert table["n_tokens"].to_dict() == {step: (commits == step).sum() for step in [*range(commits.max() + 1), -1]}
+    assert table["so_far"].iloc[-1] == pytest.approx(1)
+
+
 def test_a_generation_cell_by_cell(case: Any) -> None:
     store, sae, index = case
     feature = int(index.table["n_firings"].idxmax())

@@ -124,7 +124,8 @@ def commit_table(source: "FeatureIndex | ActivationStore") -> "pd.DataFrame":
     step, state, commit = (_column(source, name) for name in ("step", "state", "commit_step"))
     cells = (step == 0) & (state != STATES.index("prompt"))
     commits = commit[cells]
-    n_steps = int(step.max()) + 1
+    # Rows may have been cut off before the step at which a token is committed.
+    n_steps = 1 + max(int(step.max()), int(commits.max(initial=-1)))
     numbers = [*range(n_steps), -1]
     counts = np.array([np.count_nonzero(commits == number) for number in numbers])
     share = counts / max(len(commits), 1)
@@ -165,6 +166,8 @@ def _column(source: Any, name: str) -> np.ndarray:
             raise InvalidInputError(
                 f"{source.path} was not denoised: its rows have no {name}. Capture with scope denoise."
             )
+        if not source.n_rows:
+            raise InvalidInputError(f"{source.path} has no committed rows yet.")
         return source.column(name, 0, source.n_rows)
     source._reader.require_spoken("state")
     column: np.ndarray = source._reader.row_column(name).all()
