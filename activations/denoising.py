@@ -13,7 +13,9 @@ Besides the usual columns, where `token_id` is the token as it stood when the mo
     commit_step     the step at whose end it was committed for good; -1 where it never was (it was given, or filled in
                     when the steps ended)
 
-A sampler commits a token when it takes what the model proposes, instead of noise or the mask. It may take it back.
+A sampler commits a token when it takes what the model proposes, instead of noise or the mask. It may take it back, or,
+as DiffusionGemma's does, take what is then proposed in its place at every further step; its final text is what the
+model holds likeliest at the last one.
 """
 
 from collections.abc import Mapping, Sequence

@@ -44,6 +44,23 @@ class Planted(FakeModel):
         return [DenoisedBlock(0, len(canvas.prefix), tokens, accepted, given, tokens[-1], values)]
 
 
+class Wide(FakeModel):
+    """Gives a row group of 512 zeros for each prompt, four steps of a canvas of 128 tokens."""
+
+    def denoising_configuration(self, settings: DenoisingSettings) -> dict[str, Any]:
+        return {}
+
+    def require_canvas(self, canvas: Canvas, settings: DenoisingSettings) -> None: ...
+
+    def denoise(
+        self, canvas: Canvas, settings: DenoisingSettings, seed: int, hooks: Sequence[str], dtype: StorageDtype
+    ) -> list[DenoisedBlock]:
+        (hook,) = hooks
+        tokens, accepted = np.full((4, 128), 9, np.int32), np.ones((4, 128), bool)
+        values = {hook: np.zeros((512, *self.hooks[hook]), np.uint16), f"norm/{hook}": np.zeros(512, np.float32)}
+        return [DenoisedBlock(0, len(canvas.prefix), tokens, accepted, np.zeros(128, bool), tokens[0], values)]
+
+
 def captured(folder: Path, kill_after: int | None = None) -> ActivationStore:
     """Twelve prompts, 384 rows in groups of 16; killed after so many groups, if that is said."""
     prompts = folder / "prompts.jsonl"

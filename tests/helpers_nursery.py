@@ -23,10 +23,12 @@ import numpy as np
 import pandas  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 from helpers_activations import FakeModel, FakePending
+from helpers_denoising import Wide
 
 import activations
 from activations import ledger
 from activations.capture import capture
+from activations.denoising_capture import capture_denoising
 from activations.shuffle import ShuffledBatches
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -165,6 +167,11 @@ def run_capture(
     return {"rows": report.rows}
 
 
+def run_denoising(text: str, hook: str, out: str, width: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    report = capture_denoising(Wide(hooks={hook: (width,)}), TextSource(text), [hook], out, **settings)
+    return {"rows": report.rows}
+
+
 def read_batches(store: str, hooks: Sequence[str], batch_size: int) -> dict[str, Any]:
     return {"rows": sum(len(batch.rows) for batch in ActivationStore.open(store).batches(hooks, batch_size))}
 
@@ -176,7 +183,7 @@ def read_shuffled(store: str, hook: str, batch_size: int, memory_bytes: int) -> 
     return {"rows": sum(len(batch.rows) for batch in batches), "in_memory": batches.in_memory}
 
 
-JOBS = {"capture": run_capture, "batches": read_batches, "shuffled": read_shuffled}
+JOBS = {"capture": run_capture, "denoising": run_denoising, "batches": read_batches, "shuffled": read_shuffled}
 
 
 @dataclass

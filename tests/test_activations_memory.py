@@ -75,6 +75,18 @@ def test_capture_at_two_lengths(stores: dict[int, tuple[Path, int]], nursery: Nu
     assert long - bare < bound + SLACK
 
 
+def test_denoising_at_two_lengths(nursery: Nursery, tmp_path: Path) -> None:
+    peaks = []
+    for prompts in (SHORT, LONG):
+        text, out = write_documents(tmp_path / f"{prompts}.jsonl", prompts, 16), tmp_path / f"{prompts}.zarr"
+        settings = {"rows_per_group": ROWS}
+        ended = nursery.start("denoising", text=text, hook="wide", out=out, width=WIDTH, settings=settings).wait()
+        assert ended.status == 0, ended
+        assert ended.said["rows"] == prompts * ROWS
+        peaks.append(ended.peak_bytes)
+    assert peaks[1] - peaks[0] < SLACK
+
+
 def test_reading_at_two_lengths(stores: dict[int, tuple[Path, int]], nursery: Nursery) -> None:
     peaks = {}
     for groups, (store, _) in stores.items():
