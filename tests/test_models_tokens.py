@@ -86,6 +86,14 @@ def test_vocabulary_strings_need_no_context() -> None:
     assert tiny_model("gpt2").vocabulary_strings([the]) == [" the"]
 
 
+def test_rows_that_pad_an_embedding_read_as_their_ids() -> None:
+    tokenizer = tiny_model("gemma3").tokenizer
+    reader = TokenReader(tokenizer, frozenset(), len(tokenizer) + 8)
+    padding = len(tokenizer) + 3
+    assert reader.vocabulary_strings([padding]) == [f"<{padding}>"]
+    assert [token.text for token in reader.token_strings([5, padding])][1] == f"<{padding}>"
+
+
 @pytest.mark.parametrize("token", [-1, 10_000])
 def test_an_id_out_of_range_is_refused(token: int) -> None:
     model = tiny_model("gemma3")

@@ -266,7 +266,7 @@ class LanguageModel:
 
     @cached_property
     def _reader(self) -> TokenReader:
-        return TokenReader(self.tokenizer, self.special_token_ids)
+        return TokenReader(self.tokenizer, self.special_token_ids, self.d_vocab)
 
     def token_strings(self, ids: Sequence[int] | Int[Tensor, " seq"]) -> list[TokenText]:
         """What each token of a text reads; a token that is a part of a character shows the character and its share."""

@@ -28,12 +28,13 @@ class TokenReader:
     Args:
         tokenizer: a Hugging Face tokenizer.
         special_ids: ids of its special tokens.
+        d_vocab: rows of the model's embedding, which may be more than the tokenizer has tokens: tables are padded.
     """
 
-    def __init__(self, tokenizer: Any, special_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, special_ids: frozenset[int], d_vocab: int = 0) -> None:
         self._tokenizer = tokenizer
         self._special = special_ids
-        self._n_tokens = len(tokenizer)
+        self._n_tokens = max(len(tokenizer), d_vocab)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         steps = str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
         self._byte_level = _byte_level_alphabet() if "ByteLevel" in steps else None
@@ -56,7 +57,7 @@ class TokenReader:
         if not 0 <= token < self._n_tokens:
             raise OutOfRangeError(f"Token id {token} is out of range: the vocabulary has {self._n_tokens:,} tokens.")
         piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # a hole in the vocabulary
+        if piece is None:  # a hole in the vocabulary, or behind its end
             return f"<{token}>".encode()
         if token in self._special or (token in self._added and self._byte_level):
             return piece.encode()
