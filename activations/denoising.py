@@ -144,7 +144,7 @@ def canvas_of(document: Document, model: HookedModel) -> Canvas:
     if bool(suffix_text) != (gap_text is not None):
         raise InvalidInputError(
             f"The prompt {name!r} has a {'suffix' if suffix_text else 'gap'} alone; to fill in the middle give both, "
-            "suffix (text) and gap (tokens between)."
+            "suffix (text, up to 1,000 characters) and gap (tokens between)."
         )
     if gap_text is not None and not (gap_text.isdecimal() and int(gap_text) > 0):
         raise InvalidInputError(

@@ -109,6 +109,9 @@ def capture_denoising(
     for document in prompts.documents():
         if document.text.strip():
             made.require_canvas(canvas_of(document, made), settings)
+        elif "gap" in document.extra:
+            name = document.title or document.extra.get("suffix", "")[:40]
+            raise InvalidInputError(f"The prompt {name!r} has a gap and no text before it; give some, or leave it out.")
     denoising = {**settings.described, "states": list(STATES), "configuration": configuration}
     identity = {"text": prompts.described, "max_tokens": max_rows, "selection": None, "chats": None}
     load_name = made.identity.load_name

@@ -154,6 +154,13 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     prompts = _prompts(tmp_path, [{"text": "a", "suffix": "b", "gap": 8}])
     with pytest.raises(InvalidInputError, match="more than a canvas"):
         capture_denoising(model, prompts, [HOOK], tmp_path / "x.zarr")
+    for lacking, said in (
+        ({"text": "a", "suffix": "b" * 1001, "gap": 2}, "a gap alone; .* up to 1,000 characters"),
+        ({"text": " ", "suffix": "b", "gap": 2}, "a gap and no text before it"),
+    ):
+        prompts = _prompts(tmp_path, [{"text": "a"}, lacking])
+        with pytest.raises(InvalidInputError, match=said):
+            capture_denoising(model, prompts, [HOOK], tmp_path / "x.zarr")
     assert not (tmp_path / "x.zarr").exists()
     with pytest.raises(InvalidInputError, match="max_steps is 0"):
         DenoisingSettings(max_steps=0)
