@@ -34,7 +34,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
-__all__ = ["CaptureReport", "capture", "check_numbers", "passes_to_run", "resolved_hooks", "row_choice", "spec_of"]
+__all__ = ["CaptureReport", "capture", "check_numbers", "resolved_hooks", "row_choice", "run_capture", "spec_of"]
 
 TRIED_CHARACTERS = 10_000
 """How much of a document is tokenised to see whether there is anything to capture."""
@@ -182,16 +182,44 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
     identity = {**_identity(None if append else text, max_tokens, manifest), **rows.identity, "denoising": None}
     if entry is not None and max_tokens is not None:
         max_tokens += entry["from_row"]
-    with StoreWriter(storage, spec, identity, list(shapes), load_name) as writer:
-        if entry is not None:
-            start_append(writer, entry)
-        passes = passes_to_run(writer, shapes, aliases)
+    writer = StoreWriter(storage, spec, identity, list(shapes), load_name)
+
+    def run_pass(capture_id: str) -> None:
+        crew.run_pass(PassSettings(text, writer, capture_id, max_tokens, batch_size, request.progress))
+
+    return run_capture(writer, shapes, aliases, run_pass, started, entry, batch_size=batch_size)
+
+
+def run_capture(
+    writer: StoreWriter,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+    run_pass: Callable[[str], None],
+    started: float,
+    appended: Appended | None = None,
+    **noted: Any,
+) -> CaptureReport:
+    """Run the passes that a store lacks, with its lock held.
+
+    Args:
+        writer: of the store, not entered.
+        shapes: per wanted hook a row's shape.
+        aliases: other names of these hooks.
+        run_pass: runs one, by the ledger's id of the capture.
+        started: when all of it began, by `time.monotonic`.
+        appended: what begins an append.
+        noted: what else the journal says of the start.
+    """
+    with writer:
+        if appended is not None:
+            start_append(writer, appended)
+        passes = _passes_to_run(writer, shapes, aliases)
         before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
         resumed = writer.plan_state.n_rows > 0
         if passes:
-            writer.journal.write("start", hooks=list(shapes), batch_size=batch_size, rows=before)
+            writer.journal.write("start", hooks=list(shapes), **noted, rows=before)
         for capture_id in passes:
-            crew.run_pass(PassSettings(text, writer, capture_id, max_tokens, batch_size, request.progress))
+            run_pass(capture_id)
         writer.clear_superseded()
         state = writer.plan_state
         new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
@@ -199,7 +227,7 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
         if passes:
             writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
     return CaptureReport(
-        store=ActivationStore.open(storage),
+        store=ActivationStore.open(writer.storage),
         rows=state.n_rows,
         new_rows=new_rows,
         seconds=seconds,
@@ -426,7 +454,7 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
     return {"text": text.described, "max_tokens": max_tokens}
 
 
-def passes_to_run(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
+def _passes_to_run(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
     """Captures (ledger ids) that have to run: one that was left unfinished, and one for the hooks that are new."""
     left = dict(shapes)
     unfinished = []

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from activations.batching import Batch
-from activations.capture import CaptureReport, check_numbers, passes_to_run, resolved_hooks, spec_of
+from activations.capture import CaptureReport, check_numbers, resolved_hooks, run_capture, spec_of
 from activations.collect import GroupTask
 from activations.cutting import TOKEN_COLUMNS, Cut
 from activations.denoising import (
@@ -42,7 +42,6 @@ from activations.plan import CutDocument, PlannedGroup, PlanState, group_documen
 from activations.source import RowFlag
 from activations.spec import StorageDtype, require_sizes
 from activations.storage import storage_at
-from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter, existing_manifest
 
@@ -115,29 +114,12 @@ def capture_denoising(
     denoising = {**settings.described, "states": list(STATES), "configuration": configuration}
     identity = {"text": prompts.described, "max_tokens": max_rows, "selection": None, "chats": None}
     load_name = made.identity.load_name
-    with StoreWriter(storage, spec, {**identity, "denoising": denoising}, list(shapes), load_name) as writer:
-        captures = passes_to_run(writer, shapes, aliases)
-        before = {capture: writer.ledger.committed_rows(capture) for capture in captures}
-        resumed = writer.plan_state.n_rows > 0
-        if captures:
-            writer.journal.write("start", hooks=list(shapes), rows=before)
-        for capture in captures:
-            _Pass(made, PassSettings(prompts, writer, capture, max_rows, 1, progress), settings).run()
-        state = writer.plan_state
-        new_rows = sum(writer.ledger.committed_rows(capture) - before[capture] for capture in captures)
-        seconds = time.monotonic() - started
-        if captures:
-            writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
-    return CaptureReport(
-        store=ActivationStore.open(storage),
-        rows=state.n_rows,
-        new_rows=new_rows,
-        seconds=seconds,
-        resumed=resumed,
-        documents=state.n_documents,
-        windowed_documents=0,
-        empty_documents=state.empty_documents,
-    )
+    writer = StoreWriter(storage, spec, {**identity, "denoising": denoising}, list(shapes), load_name)
+
+    def run_pass(capture_id: str) -> None:
+        _Pass(made, PassSettings(prompts, writer, capture_id, max_rows, 1, progress), settings).run()
+
+    return run_capture(writer, shapes, aliases, run_pass, started)
 
 
 class _Ready(NamedTuple):
