@@ -5,9 +5,11 @@
    result depends on nothing but the plan. A window with media runs whole: in some models the tokens of an image see
    each other, so that one depends on what comes after it.
 2. Windows are sorted by length and cut into batches under a budget of tokens, padding counted, so that padding and
-   the fixed cost of a batch are least.
+   the fixed cost of a batch are least. A model that needs no padding gets them as they come, in as few batches as hold
+   them, all about as large.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import numpy as np
 
 from activations.media import PlacedMedium
 
-__all__ = ["Batch", "Window", "chosen_windows", "group_windows", "pack_batches"]
+__all__ = ["Batch", "Window", "chosen_windows", "even_cuts", "group_windows", "pack_batches"]
 
 OVERHEAD_SHARE = 32
 """A batch costs about this part of a full one besides its tokens (1.7B parameters on an H100: 730 tokens of 32,768)."""
@@ -90,11 +92,41 @@ def chosen_windows(
     ]
 
 
-def pack_batches(windows: Sequence[Window], batch_size: int) -> list[Batch]:
-    """Windows by falling length in batches of up to `batch_size` tokens, padding counted; a longer one runs alone."""
+def pack_batches(windows: Sequence[Window], batch_size: int, padded: bool = True) -> list[Batch]:
+    """Windows in batches of up to `batch_size` tokens; a longer one runs alone.
+
+    Args:
+        windows: the windows.
+        batch_size: tokens in a batch, padding included.
+        padded: whether the model pads what runs together to the longest of them.
+    """
+    if not padded:
+        ends = even_cuts([len(window.tokens) for window in windows], batch_size)
+        return [_batch(list(windows[start:end])) for start, end in pairwise([0, *ends])]
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
     ends = _cheapest_cuts(np.array([len(window.tokens) for window in ordered], np.int64), batch_size)
     return [_batch(ordered[start:end]) for start, end in pairwise([0, *ends])]
+
+
+def even_cuts(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Where to cut windows, in order, into the fewest batches that fit; of those the ones whose largest is smallest."""
+    capacities = range(batch_size + 1)
+    fewest = len(_filled(lengths, batch_size))
+    enough = bisect_left(capacities, True, key=lambda capacity: len(_filled(lengths, capacity)) <= fewest)
+    return _filled(lengths, enough)
+
+
+def _filled(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Ends of batches that each take what still fits; a longer window runs alone."""
+    ends: list[int] = []
+    filled = capacity
+    for end, length in enumerate(lengths, start=1):
+        if filled + length > capacity:
+            ends.append(end)
+            filled = 0
+        ends[-1] = end
+        filled += length
+    return ends
 
 
 def _cheapest_cuts(lengths: np.ndarray, batch_size: int) -> list[int]:

@@ -166,7 +166,9 @@ class CapturePass:
             record, start = self.writer.ledger.records[PLAN][group], self._start(group)
             if start == record.row_stop:
                 continue
-            batches = pack_batches(self._windows(group), self.batch_size)
+            batches = pack_batches(
+                self._windows(group), self.batch_size, self.model.pads or self.writer.layout.has_media
+            )
             n_rows, n_earlier = record.row_stop - record.row_start, start - record.row_start
             task = GroupTask(group, record.row_start, n_rows, len(batches), n_earlier)
             for batch in batches:

@@ -90,6 +90,11 @@ class HookedModel(Protocol):
         """Tokens at once, padding included, that the model runs fastest on its device."""
         ...
 
+    @property
+    def pads(self) -> bool:
+        """Whether windows that run together are padded to the longest of them."""
+        ...
+
     def resolve_hook(self, name: str) -> str:
         """The canonical name of a hook; raises `UnknownNameError` with near misses."""
         ...

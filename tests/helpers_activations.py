@@ -37,6 +37,7 @@ class FakeModel:
     bos_token_id: int | None = BOS
     max_context_size: int = 512
     default_batch_size: int = 8192
+    pads: bool = True
     hooks: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(HOOKS))
     calls: list[tuple[int, int]] = field(default_factory=list)
     """(windows, tokens with padding) of each forward pass."""

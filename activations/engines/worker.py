@@ -61,6 +61,7 @@ class ModelCard:
     special_token_ids: frozenset[int]
     max_context_size: int
     default_batch_size: int
+    pads: bool
     chat_template: str | None
 
     @classmethod
@@ -70,6 +71,7 @@ class ModelCard:
             model.special_token_ids,
             model.max_context_size,
             model.default_batch_size,
+            model.pads,
             model.chat_template,
         )
 
@@ -85,7 +87,7 @@ class ModelProxy:
     def __init__(self, card: ModelCard, ask: Callable[..., Any]) -> None:
         self.identity, self.special_token_ids = card.identity, card.special_token_ids
         self.max_context_size, self.default_batch_size = card.max_context_size, card.default_batch_size
-        self.chat_template = card.chat_template
+        self.pads, self.chat_template = card.pads, card.chat_template
         self._ask = ask
 
     def resolve_hook(self, name: str) -> str:

@@ -64,6 +64,7 @@ class _RowModel:
     special_token_ids = frozenset({0})
     max_context_size = CONTEXT
     default_batch_size = 8192
+    pads = True
     chat_template = None
 
     def __init__(self, rows: np.ndarray) -> None:

@@ -46,6 +46,7 @@ class _RowMaker:
     special_token_ids = frozenset({0})
     max_context_size = 1024
     default_batch_size = 8192
+    pads = True
     chat_template = None
 
     def __init__(self) -> None:

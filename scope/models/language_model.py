@@ -35,6 +35,7 @@ from scope.models.hooks import HookKind, HookPoint, HookTable, build_hook_table
 from scope.models.media import MediaInputs, MediaPrompt, MediaReader
 from scope.models.parameters import ParameterCount, count_parameters
 from scope.models.placement import EmbeddingPlace
+from scope.models.ragged import can_run_ragged
 from scope.models.rows import HostCopy, check_windows, collect_rows
 from scope.models.run import RunResult, SpliceMode, run
 from scope.models.taps import Handler, tapped
@@ -155,6 +156,11 @@ class LanguageModel:
         """Tokens at once, padding included, that the model runs fastest on its device: few on a CPU, so that what a
         layer makes stays in its caches."""
         return CUDA_BATCH_SIZE if self.device.type == "cuda" else CPU_BATCH_SIZE
+
+    @cached_property
+    def pads(self) -> bool:
+        """Whether windows that run together in a capture are padded to the longest of them."""
+        return not can_run_ragged(self)
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -343,6 +349,7 @@ class LanguageModel:
         logits: bool | Literal["last"],
         cache: Any = None,
         media: MediaInputs | None = None,
+        positions: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch n d_vocab"] | None:
         """One pass with a handler at each hook point: the common ground of `run`, `cross_entropy` and capture.
 
@@ -353,6 +360,7 @@ class LanguageModel:
                 ends after the last handler.
             cache: transformers' cache of the tokens before these, which these are added to; None for whole windows.
             media: what the towers get, where there are images or sounds among the tokens.
+            positions: where each token stands in its text; None to count from the first, or from the cache's end.
         """
         if not logits and not handlers:
             return None
@@ -364,15 +372,20 @@ class LanguageModel:
             return bridge_forward(self, tokens, handlers, logits, media)
         output = None
         with self.lock, tapped(self.hf, handlers, stop=not logits):
-            hidden = self.hidden_states(tokens, cache, media)
+            hidden = self.hidden_states(tokens, cache, media, positions)
             if logits or any(point.name == "hook_unembed" for point in handlers):
                 output = losses.unembed(self, hidden[:, -1:] if logits == "last" else hidden)
         return output if logits else None
 
     def hidden_states(
-        self, tokens: Int[Tensor, "batch seq"], cache: Any = None, media: MediaInputs | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        cache: Any = None,
+        media: MediaInputs | None = None,
+        positions: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The output of the final norm; `cache` and `media` as for `forward`. Of a model that denoises: its encoder's.
+        """The output of the final norm, of a model that denoises its encoder's; `cache`, `media`, `positions` as for
+        `forward`.
 
         Raises:
             InvalidInputError: an intervention is in force that the caller does not take part in.
@@ -381,7 +394,10 @@ class LanguageModel:
         if media is not None:
             return media.run(self, tokens)
         backbone = self.hf.get_submodule((self.layout.encoder or self.layout).backbone)
-        return backbone(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        placed = {} if positions is None else {"position_ids": positions}
+        return backbone(
+            input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **placed
+        ).last_hidden_state
 
     def forward_rows(
         self,
@@ -410,16 +426,24 @@ class LanguageModel:
         check_windows(windows, 1, self.max_context_size, self.d_vocab)
         in_order = sorted(points, key=self.hook_table.rank)
 
-        def forward(indices: Sequence[int], tokens: Tensor, keep: Mapping[str, Callable[[Tensor], None]]) -> None:
+        pads = self.pads or (media is not None and any(media))
+
+        def forward(
+            indices: Sequence[int],
+            tokens: Tensor,
+            keep: Mapping[str, Callable[[Tensor], None]],
+            positions: Tensor | None,
+        ) -> None:
             own = None if media is None else [media[index] for index in indices]
             inputs = None if own is None or not any(own) else self.media.inputs(tokens, own)
-            self.forward(tokens, {points[name][0]: keep[name] for name in in_order}, logits=False, media=inputs)
+            handlers = {points[name][0]: keep[name] for name in in_order}
+            self.forward(tokens, handlers, logits=False, media=inputs, positions=positions)
 
         hooked = [point.site.module for point, _ in points.values() if point.site is not None]
         layers = self.compiled_layers.in_place(hooked) if self.compiled_layers is not None else nullcontext()
         with self.lock, layers, torch.inference_mode():
             shapes = {name: shape for name, (_, shape) in points.items()}
-            return collect_rows(windows, shapes, dtype, batch_size, self.device, forward)
+            return collect_rows(windows, shapes, dtype, batch_size, self.device, forward, pads)
 
     def source(self, text: TextSource, hooks: str | Sequence[str], **settings: Any) -> "LiveActivations":
         """What hooks see on a text, computed as it is consumed: a source to train from without a store on disk.

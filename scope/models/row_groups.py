@@ -172,7 +172,7 @@ class RowGroups:
     def _run(self, item: PlannedWindows, out: Mapping[str, Tensor]) -> None:
         """Run the model on a row group's windows and put the rows where they belong."""
         device = self._model.device
-        for batch in pack_batches(item.windows, self._batch_size):
+        for batch in pack_batches(item.windows, self._batch_size, self._model.pads):
             found = self._model.device_rows(batch.windows, list(self._shapes), self._dtype, self._batch_size)
             places = _to(batch.rows, device)
             kept = None if batch.kept is None else _to(np.flatnonzero(batch.kept), device)

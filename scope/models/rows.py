@@ -2,7 +2,7 @@
 
 1. Windows are sorted by length and packed into batches of at most `batch_size` tokens, padding included.
 2. A batch is padded on the right, where causal attention never looks: no mask is needed, and attention stays on
-   its fastest path.
+   its fastest path. Where the model can (`scope.models.ragged`), windows stand one after another instead, unpadded.
 3. On a GPU attention is kept from cuDNN, which builds a plan for every new shape (a tenth of a second each), and ragged
    text has many. The host never waits for the device, so that the next batch is queued while one is computed.
 4. The rows of real tokens are picked out on the device, their norms taken in float32, and written, in the storage
@@ -10,9 +10,10 @@
 5. On a GPU a side stream copies the result into pinned memory while the next windows are computed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from activations.batching import even_cuts
 from activations.spec import StorageDtype
 from scope.errors import InvalidInputError, OutOfRangeError
+from scope.models.ragged import ragged
 from scope.models.unpacked import unpacked
 
 __all__ = ["HostCopy", "WindowBatch", "as_rows", "check_windows", "collect_rows", "pack_windows"]
@@ -144,13 +147,30 @@ def as_rows(values: Num[Tensor, "n *row"], dtype: torch.dtype) -> tuple[Tensor, 
     return values.to(dtype), norms
 
 
+def _batches(
+    windows: Sequence[np.ndarray], starts: np.ndarray, batch_size: int, device: torch.device, pads: bool
+) -> Iterator[tuple[Sequence[int], WindowBatch, Tensor | None]]:
+    """Numbers of windows that run together, their batch, and the tokens' positions where they stand one after another
+    in a single row."""
+    if pads:
+        for indices in pack_windows(windows, batch_size):
+            yield indices, WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device), None
+        return
+    lengths = [len(window) for window in windows]
+    for start, end in pairwise([0, *even_cuts(lengths, batch_size)]):
+        with ragged(lengths[start:end], device) as positions:
+            batch = WindowBatch([np.concatenate(windows[start:end])], [int(starts[start])], device)
+            yield range(start, end), batch, positions
+
+
 def collect_rows(
     windows: Sequence[np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: StorageDtype,
     batch_size: int,
     device: torch.device,
-    forward: Callable[[Sequence[int], Tensor, Mapping[str, Callable[[Tensor], None]]], None],
+    forward: Callable[[Sequence[int], Tensor, Mapping[str, Callable[[Tensor], None]], Tensor | None], None],
+    pads: bool = True,
 ) -> dict[str, Tensor]:
     """Run all windows and collect what the hooks see, on the model's device: per hook its rows in the order of the
     windows, and per `norm/<hook>` their norms.
@@ -161,8 +181,9 @@ def collect_rows(
         dtype: storage dtype.
         batch_size: tokens to run at once, padding included.
         device: where the model runs.
-        forward: given the numbers of some windows and their tokens as a batch, runs them and hands each hook's tensor
-            to its function.
+        forward: given the numbers of some windows, their tokens as a batch, and the tokens' positions where they are
+            not counted from each row's first, runs them and hands each hook's tensor to its function.
+        pads: whether windows of a batch are padded, or stand one after another in a single row.
     """
     storage = STORAGE[dtype]
     lengths = [len(window) for window in windows]
@@ -177,7 +198,6 @@ def collect_rows(
         norms[name].index_copy_(0, batch.rows, row_norms)
 
     with unpacked(), sdpa_kernel(ANY_SHAPE) if device.type == "cuda" else nullcontext():
-        for indices in pack_windows(windows, batch_size):
-            batch = WindowBatch([windows[i] for i in indices], [int(starts[i]) for i in indices], device)
-            forward(indices, batch.tokens, {name: partial(keep, name, batch) for name in shapes})
+        for indices, batch, positions in _batches(windows, starts, batch_size, device, pads):
+            forward(indices, batch.tokens, {name: partial(keep, name, batch) for name in shapes}, positions)
     return {**out, **{f"norm/{name}": values for name, values in norms.items()}}
