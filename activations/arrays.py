@@ -53,6 +53,8 @@ ZSTD_LEVEL = 1
 CRC = struct.Struct("<I")
 MISSING = 2**64 - 1
 BFLOAT16_NAN = 0x7FC0
+SHORTEST_PIECE = 8
+"""Rows that lie side by side, on average, for which copying piece by piece pays."""
 
 
 class ObjectRecord(NamedTuple):
@@ -165,9 +167,27 @@ class ShardBuffer:
         # A strided view, because the crc between chunks keeps numpy from viewing the bytes as items by itself.
         self._rows = np.ndarray(shape, layout.storage_dtype, self._bytes, 0, (stride, *inner))
 
-    def put(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Scatter values `(n, *feature_shape)` to these rows of the group."""
-        self._rows[rows // self.layout.rows_per_chunk, rows % self.layout.rows_per_chunk] = values
+    def put(self, rows: np.ndarray, values: np.ndarray, places: np.ndarray | None = None) -> None:
+        """Scatter values to these rows of the group. Rows that lie side by side are copied as one piece, which takes
+        half the time of one by one.
+
+        Args:
+            rows: rows of the group, `(n,)`.
+            values: `(n, *feature_shape)`, or more with `places`.
+            places: where in `values` each row's are, `(n,)`; None for all of them in order.
+        """
+        per_chunk = self.layout.rows_per_chunk
+        places = np.arange(len(rows)) if places is None else places
+        apart = (np.diff(rows) != 1) | (np.diff(places) != 1) | (rows[1:] % per_chunk == 0)
+        starts = np.append(0, np.flatnonzero(apart) + 1)[: len(rows)]
+        chunks, first = np.divmod(rows, per_chunk)
+        if len(starts) * SHORTEST_PIECE > len(rows):
+            self._rows[chunks, first] = values[places]
+            return
+        lengths = np.diff(starts, append=len(rows))
+        pieces = np.stack([lengths, chunks[starts], first[starts], places[starts]], axis=1)
+        for length, chunk, to, place in pieces.tolist():
+            self._rows[chunk, to : to + length] = values[place : place + length]
 
     def finish(self, n_rows: int) -> tuple[memoryview, tuple[int, ...]]:
         """Pad after `n_rows` rows, add checksums and index, and hand over the shard's bytes and its chunks' crcs."""

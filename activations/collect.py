@@ -144,13 +144,12 @@ class Collector:
                 f"The model gave {hook} the shape {rows.shape} and its norms {norms.shape} for {n_tokens} tokens; "
                 f"expected {expected}."
             )
-        if batch.kept is not None:
-            rows, norms = rows[batch.kept], norms[batch.kept]
-        bad = _first_non_finite(rows, norms, self._writer.spec.dtype)
+        places = np.arange(n_tokens) if batch.kept is None else np.flatnonzero(batch.kept)
+        bad = _first_non_finite(rows, norms, places, self._writer.spec.dtype)
         if bad is not None:
-            self._refuse(hook, task.row_start + int(batch.rows[bad]), float(norms[bad]))
-        task.buffers[array].put(batch.rows, rows)
-        task.buffers[norm_array].put(batch.rows, norms)
+            self._refuse(hook, task.row_start + int(batch.rows[bad]), float(norms[places[bad]]))
+        task.buffers[array].put(batch.rows, rows, places)
+        task.buffers[norm_array].put(batch.rows, norms, places)
 
     def _refuse(self, hook: str, row: int, norm: float) -> None:
         document = ActivationStore.open(self._writer.storage).document_at(row)
@@ -165,16 +164,17 @@ class Collector:
         raise NonFiniteError(f"The hook {hook} gave {problem} at row {row:,}, in the document {name!r}. {advice}")
 
 
-def _first_non_finite(rows: np.ndarray, norms: np.ndarray, dtype: StorageDtype) -> int | None:
-    """The first row that holds a NaN or Inf, in the stored bits or in its norm.
+def _first_non_finite(rows: np.ndarray, norms: np.ndarray, places: np.ndarray, dtype: StorageDtype) -> int | None:
+    """The first of these places whose row holds a NaN or Inf, in the stored bits or in its norm.
 
     Only rows of a large norm are looked at: no entry is larger than the norm, so that below the dtype's largest value
     all of them are finite.
     """
+    norms = norms[places]
     suspects = np.flatnonzero(~(norms < LARGEST[dtype]))
     if not len(suspects):
         return None
-    bits = rows[suspects].reshape(len(suspects), -1)
+    bits = rows[places[suspects]].reshape(len(suspects), -1)
     if dtype == "float32":
         finite = np.isfinite(bits)
     else:
