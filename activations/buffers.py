@@ -22,17 +22,18 @@ class RowBuffer:
 
     def put(self, slots: np.ndarray, values: Mapping[str, Any]) -> None:
         """Put rows into slots."""
+        indices = _indices(slots, values)
         for hook, rows in values.items():
             if hook not in self._slots:
                 self._slots[hook] = self._new(hook, rows)
             if isinstance(rows, np.ndarray):
-                self._slots[hook][slots] = rows
+                self._slots[hook][indices] = rows
             else:
-                self._slots[hook].index_copy_(0, _indices(slots, rows), rows)
+                self._slots[hook].index_copy_(0, indices, rows)
 
     def take(self, slots: np.ndarray) -> dict[str, Any]:
         """Copies of the rows in these slots, by hook."""
-        return {hook: taken(values, slots) for hook, values in self._slots.items()}
+        return taken(self._slots, slots)
 
     def _new(self, hook: str, like: Any) -> Any:
         empty = self._empty[hook]
@@ -41,11 +42,13 @@ class RowBuffer:
         return like.new_empty((self._capacity, *like.shape[1:]))
 
 
-def taken(values: Any, places: np.ndarray) -> Any:
-    """The rows at some places, copied: of a numpy array, or of a torch tensor on its device."""
-    if isinstance(values, np.ndarray):
-        return values.take(places, axis=0)
-    return values.index_select(0, _indices(places, values))
+def taken(values: Mapping[str, Any], places: np.ndarray) -> dict[str, Any]:
+    """By hook the rows at some places, copied: of numpy arrays, or of torch tensors on their device."""
+    indices = _indices(places, values)
+    return {
+        hook: rows.take(indices, axis=0) if isinstance(rows, np.ndarray) else rows.index_select(0, indices)
+        for hook, rows in values.items()
+    }
 
 
 def concatenated(pieces: Sequence[Any]) -> Any:
@@ -59,7 +62,11 @@ def concatenated(pieces: Sequence[Any]) -> Any:
     return torch.cat(list(pieces))
 
 
-def _indices(places: np.ndarray, like: Any) -> Any:
+def _indices(places: np.ndarray, values: Mapping[str, Any]) -> Any:
+    """Places as what all of these values take, made and sent to their device once."""
+    like = next(iter(values.values()), places)
+    if isinstance(like, np.ndarray):
+        return places
     import torch
 
     indices = torch.from_numpy(np.ascontiguousarray(places, np.int64))

@@ -319,7 +319,7 @@ class LiveFeed:
         for batch in self.source.batches(self.hooks, self.piece_rows):
             self._require_finite(batch)
             chosen = np.flatnonzero(self.chooser.by_flags(batch.flags))
-            values = {hook: taken(batch.activations[hook], chosen) for hook in self.hooks}
+            values = taken({hook: batch.activations[hook] for hook in self.hooks}, chosen)
             piece = Piece(batch.rows[chosen], values)
             norms = {hook: batch.norms[hook][chosen] for hook in self.hooks}
             if waiting is None:
@@ -362,4 +362,4 @@ class LiveFeed:
         if kept.all():
             return piece
         places = np.flatnonzero(kept)
-        return Piece(piece.rows[places], {hook: taken(values, places) for hook, values in piece.values.items()})
+        return Piece(piece.rows[places], taken(piece.values, places))

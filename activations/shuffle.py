@@ -45,7 +45,11 @@ MIN_READ_AHEAD = 4
 READERS = 4
 """Blocks that are read at once: in random order nothing else keeps a disk busy."""
 EVENT_BYTES = 2**20
-LIVE_EVENT_BYTES = 2**22
+LIVE_EVENT_BYTES = (2**22, 2**26)
+"""Bytes that a live source is asked for at once, at least and at most. Each piece costs a few launches a hook, and rows
+of many hooks are wide."""
+LIVE_EVENT_SHARE = 256
+"""So many pieces fill the memory."""
 MAX_LIVE_PIECE = 4096
 BOOKKEEPING_BYTES = 24
 """Per row of the buffer: its id, and its place in lists of slots."""
@@ -148,7 +152,8 @@ class ShuffledBatches:
         if isinstance(source, ActivationStore):
             self._feed = StoreFeed(source, self.hooks, select)
         else:
-            piece = min(MAX_LIVE_PIECE, max(1, LIVE_EVENT_BYTES // row_bytes))
+            piece_bytes = min(max(memory_bytes // LIVE_EVENT_SHARE, LIVE_EVENT_BYTES[0]), LIVE_EVENT_BYTES[1])
+            piece = min(MAX_LIVE_PIECE, max(1, piece_bytes // row_bytes))
             event_bytes = piece * row_bytes
             self._feed = LiveFeed(source, self.hooks, select, piece, median_rows=streamed)
         self._no_row = f"The selection leaves no row of {source!r}: {select}."

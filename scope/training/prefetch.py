@@ -58,7 +58,7 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
     """The same batches, their values on `device`.
 
     Args:
-        batches: a stream of batches on the host.
+        batches: a stream of batches on the host, or of a live model's on its own GPU.
         device: where the steps run.
     """
     device = torch.device(device)
@@ -70,9 +70,8 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
     def send() -> None:
         copies = torch.cuda.Stream(device)
         for rows, values in batches:
-            pinned = _each(values, Tensor.pin_memory)
             with torch.cuda.stream(copies):
-                sent = _each(pinned, lambda tensor: tensor.to(device, non_blocking=True))
+                sent = _each(values, lambda tensor: _sent(tensor, device, copies))
                 done = torch.cuda.Event()
                 done.record(copies)
             channel.put(_Sent(Batch(rows, sent), done))
@@ -91,6 +90,13 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
         worker.join_fully()
     if worker.error is not None:
         raise worker.error
+
+
+def _sent(tensor: Tensor, device: torch.device, copies: torch.cuda.Stream) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    copies.wait_stream(torch.cuda.default_stream(tensor.device))  # a live source computed it there
+    return tensor.to(device, non_blocking=True)
 
 
 def _each(values: Any, act: Callable[..., Any]) -> Any:
