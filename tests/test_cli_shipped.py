@@ -68,7 +68,6 @@ def test_what_ships_is_small():
 
 
 @pytest.mark.real
-@pytest.mark.skipif(sample_sae() is None, reason="this checkout has no SAE in data/")
 def test_the_sae_that_ships_has_the_excerpt_that_ships(tmp_path):
     """The strengths that the excerpt tells are those that the SAE has on the model's activations there."""
     from activations.text import TextSource
