@@ -89,7 +89,8 @@ class _Bench:
     def run(self) -> dict[str, Any]:
         rates: dict[str, list[float]] = {name: [] for name in ("floor", "ours", "four_hooks", "bridge", "saelens")}
         shape = self._best_shape()
-        self._capture_rate([self.hook], "warm-up", self._warm_up_batches * self.batch_size)
+        for hooks in ([self.hook], self.four_hooks):
+            self._capture_rate(hooks, "warm-up", self._warm_up_batches * self.batch_size)
         disk = 0.0
         for number in range(self.config.rounds):
             self.say(f"Round {number + 1} of {self.config.rounds}")
