@@ -117,6 +117,27 @@ def test_any_rows_come_back(
         np.testing.assert_array_equal(out, values[start:stop])
 
 
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), chunk=st.sampled_from([4, 16, 32]))
+def test_rows_go_where_they_are_told(data: st.DataObject, chunk: int) -> None:
+    """Pieces that lie side by side, in any order and with gaps, from values of which some are left out."""
+    layout = ArrayLayout((3,), "float32", 32)
+    cuts = data.draw(st.lists(st.tuples(st.integers(0, 31), st.integers(0, 20)), max_size=4))
+    pieces = [np.arange(start, min(32, start + length)) for start, length in cuts]
+    rows = np.concatenate([np.empty(0, np.int64), *pieces])
+    rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+    left_out = data.draw(st.integers(0, 5))
+    places = np.sort(np.random.default_rng(0).choice(len(rows) + left_out, len(rows), replace=False))
+    values = random_values(layout, len(rows) + left_out)
+    expected = np.zeros((32, 3), np.float32)
+    expected[rows] = values[places]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "CHUNK_BYTES", chunk * layout.row_bytes)
+        buffer = ShardBuffer(layout)
+        buffer.put(rows, values, places)
+        np.testing.assert_array_equal(buffer._rows.reshape(32, 3), expected)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_flipped_bit_is_found(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = ArrayLayout((5,), "float32", 16, packed=packed)
