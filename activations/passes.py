@@ -38,7 +38,8 @@ PLAN_AHEAD = 4
 """Row groups that the planner may be ahead of the model."""
 RESULTS_PENDING = 2
 """Results that may wait for the collector, besides the one that it works on."""
-WRITERS = 4
+WRITERS = 8
+"""Shards that are written at once: some are at their checksums while others keep the disk busy."""
 GROUPS_IN_FLIGHT = 3
 """Row groups whose shards are in memory: one that fills, and two that are written."""
 
