@@ -95,9 +95,9 @@ def _rotary_config(d_vocab: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _gemma(version: int, d_vocab: int) -> Any:
+def _gemma(version: int, d_vocab: int, d_head: int = 12) -> Any:
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    config = _rotary_config(d_vocab, head_dim=12, query_pre_attn_scalar=12, sliding_window=8, **layers)
+    config = _rotary_config(d_vocab, head_dim=d_head, query_pre_attn_scalar=12, sliding_window=8, **layers)
     if version == 2:
         return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**config))
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**config))
@@ -127,10 +127,10 @@ def _gemma3n(d_vocab: int) -> Any:
     return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**config))
 
 
-def _gemma4(d_vocab: int, **more: Any) -> Any:
+def _gemma4(d_vocab: int, d_head: int = 12, **more: Any) -> Any:
     """Heads of two widths, and layer scalars that are not 1."""
     config = _rotary_config(
-        d_vocab, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=12,
+        d_vocab, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=d_head,
         global_head_dim=16, sliding_window=8, vocab_size_per_layer_input=d_vocab, **more,
     )  # fmt: skip
     model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**config))
@@ -191,10 +191,10 @@ def _mixtral(d_vocab: int) -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
 
 
-def _qwen3_moe(d_vocab: int) -> Any:
+def _qwen3_moe(d_vocab: int, d_head: int = 12) -> Any:
     """Its second layer has a dense MLP."""
     config = _rotary_config(
-        d_vocab, head_dim=12, bos_token_id=None, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        d_vocab, head_dim=d_head, bos_token_id=None, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
         mlp_only_layers=[1],
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**config))
@@ -221,7 +221,7 @@ def _gpt2(d_vocab: int) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, bos_token_id=0, eos_token_id=0))
 
 
-_BUILDERS: dict[str, tuple[Callable[[int], Any], Callable[[], PreTrainedTokenizerFast]]] = {
+_BUILDERS: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFast]]] = {
     "gemma3": (functools.partial(_gemma, 3), _sentencepiece_tokenizer),
     "llama": (_llama, _sentencepiece_tokenizer),
     "gpt2": (_gpt2, _byte_level_tokenizer),
@@ -261,13 +261,14 @@ def _root() -> Path:
 
 
 @functools.cache
-def tiny_folder(kind: str) -> Path:
-    """A folder as Hugging Face lays it out, with the tiny model and its tokenizer."""
+def tiny_folder(kind: str, **sizes: int) -> Path:
+    """A folder as Hugging Face lays it out, with the tiny model and its tokenizer; `d_head` makes other heads of
+    gemma2, gemma3, gemma4 and qwen3_moe."""
     build, make_tokenizer = _BUILDERS[kind]
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build(len(tokenizer))
+        model = build(len(tokenizer), **sizes)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 spread = 0.3 * torch.randn(parameter.shape)
@@ -276,7 +277,7 @@ def tiny_folder(kind: str) -> Path:
                 parameter.data.copy_(centre + spread)
             else:
                 parameter.data.copy_(torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5))
-    folder = _root() / kind
+    folder = _root() / "-".join([kind, *(f"{name}-{size}" for name, size in sizes.items())])
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

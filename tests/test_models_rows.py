@@ -161,8 +161,9 @@ def test_rows_of_a_gpu_equal_those_of_the_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [*KINDS, "gemma3n", "gemma4", "qwen3_moe"])
+@pytest.mark.parametrize("kind", [*KINDS, "gemma4"])
 def test_on_a_gpu_the_host_waits_for_no_batch(kind: str) -> None:
+    """Not Gemma 3n, whose sparse MLPs copy a number to the device, nor experts, whose counts are read on the host."""
     model = LanguageModel.load(str(tiny_model(kind).files.folder), device="cuda", dtype="float32")
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     model.forward_rows(windows(0), hooks, "bfloat16", 30).wait()

@@ -42,7 +42,8 @@ class NodeValues(NamedTuple):
 
     def activation(self, sae: Any) -> Float[Tensor, "seq d_out"]:
         """The activation that the nodes add up to."""
-        return self.features @ sae.W_dec.detach().float() + sae.b_dec.detach().float() + self.errors
+        W_dec, b_dec = (part.detach().float().to(self.errors.device) for part in (sae.W_dec, sae.b_dec))
+        return self.features @ W_dec + b_dec + self.errors
 
 
 def hooks_of(model: Any, sae: Any) -> tuple[str, str]:

@@ -138,12 +138,13 @@ class GraphRuns:
         return found.cpu().numpy()
 
     def _reader(self, layer: int, here: np.ndarray, found: Tensor) -> Handler:
-        columns = self.dictionaries.encoder(layer, torch.tensor(self.features["feature"].to_numpy()[here]))
-        places = torch.tensor(self.features["position"].to_numpy()[here], device=columns.device)
+        ids = torch.tensor(self.features["feature"].to_numpy()[here])
+        columns = self.dictionaries.encoder(layer, ids).to(found.device)
+        places = torch.tensor(self.features["position"].to_numpy()[here], device=found.device)
         where = torch.tensor(np.nonzero(here)[0], device=found.device)
 
         def read(value: Tensor) -> None:
-            found[:, where] = (value[:, places].float() * columns).sum(-1).to(found.device)
+            found[:, where] = (value[:, places].float() * columns).sum(-1)
 
         return read
 

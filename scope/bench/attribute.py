@@ -1,7 +1,7 @@
 """`scope bench attribute`: time and peak memory of a circuit graph against the length of the prompt.
 
 1. *Model*: on a CPU Gemma 3 270M, on a GPU a llama of the size of Gemma 2 2B (26 layers, d_model 2,304) with random
-   weights in bfloat16: a graph's cost depends on shapes alone.
+   weights in bfloat16: a graph's cost depends on shapes alone. Weights are drawn on the device.
 2. *Dictionaries*: a TopK transcoder for every layer, random weights, so that exactly k features fire on each token.
 3. For each length the whole of it: reading the prompt, expanding, influence, pruning. Peak memory is the card's, or the
    process's on a CPU.
@@ -26,7 +26,7 @@ from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.memory import graph_needs
 from scope.attribution.pruning import prune
 from scope.bench.machine import describe_machine
-from scope.bench.random_model import save_random_llama
+from scope.bench.random_model import random_llama
 from scope.bench.settings import AttributeBench
 from scope.models import LanguageModel
 from scope.models.loading import pick_device
@@ -36,6 +36,7 @@ from scope.saes.base import SAE, SAEMetadata
 __all__ = ["bench_attribute"]
 
 GIGABYTE = 1e9
+LLAMA: dict[str, Any] = {"n_layers": 26, "d_model": 2304, "n_heads": 8, "n_key_value_heads": 4, "head_dim": 256}
 
 
 def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[str, Any]:
@@ -57,17 +58,17 @@ def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[
         logit_share=1.0,
     )
     say("Making the model and its dictionaries")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="scope-bench-") as folder:
         model = _model(device, Path(folder))
-    transcoders = [_transcoder(model, layer, config) for layer in range(model.n_layers)]
-    generator = torch.Generator().manual_seed(0)
-    graphs = []
-    for length in lengths:
-        say(f"A graph of {length:,} tokens")
-        tokens = torch.randint(3, model.d_vocab, (length,), generator=generator).to(device)
-        tokens[0] = model.bos_token_id if model.bos_token_id is not None else 0
-        graphs.append(_measured(model, tokens, transcoders, settings))
-    return {"machine": describe_machine(device), "model": _shape(model, config), "graphs": graphs}
+        transcoders = [_transcoder(model, layer, config) for layer in range(model.n_layers)]
+        generator = torch.Generator().manual_seed(0)
+        graphs = []
+        for length in lengths:
+            say(f"A graph of {length:,} tokens")
+            tokens = torch.randint(3, model.d_vocab, (length,), generator=generator).to(device)
+            tokens[0] = model.bos_token_id if model.bos_token_id is not None else 0
+            graphs.append(_measured(model, tokens, transcoders, settings))
+        return {"machine": describe_machine(device), "model": _shape(model, config), "graphs": graphs}
 
 
 def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSettings) -> dict[str, Any]:
@@ -100,8 +101,7 @@ def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSe
 def _model(device: torch.device, folder: Path) -> Any:
     if device.type == "cpu":
         return LanguageModel.load("gemma-3-270m", device="cpu", dtype="float32")
-    save_random_llama(folder, device, n_layers=26, d_model=2304, n_heads=8, n_key_value_heads=4, head_dim=256)
-    return LanguageModel.load(str(folder), device=device, dtype="bfloat16")
+    return random_llama(folder, device, torch.bfloat16, **LLAMA)
 
 
 def _transcoder(model: Any, layer: int, config: AttributeBench) -> SAE:
@@ -114,13 +114,13 @@ def _transcoder(model: Any, layer: int, config: AttributeBench) -> SAE:
         activation="topk",
         metadata=metadata,
     )
-    made = registry.get("transcoder")(cfg, generator=torch.Generator().manual_seed(layer))
-    return made.to(model.device, model.dtype)
+    generator = torch.Generator(model.device).manual_seed(layer)
+    return registry.get("transcoder")(cfg, generator=generator, device=model.device).to(dtype=model.dtype)
 
 
 def _shape(model: Any, config: AttributeBench) -> dict[str, Any]:
     return {
-        "name": model.name if model.device.type == "cpu" else "random llama",
+        "name": model.name,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
         "dtype": str(model.dtype).removeprefix("torch."),

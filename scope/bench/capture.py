@@ -26,7 +26,7 @@ from activations.capture import capture
 from activations.text import TextSource
 from scope.bench import peers
 from scope.bench.machine import describe_machine, raw_write_bandwidth
-from scope.bench.random_model import save_random_llama
+from scope.bench.random_model import random_llama
 from scope.bench.reading import reading_figures
 from scope.bench.settings import CaptureBench
 from scope.models import LanguageModel
@@ -58,18 +58,17 @@ def bench_capture(config: CaptureBench, say: Callable[[str], None]) -> dict[str,
     device = pick_device(config.device)
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="scope-bench-") as name:
         folder = Path(name)
-        source = config.model or _default_model(folder, device, say)
-        say(f"Loading {source}")
-        model = LanguageModel.load(source, device=str(device), compile=config.compile)
-        return _Bench(config, model, folder, say).run()
+        return _Bench(config, _model(config, folder, device, say), folder, say).run()
 
 
-def _default_model(folder: Path, device: torch.device, say: Callable[[str], None]) -> str:
-    if device.type == "cpu":
-        return "gemma-3-270m"
-    say("Making a llama of 1.7B random parameters")
-    save_random_llama(folder / "llama-1.7b-random", device)
-    return str(folder / "llama-1.7b-random")
+def _model(config: CaptureBench, folder: Path, device: torch.device, say: Callable[[str], None]) -> LanguageModel:
+    if config.model is None and device.type != "cpu":
+        say("Making a llama of 1.7B random parameters")
+        # SAELens reads it from its files.
+        return random_llama(folder / "llama", device, torch.bfloat16, save_weights=True, compile=config.compile)
+    source = config.model or "gemma-3-270m"
+    say(f"Loading {source}")
+    return LanguageModel.load(source, device=str(device), compile=config.compile)
 
 
 class _Bench:

@@ -39,8 +39,9 @@ def _writes_elsewhere(cfg: Path) -> bool:
 def opened(
     model: str, saes: list[str], device: str | None, allow_download: bool, embeddings: EmbeddingPlace
 ) -> tuple[Any, list[Any]]:
-    """The model, and the dictionaries at some paths, which are loaded first."""
+    """The model, and the dictionaries at some paths, which are loaded first; all on the model's device."""
     from scope.saes.formats import load
 
     loaded = [load(path, allow_download=allow_download) for path in saes]
-    return load_model(model, device=device, allow_download=allow_download, embeddings=embeddings), loaded
+    language_model = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
+    return language_model, [sae.to(language_model.device) for sae in loaded]

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         from scope.saes.formats import load
 
         opened = load_model(model, embeddings=embeddings, device=device, allow_download=allow_download)
-        saes = [load(one, allow_download=allow_download) for one in sae or ()]
+        saes = [load(one, allow_download=allow_download).to(opened.device) for one in sae or ()]
         report = per_layer_writes(opened, prompt, saes, top)
         if token is not None and not 0 <= token < len(report.tokens):
             raise OutOfRangeError(

@@ -87,6 +87,9 @@ def register(app: typer.Typer) -> None:
                 saes(one.sae)
         watched = None if flips is None else load(flips, allow_download=allow_download)
         opened = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
+        for dictionary in (*(saes(one.sae) for one in declared.interventions if one.features), watched):
+            if dictionary is not None:
+                dictionary.to(opened.device)
         edits = declared.resolve(opened, saes, maxima)
         beside = control(declared, opened, saes, maxima, seed)
         flipped = None if watched is None else feature_flips(opened, watched, prompt, edits)

@@ -39,10 +39,10 @@ def host_tables(model: nn.Module, layout: Layout) -> list[str]:
 
 
 def place(model: Any, device: torch.device, embeddings: EmbeddingPlace) -> Any:
-    """Move a freshly loaded model to its device.
+    """Move a model to its device.
 
     Args:
-        model: the Hugging Face model, on the host.
+        model: the Hugging Face model, all of it on the host or on the device.
         device: where it runs.
         embeddings: "host" leaves its lookup tables in the host's memory.
 
@@ -65,7 +65,7 @@ def place(model: Any, device: torch.device, embeddings: EmbeddingPlace) -> Any:
         )
     aside = {}
     for path in paths:
-        aside[path] = model.get_submodule(path)
+        aside[path] = model.get_submodule(path).to(HOST)
         _put(model, path, nn.Identity())
     model.to(device)
     for path, table in aside.items():

@@ -439,5 +439,6 @@ class SAE(nn.Module):
 
 
 def _unit_rows(n: int, width: int, generator: torch.Generator | None) -> Tensor:
-    rows = torch.randn(n, width, generator=generator, dtype=torch.float32)
+    device = None if generator is None else generator.device
+    rows = torch.randn(n, width, generator=generator, dtype=torch.float32, device=device)
     return rows / rows.norm(dim=-1, keepdim=True)

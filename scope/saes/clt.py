@@ -119,7 +119,8 @@ class CrossLayerTranscoder(SAE):
         return masked
 
     def _random_decoder(self, generator: torch.Generator | None) -> Tensor:
-        rows = torch.randn(self.cfg.d_sae, self.d_out, generator=generator, dtype=torch.float32)
+        device = None if generator is None else generator.device
+        rows = torch.randn(self.cfg.d_sae, self.d_out, generator=generator, dtype=torch.float32, device=device)
         return functional.normalize(_zero_earlier(rows, self.cfg.n_layers), dim=-1)
 
     def scale_encoder(self, factors: Float[Tensor, " d_in"]) -> None:
