@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scope.errors import NonFiniteError
 from scope.saes.base import Port, Ports, SAEMetadata
+from scope.training import selection
 from scope.training.config import TrainConfig
 from scope.training.fast import FastStep
 from scope.training.selection import next_width
@@ -162,6 +163,23 @@ def test_a_transcoder_equals_its_step_through_autograd(activation: str, clip_gra
         fast.step(x, target=y.index_fill(0, torch.tensor([3]), torch.nan))
 
 
+def test_a_gpu_leaves_out_nothing_of_a_batchtopk_at_a_small_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's selection, run by plain kernels: some rows of this batch want eight times k."""
+    config = replace(CONFIG, arch="transcoder", activation="batchtopk", d_sae=512, auxk_coefficient=0.0)
+    ports = Ports((Port("in", 32),), (Port("out", 24),))
+    plain, fast = SAETrainer(config, ports), SAETrainer(config, ports)
+    plain.fast = None
+    for trainer in (plain, fast):
+        trainer.initialise(ROWS, WRITTEN)
+    monkeypatch.setattr(selection, "uses_triton", lambda _: True)
+    for number in range(5):
+        chosen = torch.randint(len(ROWS), (128,), generator=torch.Generator().manual_seed(number))
+        expected, got = (trainer.step(ROWS[chosen], target=WRITTEN[chosen]) for trainer in (plain, fast))
+        for name in ("loss", "grad_norm", "l0"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    assert [selection.batchtopk_width(k, 1000) for k in (4, 64, 500)] == [64, 256, 1000]
+
+
 def test_a_batch_on_which_nothing_fires_moves_what_is_dead() -> None:
     plain, fast = trainer_for(JUMPING, lag=None), trainer_for(JUMPING)
     for trainer in (plain, fast):
@@ -263,6 +281,7 @@ def test_late_counts_of_dead_features_size_auxk() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_on_a_gpu_a_transcoder_follows_autograd(activation: str) -> None:
+    """Strictly at first; then what rounding chose differently goes its own way."""
     settings = {"arch": "transcoder", "activation": activation, "device": "cuda", "d_sae": 512}
     config = replace(CONFIG, **settings, clip_grad_norm=1.0, auxk_coefficient=0.0)
     ports = Ports((Port("in", 32),), (Port("out", 24),))
@@ -275,7 +294,9 @@ def test_on_a_gpu_a_transcoder_follows_autograd(activation: str) -> None:
         chosen = torch.randint(len(ROWS), (128,), generator=torch.Generator().manual_seed(number))
         expected, got = (trainer.step(ROWS[chosen], target=WRITTEN[chosen]) for trainer in (plain, fast))
         for name in ("loss", "fvu", "l0", "grad_norm"):
-            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0.05, atol=1e-3)
+            torch.testing.assert_close(
+                getattr(got, name), getattr(expected, name), rtol=0.1 if number else 0.02, atol=1e-3
+            )
 
 
 @pytest.mark.gpu

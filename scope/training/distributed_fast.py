@@ -34,7 +34,7 @@ from scope.kernels.topk import keep_largest, linear_topk
 from scope.training.distributed import ByFeatures, ByRows, exchange
 from scope.training.fast import AUX_MULTIPLE, MAX_AUX, FastStep, supports_fast_step
 from scope.training.schedules import learning_rate_share
-from scope.training.selection import WIDEST, Selected, padded
+from scope.training.selection import Selected, batchtopk_width, padded
 
 if TYPE_CHECKING:
     from scope.training.fast import _Aux, _Entries
@@ -76,12 +76,12 @@ class _Shared(FastStep):
         return self.team.total(tensor, dist.ReduceOp.MAX)
 
     def _select_batchtopk(self, centred: Tensor, n: int) -> Selected:
-        """The n largest pre-activations above 0 of all processes; on a GPU of a row `WIDEST` x k of each, at most."""
+        """The n largest pre-activations above 0 of all processes; on a GPU of each at most `batchtopk_width` a row."""
         W, b = self._copies["W_enc"], self.trainer.sae.b_enc.to(self.dtype)
         if not uses_triton(centred):
             pre = torch.addmm(b, centred, W.T)
             return padded(pre, self.team.largest(pre, n))
-        values, ids = linear_topk(centred, W, b, min(WIDEST * self.trainer.config.k, len(W)))
+        values, ids = linear_topk(centred, W, b, batchtopk_width(self.trainer.config.k, len(W)))
         values = values.float().relu_()
         values = torch.where(self.team.mask_of_largest(values, n), values, 0.0)
         return Selected(values, ids.int(), values > 0)

@@ -8,7 +8,7 @@ Entries stand in a `(batch, width)` matrix, as many on each row as the fullest r
                 rest has neither a value nor a gradient.
 
 Where the host may look (the CPU) the width follows from the batch and nothing is left out. On a GPU, where nobody may
-wait for the device, a row takes the `width` largest at most: of a batchtopk `WIDEST` x k, of a jumprelu as many as
+wait for the device, a row takes the `width` largest at most: of a batchtopk `batchtopk_width`, of a jumprelu as many as
 `next_width` makes of the fullest row some steps before; what it leaves out are the entries that are farthest below
 their thresholds. For jumprelu the same two-stage selection as topk's finds them, on pre - θ + ε/2.
 
@@ -33,10 +33,21 @@ from scope.kernels.tensors import uses_triton
 from scope.kernels.topk import largest_of_all, linear_topk
 from scope.saes.base import SAE
 
-__all__ = ["WIDEST", "Estimates", "Selected", "estimate", "next_width", "padded", "select_batchtopk", "select_jumprelu"]
+__all__ = [
+    "Estimates",
+    "Selected",
+    "batchtopk_width",
+    "estimate",
+    "next_width",
+    "padded",
+    "select_batchtopk",
+    "select_jumprelu",
+]
 
 WIDEST = 4
-"""Multiple of k that a row takes at most on a GPU: of a batchtopk always, of a jumprelu at first."""
+"""Multiple of k that a row takes at most on a GPU: of a batchtopk (but see `LEAST_WIDTH`), of a jumprelu at first."""
+LEAST_WIDTH = 64
+"""Entries that a row of a batchtopk has room for on a GPU at least: with a small k some want more than `WIDEST` x k."""
 MAX_WIDTH = 512
 """Entries of a row that a jumprelu takes on a GPU at most: what the selection's kernel holds at 65,536 features."""
 ROOM = 1.25
@@ -64,6 +75,11 @@ class Estimates(NamedTuple):
     penalty: Float[Tensor, ""]
 
 
+def batchtopk_width(k: int, d_sae: int) -> int:
+    """Entries of a row that a batchtopk takes on a GPU at most."""
+    return min(max(WIDEST * k, LEAST_WIDTH), d_sae)
+
+
 def next_width(fullest: int | None, k: int, d_sae: int) -> int:
     """Entries of a row to make room for, as a power of two, after a step whose fullest row had so many."""
     wanted = WIDEST * k if fullest is None else max(2 * k, int(ROOM * fullest))
@@ -78,7 +94,7 @@ def select_batchtopk(
 ) -> Selected:
     """The k x batch largest pre-activations above 0."""
     if uses_triton(centred):
-        values, ids = linear_topk(centred, W, b, min(WIDEST * k, len(W)))
+        values, ids = linear_topk(centred, W, b, batchtopk_width(k, len(W)))
         values = values.float().relu_()
         values = torch.where(largest_of_all(values, k * len(values)), values, 0.0)
         return Selected(values, ids.int(), values > 0)
