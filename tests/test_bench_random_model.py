@@ -68,6 +68,7 @@ def test_a_circuit_graph_of_what_a_gpu_gets(monkeypatch):
     config = AttributeBench(lengths=(6, 20), max_features=30, d_sae=128, k=4, device="cpu")
     figures = bench_attribute(config, lambda _: None)
     assert figures["model"]["dtype"] == "bfloat16"
+    assert figures["model"]["gigabytes"] < figures["graphs"][0]["peak_gigabytes"]
     for graph, length in zip(figures["graphs"], (6, 20), strict=True):
         assert (graph["tokens"], graph["features"]) == (length, 30)
         assert graph["active_features"] == 2 * 4 * (length - 1)

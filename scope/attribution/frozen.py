@@ -36,7 +36,15 @@ from scope.attribution.frozen_attention import FrozenAttention, attended
 from scope.models.attention import own_attention
 from scope.models.per_layer import PerLayerWrites
 
-__all__ = ["FrozenAttention", "FrozenLayer", "FrozenModel", "FrozenNorm", "Pulled", "attention_as_frozen"]
+__all__ = [
+    "FrozenAttention",
+    "FrozenLayer",
+    "FrozenModel",
+    "FrozenNorm",
+    "Pulled",
+    "attention_as_frozen",
+    "tensor_cores",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +64,17 @@ class FrozenNorm:
 
     def backward(self, gradient: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
         """The gradient at the norm's input."""
-        gradient = gradient * self.gain / self.denominator[rows, None]
+        gradient = gradient * (self.gain / self.denominator[rows, None])
         return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
+
+    def add_backward(
+        self, into: Float[Tensor, "*batch n d_model"], gradient: Float[Tensor, "*batch n d_model"], rows: slice
+    ) -> None:
+        """`into += backward(gradient, rows)`, in one pass over both where the mean is no part of it."""
+        if self.centred:
+            into += self.backward(gradient, rows)
+        else:
+            into.addcmul_(gradient, self.gain / self.denominator[rows, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +180,14 @@ class FrozenModel:
         inject(n)
         for layer in range(min(top, n - 1), -1, -1):
             if layer < top:
-                now *= self.layers[layer].scale
+                if self.layers[layer].scale != 1.0:
+                    now *= self.layers[layer].scale
                 if self.layers[layer].per_layer is not None:
                     yield Pulled(layer, "ple_out", now)
                 yield Pulled(layer, "mlp_out", now)
             if layer in self.skips:
                 part = slice(0, rows)
-                now += self.layers[layer].ln2.backward(now @ self.skips[layer], part)
+                self.layers[layer].ln2.add_backward(now, now @ self.skips[layer], part)
             inject(layer)
             yield Pulled(layer, "attn_out", now)
             self._through_attention(layer, now, shared)
@@ -222,7 +240,7 @@ class FrozenModel:
             return
         if layer in shared:
             reached = reached + shared.pop(layer)
-        gradient += frozen.ln1.backward(reached, part)
+        frozen.ln1.add_backward(gradient, reached, part)
 
     def attention_constants(self) -> list[Float[Tensor, "seq d_model"]]:
         """Per layer what the biases of its attention, and of the norm before it, add to the residual stream.
@@ -247,6 +265,21 @@ class FrozenModel:
                 written = frozen.ln1_post(written, rows)
             found.append(written)
         return found
+
+
+@contextmanager
+def tensor_cores(model: Any) -> Iterator[None]:
+    """Within it a GPU multiplies float32 matrices in TF32, six times as fast, if the model itself computes in half
+    precision: TF32 keeps 10 bits, bfloat16 and with it all that was recorded 7. A float32 model's stay as they are."""
+    if model.device.type != "cuda" or model.dtype == torch.float32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -83,10 +83,10 @@ class FrozenAttention:
             self.pattern(slice(0, self.query.shape[1]))
         for start in range(0, n, QUERY_CHUNK):
             rows = slice(start, min(n, start + QUERY_CHUNK))
-            pattern = self.pattern(rows).to(gradient.dtype)  # (h, q, k)
-            heads = into_heads[:, :, rows].permute(0, 2, 1, 3).flatten(2)  # (h, q, b e)
-            grouped = (pattern.mT @ heads).unflatten(0, (len(self.key), self.group)).sum(1)
-            at_values[:, : rows.stop] += grouped
+            # Queries of all heads that share keys: (kv, group q, k) and (kv, group q, b e).
+            pattern = self.pattern(rows).to(gradient.dtype).reshape(len(self.key), -1, rows.stop)
+            heads = into_heads[:, :, rows].transpose(1, 2).reshape(len(self.key), -1, at_values.shape[-1])
+            at_values[:, : rows.stop].baddbmm_(pattern.mT, heads)
         if self.value_denominator is not None:
             at_values /= self.value_denominator[:, :n, None]
         values = at_values.view(len(self.key), n, batch, -1)

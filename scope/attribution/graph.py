@@ -25,9 +25,9 @@ too, a "table" node of that layer and position; what the projection of the main 
 "embedding" node of the token. The gate between the two and the residual stream is held fixed, as attention is.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +35,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.dictionaries import mlp_dictionaries
+from scope.attribution.firing_effects import effects, pieces_of
+from scope.attribution.frozen import tensor_cores
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
-from scope.attribution.memory import POSITION_CHUNK, graph_needs, require_graph_fits
+from scope.attribution.memory import graph_needs, require_graph_fits
 from scope.attribution.reading import Prompt, read
 from scope.attribution.targets import single_token
 
@@ -134,7 +136,8 @@ def build_graph(
         l0 = (found.n_sources - found.n_fixed) / len(tokens)
         require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
         work = _Expansion(found, settings)
-        work.run(tell)
+        with tensor_cores(model):
+            work.run(tell)
         return work.graph(prompt if isinstance(prompt, str) else "")
 
 
@@ -158,6 +161,9 @@ class _Expansion:
             values.append(firing.activation)
         self.layer, self.position, self.feature = (torch.cat(part) for part in (layers, places, ids))
         self.activation = torch.cat(values)
+        self.biased = {layer for layer, bias in enumerate(read.attention_biases) if bool(bias.any())}
+        """Layers whose attention, or the norm before it, has biases."""
+        self.pieces = {layer: pieces_of(firing, read.frozen.n_tokens) for layer, firing in read.firing.items()}
 
     def run(self, tell: Progress) -> None:
         read, settings = self.read, self.settings
@@ -183,9 +189,17 @@ class _Expansion:
             n = min(left, max(settings.batch_size, budget // 8))
             chosen = influence.topk(n).indices.sort().values
             done[chosen] = True
-            for start in range(0, n, settings.batch_size):
-                self._expand_features(chosen[start : start + settings.batch_size])
+            for batch in self._batches(chosen):
+                self._expand_features(batch)
         tell("expanding features", budget, budget)
+
+    def _batches(self, chosen: Int[Tensor, " n"]) -> list[Tensor]:
+        """Features, which come by layer, in batches of neighbours in layer and position: a batch is pulled back from
+        its last layer, and as far as its last position."""
+        size = self.settings.batch_size
+        n_batches = -(-len(chosen) // size)
+        blocks = chosen.split(size * -(-n_batches // max(1, round(n_batches**0.5))))
+        return [part for block in blocks for part in block[self.position[block].argsort(stable=True)].split(size)]
 
     def _logit_biases(self, directions: Tensor) -> list[float]:
         norm, head = self.read.frozen.final_norm, self.read.frozen.model
@@ -243,47 +257,25 @@ class _Expansion:
         rows = int(places.max()) + 1
         for layer, where, gradient in read.frozen.pull_back(layers, places, gradients):
             if where == "embedding":
-                weights[:, :rows] += (gradient * read.frozen.embedding[:rows]).sum(-1)
+                weights[:, :rows] += _dots(gradient, read.frozen.embedding[:rows])
             elif where == "ple_out":
                 written, first = read.frozen.layers[layer].per_layer, read.first_table(layer)
                 assert written is not None
-                weights[:, first : first + rows] = (gradient * written.table[:rows]).sum(-1)
-                weights[:, :rows] += (gradient * written.projection[:rows]).sum(-1)
+                weights[:, first : first + rows] = _dots(gradient, written.table[:rows])
+                weights[:, :rows] += _dots(gradient, written.projection[:rows])
             elif where == "attn_out":
-                bias += (gradient * read.attention_biases[layer][:rows]).sum((1, 2))
+                if layer in self.biased:
+                    bias += _dots(gradient, read.attention_biases[layer][:rows]).sum(-1)
             else:
-                errors = (gradient * read.errors[layer][:rows]).sum(-1)
-                weights[:, seq * (1 + layer) : seq * (1 + layer) + rows] = errors
+                weights[:, seq * (1 + layer) : seq * (1 + layer) + rows] = _dots(gradient, read.errors[layer][:rows])
                 if layer in read.mlp_biases:
-                    bias += (gradient.sum(1) * read.mlp_biases[layer]).sum(-1)
+                    bias += gradient.sum(1) @ read.mlp_biases[layer]
                 for source in read.dictionaries.writers_of(layer):
-                    first = read.first_feature[source]
-                    part = slice(first, first + len(read.firing[source].feature))
-                    weights[:, part] += self._from_features(source, layer, gradient)
+                    first, firing = read.first_feature[source], read.firing[source]
+                    decoder = partial(read.dictionaries.decoder, source, written=layer)
+                    part = slice(first, first + len(firing.feature))
+                    weights[:, part] += effects(self.pieces[source], firing, gradient, decoder)
         self._keep(numbers, weights, values, bias.tolist())
-
-    def _from_features(
-        self, layer: int, written: int, gradient: Float[Tensor, "n rows d_model"]
-    ) -> Float[Tensor, "n firing"]:
-        """a_s d_s . g for every firing feature of a layer and what it writes to the output of the layer `written`."""
-        firing, dictionaries = self.read.firing[layer], self.read.dictionaries
-        rows = gradient.shape[1]
-        found = torch.zeros(len(gradient), len(firing.feature), device=gradient.device)
-        # Firing features stand in order of position: those of some positions are a slice, padded to the longest.
-        steps = torch.arange(0, rows + POSITION_CHUNK, POSITION_CHUNK, device=firing.position.device).clamp_max(rows)
-        bounds = torch.searchsorted(firing.position, steps).tolist()
-        for first, (start, stop) in zip(steps.tolist(), itertools.pairwise(bounds), strict=False):
-            if stop == start:
-                continue
-            counts = torch.bincount(firing.position[start:stop] - first)
-            places = torch.arange(int(counts.max()), device=counts.device)
-            is_there = places < counts[:, None]
-            number = ((counts.cumsum(0) - counts)[:, None] + places).clamp_max(stop - start - 1) + start
-            decoder = dictionaries.decoder(layer, firing.feature[number], written).to(gradient.device)
-            decoder = decoder * (firing.activation[number] * is_there)[..., None]
-            here = gradient[:, first : first + len(counts)].transpose(0, 1) @ decoder.mT  # (positions, n, firing there)
-            found[:, start:stop] = here.transpose(0, 1)[:, is_there]
-        return found
 
     def _keep(self, numbers: list[int], weights: Tensor, values: list[float], biases: list[float]) -> None:
         magnitude = weights.abs()
@@ -383,3 +375,8 @@ class _Expansion:
             len(self.feature),
             model.name,
         )
+
+
+def _dots(gradient: Float[Tensor, "n rows d_model"], written: Float[Tensor, "rows d_model"]) -> Float[Tensor, "n rows"]:
+    """Each target's gradient times what was written, position by position, without a tensor of their products."""
+    return torch.bmm(gradient.transpose(0, 1), written[:, :, None])[:, :, 0].T

@@ -80,7 +80,7 @@ class GraphNeeds:
         rows += 2 * min(t, POSITION_CHUNK) * int(2 * self.l0 / n + 1) * d * 4
         reading = 3 * chunk + t * self.d_encoded * (8 + self.itemsize)
         return {
-            "the prompt": int(prompt + 40 * firing),
+            "the prompt": int(prompt + 60 * firing),
             "edges": int(52 * edges),
             f"expanding {b} targets at once": int(rows),
             "reading": int(max(0, reading - rows)),

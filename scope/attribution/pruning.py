@@ -14,6 +14,7 @@
 - completeness: the share of what comes into nodes that comes from other nodes than errors, nodes weighed by influence.
 """
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,13 +43,20 @@ def shares(graph: "CircuitGraph") -> np.ndarray:
 
 
 def _influence(graph: "CircuitGraph", share: np.ndarray) -> np.ndarray:
-    """float64 `(n_nodes,)`: of each node on the logits, over all paths."""
-    total, now = np.zeros(len(graph.nodes)), graph.logit_weights
-    for _ in range(graph.n_layers + 1):
-        now = np.bincount(graph.source, weights=now[graph.target] * share, minlength=len(graph.nodes))
-        if not now.any():
-            break
-        total += now
+    """float64 `(n_nodes,)`: of each node on the logits, over all paths.
+
+    An edge goes from a layer to a later one: once all later targets are done, the influence of a layer's is known. Each
+    of the edges, which may be tens of millions, is looked at once.
+    """
+    total, own = np.zeros(len(graph.nodes)), graph.logit_weights
+    layers = graph.nodes["layer"].to_numpy(dtype="int16")[graph.target]
+    order = np.argsort(layers, kind="stable")  # int16: a radix sort
+    ends = np.cumsum(np.bincount(layers.astype("int64") + 1, minlength=graph.n_layers + 2))
+    for start, stop in reversed(list(itertools.pairwise([0, *ends.tolist()]))):
+        into = order[start:stop]
+        target = graph.target[into]
+        reached = (total[target] + own[target]) * share[into]
+        total += np.bincount(graph.source[into], weights=reached, minlength=len(graph.nodes))
     return total
 
 

@@ -48,10 +48,11 @@ def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[
 
     Returns:
         Figures, JSON-able: `graphs`, one for each length: tokens, active_features, features, edges, seconds,
-        peak_gigabytes, estimated_gigabytes (beside model and dictionaries), kept_nodes.
+        peak_gigabytes (of all), estimated_gigabytes (beside model and dictionaries), kept_nodes; and of the `model`
+        the gigabytes of its weights and of the dictionaries'.
     """
     device = pick_device(config.device)
-    lengths = config.lengths or ((64,) if device.type == "cpu" else (512, 2048, 6000))
+    lengths = config.lengths or ((64,) if device.type == "cpu" else (1024, 6000))
     settings = GraphSettings(
         max_features=config.max_features or (1024 if device.type == "cpu" else 7500),
         batch_size=config.batch_size,
@@ -68,7 +69,7 @@ def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[
             tokens = torch.randint(3, model.d_vocab, (length,), generator=generator).to(device)
             tokens[0] = model.bos_token_id if model.bos_token_id is not None else 0
             graphs.append(_measured(model, tokens, transcoders, settings))
-        return {"machine": describe_machine(device), "model": _shape(model, config), "graphs": graphs}
+        return {"machine": describe_machine(device), "model": _shape(model, transcoders, config), "graphs": graphs}
 
 
 def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSettings) -> dict[str, Any]:
@@ -118,7 +119,10 @@ def _transcoder(model: Any, layer: int, config: AttributeBench) -> SAE:
     return registry.get("transcoder")(cfg, generator=generator, device=model.device).to(dtype=model.dtype)
 
 
-def _shape(model: Any, config: AttributeBench) -> dict[str, Any]:
+def _shape(model: Any, transcoders: list[SAE], config: AttributeBench) -> dict[str, Any]:
+    held = sum(
+        weight.numel() * weight.element_size() for part in (model.hf, *transcoders) for weight in part.parameters()
+    )
     return {
         "name": model.name,
         "n_layers": model.n_layers,
@@ -126,4 +130,5 @@ def _shape(model: Any, config: AttributeBench) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "d_sae": config.d_sae,
         "k": config.k,
+        "gigabytes": held / GIGABYTE,
     }

@@ -271,7 +271,7 @@ class AttributeBench:
     """Settings of the benchmark of circuit graphs; what is None follows from the device."""
 
     lengths: tuple[int, ...] | None = None
-    """Tokens of the prompts. None: 64 on a CPU; 512, 2,048 and 6,000 on a GPU."""
+    """Tokens of the prompts. None: 64 on a CPU; 1,024 and 6,000 on a GPU."""
     max_features: int | None = None
     """Feature nodes that are expanded. None: 1,024 on a CPU, 7,500 on a GPU."""
     d_sae: int = 16_384
