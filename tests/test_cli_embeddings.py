@@ -3,9 +3,11 @@
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from helpers_models import TEXT, one_thread, tiny_folder, tiny_model
 from helpers_saes import make
 from test_attribution_per_layer import transcoders
@@ -17,7 +19,7 @@ from scope.cli import app
 from scope.cli._model import EmbeddingPlace
 from scope.errors import MissingDependencyError
 from scope.models import LanguageModel, placement
-from scope.saes.base import SAEMetadata
+from scope.saes.base import SAE, SAEMetadata
 from scope.saes.formats import save
 from scope.workspace import Workspace
 
@@ -98,6 +100,25 @@ def test_a_command_loads_its_model_as_it_was_told(
     scope(*asked, code=1)
     assert told == ["host", "device", "device"]
     assert "'device', 'host'" in scope(*asked, "--embeddings", "hots", code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["attribute", "graph", "steer"])
+def test_saes_are_brought_to_the_models_device(
+    name: str, made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    elsewhere = torch.device("meta")
+
+    def to(sae: SAE, device: object) -> SAE:
+        if device == "cpu":  # where it is loaded
+            return sae
+        told.append(device)
+        raise LoadedError
+
+    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: SimpleNamespace(device=elsewhere))
+    monkeypatch.setattr(SAE, "to", to)
+    scope(*commands(made, tmp_path)[name], code=1)
+    assert told == [elsewhere]
 
 
 def test_every_command_with_a_model_takes_it() -> None:
