@@ -9,7 +9,6 @@ from helpers_models import one_thread, tiny_model
 from helpers_saes import make
 
 from dashboards.components.prompt_state import Selection
-from dashboards.components.steer_view import intervention_words
 from dashboards.prompts import Asked, PromptJobs
 from dashboards.pushes import METHODS, PushAsked, PushJobs
 from dashboards.steering import MAX_PUSHED, Push, Steer, SteerJobs, pushes_text
@@ -17,6 +16,7 @@ from scope.attribution import attribute, direct_logit_effects, logit_difference
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features import features_on_prompt
 from scope.interventions import Intervention, InterventionSpec, steer
+from scope.interventions.words import intervention_words
 from scope.saes.base import SAEMetadata
 from scope.workspace import Workspace
 

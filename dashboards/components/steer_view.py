@@ -10,16 +10,17 @@ from dashboards.components.controls import button, define, panel
 from dashboards.components.firings import choice, signed_bar
 from dashboards.components.stats import stat, stats
 from dashboards.components.strip import legend, token, token_strip
-from dashboards.format import exact, number, percent, plural
+from dashboards.format import exact, number, percent
 from dashboards.links import feature_link
 from dashboards.queries import feature_name, table_row
 from dashboards.steering import LENGTHS, SLIDER, STEP, TEMPERATURES, Push, Steer, Steered, pushes_text
+from scope.interventions.words import intervention_words
 
 if TYPE_CHECKING:
     from scope.features.index import FeatureIndex
-    from scope.interventions.spec import Intervention, InterventionSpec
+    from scope.interventions.spec import InterventionSpec
 
-__all__ = ["draw_controls", "draw_result", "draw_writing", "intervention_words", "suggestions"]
+__all__ = ["draw_controls", "draw_result", "draw_writing", "suggestions"]
 
 SIDES = {
     "plain": ("By itself", None),
@@ -154,39 +155,6 @@ def _as_sliders(spec: "InterventionSpec | None") -> dict[str, Any]:
     pushes = tuple(Push(feature, value) for feature, value in zip(one.features, one.values, strict=True))
     during = None if one.during == "all" else one.during
     return {"push": pushes_text(pushes), "during": during, "freeze": "1" if spec.freeze_attention else None}
-
-
-def intervention_words(one: "Intervention") -> str:
-    """An intervention in a line."""
-    if one.features:
-        whose = f"{'features' if len(one.features) > 1 else 'feature'} {', '.join(map(str, one.features))}"
-    elif one.heads:
-        whose = f"{'heads' if len(one.heads) > 1 else 'head'} {', '.join(map(str, one.heads))} of layer {one.layer}"
-    elif one.experts:
-        numbers = (" and " if one.kind == "swap" else ", ").join(map(str, one.experts))
-        whose = f"{'experts' if len(one.experts) > 1 else 'expert'} {numbers} of layer {one.layer}"
-    else:
-        whose = one.hook or f"the {one.component}" + ("" if one.layer is None else f" of layer {one.layer}")
-    if one.direction:
-        whose = f"a direction at {whose}"
-    values = ", ".join(f"{value:g}" for value in one.values) if one.features else f"{one.value}"
-    unit = " × the maximum" if one.unit == "maximum" else ""
-    verb = {
-        "ablate": f"Ablate {whose}",
-        "set": f"Set {whose} to {values}{unit}",
-        "scale": f"Scale {whose} by {values}",
-        "add": f"Add {values}{unit} of {whose}",
-        "project_out": f"Project out {whose}",
-        "patch": f"Patch {whose} from “{one.prompt}”",
-        "force": f"Send every token to {whose}",
-        "forbid": f"Send no token to {whose}",
-        "swap": f"Swap {whose}",
-    }[one.kind]
-    where = (
-        f", at {plural(len(one.positions), 'position')} {', '.join(map(str, one.positions))}" if one.positions else ""
-    )
-    when = {"all": "", "prompt": ", on the prompt", "generated": ", on the new text"}[one.during]
-    return f"{verb}{where}{when}."
 
 
 def _settings_part(wanted: Steer) -> html.Section:

@@ -16,30 +16,37 @@
    errors kept that is the model itself (but for features that fire in the baseline alone), with the errors ablated it
    is the best that these dictionaries can do.
 
+Of a graph under a standing intervention, the model is the model under it, in every run, that of a counterfactual prompt
+too. Features of the dictionaries that it changes have their changed values where they are kept.
+
 A layer without a dictionary is all error. What BOS makes of an MLP is error, and no zero or mean baseline changes it.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.baselines import Baseline, zero
 from scope.attribution.comparison import shares_kept
 from scope.attribution.dictionaries import MlpDictionaries, MlpValues, mlp_dictionaries, mlp_values
 from scope.attribution.evaluate import check_targets
+from scope.attribution.graph_edits import GraphEdits, edited_handlers, edits_of
 from scope.attribution.targets import Target, logit, logit_difference
 from scope.errors import InvalidInputError, MismatchError
+from scope.models.edits import EditContext
 from scope.models.taps import Handler, tapped
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scope.attribution.graph import CircuitGraph
+    from scope.interventions.resolving import SaesByName
 
 __all__ = ["SIZES", "GraphFaithfulness", "default_target", "graph_faithfulness"]
 
@@ -95,6 +102,7 @@ def graph_faithfulness(
     baseline: Baseline | None = None,
     sizes: Sequence[int] = SIZES,
     *,
+    saes: "SaesByName" = None,
     n_random: int = 10,
     recompute: bool = True,
     batch_size: int = 16,
@@ -111,6 +119,7 @@ def graph_faithfulness(
         baseline: what ablated nodes are set to; by default zero. Give `counterfactual(prompt)` where there is a
             behaviour: zero is far from anything that the model ever sees.
         sizes: how many features to keep; those beyond what the graph has are left out, and all of the graph's added.
+        saes: those whose features the graph's interventions are on, as for `build_graph`.
         n_random: random circuits of each size.
         recompute: whether kept features are computed anew, or held at what they were.
         batch_size: runs at once.
@@ -136,7 +145,9 @@ def graph_faithfulness(
     target, baseline = target or default_target(graph), baseline or zero()
     tokens = torch.tensor(graph.token_ids, device=model.device)
     check_targets(model, tokens, [target])
-    bench = _Bench(model, tokens, mlp_dictionaries(model, transcoders), baseline, recompute)
+    dictionaries = mlp_dictionaries(model, transcoders)
+    edits = edits_of(graph, model, dictionaries, saes)
+    bench = _Bench(model, tokens, dictionaries, baseline, recompute, edits)
     ordered: Circuit = list(zip(*(features[name].tolist() for name in ("layer", "position", "feature")), strict=True))
     kept_sizes = sorted({0, *(size for size in sizes if size < len(ordered)), len(ordered)})
     firing = bench.firing()
@@ -176,6 +187,7 @@ class _Bench:
         dictionaries: MlpDictionaries,
         baseline: Baseline,
         recompute: bool,
+        edits: GraphEdits | None = None,
     ) -> None:
         if recompute and not dictionaries.separable:
             raise InvalidInputError(
@@ -183,9 +195,10 @@ class _Bench:
                 "at once and cannot be computed anew layer by layer; use recompute=False (--held)."
             )
         self.model, self.tokens, self.dictionaries, self.recompute = model, tokens, dictionaries, recompute
+        self.edits = edits
         self.layers = range(model.n_layers)
         self.has_bos = bool(model.bos_mask(tokens[None])[0, 0])
-        self.actual = mlp_values(model, dictionaries, tokens)
+        self.actual = self._values(tokens)
         self.base = self._baseline(baseline)
 
     @property
@@ -203,9 +216,48 @@ class _Bench:
 
     def plain(self, target: Target) -> float:
         """The target in the model as it is."""
-        hook = target.hook
-        state = self.model.run(self.tokens, hooks=[hook], logits=False).activations[self.model.resolve_hook(hook)]
+        state = self._seen(self.tokens, [target.hook])[target.hook]
         return float(target.value(self.model, state.flatten(1), self.tokens))
+
+    def _seen(self, tokens: Int[Tensor, " seq"], hooks: Sequence[str]) -> dict[str, Tensor]:
+        """What is at some hooks; of an MLP's output what interventions on its features, and no others, have made of
+        it."""
+        model = self.model
+        seen: dict[str, Tensor] = {}
+
+        def keep(hook: str) -> Handler:
+            def at(value: Tensor) -> None:
+                seen[hook] = value[0].clone()
+
+            return at
+
+        outputs = {hook for hook in hooks if hook.endswith("hook_mlp_out")}
+        before, after = ({hook: keep(hook) for hook in some} for some in (outputs, set(hooks) - outputs))
+        taps = edited_handlers(model, self.edits, tokens[None], before, after)
+        with model.lock, self._attention(tokens), tapped(model.hf, taps, stop=False):
+            model.hidden_states(tokens[None])
+        return seen
+
+    def _attention(self, tokens: Int[Tensor, " seq"]) -> AbstractContextManager[None]:
+        return nullcontext() if self.edits is None else self.edits.attention(self.model, tokens)
+
+    def _values(self, tokens: Int[Tensor, " seq"]) -> MlpValues:
+        """The nodes of a prompt, those that interventions change as they make them."""
+        d = self.dictionaries
+        if self.edits is None:
+            return mlp_values(self.model, d, tokens)
+        hooks = [f"blocks.{layer}.ln2.hook_out" for layer in d.layers]
+        seen = self._seen(tokens, [*hooks, *(f"blocks.{layer}.hook_mlp_out" for layer in self.layers)])
+        values = mlp_values(self.model, d, tokens, seen)
+        features, errors = dict(values.features), dict(values.errors)
+        context = EditContext("", tokens[None], self.model.bos_mask(tokens[None]))
+        for layer in (layer for layer in features if self.edits.own(layer)):
+            changed = self.edits.changed(layer, features[layer][None], context)[0]
+            if self.has_bos:
+                changed[0] = 0.0
+            errors[layer] = errors[layer] - d.decode(layer, changed - features[layer], layer)
+            features[layer] = changed
+        return MlpValues(features, errors)
 
     def with_only(self, circuits: Sequence[Circuit], keep_errors: bool, target: Target) -> list[float]:
         """The target with all features but some at their baseline, each circuit in a run of its own."""
@@ -223,7 +275,7 @@ class _Bench:
                 made = self.base.features[layer].expand(len(circuits), -1, -1).clone()
                 if places:
                     run, p, f = torch.tensor(places, device=x.device).T
-                    live = d.encode_layer(layer, x)[run, p, f] if self.recompute else self.actual.features[layer][p, f]
+                    live = self._live(layer, x)[run, p, f] if self.recompute else self.actual.features[layer][p, f]
                     made[run, p, f] = live
                 features[layer] = made
                 if d.skip(layer) is not None:
@@ -250,21 +302,29 @@ class _Bench:
         def keep(value: Tensor) -> None:
             seen["target"] = value
 
-        handlers = {table[f"blocks.{layer}.ln2.hook_out"]: read(layer) for layer in d.layers}
-        handlers |= {table[f"blocks.{layer}.hook_mlp_out"]: write(layer) for layer in self.layers}
-        point = table[target.hook]
-        if point in handlers:
-            raise InvalidInputError(f"A target at {point.name} is what the circuit writes or reads; take a later hook.")
-        handlers[point] = keep
-        handlers = dict(sorted(handlers.items(), key=lambda item: table.rank(item[0].name)))
-        with model.lock, tapped(model.hf, handlers, stop=False):
-            model.hidden_states(self.tokens.expand(len(circuits), -1))
+        handlers = {f"blocks.{layer}.ln2.hook_out": read(layer) for layer in d.layers}
+        handlers |= {f"blocks.{layer}.hook_mlp_out": write(layer) for layer in self.layers}
+        name = table[target.hook].name
+        if name in handlers:
+            raise InvalidInputError(f"A target at {name} is what the circuit writes or reads; take a later hook.")
+        tokens = self.tokens.expand(len(circuits), -1)
+        taps = edited_handlers(model, self.edits, tokens, handlers, {name: keep}, own=False)
+        with model.lock, self._attention(self.tokens), tapped(model.hf, taps, stop=False):
+            model.hidden_states(tokens)
         states = seen["target"].flatten(2)
         return [float(target.value(model, state, self.tokens)) for state in states]
 
+    def _live(self, layer: int, x: Float[Tensor, "runs seq d_model"]) -> Float[Tensor, "runs seq d_sae"]:
+        """Features of a layer computed anew, with what interventions do to them."""
+        features = self.dictionaries.encode_layer(layer, x)
+        if self.edits is None:
+            return features
+        tokens = self.tokens.expand(len(x), -1)
+        return self.edits.changed(layer, features, EditContext("", tokens, self.model.bos_mask(tokens)))
+
     def _baseline(self, baseline: Baseline) -> MlpValues:
         if baseline.kind == "counterfactual":
-            return mlp_values(self.model, self.dictionaries, baseline.tokens(self.model, self.tokens))
+            return self._values(baseline.tokens(self.model, self.tokens))
         if baseline.kind == "zero":
             features = {layer: torch.zeros_like(values) for layer, values in self.actual.features.items()}
             errors = {layer: torch.zeros_like(values) for layer, values in self.actual.errors.items()}

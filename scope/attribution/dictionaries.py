@@ -163,12 +163,15 @@ class MlpValues(NamedTuple):
     """Of every layer: what its MLP wrote and no feature, bias or linear part stands for."""
 
 
-def mlp_values(model: Any, dictionaries: MlpDictionaries, tokens: Int[Tensor, " seq"]) -> MlpValues:
-    """The nodes of a prompt, from one run of the model."""
+def mlp_values(
+    model: Any, dictionaries: MlpDictionaries, tokens: Int[Tensor, " seq"], seen: Mapping[str, Tensor] | None = None
+) -> MlpValues:
+    """The nodes of a prompt, from one run of the model, or from what was seen at the inputs and outputs of its MLPs."""
     d = dictionaries
     reads = {layer: f"blocks.{layer}.ln2.hook_out" for layer in d.layers}
     writes = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(model.n_layers)}
-    seen = model.run(tokens, hooks=[*reads.values(), *writes.values()], logits=False).activations
+    if seen is None:
+        seen = model.run(tokens, hooks=[*reads.values(), *writes.values()], logits=False).activations
     features = d.encode({layer: seen[hook].float() for layer, hook in reads.items()})
     if bool(model.bos_mask(tokens[None])[0, 0]):
         for values in features.values():

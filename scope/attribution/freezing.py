@@ -3,9 +3,12 @@
 1. An attention function of our own records rotated queries, keys and masks (`scope.attribution.frozen_attention`).
 2. Handlers record the denominators of norms, what every layer's MLP wrote, and what per-layer embeddings made.
 3. A layer's values may be an earlier layer's, or its keys, and may have a norm: its `FrozenLayer` holds whose they are.
+4. Under interventions all of it is of the model as edited; where these hold attention as it is without them, queries,
+   keys and masks are the plain run's.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,8 +17,11 @@ from torch import Tensor
 
 from scope.attribution.frozen import FrozenLayer, FrozenModel, FrozenNorm
 from scope.attribution.frozen_attention import FrozenAttention, recording
+from scope.attribution.graph_edits import Change, GraphEdits, edited_handlers
+from scope.attribution.linear_edits import LinearEdit, linear_edit
 from scope.errors import InvalidInputError
-from scope.models.hooks import HookPoint
+from scope.interventions.edit import Edit
+from scope.models.edits import EditContext
 from scope.models.losses import final_norm_gain
 from scope.models.per_layer import layer_scale, write_hooks, write_parts
 from scope.models.taps import tapped
@@ -27,7 +33,7 @@ PATTERN_BYTES = 2**28
 
 
 def freeze(
-    model: Any, tokens: Int[Tensor, " seq"], extra_hooks: Sequence[str] = ()
+    model: Any, tokens: Int[Tensor, " seq"], extra_hooks: Sequence[str] = (), edits: GraphEdits | None = None
 ) -> tuple[FrozenModel, dict[str, Float[Tensor, "seq width"]]]:
     """Run a prompt once and hold its attention patterns and norm denominators.
 
@@ -35,6 +41,7 @@ def freeze(
         model: a `scope.models.LanguageModel`.
         tokens: the prompt's tokens.
         extra_hooks: further hooks whose activations are wanted, such as what transcoders read.
+        edits: interventions that are in force.
 
     Returns:
         The frozen model, and the activations of `extra_hooks`, float32.
@@ -75,10 +82,26 @@ def freeze(
         return at
 
     keep = {*wanted, last, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
-    ordered = sorted({*names, *keep}, key=table.rank)
-    handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in ordered}
-    with torch.no_grad(), model.lock, recording(model, recorded), tapped(model.hf, handlers, stop=False):
-        model.hidden_states(tokens[None])
+    # What an MLP writes is kept as it comes: the nodes write it. All else is what the model goes on with.
+    written = {name for name in wanted if name.endswith("hook_mlp_out")}
+    before = {name: handler(name) for name in written}
+    after = {name: handler(name) for name in {*names, *keep} - written}
+    linear: dict[str, tuple[LinearEdit, ...]] = {}
+
+    def told(change: Change, edit: Edit, before: Tensor, after: Tensor, context: EditContext) -> None:
+        found = linear_edit(change.number, change.plan, edit, before, after, context)
+        linear[context.name] = (*linear.get(context.name, ()), found)
+
+    handlers = edited_handlers(model, edits, tokens[None], before, after, told=told)
+    with torch.no_grad(), model.lock, ExitStack() as held:
+        if edits is not None and edits.spec.freeze_attention:
+            with recording(model, recorded):
+                model.hidden_states(tokens[None])
+            held.enter_context(edits.attention(model, tokens))
+        else:
+            held.enter_context(recording(model, recorded))
+        with tapped(model.hf, handlers, stop=False):
+            model.hidden_states(tokens[None])
     if len(recorded) != layout.n_layers:
         raise InvalidInputError(
             f"The attention of {type(model.hf).__name__} cannot be frozen: it does not go through transformers' "
@@ -89,7 +112,8 @@ def freeze(
         _layer(model, index, owners[index], value_hooks, recorded[index], denominators, seen, size <= PATTERN_BYTES)
         for index in range(layout.n_layers)
     )
-    embedding = seen["hook_embed"] + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
+    embedding = seen["hook_embed"] - _put_there(linear.get("hook_embed", ()))
+    embedding = embedding + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
     norm = model.hf.get_submodule(layout.module(family.final_norm))
     final = FrozenNorm(
         final_norm_gain(model).detach().float(),
@@ -97,8 +121,16 @@ def freeze(
         family.centred_norm,
         None if getattr(norm, "bias", None) is None else norm.bias.detach().float(),
     )
-    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {})
+    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {}, linear)
     return frozen, {name: seen[table[name].name] for name in extra_hooks}
+
+
+def _put_there(edits: Sequence[LinearEdit]) -> Tensor | float:
+    """What interventions at one hook put there, as it stands behind the last of them."""
+    total: Tensor | float = 0.0
+    for edit in edits:
+        total = edit.constant + (edit.forward(total, slice(0, len(total))) if isinstance(total, Tensor) else 0.0)
+    return total
 
 
 def _eps(model: Any) -> float:

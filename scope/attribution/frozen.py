@@ -21,11 +21,13 @@ is on the way of. A norm on values, values that later layers share, and the scal
 2. The pattern of a layer is made from queries and keys when it is needed, in chunks of queries, and kept where it is
    small: nothing of size tokens x tokens is kept for a long prompt.
 3. `pull_back` takes many directions at once, each from its own position, and never looks at later positions.
+
+Interventions that are in force are part of the map, each an affine one at its hook (`scope.attribution.linear_edits`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.frozen_attention import FrozenAttention, attended
+from scope.attribution.linear_edits import LinearEdit
 from scope.models.attention import own_attention
 from scope.models.per_layer import PerLayerWrites
 
@@ -86,7 +89,7 @@ class FrozenLayer:
     ln1_post: FrozenNorm | None
     ln2: FrozenNorm
     mlp_out: Float[Tensor, "seq d_model"]
-    """What the layer's MLP added to the residual stream."""
+    """What the layer's MLP added to the residual stream, in front of interventions on it."""
     values_from: int
     """The layer whose keys and values it attends to: its own, or the earlier one that it shares them with."""
     per_layer: PerLayerWrites | None = None
@@ -100,10 +103,11 @@ class Pulled(NamedTuple):
 
     layer: int
     """-1 for the embeddings."""
-    where: Literal["ple_out", "mlp_out", "attn_out", "embedding"]
-    """What was written there."""
-    gradient: Float[Tensor, "n rows d_model"]
-    """On the first `rows` positions."""
+    where: Literal["ple_out", "mlp_out", "attn_out", "embedding", "edit"]
+    """What was written there; "edit" for what an intervention puts there."""
+    gradient: Float[Tensor, "n rows d"]
+    """On the first `rows` positions; of an intervention as wide as its hook."""
+    edit: LinearEdit | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +117,15 @@ class FrozenModel:
     model: Any
     tokens: Int[Tensor, " seq"]
     embedding: Float[Tensor, "seq d_model"]
-    """What the residual stream starts with, positions included."""
+    """What the residual stream starts with, positions included; of an embedding that is edited, what is let through."""
     layers: tuple[FrozenLayer, ...]
     final_norm: FrozenNorm
     final: Float[Tensor, "seq d_model"]
     """The residual stream into the final norm."""
     skips: Mapping[int, Float[Tensor, "d_model d_model"]]
     """Per layer a linear part from what its MLP reads (`ln2`'s output) to what it writes: a skip transcoder's."""
+    edits: Mapping[str, tuple[LinearEdit, ...]] = field(default_factory=dict)
+    """Interventions in force, by hook name, in order."""
 
     @property
     def n_tokens(self) -> int:
@@ -162,8 +168,9 @@ class FrozenModel:
 
         Yields:
             From the last layer to the first the gradients at what its per-layer embedding wrote, where it has one, at
-            what its MLP wrote, then at what its attention wrote, and last of all at the embeddings. A tensor that was
-            given is overwritten when the next is asked for.
+            what its MLP wrote, then at what its attention wrote, and last of all at the embeddings; among them, where
+            they stand, at what interventions put there. A tensor that was given is overwritten when the next is asked
+            for.
         """
         rows = int(positions.max()) + 1
         n = len(self.layers)
@@ -179,19 +186,38 @@ class FrozenModel:
 
         inject(n)
         for layer in range(min(top, n - 1), -1, -1):
+            block = f"blocks.{layer}."
             if layer < top:
+                now = yield from self._in_front_of_edits(f"{block}hook_resid_post", now)
                 if self.layers[layer].scale != 1.0:
                     now *= self.layers[layer].scale
                 if self.layers[layer].per_layer is not None:
                     yield Pulled(layer, "ple_out", now)
-                yield Pulled(layer, "mlp_out", now)
-            if layer in self.skips:
-                part = slice(0, rows)
-                self.layers[layer].ln2.add_backward(now, now @ self.skips[layer], part)
+                written = yield from self._in_front_of_edits(f"{block}hook_mlp_out", now)
+                yield Pulled(layer, "mlp_out", written)
+                if layer in self.skips:
+                    self.layers[layer].ln2.add_backward(now, written @ self.skips[layer], slice(0, rows))
             inject(layer)
-            yield Pulled(layer, "attn_out", now)
-            self._through_attention(layer, now, shared)
+            now = yield from self._in_front_of_edits(f"{block}hook_resid_mid", now)
+            written = yield from self._in_front_of_edits(f"{block}hook_attn_out", now)
+            yield Pulled(layer, "attn_out", written)
+            yield from self._through_attention(layer, now, written, shared)
+            now = yield from self._in_front_of_edits(f"{block}hook_resid_pre", now)
+        yield from self._in_front_of_edits("hook_embed", now)
         yield Pulled(-1, "embedding", now)
+
+    def _in_front_of_edits(self, hook: str, gradient: Tensor) -> Generator[Pulled, None, Tensor]:
+        """From the gradient behind the interventions at a hook to that in front of them."""
+        for edit in reversed(self.edits.get(hook, ())):
+            yield Pulled(edit.layer, "edit", gradient, edit)
+            gradient = edit.backward(gradient, slice(0, gradient.shape[1]))
+        return gradient
+
+    def _edited(self, hook: str, value: Tensor, rows: slice) -> Tensor:
+        """What the interventions at a hook let through."""
+        for edit in self.edits.get(hook, ()):
+            value = edit.forward(value, rows)
+        return value
 
     def push_forward(
         self, layer: int, positions: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"], until: int
@@ -226,14 +252,22 @@ class FrozenModel:
             now = now * frozen.scale
 
     def _through_attention(
-        self, layer: int, gradient: Float[Tensor, "n rows d_model"], shared: dict[int, Tensor]
-    ) -> None:
-        """Add what reaches the residual stream before a layer's attention through it, and through those that share
-        its values. What reaches an earlier layer's stream through shared values waits in `shared`."""
+        self,
+        layer: int,
+        gradient: Float[Tensor, "n rows d_model"],
+        written: Float[Tensor, "n rows d_model"],
+        shared: dict[int, Tensor],
+    ) -> Generator[Pulled, None, None]:
+        """Add to `gradient` what reaches the residual stream before a layer's attention through it, and through those
+        that share its values, from the gradient at what it writes. What reaches an earlier layer's stream through
+        shared values waits in `shared`."""
         part = slice(0, gradient.shape[1])
         frozen = self.layers[layer]
-        written = gradient if frozen.ln1_post is None else frozen.ln1_post.backward(gradient, part)
-        reached = frozen.attention.backward(written)
+        if frozen.ln1_post is not None:
+            written = frozen.ln1_post.backward(written, part)
+        heads = frozen.attention.into_heads(written)
+        heads = yield from self._in_front_of_edits(f"blocks.{layer}.attn.hook_z", heads)
+        reached = frozen.attention.backward(heads)
         owner = frozen.values_from
         if owner != layer:
             shared[owner] = shared[owner] + reached if owner in shared else reached
@@ -249,7 +283,7 @@ class FrozenModel:
         """
         found = []
         rows = slice(0, self.n_tokens)
-        for frozen in self.layers:
+        for index, frozen in enumerate(self.layers):
             attention = frozen.attention
             values = torch.zeros(attention.W_V.shape[:2], device=frozen.mlp_out.device)
             if attention.value_bias is not None:
@@ -257,8 +291,8 @@ class FrozenModel:
             if frozen.ln1.bias is not None:
                 values = values + attention.W_V @ frozen.ln1.bias
             # A pattern's rows sum to 1: a constant value comes out of every query as it went in.
-            per_head = values.repeat_interleave(attention.group, 0)
-            written = torch.einsum("he,hde->d", per_head, attention.W_O).expand_as(frozen.mlp_out)
+            heads = values.repeat_interleave(attention.group, 0).flatten().expand(self.n_tokens, -1)
+            written = attention.out_of_heads(self._edited(f"blocks.{index}.attn.hook_z", heads, rows))
             if attention.output_bias is not None:
                 written = written + attention.output_bias
             if frozen.ln1_post is not None:

@@ -73,11 +73,19 @@ class FrozenAttention:
             found.append(pattern @ values @ W_O.T)
         return torch.stack(found)
 
-    def backward(self, gradient: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n d_model"]:
-        """From the gradient at W_O's output on the first n positions to that at W_V's input there."""
+    def out_of_heads(self, heads: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch n d_model"]:
+        """What W_O makes of what the heads read, side by side, without its bias."""
+        return heads @ self.W_O.transpose(1, 2).flatten(0, 1)
+
+    def into_heads(self, gradient: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n width"]:
+        """From the gradient at W_O's output to that at its input, all heads side by side."""
+        return gradient @ self.W_O.transpose(1, 2).flatten(0, 1).T
+
+    def backward(self, gradient: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch n d_model"]:
+        """From the gradient at W_O's input on the first n positions to that at W_V's input there."""
         n = gradient.shape[1]
         batch = len(gradient)
-        into_heads = torch.einsum("bqd,hde->hbqe", gradient, self.W_O)
+        into_heads = gradient.unflatten(-1, (len(self.query), -1)).permute(2, 0, 1, 3)
         at_values = into_heads.new_zeros(len(self.key), n, batch * into_heads.shape[-1])
         if self.keep and self._pattern is None:
             self.pattern(slice(0, self.query.shape[1]))

@@ -25,10 +25,15 @@ What BOS makes of the MLP is an error node: no dictionary is trained on it.
 Where layers have embedding tables of their own (Gemma 4 E2B, E4B), what a layer's table wrote for a token is a source
 too, a "table" node of that layer and position; what the projection of the main embedding wrote there is counted to the
 "embedding" node of the token. The gate between the two and the residual stream is held fixed, as attention is.
+
+Under a standing intervention (`spec`) all of this is of the model as edited. What the intervention lets through is part
+of the linear map; what it puts there, at each token, is an "intervention" node with edges of its own; features of the
+transcoders that it sets have the value that they are set to, and no edges into them. See
+`scope.attribution.graph_edits` and `scope.attribution.linear_edits`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +44,7 @@ from torch import Tensor
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.firing_effects import effects, pieces_of
 from scope.attribution.frozen import tensor_cores
+from scope.attribution.graph_edits import graph_edits
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
 from scope.attribution.memory import graph_needs, require_graph_fits
@@ -49,9 +55,12 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from scope.interventions.resolving import Maxima, SaesByName
+    from scope.interventions.spec import InterventionSpec
+
 __all__ = ["CircuitGraph", "build_graph"]
 
-KINDS = ("embedding", "error", "table", "feature", "logit")
+KINDS = ("embedding", "error", "table", "intervention", "feature", "logit")
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -64,12 +73,13 @@ class CircuitGraph:
     """The prompt's tokens as they read."""
     token_ids: tuple[int, ...]
     nodes: "pd.DataFrame"
-    """node, kind ("embedding", "error", "table", "feature", "logit"), layer (-1 for embeddings, n_layers for
-    logits), position, feature (the feature's id, a logit's token id, else -1), activation (a feature's, in its
-    transcoder's units; a logit's centred value; the norm of an error, an embedding or what a table wrote), label,
+    """node, kind ("embedding", "error", "table", "intervention", "feature", "logit"), layer (-1 for embeddings,
+    n_layers for logits), position, feature (the feature's id, a logit's token id, an intervention's place in `spec`,
+    else -1), activation (a feature's, in its transcoder's units; a logit's centred value; the norm of an error, an
+    embedding or what a table wrote or an intervention put there), label (an intervention's in words, else the token),
     probability (of logits), influence (share of the logits that goes through the node), total_in (Σ |edge| of all
-    incoming edges, kept or not), bias (what biases add to the node), value (what it was: pre-activation without
-    b_enc, or centred logit)."""
+    incoming edges, kept or not; 0 of a feature that an intervention holds), bias (what biases add to the node), value
+    (what it was: pre-activation without b_enc, or centred logit)."""
     source: "np.ndarray"
     """int32 `(n_edges,)`: node that an edge comes from."""
     target: "np.ndarray"
@@ -82,6 +92,8 @@ class CircuitGraph:
     model_name: str
     transcoders: tuple[str, ...] = ()
     """Where the transcoders lie, as far as whoever made the graph said so."""
+    spec: "InterventionSpec | None" = None
+    """The interventions that are in force in the model that it explains; values of features as firing strengths."""
 
     def edges(self) -> "pd.DataFrame":
         """Columns source, target, weight: by target, the largest first."""
@@ -98,7 +110,8 @@ class CircuitGraph:
     def __repr__(self) -> str:
         counts = self.nodes["kind"].value_counts()
         words = ", ".join(f"{counts.get(kind, 0):,} {kind}" for kind in KINDS)
-        return f"CircuitGraph({self.prompt[:40]!r}: {words} nodes, {len(self.weight):,} edges)"
+        under = "" if self.spec is None else f", under {len(self.spec.interventions)} interventions"
+        return f"CircuitGraph({self.prompt[:40]!r}: {words} nodes, {len(self.weight):,} edges{under})"
 
 
 def build_graph(
@@ -108,6 +121,9 @@ def build_graph(
     settings: GraphSettings | None = None,
     *,
     targets: Sequence[int | str] = (),
+    spec: "InterventionSpec | None" = None,
+    saes: "SaesByName" = None,
+    maxima: "Maxima" = None,
     progress: Progress | None = None,
 ) -> CircuitGraph:
     """Explain a prompt's next token.
@@ -119,12 +135,17 @@ def build_graph(
             hooks of several layers. A layer without one has an error node only.
         settings: see `GraphSettings`.
         targets: next tokens to explain; by default the likeliest.
+        spec: interventions that are in force in the model that is explained.
+        saes: the SAEs whose features those are on, as for `spec.resolve`.
+        maxima: as for `spec.resolve`.
         progress: called with (what is done, how much, of how much).
 
     Raises:
         InvalidInputError: there is no transcoder, two are of one layer, or one reads or writes elsewhere; or the graph
-            takes more memory than `settings.memory_gb`, or than is free.
-        MismatchError: a transcoder has another width than the model.
+            takes more memory than `settings.memory_gb`, or than is free; or an intervention has no exact place in a
+            graph (experts, queries and keys, what is inside of an MLP).
+        MismatchError: a transcoder has another width than the model, or `spec` is for another model.
+        UnknownNameError, OutOfRangeError: an intervention is on what does not exist.
     """
     settings = settings or GraphSettings()
     tell = progress or (lambda step, done, total: None)
@@ -132,15 +153,17 @@ def build_graph(
     dictionaries = mlp_dictionaries(model, transcoders)
     wanted = [single_token(model, token) for token in targets]
     require_graph_fits(graph_needs(model, len(tokens), dictionaries), settings, model.device)
+    edits = None if spec is None else graph_edits(spec, model, dictionaries, tokens, saes, maxima)
     tell("reading the prompt", 0, None)
     with torch.no_grad():
-        found = read(model, tokens, dictionaries, settings, wanted)
+        found = read(model, tokens, dictionaries, settings, wanted, edits)
         l0 = (found.n_sources - found.n_fixed) / len(tokens)
         require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
         work = _Expansion(found, settings)
         with tensor_cores(model):
             work.run(tell)
-        return work.graph(prompt if isinstance(prompt, str) else "")
+        graph = work.graph(prompt if isinstance(prompt, str) else "")
+    return graph if edits is None else replace(graph, spec=edits.spec)
 
 
 class _Expansion:
@@ -155,17 +178,19 @@ class _Expansion:
         self.totals: list[float] = []
         self.biases: list[float] = []
         self.values: list[float] = []
-        layers, places, ids, values = [], [], [], []
+        layers, places, ids, values, factors = [], [], [], [], []
         for layer, firing in read.firing.items():
+            factors.append(firing.factor)
             layers.append(torch.full_like(firing.feature, layer))
             places.append(firing.position)
             ids.append(firing.feature)
             values.append(firing.activation)
         self.layer, self.position, self.feature = (torch.cat(part) for part in (layers, places, ids))
-        self.activation = torch.cat(values)
+        self.activation, self.factor = torch.cat(values), torch.cat(factors)
         self.biased = {layer for layer, bias in enumerate(read.attention_biases) if bool(bias.any())}
         """Layers whose attention, or the norm before it, has biases."""
         self.pieces = {layer: pieces_of(firing, read.frozen.n_tokens) for layer, firing in read.firing.items()}
+        self.constants = {one.edit: one for one in read.constants}
 
     def run(self, tell: Progress) -> None:
         read, settings = self.read, self.settings
@@ -231,16 +256,21 @@ class _Expansion:
         for layer in layers.unique().tolist():
             here = layers == layer
             gradients[here] = read.frozen.at_mlp_input(layer, columns[here], places[here])
+        factors = self.factor[chosen]
+        gradients *= factors[:, None]
         values = self._pre_activations(chosen)
-        self._expand((read.n_fixed + chosen).tolist(), layers, places, gradients, values, offsets.tolist())
+        # Nothing comes into what is held: all of its value is given.
+        biases = torch.where(factors == 0, values, factors * offsets)
+        self._expand((read.n_fixed + chosen).tolist(), layers, places, gradients, values.tolist(), biases.tolist())
 
-    def _pre_activations(self, chosen: Int[Tensor, " n"]) -> list[float]:
+    def _pre_activations(self, chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """What each feature's value is without its own bias: activation minus b_enc, for what fires."""
         values = self.activation[chosen].clone()
         for layer in self.layer[chosen].unique().tolist():
             here = self.layer[chosen] == layer
-            values[here] -= self.read.dictionaries.b_enc(layer, self.feature[chosen][here]).to(values.device)
-        return values.tolist()
+            bias = self.read.dictionaries.b_enc(layer, self.feature[chosen][here]).to(values.device)
+            values[here] -= self.factor[chosen][here] * bias
+        return values
 
     def _expand(
         self,
@@ -257,8 +287,13 @@ class _Expansion:
         weights = torch.zeros(n, read.n_sources, device=gradients.device)
         bias = torch.tensor(own_biases, device=gradients.device)
         rows = int(places.max()) + 1
-        for layer, where, gradient in read.frozen.pull_back(layers, places, gradients):
-            if where == "embedding":
+        for layer, where, gradient, edit in read.frozen.pull_back(layers, places, gradients):
+            if edit is not None:
+                one = self.constants[edit]
+                there = one.positions[one.positions < rows]
+                found = _dots(gradient[:, there], edit.constant[there])
+                weights[:, one.first : one.first + len(there)] = found
+            elif where == "embedding":
                 weights[:, :rows] += _dots(gradient, read.frozen.embedding[:rows])
             elif where == "ple_out":
                 written, first = read.frozen.layers[layer].per_layer, read.first_table(layer)
@@ -334,7 +369,9 @@ class _Expansion:
         chosen = torch.tensor([number - read.n_fixed for number in expanded], dtype=torch.int64)
         tables = [layer.per_layer.table for layer in read.frozen.layers if layer.per_layer is not None]
         fixed = [read.frozen.embedding, *(read.errors[layer] for layer in range(n_layers)), *tables]
+        fixed += [one.edit.constant[one.positions] for one in read.constants]
         norms = torch.cat([written.norm(dim=-1) for written in fixed]).cpu()
+        edited = [(one.edit, place) for one in read.constants for place in one.positions.tolist()]
         picked = chosen.to(self.layer.device)
         nodes = pd.DataFrame(
             {
@@ -342,19 +379,26 @@ class _Expansion:
                 "kind": ["embedding"] * seq
                 + ["error"] * (seq * n_layers)
                 + ["table"] * (seq * len(tables))
+                + ["intervention"] * len(edited)
                 + ["feature"] * len(expanded)
                 + ["logit"] * len(logits),
                 "layer": [-1] * seq
                 + [layer for layer in range(n_layers) for _ in range(seq)]
                 + [layer for layer in range(len(tables)) for _ in range(seq)]
+                + [edit.layer for edit, _ in edited]
                 + self.layer[picked].tolist()
                 + [n_layers] * len(logits),
                 "position": list(range(seq)) * (1 + n_layers + len(tables))
+                + [position for _, position in edited]
                 + self.position[picked].tolist()
                 + [seq - 1] * len(logits),
-                "feature": [-1] * read.n_fixed + self.feature[picked].tolist() + read.logit_ids.tolist(),
+                "feature": [-1] * (read.n_fixed - len(edited))
+                + [edit.number for edit, _ in edited]
+                + self.feature[picked].tolist()
+                + read.logit_ids.tolist(),
                 "activation": norms.tolist() + self.activation[picked].tolist() + read.logit_values.tolist(),
                 "label": texts * (1 + n_layers + len(tables))
+                + [edit.words for edit, _ in edited]
                 + [texts[position] for position in self.position[picked].tolist()]
                 + model.vocabulary_strings(read.logit_ids.tolist()),
                 "probability": [None] * (read.n_fixed + len(expanded)) + read.logit_probabilities.tolist(),

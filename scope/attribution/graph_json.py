@@ -6,9 +6,10 @@
     links     source, target (node ids), weight
 
 Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node,
-E_TOKEN_POSITION for an embedding, LAYER_-2_POSITION for what a layer's own table wrote; a logit has the number of
-layers plus one for its layer. A feature's field `feature` is the Cantor pairing of its layer and number, as
-Neuronpedia expects. What the schema has no field for (`SCOPE`) lies under a name of our own, which other readers leave
+E_TOKEN_POSITION for an embedding, LAYER_-2_POSITION for what a layer's own table wrote, LAYER_-3_POSITION for what the
+first intervention of a graph puts there (-4 the second, and so on); a logit has the number of layers plus one for its
+layer. A feature's field `feature` is the Cantor pairing of its layer and number, as Neuronpedia expects. What the
+schema has no field for (`SCOPE`), the interventions among it, lies under a name of our own, which other readers leave
 out.
 """
 
@@ -23,6 +24,8 @@ import numpy as np
 
 from activations.manifest import write_atomically
 from scope.errors import InvalidInputError
+from scope.interventions.spec import InterventionSpec
+from scope.interventions.words import spec_words
 
 if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph
@@ -35,8 +38,11 @@ TYPES = {
     "error": "mlp reconstruction error",
     "embedding": "embedding",
     "table": "per-layer embedding",
+    "intervention": "intervention",
     "logit": "logit",
 }
+FIRST_EDIT = -3
+"""Stands for the first intervention in the place of a feature."""
 OWN_COLUMNS = ("total_in", "bias", "value")
 
 
@@ -57,6 +63,8 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
         js_id = f"{layer}_-1-{position}"
     elif row.kind == "table":
         js_id = f"{layer}_-2-{position}"
+    elif row.kind == "intervention":
+        js_id, clerp = f"{layer}_{FIRST_EDIT - feature}-{position}", row.label
     elif row.kind == "embedding":
         layer, feature, number = "E", token_ids[position], position
         js_id = f"E_{feature}-{position}"
@@ -100,6 +108,8 @@ def _node_id(row: Any, n_layers: int, token_ids: tuple[int, ...]) -> str:
         layer, feature = "E", token_ids[row.position]
     elif row.kind == "table":
         feature = -2
+    elif row.kind == "intervention":
+        feature = FIRST_EDIT - feature
     elif row.kind == "logit":
         layer = str(n_layers + 1)
     return f"{layer}_{feature}_{int(row.position)}"
@@ -143,6 +153,7 @@ def graph_content(
                 "n_layers": graph.n_layers,
                 "n_active": graph.n_active,
                 "model": graph.model_name,
+                **({} if graph.spec is None else {"interventions": graph.spec.to_dict()}),
             },
         },
         "qParams": {
@@ -176,7 +187,8 @@ def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None
 
 def graph_facts(path: str | Path) -> dict[str, Any]:
     """What a graph's file says of itself: fingerprint (SHA-256 of its bytes, hex), prompt, model, transcoders (paths),
-    tokens, features, nodes and edges (counts), supernodes (as in qParams).
+    tokens, features, nodes and edges (counts), supernodes (as in qParams), interventions (in words, "" where there are
+    none).
 
     Raises:
         InvalidInputError: the file is no such graph.
@@ -205,6 +217,7 @@ def _facts(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
         "nodes": len(graph.nodes),
         "edges": len(graph.weight),
         "supernodes": [Supernode(str(group[0]), tuple(map(str, group[1:]))) for group in groups if group],
+        "interventions": "" if graph.spec is None else spec_words(graph.spec),
     }
 
 
@@ -231,6 +244,7 @@ def load_graph(path: str | Path) -> "CircuitGraph":
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidInputError(f"{path} is no circuit graph in circuit-tracer's JSON: {what}.") from error
     own = metadata.get(SCOPE, {})
+    spec = None if own.get("interventions") is None else InterventionSpec.from_dict(own["interventions"])
     layers = [node["layer"] for node in parsed if node["kind"] in ("feature", "error")]
     n_layers = int(own.get("n_layers", max(layers, default=-1) + 1))
     for node in parsed:
@@ -255,6 +269,7 @@ def load_graph(path: str | Path) -> "CircuitGraph":
         int(own.get("n_active", sum(node["kind"] == "feature" for node in parsed))),
         own.get("model", metadata.get("scan", "")),
         tuple(metadata.get("transcoder_list", ())),
+        spec,
     )
 
 
@@ -267,7 +282,11 @@ def _parsed(node: dict[str, Any]) -> dict[str, Any]:
         "kind": kind,
         "layer": -1 if layer == "E" else int(layer),
         "position": int(position),
-        "feature": -1 if kind in ("embedding", "error", "table") else int(feature),
+        "feature": -1
+        if kind in ("embedding", "error", "table")
+        else FIRST_EDIT - int(feature)
+        if kind == "intervention"
+        else int(feature),
         "activation": float("nan") if node.get("activation") is None else float(node["activation"]),
         "label": own.get("label", node.get("clerp", "")),
         "probability": float(node["token_prob"]) if kind == "logit" else float("nan"),

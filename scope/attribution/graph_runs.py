@@ -2,11 +2,11 @@
 
 `verify` and `path_patching` stand on it. What is written is added to the output of an MLP, or to the embeddings;
 everything behind it reacts, but for what is held: attention patterns (`scope.attribution.frozen.attention_as_frozen`)
-or what MLPs write (`HeldMlps`).
+or what MLPs write (`HeldMlps`). The interventions that the graph is under are in force, behind what is written.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.dictionaries import MlpDictionaries
-from scope.models.hooks import HookPoint
+from scope.attribution.graph_edits import GraphEdits, edited_handlers
+from scope.attribution.reading import Prompt
+from scope.models.edits import EditContext
 from scope.models.taps import Handler, tapped
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class FeatureNode(NamedTuple):
 
 
 class HeldMlps(NamedTuple):
-    """What every MLP wrote on the prompt, to be written again whatever it reads."""
+    """What every MLP wrote on the prompt, to be written again whatever it reads, with what interventions make of its
+    features in it."""
 
     written: Mapping[int, Float[Tensor, "seq d_model"]]
     reads: Mapping[int, Float[Tensor, "seq d_model"]]
@@ -57,12 +60,19 @@ class GraphRuns:
         model: the model that it explains.
         dictionaries: those that it was made with.
         tokens: the graph's.
+        edits: the interventions that it is under.
     """
 
     def __init__(
-        self, graph: "CircuitGraph", model: Any, dictionaries: MlpDictionaries, tokens: Int[Tensor, " seq"]
+        self,
+        graph: "CircuitGraph",
+        model: Any,
+        dictionaries: MlpDictionaries,
+        tokens: Int[Tensor, " seq"],
+        edits: GraphEdits | None = None,
     ) -> None:
         self.graph, self.model, self.dictionaries, self.tokens = graph, model, dictionaries, tokens
+        self.edits = edits
         targets = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
         self.features = targets[targets["kind"] == "feature"]
         self.logits = targets[targets["kind"] == "logit"]
@@ -98,12 +108,14 @@ class GraphRuns:
         """Which nodes a feature can change at all."""
         return (self.layers > node.layer) & (self.positions >= node.position)
 
-    def mlps(self) -> HeldMlps:
+    def attention(self) -> AbstractContextManager[None]:
+        """Within it the model attends by itself, or as the graph's interventions want it."""
+        return nullcontext() if self.edits is None else self.edits.attention(self.model, self.tokens)
+
+    def mlps(self, read: Prompt) -> HeldMlps:
         """What every MLP writes on the prompt."""
-        writes = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(self.model.n_layers)}
-        reads = {layer: f"blocks.{layer}.ln2.hook_out" for layer in self.skips}
-        seen = self.model.run(self.tokens, hooks=[*writes.values(), *reads.values()], logits=False).activations
-        return HeldMlps(*({layer: seen[hook] for layer, hook in hooks.items()} for hooks in (writes, reads)))
+        written = {layer: frozen.mlp_out for layer, frozen in enumerate(read.frozen.layers)}
+        return HeldMlps(written, {layer: read.reads[layer] for layer in self.skips})
 
     def measure(
         self, writes: Sequence[Write], attention: AbstractContextManager[None], held: HeldMlps | None = None
@@ -115,25 +127,29 @@ class GraphRuns:
             attention: within it the model runs.
             held: what MLPs write; None for what they make of what they read.
         """
-        model, table = self.model, self.model.hook_table
+        model = self.model
         runs = max(1, len(writes))
         found = torch.zeros(runs, len(self.nodes), device=model.device)
-        handlers: dict[HookPoint, Handler] = {}
+        handlers: dict[str, Handler] = {}
         written = {layer for write in writes for layer, _, _ in write}
         for layer in sorted({*self.features["layer"].tolist(), *written, *(held.written if held else ())}):
             added = [(run, place, what) for run, write in enumerate(writes) for at, place, what in write if at == layer]
             if layer == EMBEDDING:
-                handlers[table["hook_embed"]] = _Writer(added)
+                handlers["hook_embed"] = _Writer(added)
                 continue
             here = self.features["layer"].to_numpy() == layer
             reader = self._reader(layer, here, found) if here.any() else None
             writer = _Writer(added, held, layer, self.skips.get(layer)) if held or added else None
             if reader is not None or (held is not None and layer in self.skips):
-                handlers[table[f"blocks.{layer}.ln2.hook_out"]] = _Reader(reader, writer)
+                handlers[f"blocks.{layer}.ln2.hook_out"] = _Reader(reader, writer)
             if writer is not None:
-                handlers[table[f"blocks.{layer}.hook_mlp_out"]] = writer
-        with model.lock, attention, tapped(model.hf, handlers, stop=False):
-            hidden = model.hidden_states(self.tokens.expand(runs, -1))
+                handlers[f"blocks.{layer}.hook_mlp_out"] = writer
+        # What is written to the embeddings is what is left of them under interventions; all else is in front of these.
+        behind = {hook: handlers.pop(hook) for hook in ("hook_embed",) if hook in handlers}
+        tokens = self.tokens.expand(runs, -1)
+        taps = edited_handlers(model, self.edits, tokens, handlers, behind, own=held is None)
+        with model.lock, attention, tapped(model.hf, taps, stop=False):
+            hidden = model.hidden_states(tokens)
         found[:, len(self.features) :] = hidden[:, -1].float() @ self.directions.T
         return found.cpu().numpy()
 
@@ -141,6 +157,9 @@ class GraphRuns:
         ids = torch.tensor(self.features["feature"].to_numpy()[here])
         columns = self.dictionaries.encoder(layer, ids).to(found.device)
         places = torch.tensor(self.features["position"].to_numpy()[here], device=found.device)
+        if self.edits is not None:  # what is set does not follow what it reads
+            context = EditContext("", self.tokens[None], self.model.bos_mask(self.tokens[None]))
+            columns = columns * self.edits.factors(layer, places, ids.to(places.device), context)[:, None]
         where = torch.tensor(np.nonzero(here)[0], device=found.device)
 
         def read(value: Tensor) -> None:

@@ -18,14 +18,15 @@ random direction of the same length), and the same runs with attention patterns 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.frozen import attention_as_frozen
+from scope.attribution.graph_edits import edits_of
 from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns, Write
 from scope.attribution.reading import Prompt, read_prompt
 from scope.attribution.verification import Agreement, Verification
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scope.attribution.graph import CircuitGraph
+    from scope.interventions.resolving import SaesByName
 
 __all__ = ["merged", "path_patching", "strongest_sources"]
 
@@ -50,6 +52,7 @@ def path_patching(
     transcoders: Sequence[Any],
     sources: Sequence[int],
     *,
+    saes: "SaesByName" = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
@@ -61,6 +64,7 @@ def path_patching(
         model: the model that it explains.
         transcoders: those that it was made with.
         sources: nodes: features, errors or embeddings.
+        saes: those whose features the graph's interventions are on, as for `build_graph`.
         batch_size: runs at once.
         seed: of the random control.
         progress: called with (runs done, runs in all).
@@ -75,18 +79,19 @@ def path_patching(
     import pandas as pd
 
     edges = {source: _edges(graph, source) for source in dict.fromkeys(sources)}
-    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
-    runs = GraphRuns(graph, model, read.dictionaries, read.frozen.tokens)
+    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
+    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits)
+    runs = GraphRuns(graph, model, read.dictionaries, read.frozen.tokens, edits)
     column = {node: number for number, node in enumerate(runs.nodes.tolist())}
-    held, rng, tell = runs.mlps(), np.random.default_rng(seed), progress or (lambda done, total: None)
+    held, rng, tell = runs.mlps(read), np.random.default_rng(seed), progress or (lambda done, total: None)
     asked = [(source, factor) for source in edges for factor in FACTORS]
-    live, frozen = (runs.measure([], way, held) for way in (nullcontext(), attention_as_frozen(read.frozen)))
+    live, frozen = (runs.measure([], way, held) for way in (runs.attention(), attention_as_frozen(read.frozen)))
     found = []
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         own, other = ([_write(runs, read, source, factor, way) for source, factor in batch] for way in (None, rng))
-        measured = runs.measure(own, nullcontext(), held) - live
-        control = runs.measure(other, nullcontext(), held) - live
+        measured = runs.measure(own, runs.attention(), held) - live
+        control = runs.measure(other, runs.attention(), held) - live
         fixed = runs.measure(own, attention_as_frozen(read.frozen), held) - frozen
         for row, (source, factor) in enumerate(batch):
             targets, weights = edges[source]

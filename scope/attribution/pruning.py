@@ -6,11 +6,13 @@
    stay whatever they have;
 2. of what is left the edges with the most influence, until they have `edge_share` of all: an edge's influence is its
    share of what comes into its target, times the target's influence (a logit's own weight added);
-3. what then leads nowhere goes: features and errors without an outgoing edge, features without an incoming one.
+3. what then leads nowhere goes: features, errors and interventions without an outgoing edge, features without an
+   incoming one (but those that an intervention holds).
 
 `scores` are two numbers from 0 to 1 about a graph as it is (the same source, "Evaluating graphs"):
 
-- replacement: of the influence that starts somewhere, the share that starts at embeddings and not at error nodes;
+- replacement: of the influence that starts somewhere, the share that starts at embeddings (and what interventions put
+  there) and not at error nodes;
 - completeness: the share of what comes into nodes that comes from other nodes than errors, nodes weighed by influence.
 """
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["Scores", "only_nodes", "prune", "require_shares", "scores", "shares"]
 
 
+GIVEN = ("embedding", "table", "intervention")
+"""Kinds of nodes that are there whatever the model does."""
+
+
 class Scores(NamedTuple):
     """How much of a prompt's next token a graph explains."""
 
@@ -40,6 +46,12 @@ def shares(graph: "CircuitGraph") -> np.ndarray:
     size = np.abs(graph.weight.astype(np.float64))
     totals = np.bincount(graph.target, weights=size, minlength=len(graph.nodes))
     return size / np.maximum(totals[graph.target], 1e-300)
+
+
+def _is_held(graph: "CircuitGraph") -> np.ndarray:
+    """bool `(n_nodes,)`: which features an intervention holds at a value, so that nothing comes into them."""
+    held: np.ndarray = ((graph.nodes["kind"] == "feature") & (graph.nodes["total_in"] == 0)).to_numpy()
+    return held & (graph.spec is not None)
 
 
 def _influence(graph: "CircuitGraph", share: np.ndarray) -> np.ndarray:
@@ -65,7 +77,7 @@ def scores(graph: "CircuitGraph") -> Scores:
     share = shares(graph)
     influence = _influence(graph, share)
     kinds = graph.nodes["kind"].to_numpy()
-    embedding = influence[(kinds == "embedding") | (kinds == "table")].sum()
+    embedding = influence[np.isin(kinds, GIVEN) | _is_held(graph)].sum()
     error = influence[kinds == "error"].sum()
     explained = np.bincount(graph.target, weights=share * (kinds[graph.source] != "error"), minlength=len(graph.nodes))
     has_inputs = np.bincount(graph.target, minlength=len(graph.nodes)) > 0
@@ -101,7 +113,8 @@ def prune(graph: "CircuitGraph", node_share: float = 0.8, edge_share: float = 0.
     share = shares(graph)
     reach = _influence(graph, share) + graph.logit_weights
     graph = _subgraph(graph, _most(share * reach[graph.target], edge_share))
-    is_feature, is_error = kinds == "feature", (kinds == "error") | (kinds == "table")
+    is_feature, is_error = (kinds == "feature") & ~_is_held(graph), np.isin(kinds, ("error", "table", "intervention"))
+    is_error |= _is_held(graph)
     while True:
         leads = np.bincount(graph.source, minlength=len(kinds)) > 0
         fed = np.bincount(graph.target, minlength=len(kinds)) > 0

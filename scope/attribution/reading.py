@@ -16,10 +16,13 @@ from torch import Tensor
 from scope.attribution.dictionaries import MlpDictionaries, mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import FrozenModel
+from scope.attribution.graph_edits import GraphEdits
 from scope.attribution.graph_settings import GraphSettings
+from scope.attribution.linear_edits import LinearEdit
+from scope.models.edits import EditContext
 from scope.models.losses import CHUNK_BYTES
 
-__all__ = ["Firing", "Prompt", "read", "read_prompt"]
+__all__ = ["Constant", "Firing", "Prompt", "read", "read_prompt"]
 
 
 class Firing(NamedTuple):
@@ -28,6 +31,9 @@ class Firing(NamedTuple):
     position: Int[Tensor, " n"]
     feature: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
+    factor: Float[Tensor, " n"]
+    """How far the activation follows what the feature reads: 1; under an intervention what scales it, 0 where it is
+    held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +46,7 @@ class Prompt:
     errors: Mapping[int, Float[Tensor, "seq d_model"]]
     first_feature: Mapping[int, int]
     """Number of a layer's first feature source; sources are embeddings, errors by layer, tables by layer (where the
-    model has them), features by layer."""
+    model has them), what interventions put there, features by layer."""
     attention_biases: list[Float[Tensor, "seq d_model"]]
     mlp_biases: Mapping[int, Float[Tensor, " d_model"]]
     """Per layer that a dictionary writes, what it writes whatever fires."""
@@ -48,6 +54,10 @@ class Prompt:
     logit_probabilities: Float[Tensor, " n"]
     logit_values: Float[Tensor, " n"]
     mean_unembedding: Float[Tensor, " d_model"]
+    reads: Mapping[int, Float[Tensor, "seq d_model"]]
+    """What the MLPs of layers with a dictionary read."""
+    constants: tuple["Constant", ...] = ()
+    """What interventions put there, in the order in which the model comes by."""
 
     @property
     def n_sources(self) -> int:
@@ -55,30 +65,58 @@ class Prompt:
 
     @property
     def n_fixed(self) -> int:
-        """Embeddings, errors and tables."""
-        return _n_fixed(self.frozen)
+        """Embeddings, errors, tables and what interventions put there."""
+        return _n_fixed(self.frozen) + sum(len(one.positions) for one in self.constants)
 
     def first_table(self, layer: int) -> int:
         """Number of a layer's first table source."""
         return self.frozen.n_tokens * (1 + len(self.frozen.layers) + layer)
 
 
+class Constant(NamedTuple):
+    """What one intervention puts at its hook."""
+
+    edit: LinearEdit
+    first: int
+    """Number of its first source."""
+    positions: Int[Tensor, " n"]
+    """Where it is anything, ascending: a source each."""
+
+
+def _constants(frozen: FrozenModel) -> tuple[Constant, ...]:
+    found, number, rank = [], _n_fixed(frozen), frozen.model.hook_table.rank
+    for hook in sorted(frozen.edits, key=rank):
+        for edit in frozen.edits[hook]:
+            positions = edit.constant.any(-1).nonzero()[:, 0]
+            found.append(Constant(edit, number, positions))
+            number += len(positions)
+    return tuple(found)
+
+
 def _n_fixed(frozen: FrozenModel) -> int:
     return frozen.n_tokens * (1 + len(frozen.layers) + sum(layer.per_layer is not None for layer in frozen.layers))
 
 
-def read_prompt(model: Any, tokens: Int[Tensor, " seq"], transcoders: Sequence[Any]) -> Prompt:
+def read_prompt(
+    model: Any, tokens: Int[Tensor, " seq"], transcoders: Sequence[Any], edits: GraphEdits | None = None
+) -> Prompt:
     """A prompt read once: the frozen model, firing features, errors, biases."""
     with torch.no_grad():
-        return read(model, tokens, mlp_dictionaries(model, transcoders), GraphSettings(), [])
+        return read(model, tokens, mlp_dictionaries(model, transcoders), GraphSettings(), [], edits)
 
 
 def read(
-    model: Any, tokens: Int[Tensor, " seq"], dictionaries: MlpDictionaries, settings: GraphSettings, wanted: list[int]
+    model: Any,
+    tokens: Int[Tensor, " seq"],
+    dictionaries: MlpDictionaries,
+    settings: GraphSettings,
+    wanted: list[int],
+    edits: GraphEdits | None = None,
 ) -> Prompt:
     """A prompt read once, with the next tokens that are wanted, or the likeliest where none are."""
     hooks = {layer: f"blocks.{layer}.ln2.hook_out" for layer in dictionaries.layers}
-    frozen, seen = freeze(model, tokens, list(hooks.values()))
+    frozen, seen = freeze(model, tokens, list(hooks.values()), edits)
+    context = EditContext("", tokens[None], model.bos_mask(tokens[None]))
     reads = {layer: seen[hook] for layer, hook in hooks.items()}
     errors = {layer: frozen_layer.mlp_out for layer, frozen_layer in enumerate(frozen.layers)}
     firing, skips, mlp_biases = {}, {}, {}
@@ -96,13 +134,19 @@ def read(
     together = {} if dictionaries.clt is None else dictionaries.encode(reads)
     for layer in dictionaries.layers:
         features = together[layer] if together else dictionaries.encode_layer(layer, reads[layer])
+        if edits is not None:
+            features = edits.changed(layer, features[None], context)[0]
         if has_bos:
             features[0] = 0.0
         for written in dictionaries.written_from(layer):
             errors[written] = errors[written] - dictionaries.decode(layer, features, written)
         position, feature = features.nonzero(as_tuple=True)
-        firing[layer] = Firing(position, feature, features[position, feature])
-    first, number = {}, _n_fixed(frozen)
+        factor = torch.ones(len(feature), device=feature.device)
+        if edits is not None:
+            factor = edits.factors(layer, position, feature, context)
+        firing[layer] = Firing(position, feature, features[position, feature], factor)
+    constants = _constants(frozen)
+    first, number = {}, _n_fixed(frozen) + sum(len(one.positions) for one in constants)
     for layer, there in firing.items():
         first[layer] = number
         number += len(there.feature)
@@ -110,7 +154,19 @@ def read(
     ids, probabilities, values, mean = _logits(model, frozen, settings, wanted)
     attention_biases = frozen.attention_constants()
     return Prompt(
-        frozen, dictionaries, firing, errors, first, attention_biases, mlp_biases, ids, probabilities, values, mean
+        frozen,
+        dictionaries,
+        firing,
+        errors,
+        first,
+        attention_biases,
+        mlp_biases,
+        ids,
+        probabilities,
+        values,
+        mean,
+        reads,
+        constants,
     )
 
 

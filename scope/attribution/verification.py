@@ -11,13 +11,14 @@ A graph is exact about a local replacement model. Of the model itself it is a hy
 4. Reported are the slope of measured on predicted (through the origin), their correlation, and how often their signs
    agree, over all pairs.
 
+Of a graph under a standing intervention, all of it is done to the model under that.
+
 Beside it stand two controls. `random`: in the place of feature s another feature of the same layer is written, one
 that the graph does not hold, as strongly; the prediction for s should then fail. `attention_frozen`: the same test as
 the real one with attention patterns held, which is nearer to how the graph was made and no evidence by itself.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
+from scope.attribution.graph_edits import edits_of
 from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns
 from scope.errors import InvalidInputError
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scope.attribution.graph import CircuitGraph
+    from scope.interventions.resolving import SaesByName
 
 __all__ = ["Agreement", "Verification", "total_effects", "verify"]
 
@@ -121,6 +124,7 @@ def verify(
     model: Any,
     transcoders: Sequence[Any],
     *,
+    saes: "SaesByName" = None,
     batch_size: int = 16,
     max_features: int = 256,
     seed: int = 0,
@@ -132,6 +136,7 @@ def verify(
         graph: a pruned graph.
         model: the model that it explains.
         transcoders: those that it was made with.
+        saes: those whose features the graph's interventions are on, as for `build_graph`.
         batch_size: runs at once.
         max_features: of more than so many feature nodes, those with the most influence are tested.
         seed: of the random control.
@@ -147,21 +152,22 @@ def verify(
         raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
     dictionaries = mlp_dictionaries(model, transcoders)
     tokens = torch.tensor(graph.token_ids, device=model.device)
-    bench = GraphRuns(graph, model, dictionaries, tokens)
+    edits = edits_of(graph, model, dictionaries, saes)
+    bench = GraphRuns(graph, model, dictionaries, tokens, edits)
     effects = total_effects(graph)
-    frozen, _ = freeze(model, tokens)
+    frozen, _ = freeze(model, tokens, edits=edits)
     rng = np.random.default_rng(seed)
     runs = [(node, factor) for node in features for factor in FACTORS]
     tell = progress or (lambda done, total: None)
     found = []
-    clean, clean_frozen = bench.measure([], nullcontext()), bench.measure([], attention_as_frozen(frozen))
+    clean, clean_frozen = bench.measure([], bench.attention()), bench.measure([], attention_as_frozen(frozen))
     for start in range(0, len(runs), batch_size):
         batch = runs[start : start + batch_size]
         sizes = [(factor - 1) * node.activation for node, factor in batch]
         own = [bench.write(node, node.feature, size) for (node, _), size in zip(batch, sizes, strict=True)]
         other = [bench.write(node, bench.other(node, rng), size) for (node, _), size in zip(batch, sizes, strict=True)]
-        measured = bench.measure(own, nullcontext()) - clean
-        control = bench.measure(other, nullcontext()) - clean
+        measured = bench.measure(own, bench.attention()) - clean
+        control = bench.measure(other, bench.attention()) - clean
         fixed = bench.measure(own, attention_as_frozen(frozen)) - clean_frozen
         for number, ((node, factor), size) in enumerate(zip(batch, sizes, strict=True)):
             predicted = effects[bench.nodes, node.node] * size

@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph import CircuitGraph
+from scope.attribution.graph_edits import edits_of
 from scope.attribution.reading import read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from scope.interventions.resolving import SaesByName
 
 __all__ = ["layer_writes"]
 
@@ -36,6 +40,8 @@ def layer_writes(
     transcoders: Sequence[Any],
     nodes: Sequence[int] | None = None,
     logit: int | None = None,
+    *,
+    saes: "SaesByName" = None,
 ) -> "pd.DataFrame":
     """What features of a graph write, layer by layer.
 
@@ -45,6 +51,7 @@ def layer_writes(
         transcoders: those that it was made with.
         nodes: numbers of features; None for all of the graph.
         logit: number of the logit that is looked at; None for the likeliest.
+        saes: those whose features the graph's interventions are on, as for `build_graph`.
 
     Returns:
         Columns node, layer (that is written), norm (of the decoder row, in the model's units for a feature's activation
@@ -65,7 +72,8 @@ def layer_writes(
             raise OutOfRangeError(f"There is no node {number}: the graph has nodes 0 to {len(table) - 1}.")
         if table["kind"].iloc[number] != kind:
             raise InvalidInputError(f"Node {number} is of kind {table['kind'].iloc[number]}; expected a {kind}.")
-    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
+    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
+    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits)
     frozen, d = read.frozen, read.dictionaries
     row = model.W_U[int(table["feature"].iloc[end])].float() - read.mean_unembedding
     at = torch.tensor([int(table["position"].iloc[end])], device=model.device)

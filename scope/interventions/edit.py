@@ -54,12 +54,13 @@ class Edit:
             OutOfRangeError: a position that the text does not have.
         """
         new = self.function(value, context)
-        where = self._where(value, context)
+        where = self.where(value, context)
         if where is None or new.shape != value.shape:  # `run` refuses another shape
             return new
         return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), new.to(value.dtype), value)
 
-    def _where(self, value: Tensor, context: EditContext) -> Bool[Tensor, "batch seq"] | None:
+    def where(self, value: Tensor, context: EditContext) -> Bool[Tensor, "batch seq"] | None:
+        """Which tokens count; None for all."""
         if self.positions is None and not self.keep_bos and self.during == "all":
             return None
         n = value.shape[1]

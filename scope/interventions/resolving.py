@@ -29,7 +29,7 @@ from scope.interventions.spec import COMPONENTS, ROUTING, Intervention, Interven
 from scope.models.dictionaries import as_read, hook_of
 from scope.models.edits import EditContext, EditFunction, Edits
 
-__all__ = ["Control", "Maxima", "SaesByName", "control", "intervene", "resolve"]
+__all__ = ["Control", "Maxima", "Plan", "SaesByName", "control", "intervene", "plans_of", "resolve", "sources_of"]
 
 SaesByName = Any
 """An SAE for all interventions, a mapping from names to SAEs, or a function from a name to one."""
@@ -61,13 +61,19 @@ def resolve(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima:
         InvalidInputError: maxima are needed and not given; or the layer has no experts, or too few that are not
             forbidden. All before the model runs.
     """
-    if spec.model and spec.model != model.name:
-        raise MismatchError(f"These interventions are for the model {spec.model}; this is {model.name}.")
-    plans = [_Plan(one, model, saes, maxima) for one in spec.interventions]
-    _require_experts_left(model, spec)
-    sources = _sources(model, plans)
+    plans = plans_of(spec, model, saes, maxima)
+    sources = sources_of(model, plans)
     edits = [edit for plan in plans for edit in plan.edits(sources)]
     return combine(*edits, freeze_attention=spec.freeze_attention)
+
+
+def plans_of(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima: Maxima = None) -> list["Plan"]:
+    """A set of interventions, each checked against a model: arguments and errors as for `resolve`."""
+    if spec.model and spec.model != model.name:
+        raise MismatchError(f"These interventions are for the model {spec.model}; this is {model.name}.")
+    plans = [Plan(one, model, saes, maxima) for one in spec.interventions]
+    _require_experts_left(model, spec)
+    return plans
 
 
 def control(
@@ -81,7 +87,7 @@ def control(
     edits: list[Edit] = []
     squares = 0.0
     for one in spec.interventions:
-        plan = _Plan(one, model, saes, maxima)
+        plan = Plan(one, model, saes, maxima)
         hook, pushed = plan.added()
         noise = torch.randn(pushed.shape, generator=generator)
         squares += float(pushed.norm()) ** 2
@@ -96,7 +102,7 @@ def intervene(model: Any, spec: InterventionSpec, saes: SaesByName = None, maxim
         yield model
 
 
-class _Plan:
+class Plan:
     """One intervention, checked against a model."""
 
     def __init__(self, one: Intervention, model: Any, saes: SaesByName, maxima: Maxima) -> None:
@@ -201,6 +207,13 @@ class _Plan:
         return replace(edit, positions=self.positions, during=self.one.during, keep_bos=self.one.keep_bos)
 
     def _feature_edits(self, source: Tensor | None) -> tuple[Edit, ...]:
+        assert self.sae is not None
+        change = self.feature_change(source)
+        return changed_features(self.sae, self.one.features, change, error_term=self.one.error_term)
+
+    def feature_change(self, source: Tensor | None) -> Callable[[Tensor, EditContext], Tensor]:
+        """What is done to the features' values, (batch, seq, n); `source` is what their SAE reads of the other prompt
+        of a patch."""
         one, sae, ids = self.one, self.sae, list(self.one.features)
         assert sae is not None
         norms = sae.decoder_norms[ids].clamp_min(1e-12)
@@ -218,7 +231,7 @@ class _Plan:
                 return (torch.tensor(self.strengths, device=norms.device) / norms).to(before.device).expand_as(before)
             return _from_source(before, other, context, self.positions)
 
-        return changed_features(sae, ids, change, error_term=one.error_term)
+        return change
 
     def _expert_edits(self) -> tuple[Edit, ...]:
         one, model, layer = self.one, self.model, self.one.layer or 0
@@ -290,7 +303,7 @@ def _from_source(before: Tensor, other: Tensor, context: EditContext, positions:
     return after
 
 
-def _sources(model: Any, plans: list[_Plan]) -> dict[tuple[int, ...], dict[str, Tensor]]:
+def sources_of(model: Any, plans: list[Plan]) -> dict[tuple[int, ...], dict[str, Tensor]]:
     """What every prompt that is patched from has at the hooks that are wanted of it, with what is in force there."""
     wanted: dict[tuple[int, ...], set[str]] = {}
     for plan in plans:
