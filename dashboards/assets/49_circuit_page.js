@@ -70,6 +70,7 @@
       if (item.kind === "logit") return "Logit “" + window.scope.circuit.token(nodes.label[n]) + "”";
       const at = "“" + window.scope.circuit.token(tokens[nodes.position[n]]) + "”";
       if (item.kind === "embedding") return "Embedding of " + at;
+      if (item.kind === "intervention") return nodes.label[n].replace(/\.$/, "") + ", at " + at;
       return "L" + nodes.layer[n] + ({ error: " error", table: " table" }[item.kind] || " feature " + nodes.feature[n]) + " at " + at;
     }
 

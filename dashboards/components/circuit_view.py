@@ -21,6 +21,7 @@ from dashboards.links import circuit_link
 from scope.errors import MissingDependencyError
 from scope.figures import Theme, verification_scatter
 from scope.figures.text import visible_token
+from scope.interventions.words import spec_words
 from scope.sample import sample_text
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
                 ],
             ),
             html.P([html.Q(html.Bdi(entry.manifest["prompt"])), f" in {graph.model_name or 'an unnamed model'}"]),
+            *([html.P(["Under interventions: ", html.Bdi(spec_words(graph.spec))])] if graph.spec else []),
             stats(
                 [
                     stat(

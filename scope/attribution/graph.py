@@ -74,12 +74,13 @@ class CircuitGraph:
     token_ids: tuple[int, ...]
     nodes: "pd.DataFrame"
     """node, kind ("embedding", "error", "table", "intervention", "feature", "logit"), layer (-1 for embeddings,
-    n_layers for logits), position, feature (the feature's id, a logit's token id, an intervention's place in `spec`,
-    else -1), activation (a feature's, in its transcoder's units; a logit's centred value; the norm of an error, an
-    embedding or what a table wrote or an intervention put there), label (an intervention's in words, else the token),
-    probability (of logits), influence (share of the logits that goes through the node), total_in (Σ |edge| of all
-    incoming edges, kept or not; 0 of a feature that an intervention holds), bias (what biases add to the node), value
-    (what it was: pre-activation without b_enc, or centred logit)."""
+    n_layers for logits; of an intervention the last one whose MLP is in front of it), position, feature (the feature's
+    id, a logit's token id, an intervention's place in `spec`, else -1), activation (a feature's, in its transcoder's
+    units; a logit's centred value; the norm of an error, an embedding or what a table wrote or an intervention put
+    there), label (an intervention's in words, else the token), probability (of logits), influence (share of the logits
+    that goes through the node), total_in (Σ |edge| of all incoming edges, kept or not; 0 of a feature that an
+    intervention holds), bias (what biases add to the node), value (what it was: pre-activation without b_enc, or
+    centred logit)."""
     source: "np.ndarray"
     """int32 `(n_edges,)`: node that an edge comes from."""
     target: "np.ndarray"

@@ -241,9 +241,9 @@ def _checked(plan: Plan, model: Any, dictionaries: MlpDictionaries) -> int | Non
             f"“{words}” with error_term false cannot be in force in a graph: what the SAE misses has to stay. Leave "
             "error_term out."
         )
-    changes_values = one.features and one.kind not in ("add", "project_out")
-    if changes_values and model.resolve_hook(hook_of(plan.sae)) != plan.hook:
-        layer = _own_layer(plan, model, dictionaries)
+    changes_values = one.kind not in ("add", "project_out")
+    if plan.sae is not None and changes_values and model.resolve_hook(hook_of(plan.sae)) != plan.hook:
+        layer = _own_layer(plan.sae, model, dictionaries)
         if layer is None:
             raise InvalidInputError(
                 f"“{words}” is on features of a transcoder that the graph is not made with. Give that one with the "
@@ -262,12 +262,12 @@ def _checked(plan: Plan, model: Any, dictionaries: MlpDictionaries) -> int | Non
     return None
 
 
-def _own_layer(plan: Plan, model: Any, dictionaries: MlpDictionaries) -> int | None:
-    """The layer of the graph's transcoder whose features these are."""
+def _own_layer(sae: Any, model: Any, dictionaries: MlpDictionaries) -> int | None:
+    """The layer that a transcoder reads, where it is one of the graph's."""
     for layer, transcoder in dictionaries.transcoders.items():
-        if model.resolve_hook(str(plan.sae.hook_name)) != f"blocks.{layer}.ln2.hook_out":
+        if model.resolve_hook(str(sae.hook_name)) != f"blocks.{layer}.ln2.hook_out":
             continue
-        if transcoder is plan.sae or transcoder.fingerprint == plan.sae.fingerprint:
+        if transcoder is sae or transcoder.fingerprint == sae.fingerprint:
             return layer
     return None
 

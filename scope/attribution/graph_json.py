@@ -7,7 +7,8 @@
 
 Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node,
 E_TOKEN_POSITION for an embedding, LAYER_-2_POSITION for what a layer's own table wrote, LAYER_-3_POSITION for what the
-first intervention of a graph puts there (-4 the second, and so on); a logit has the number of layers plus one for its
+first intervention of a graph puts behind the MLP of that layer (-4 the second, and so on; E for LAYER in front of them
+all); a logit has the number of layers plus one for its
 layer. A feature's field `feature` is the Cantor pairing of its layer and number, as Neuronpedia expects. What the
 schema has no field for (`SCOPE`), the interventions among it, lies under a name of our own, which other readers leave
 out.
@@ -64,6 +65,7 @@ def _node(row: Any, n_layers: int, token_ids: tuple[int, ...], likeliest: int) -
     elif row.kind == "table":
         js_id = f"{layer}_-2-{position}"
     elif row.kind == "intervention":
+        layer = "E" if row.layer < 0 else layer
         js_id, clerp = f"{layer}_{FIRST_EDIT - feature}-{position}", row.label
     elif row.kind == "embedding":
         layer, feature, number = "E", token_ids[position], position
@@ -109,7 +111,7 @@ def _node_id(row: Any, n_layers: int, token_ids: tuple[int, ...]) -> str:
     elif row.kind == "table":
         feature = -2
     elif row.kind == "intervention":
-        feature = FIRST_EDIT - feature
+        layer, feature = "E" if row.layer < 0 else layer, FIRST_EDIT - feature
     elif row.kind == "logit":
         layer = str(n_layers + 1)
     return f"{layer}_{feature}_{int(row.position)}"

@@ -55,8 +55,11 @@ class LinearEdit:
 
     @property
     def layer(self) -> int:
-        """The layer of the hook; -1 for the embeddings."""
-        return int(self.hook.split(".")[1]) if self.hook.startswith("blocks.") else -1
+        """The last layer whose MLP is in front of the hook; -1 where there is none."""
+        if not self.hook.startswith("blocks."):
+            return -1
+        index = int(self.hook.split(".")[1])
+        return index if self.hook.endswith((".hook_mlp_out", ".hook_resid_post")) else index - 1
 
     def forward(self, x: Float[Tensor, "*batch n d"], rows: slice) -> Float[Tensor, "*batch n d"]:
         """K x, for the rows of some positions."""

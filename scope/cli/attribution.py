@@ -1,7 +1,7 @@
 """`scope attribute` and `scope graph`: who caused this token, feature by feature, and through which circuit."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -11,13 +11,21 @@ from scope.cli import graph_writes
 from scope.cli._command import Outcome, command, progress_bar
 from scope.cli._dictionaries import opened as opened_with
 from scope.cli._dictionaries import transcoder_paths
+from scope.cli._interventions import SPEC_HELP, SaeFinder, declared, maxima_of, with_addresses
 from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import SAE_HELP, DownloadOption
+
+if TYPE_CHECKING:
+    from scope.attribution.graph import CircuitGraph
 
 __all__ = ["register"]
 
 ModelOption = Annotated[str, typer.Option(help="A Hugging Face id, a folder, a GGUF file, or gemma-3-270m.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")]
+GraphSaeOption = Annotated[
+    str | None,
+    typer.Option(help="The SAE of the features of the graph's interventions, where it lies elsewhere than they say."),
+]
 
 
 COMPONENTS = "components"
@@ -148,22 +156,39 @@ def register(app: typer.Typer) -> None:
         target: Annotated[
             list[str] | None, typer.Option(help="A next token to explain; by default the likeliest. May be repeated.")
         ] = None,
+        spec: Annotated[str | None, typer.Option(help=f"Explain the model under interventions: {SPEC_HELP}")] = None,
+        sae: Annotated[
+            str | None, typer.Option(help=f"The SAE of the interventions' features, where they name none. {SAE_HELP}")
+        ] = None,
+        index: Annotated[
+            Path | None, typer.Option(help="An index of that SAE, for values in multiples of a feature's maximum.")
+        ] = None,
+        workspace: Annotated[
+            Path, typer.Option(help="Where named interventions lie, and the SAEs that they name.")
+        ] = Path("workspace"),
         node_share: Annotated[float, typer.Option(help="Share of the nodes' influence that pruning keeps.")] = 0.8,
         edge_share: Annotated[float, typer.Option(help="Share of the edges' influence that pruning keeps.")] = 0.98,
         device: DeviceOption = None,
         embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Explain a prompt's next token as a graph of features, pruned to what matters."""
+        """Explain a prompt's next token as a graph of features, pruned to what matters; with --spec of the model under
+        interventions."""
         from dataclasses import replace
 
         from scope.attribution.graph import build_graph
         from scope.attribution.graph_json import save_graph
         from scope.attribution.pruning import prune, require_shares, scores
+        from scope.errors import InvalidInputError
 
         require_shares(node_share, edge_share)
+        if spec is None and (sae is not None or index is not None):
+            raise InvalidInputError("--sae and --index are of the features of interventions; give those with --spec.")
         paths = transcoder_paths(transcoders)
+        wanted = None if spec is None else declared(spec, workspace)
         opened, saes = opened_with(model, paths, device, allow_download, embeddings)
+        finder = SaeFinder(sae, workspace, allow_download, dict(zip(paths, saes, strict=True)))
+        wanted = None if wanted is None else with_addresses(wanted, finder)
         with progress_bar("Expanding features") as progress:
             whole = build_graph(
                 opened,
@@ -171,6 +196,9 @@ def register(app: typer.Typer) -> None:
                 saes,
                 config,
                 targets=target or (),
+                spec=wanted,
+                saes=finder,
+                maxima=maxima_of(index, finder),
                 progress=lambda step, done, total: progress(done, total) if total else None,
             )
         graph = replace(prune(whole, node_share, edge_share), transcoders=tuple(paths), model_name=model)
@@ -186,12 +214,14 @@ def register(app: typer.Typer) -> None:
             "completeness": before.completeness,
             "replacement_pruned": after.replacement,
             "completeness_pruned": after.completeness,
+            **_spec_of(graph),
         }
         words = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
         text = (
             f"{out}: {words} nodes, {len(graph.weight):,} edges, of {whole.n_active:,} features that fire.\n"
             f"Replacement {before.replacement:.3f} and completeness {before.completeness:.3f} before pruning, "
             f"{after.replacement:.3f} and {after.completeness:.3f} after it.\n"
+            f"{_under(graph)}"
             f"Whether it holds in the model itself: scope graph verify {out}"
         )
         return Outcome(data, text)
@@ -204,6 +234,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
         ] = None,
         max_features: Annotated[int, typer.Option(help="Feature nodes to test, at most.")] = 256,
+        sae: GraphSaeOption = None,
         edges: Annotated[
             bool, typer.Option("--edges", help="Test single edges by path patching, and not effects over all paths.")
         ] = False,
@@ -220,12 +251,13 @@ def register(app: typer.Typer) -> None:
         read = load_graph(graph)
         paths = transcoder_paths(transcoders or list(read.transcoders))
         opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
+        finder = _finder(sae, paths, saes, allow_download)
         with progress_bar("Intervening (runs)") as progress:
             if edges:
                 sources = strongest_sources(read, max_features)
-                found = path_patching(read, opened, saes, sources, seed=seed, progress=progress)
+                found = path_patching(read, opened, saes, sources, saes=finder, seed=seed, progress=progress)
             else:
-                found = run(read, opened, saes, max_features=max_features, seed=seed, progress=progress)
+                found = run(read, opened, saes, saes=finder, max_features=max_features, seed=seed, progress=progress)
         lines = [
             f"{name:<18} slope {part.slope:6.3f}   correlation {part.correlation:6.3f}   signs agree "
             f"{part.sign_agreement:6.1%}   of {part.n:,} pairs"
@@ -235,7 +267,7 @@ def register(app: typer.Typer) -> None:
                 ("attention frozen", found.attention_frozen),
             )
         ]
-        return Outcome(found.to_dict(), "\n".join(lines))
+        return Outcome({**found.to_dict(), **_spec_of(read)}, _under(read) + "\n".join(lines))
 
     @command(graphs, "faithfulness")
     def faithfulness(
@@ -260,6 +292,7 @@ def register(app: typer.Typer) -> None:
         transcoders: Annotated[
             list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
         ] = None,
+        sae: GraphSaeOption = None,
         seed: Annotated[int, typer.Option(help="Of the random circuits.")] = 0,
         figure: Annotated[Path | None, typer.Option(help="Draw the curves into this HTML file.")] = None,
         device: DeviceOption = None,
@@ -290,6 +323,7 @@ def register(app: typer.Typer) -> None:
                 asked,
                 zero() if counterfactual is None else against_prompt(counterfactual),
                 kept,
+                saes=_finder(sae, paths, saes, allow_download),
                 n_random=draws,
                 recompute=not held,
                 seed=seed,
@@ -299,10 +333,25 @@ def register(app: typer.Typer) -> None:
             from scope.figures.circuits import faithfulness_curves
 
             faithfulness_curves(found.table).write_html(figure)
-        text = f"{found.target} = {found.value:.4g} in the model, {found.baseline} baseline\n" + found.table.to_string(
-            index=False, float_format=lambda number: f"{number:.3f}"
-        )
-        return Outcome(found.to_dict(), text)
+        table = found.table.to_string(index=False, float_format=lambda number: f"{number:.3f}")
+        text = f"{_under(read)}{found.target} = {found.value:.4g} in the model, {found.baseline} baseline\n{table}"
+        return Outcome({**found.to_dict(), **_spec_of(read)}, text)
+
+
+def _under(graph: "CircuitGraph") -> str:
+    """A line that says under which interventions the model is; "" where there are none."""
+    from scope.interventions.words import spec_words
+
+    return "" if graph.spec is None else f"Under interventions: {spec_words(graph.spec)}\n"
+
+
+def _spec_of(graph: "CircuitGraph") -> dict[str, Any]:
+    return {} if graph.spec is None else {"spec": graph.spec.to_dict()}
+
+
+def _finder(given: str | None, paths: list[str], saes: list[Any], allow_download: bool) -> SaeFinder:
+    """Finds the SAEs of the interventions of a graph, its transcoders among them."""
+    return SaeFinder(given, Path("workspace"), allow_download, dict(zip(paths, saes, strict=True)))
 
 
 def _components(

@@ -1,15 +1,16 @@
 """`scope steer`: let a model write under interventions: features that are pushed, or a file that says what is done."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._interventions import SPEC_HELP, SaeFinder, declared, maxima_of
 from scope.cli._model import EmbeddingsOption, load_model
 from scope.cli.sae import SAE_HELP, DownloadOption
-from scope.errors import InvalidInputError, MismatchError
+from scope.errors import InvalidInputError
 
 __all__ = ["register"]
 
@@ -35,10 +36,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         spec: Annotated[
             str | None,
-            typer.Option(
-                help="In place of features: a file of interventions (JSON, YAML or TOML), or the name of one that the "
-                "workspace keeps."
-            ),
+            typer.Option(help=f"In place of features: {SPEC_HELP}"),
         ] = None,
         workspace: Annotated[
             Path, typer.Option(help="Where named interventions lie, and the SAEs that they name.")
@@ -78,20 +76,20 @@ def register(app: typer.Typer) -> None:
         from scope.interventions.steering import steer_with
         from scope.saes.formats import load
 
-        declared = _declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
-        saes = _saes(sae, workspace, allow_download)
-        maxima = _maxima(index, saes)
-        for one in declared.interventions:
+        wanted = declared(spec, workspace) if spec is not None else _pushes(given, index is not None)
+        saes = SaeFinder(sae, workspace, allow_download)
+        maxima = maxima_of(index, saes)
+        for one in wanted.interventions:
             assert isinstance(one, Intervention)
             if one.features:
                 saes(one.sae)
         watched = None if flips is None else load(flips, allow_download=allow_download)
         opened = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
-        for dictionary in (*(saes(one.sae) for one in declared.interventions if one.features), watched):
+        for dictionary in (*(saes(one.sae) for one in wanted.interventions if one.features), watched):
             if dictionary is not None:
                 dictionary.to(opened.device)
-        edits = declared.resolve(opened, saes, maxima)
-        beside = control(declared, opened, saes, maxima, seed)
+        edits = wanted.resolve(opened, saes, maxima)
+        beside = control(wanted, opened, saes, maxima, seed)
         flipped = None if watched is None else feature_flips(opened, watched, prompt, edits)
         with progress_bar("Writing (tokens)") as progress:
             found = steer_with(
@@ -104,17 +102,8 @@ def register(app: typer.Typer) -> None:
                 seed=seed,
                 listen=lambda done, texts: progress(done, max_new_tokens),
             )
-        outcome = _outcome(found, declared, prompt)
+        outcome = _outcome(found, wanted, prompt)
         return outcome if flipped is None else _with_flips(outcome, flipped)
-
-
-def _declared(spec: str, workspace: Path) -> Any:
-    from scope.interventions.spec import InterventionSpec
-    from scope.workspace import Workspace
-
-    path = Path(spec)  # a name may have a dot in it, so that an ending alone makes no file
-    is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml", ".toml")
-    return InterventionSpec.load(path) if is_file else Workspace(workspace).intervention(spec)
 
 
 def _pushes(strengths: Mapping[int, float], relative: bool) -> Any:
@@ -127,46 +116,6 @@ def _pushes(strengths: Mapping[int, float], relative: bool) -> Any:
         unit="maximum" if relative else "strength",
     )
     return InterventionSpec(interventions=(pushed,))
-
-
-def _saes(given: str | None, workspace: Path, allow_download: bool) -> Callable[[str], Any]:
-    """Finds SAEs: the one that was given for all, else those that the interventions name."""
-    from scope.saes.formats import load
-    from scope.workspace import Workspace
-
-    loaded: dict[str, Any] = {}
-
-    def find(name: str) -> Any:
-        address = given or name
-        if not address:
-            raise InvalidInputError("These interventions do not name the SAE of their features; give it with --sae.")
-        if address not in loaded:
-            inside = given is None and not Path(address).exists()
-            loaded[address] = (
-                Workspace(workspace).sae(address) if inside else load(address, allow_download=allow_download)
-            )
-        return loaded[address]
-
-    return find
-
-
-def _maxima(index: Path | None, saes: Callable[[str], Any]) -> Callable[[str, int], float] | None:
-    if index is None:
-        return None
-    from scope.features.index import FeatureIndex
-
-    table = FeatureIndex.open(index)
-
-    def largest(sae: str, feature: int) -> float:
-        found, known = str(saes(sae).fingerprint), str(table.sae_info["fingerprint"])
-        if found != known:
-            raise MismatchError(
-                f"{index} is of the SAE {known[:12]}; it knows no maximum of a feature of {found[:12]}. Give values as "
-                "firing strengths, or the index of that SAE."
-            )
-        return float(table.feature(feature).statistics["max_value"])
-
-    return largest
 
 
 def _with_flips(outcome: Outcome, table: Any) -> Outcome:

@@ -1,0 +1,94 @@
+"""The interventions of a command: a file or a name in the workspace, the SAEs that they name, and features' maxima."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scope.errors import InvalidInputError, MismatchError
+
+if TYPE_CHECKING:
+    from scope.interventions.spec import InterventionSpec
+
+__all__ = ["SPEC_HELP", "SaeFinder", "declared", "maxima_of", "with_addresses"]
+
+SPEC_HELP = "a file of interventions (JSON, YAML or TOML), or the name of one that the workspace keeps."
+
+
+def declared(spec: str, workspace: Path) -> "InterventionSpec":
+    """The interventions in a file, or those that the workspace keeps under a name."""
+    from scope.interventions.spec import InterventionSpec
+    from scope.workspace import Workspace
+
+    path = Path(spec)  # a name may have a dot in it, so that an ending alone makes no file
+    is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml", ".toml")
+    return InterventionSpec.load(path) if is_file else Workspace(workspace).intervention(spec)
+
+
+class SaeFinder:
+    """Finds SAEs by the names that interventions use.
+
+    Args:
+        given: the SAE of them all; None for those that they name.
+        workspace: where names that are no paths are looked up.
+        allow_download: whether an SAE may be fetched.
+        known: SAEs that are loaded, by their paths.
+    """
+
+    def __init__(
+        self,
+        given: str | None,
+        workspace: Path,
+        allow_download: bool,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.given, self.workspace, self.allow_download = given, workspace, allow_download
+        self._loaded = {str(Path(path).resolve()): sae for path, sae in (known or {}).items()}
+
+    def address(self, name: str) -> str:
+        """A path or an address of what is found by a name."""
+        from scope.saes.formats.addresses import is_address
+        from scope.workspace import Workspace
+
+        address = self.given or name
+        if not address:
+            raise InvalidInputError("These interventions do not name the SAE of their features; give it with --sae.")
+        if self.given is not None or Path(address).exists() or is_address(address):
+            return address
+        return str(Workspace(self.workspace).find(address, "sae").path)
+
+    def __call__(self, name: str) -> Any:
+        """The SAE of a name, loaded once."""
+        from scope.saes.formats import load
+
+        address = self.address(name)
+        key = str(Path(address).resolve()) if Path(address).exists() else address
+        if key not in self._loaded:
+            self._loaded[key] = load(address, allow_download=self.allow_download)
+        return self._loaded[key]
+
+
+def with_addresses(spec: "InterventionSpec", saes: SaeFinder) -> "InterventionSpec":
+    """Interventions that say where the SAEs of their features lie, so that they can be made again."""
+    settled = (replace(one, sae=saes.address(one.sae)) if one.features else one for one in spec.interventions)
+    return replace(spec, interventions=tuple(settled))
+
+
+def maxima_of(index: Path | None, saes: Callable[[str], Any]) -> Callable[[str, int], float] | None:
+    """Says a feature's largest firing strength, as an index of its SAE has it; None without an index."""
+    if index is None:
+        return None
+    from scope.features.index import FeatureIndex
+
+    table = FeatureIndex.open(index)
+
+    def largest(sae: str, feature: int) -> float:
+        found, known = str(saes(sae).fingerprint), str(table.sae_info["fingerprint"])
+        if found != known:
+            raise MismatchError(
+                f"{index} is of the SAE {known[:12]}; it knows no maximum of a feature of {found[:12]}. Give values as "
+                "firing strengths, or the index of that SAE."
+            )
+        return float(table.feature(feature).statistics["max_value"])
+
+    return largest
