@@ -7,17 +7,22 @@
 4. `pairs` splits the score of one head for one query and key by what was written at the two.
 5. `writes` says how strongly a feature of a cross-layer transcoder writes each layer.
 6. `test` path-patches the edges out of one node, and puts what it measured beside the graph.
+
+A graph may be made under interventions that the workspace keeps; all that is asked of it is then asked of the model
+under them.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dashboards.circuits import circuits
 from dashboards.context import Context
 from dashboards.dictionaries import Dictionary, dictionaries, require_one_model
 from dashboards.prompts import prompt_jobs
+from dashboards.steering import SteerJobs
 from dashboards.worker import Job
 from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
     from scope.attribution.graph import CircuitGraph
     from scope.attribution.query_key import QkPairs
+    from scope.interventions.spec import InterventionSpec
 
 __all__ = ["KEPT_EDGES", "KEPT_NODES", "CircuitJobs", "HeadPlace", "MakeRequest", "circuit_jobs"]
 
@@ -52,6 +58,8 @@ class MakeRequest(NamedTuple):
     targets: tuple[str, ...] = ()
     """Next tokens to explain; none for the likeliest."""
     max_features: int = GraphSettings.max_features
+    interventions: str = ""
+    """Name of interventions that the workspace keeps, to be in force; "" for the model as it is."""
 
 
 class HeadPlace(NamedTuple):
@@ -95,7 +103,7 @@ class CircuitJobs:
 
         Raises:
             InvalidInputError: there is no prompt, or the transcoders do not go together.
-            UnknownNameError: the workspace has no such transcoder.
+            UnknownNameError: the workspace has no such transcoder, or keeps no such interventions.
         """
         if not asked.prompt.strip():
             raise InvalidInputError("Type the text whose next token the graph is to explain.")
@@ -106,8 +114,11 @@ class CircuitJobs:
         chosen = [known[id] for id in asked.transcoders]
         model = require_one_model(chosen)
         settings = GraphSettings(max_features=asked.max_features)
+        spec = self.context.workspace.intervention(asked.interventions) if asked.interventions else None
         return self.context.worker.submit(
-            ("make-graph", asked), lambda job: self._make(job, asked, chosen, model, settings), TIME_LIMIT
+            ("make-graph", asked, repr(spec)),
+            lambda job: self._make(job, asked, chosen, model, settings, spec),
+            TIME_LIMIT,
         )
 
     def submit_verify(self, id: str) -> Job:
@@ -138,8 +149,14 @@ class CircuitJobs:
         Raises:
             UnknownNameError: there is no such graph, or its transcoders are not in the workspace.
             OutOfRangeError: the graph has no such layer or position.
+            InvalidInputError: the graph is under interventions, which queries and keys are not split by.
         """
         graph = circuits(self.context).graph(id)
+        if graph.spec is not None:
+            raise InvalidInputError(
+                "Why a head looks where it does is told of the model as it is, and this graph is of the model under "
+                "interventions. Make a graph of the same text without them."
+            )
         for name, value, end in (
             ("layer", place.layer, graph.n_layers),
             ("query", place.query, len(graph.tokens)),
@@ -193,7 +210,13 @@ class CircuitJobs:
     # --- run by the worker ----------------------------------------------------------------------------------------
 
     def _make(
-        self, job: Job, asked: MakeRequest, chosen: Sequence[Dictionary], name: str, settings: GraphSettings
+        self,
+        job: Job,
+        asked: MakeRequest,
+        chosen: Sequence[Dictionary],
+        name: str,
+        settings: GraphSettings,
+        spec: "InterventionSpec | None",
     ) -> str:
         from scope.attribution.graph import build_graph
         from scope.attribution.graph_json import save_graph
@@ -208,8 +231,17 @@ class CircuitJobs:
             )
         loaded = [self._loaded(job, one) for one in chosen]
         targets = [_token(model, typed) for typed in asked.targets]
+        steering = SteerJobs(self.context)
         whole = build_graph(
-            model, asked.prompt, loaded, settings, targets=targets, progress=lambda *now: job.report(*now)
+            model,
+            asked.prompt,
+            loaded,
+            settings,
+            targets=targets,
+            spec=None if spec is None else self._with_paths(spec),
+            saes=self._sae,
+            maxima=lambda sae, feature: steering.maximum(steering.index_of(self._sae(sae).fingerprint), feature),
+            progress=lambda *now: job.report(*now),
         )
         job.report("pruning")
         paths = tuple(str(one.entry.path.resolve()) for one in chosen)
@@ -236,6 +268,7 @@ class CircuitJobs:
             graph,
             model,
             loaded,
+            saes=self._sae,
             max_features=MAX_VERIFIED,
             progress=lambda done, total: job.report("intervening", done, total),
         )
@@ -247,7 +280,7 @@ class CircuitJobs:
 
         graph, model, loaded = self._opened(job, id, chosen)
         job.report("splitting by heads")
-        return (edge_heads if len(numbers) > 1 else node_heads)(graph, model, loaded, *numbers)
+        return (edge_heads if len(numbers) > 1 else node_heads)(graph, model, loaded, *numbers, saes=self._sae)
 
     def _pairs(self, job: Job, id: str, place: HeadPlace, chosen: Sequence[Dictionary]) -> "QkPairs":
         from scope.attribution.query_key import qk_pairs
@@ -268,7 +301,7 @@ class CircuitJobs:
 
         graph, model, loaded = self._opened(job, id, chosen)
         job.report("reading what it writes")
-        return layer_writes(graph, model, loaded, [number])
+        return layer_writes(graph, model, loaded, [number], saes=self._sae)
 
     def _test(self, job: Job, id: str, source: int, chosen: Sequence[Dictionary]) -> str:
         from scope.attribution.path_patching import merged, path_patching
@@ -276,7 +309,7 @@ class CircuitJobs:
 
         graph, model, loaded = self._opened(job, id, chosen)
         job.report("patching the paths out of the node")
-        found = path_patching(graph, model, loaded, [source])
+        found = path_patching(graph, model, loaded, [source], saes=self._sae)
         path = self.context.workspace.edge_tests_path(id)
         save_verification(merged(load_verification(path), found), path)
         return id
@@ -290,6 +323,26 @@ class CircuitJobs:
                 f"The graph is of a model with {graph.n_layers} layers; {graph.model_name} has {model.n_layers}."
             )
         return graph, model, loaded
+
+    def _with_paths(self, spec: "InterventionSpec") -> "InterventionSpec":
+        """Interventions that say where the SAEs of their features lie, so that other programs find them too."""
+        workspace = self.context.workspace
+        named = (
+            replace(one, sae=str(workspace.find(one.sae, "sae").path.resolve()))
+            if one.features and one.sae and not Path(one.sae).exists()
+            else one
+            for one in spec.interventions
+        )
+        return replace(spec, interventions=tuple(named))
+
+    def _sae(self, name: str) -> Any:
+        """The SAE of an intervention's features: one of the workspace, or at a path; loaded once."""
+        if not name:
+            raise InvalidInputError("The interventions do not name the SAE of their features.")
+        key = str(Path(name).resolve()) if Path(name).exists() else name
+        if key not in self._transcoders:
+            self._transcoders[key] = self.context.workspace.sae(key)
+        return self._transcoders[key]
 
     def _loaded(self, job: Job, one: Dictionary) -> Any:
         """A transcoder, loaded once."""

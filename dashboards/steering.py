@@ -202,7 +202,7 @@ class SteerJobs:
             return sae if not name or fingerprint.startswith(name) else self.context.workspace.sae(name)
 
         def maxima(name: str, feature: int) -> float:
-            return self.maximum(index if not name or fingerprint.startswith(name) else self._index_of(name), feature)
+            return self.maximum(index if not name or fingerprint.startswith(name) else self.index_of(name), feature)
 
         prompt = self.prompts.prompt_of(model, index, asked)
         job.report("reading the prompt")
@@ -230,8 +230,12 @@ class SteerJobs:
                 tokens[name] = [one.display for one in texts[part.generation.n_prompt :]]
         return Steered(found, tokens, wanted)
 
-    def _index_of(self, sae: str) -> str:
-        """An index of the SAE with this id or name."""
+    def index_of(self, sae: str) -> str:
+        """An index of the SAE with this id or name.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
         for entry in self.context.indexes():
             about = entry.manifest.get("sae", {})
             if str(about.get("fingerprint", "")).startswith(sae):

@@ -11,6 +11,7 @@ from helpers_saes import make
 from test_attribution_graph import ALL, prompt_of, transcoders
 from test_cli import scope
 
+from scope.attribution.attention import edge_heads, node_heads
 from scope.attribution.circuit_curves import graph_faithfulness
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
@@ -334,6 +335,20 @@ def test_verifying_runs_the_model_under_the_interventions(case):
         assert pair.measured == pytest.approx(float(change.detach()), rel=2e-3, abs=3e-4)
 
 
+def test_heads_add_up_to_edges_and_nodes(case):
+    model, made, saes, graph = case
+    edges = np.argsort(-np.abs(graph.weight), kind="stable")
+    kinds = graph.nodes["kind"].to_numpy()[graph.source]
+    for edge in [*edges[kinds[edges] == "feature"][:3], *edges[kinds[edges] == "embedding"][:2]]:
+        source, target = int(graph.source[edge]), int(graph.target[edge])
+        found = edge_heads(graph, model, made, source, target, saes=saes)
+        assert found["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=2e-3, abs=1e-4)
+    expanded = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
+    for node in [*expanded.sample(3, random_state=2)["node"], int(expanded["node"].iloc[-1])]:
+        found = node_heads(graph, model, made, node, saes=saes)
+        assert found["weight"].sum() == pytest.approx(graph.nodes["value"][node], rel=3e-3, abs=3e-4)
+
+
 @pytest.mark.parametrize("name", ["scale an MLP", "features of an SAE", "attention held"])
 def test_faithfulness_path_patching_and_writes_are_of_the_model_as_edited(name):
     model = tiny_model("gemma3")
@@ -444,8 +459,9 @@ def test_from_the_command_line(tmp_path):
     assert content["metadata"]["schema_version"] == 1
     assert content["metadata"]["scope"]["interventions"] == made["spec"]
     known = {(n["layer"], n["clerp"]) for n in content["nodes"] if n["feature_type"] == "intervention"}
-    assert known == {("1", "Add 4 of feature 3.")}
-    assert graph_facts(out)["interventions"].startswith("pushed: Add 4 of feature 3. Ablate head 0 of layer 1. Set")
+    assert known == {("1", "Add 4 of feature 3 of sae.")}
+    words = "pushed: Add 4 of feature 3 of sae. Ablate head 0 of layer 1. Set feature 5 of layer_2 to 2."
+    assert graph_facts(out)["interventions"] == words
     for command in ("verify", "faithfulness", "writes"):
         found = scope("graph", command, out, *(("--max-features", 2) if command == "verify" else ()), "--json")
         assert command == "writes" or found["spec"] == made["spec"]

@@ -76,8 +76,9 @@ def graph_table(entries: "Sequence[Entry]", verified: set[str]) -> html.Div:
     return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Circuit graphs"})
 
 
-def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
-    """The form that makes a graph, or what to do where there is nothing to make it with."""
+def make_form(known: Sequence[Dictionary], workspace: str, kept: Sequence[str] = ()) -> html.Section:
+    """The form that makes a graph, or what to do where there is nothing to make it with; `kept` are the names of the
+    interventions of the workspace."""
     if not known:
         return html.Section(
             className="state",
@@ -143,6 +144,16 @@ def make_form(known: Sequence[Dictionary], workspace: str) -> html.Section:
                         id="circuit-max-features", label="Feature nodes, at most", value=PAGE_FEATURES, min=1, step=256
                     ),
                 ],
+            ),
+            dmc.Select(
+                id="circuit-interventions",
+                label="Interventions that are in force in the model, as named on the steering page",
+                data=list(kept),
+                placeholder="none" if kept else "none are kept yet",
+                disabled=not kept,
+                clearable=True,
+                searchable=True,
+                comboboxProps={"shadow": "md"},
             ),
             html.Div([button("Make the graph", id="circuit-make-run", className="main-action")], className="chips"),
             progress_box("circuit-make"),

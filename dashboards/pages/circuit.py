@@ -29,6 +29,7 @@ from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
 from dashboards.links import View, circuit_link
 from dashboards.pages import Page
+from dashboards.steering import SteerJobs
 from dashboards.worker import Job
 from scope.errors import ScopeError
 
@@ -69,7 +70,7 @@ def _overview(context: Context) -> html.Div:
             html.Header([html.H1("Circuits"), define("circuit_graph")], className="page-head"),
             html.P(WHAT, className="muted circuit-words"),
             graph_table(entries, verified) if entries else html.P("There is no graph yet.", className="muted"),
-            make_form(dictionaries(context), str(context.workspace.path)),
+            make_form(dictionaries(context), str(context.workspace.path), SteerJobs(context).kept()),
         ],
     )
 
@@ -109,15 +110,24 @@ def _register_making(app: Dash, context: Context) -> None:
         State("circuit-transcoders", "value"),
         State("circuit-targets", "value"),
         State("circuit-max-features", "value"),
+        State("circuit-interventions", "value"),
         prevent_initial_call=True,
     )
-    def make(clicks: int | None, prompt: str | None, chosen: list[str] | None, targets: str | None, most: Any) -> Asked:
+    def make(
+        clicks: int | None,
+        prompt: str | None,
+        chosen: list[str] | None,
+        targets: str | None,
+        most: Any,
+        interventions: str | None,
+    ) -> Asked:
         if not clicks:
             raise PreventUpdate
         wanted = tuple(part for part in re.split(r",(?=\S|\s+\S)", targets or "") if part.strip())
         features = int(most) if isinstance(most, int | float) else PAGE_FEATURES
         try:
-            job = circuit_jobs(context).submit_make(MakeRequest(prompt or "", tuple(chosen or ()), wanted, features))
+            request = MakeRequest(prompt or "", tuple(chosen or ()), wanted, features, interventions or "")
+            job = circuit_jobs(context).submit_make(request)
         except ScopeError as problem:
             return {"problem": str(problem), "run": clicks}
         return {"id": job.id, "run": clicks}

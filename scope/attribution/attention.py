@@ -8,6 +8,9 @@ alone, and v_l what the source has made of the stream in front of layer l, by wh
 `node_heads` splits a node's value, its pre-activation or centred logit, in the same way: v_l is then all that was
 written in front of layer l.
 
+Of a graph under interventions, what these let through is on the way; what they put there on the way to a node is the
+residual stream's, or the head's that it is put in.
+
 What layers scale the stream by counts on the way, and a layer that takes its values from an earlier one reads the
 stream in front of that one. Of the sources, an embedding also writes through the projections of per-layer embeddings.
 
@@ -16,19 +19,24 @@ to ask `scope.attribution.query_key.qk_pairs` about.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.frozen import FrozenModel
 from scope.attribution.graph import CircuitGraph
+from scope.attribution.graph_edits import GraphEdits, edits_of
+from scope.attribution.linear_edits import LinearEdit
 from scope.attribution.reading import Prompt, read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from scope.interventions.resolving import SaesByName
 
 __all__ = ["edge_heads", "node_heads"]
 
@@ -37,7 +45,15 @@ STREAM = (-1, -1)
 
 
 @torch.no_grad()
-def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], source: int, target: int) -> "pd.DataFrame":
+def edge_heads(
+    graph: CircuitGraph,
+    model: Any,
+    transcoders: Sequence[Any],
+    source: int,
+    target: int,
+    *,
+    saes: "SaesByName" = None,
+) -> "pd.DataFrame":
     """Which heads carry one edge.
 
     Args:
@@ -46,6 +62,7 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
         transcoders: those that it was made with.
         source: the node that the edge comes from: an embedding, an error, a table or a feature.
         target: the node that it goes to: a feature or a logit.
+        saes: those whose features the graph's interventions are on, as for `build_graph`.
 
     Returns:
         Columns layer, head, key, weight: by absolute weight, the largest first; layer, head and key are -1 for the
@@ -56,9 +73,12 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
         InvalidInputError: an edge cannot go from or to such nodes.
     """
     start, end = (_node(graph, number) for number in (source, target))
-    if start["kind"] == "logit" or end["kind"] not in ("feature", "logit"):
-        raise InvalidInputError(f"No edge goes from a node of kind {start['kind']} to one of kind {end['kind']}.")
-    read = _read(graph, model, transcoders)
+    if start["kind"] in ("logit", "intervention") or end["kind"] not in ("feature", "logit"):
+        raise InvalidInputError(
+            f"Heads are told of edges from embeddings, errors, tables and features to features and logits; this would "
+            f"be one from a node of kind {start['kind']} to one of kind {end['kind']}."
+        )
+    read, _ = _read(graph, model, transcoders, saes)
     frozen = read.frozen
     place, at = int(start["position"]), int(end["position"])
     layer, until = int(start["layer"]), int(end["layer"])
@@ -82,8 +102,14 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
             for index in read.dictionaries.written_from(layer)
             if index < until
         }
-    before_mlp, behind_mlp = _along_the_stream(frozen, _gradient(read, end), at, layer, until)
-    alone = sum(float(behind_mlp[index] @ what) for index, what in written.items()) if at == place else 0.0
+    way = _along_the_stream(frozen, _gradient(read, end), at, layer, until)
+    if start["kind"] in ("error", "feature"):  # what interventions on an MLP's output let through
+        here = slice(place, place + 1)
+        written = {
+            index: frozen.let_through(f"blocks.{index}.hook_mlp_out", what[None], here)[0]
+            for index, what in written.items()
+        }
+    alone = sum(float(way.behind[index] @ what) for index, what in written.items()) if at == place else 0.0
     found: dict[int, Tensor] = {}
     start_at = torch.tensor([place], device=model.device)
     for first, what in written.items():
@@ -92,13 +118,15 @@ def edge_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], sour
             streams[index] = stream[0]
             # What an earlier layer read before anything was written is not changed by it.
             values = streams.get(frozen.layers[index].values_from, torch.zeros_like(stream[0]))
-            own = _by_key(frozen, index, values, at, before_mlp[index])
+            own = _by_key(frozen, index, values, at, way.written[index])
             found[index] = found[index] + own if index in found else own
     return _table(alone, found)
 
 
 @torch.no_grad()
-def node_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node: int) -> "pd.DataFrame":
+def node_heads(
+    graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node: int, *, saes: "SaesByName" = None
+) -> "pd.DataFrame":
     """Which heads write what a node reads.
 
     Args:
@@ -106,6 +134,7 @@ def node_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node
         model: its model.
         transcoders: those that it was made with.
         node: a feature or a logit.
+        saes: as for `edge_heads`.
 
     Returns:
         As of `edge_heads`. The weights add up to the node's `value`, but for what biases of the norm in front of it and
@@ -118,34 +147,34 @@ def node_heads(graph: CircuitGraph, model: Any, transcoders: Sequence[Any], node
     end = _node(graph, node)
     if end["kind"] not in ("feature", "logit"):
         raise InvalidInputError(f"Nothing comes into a node of kind {end['kind']}; ask about a feature or a logit.")
-    read = _read(graph, model, transcoders)
+    read, edits = _read(graph, model, transcoders, saes)
     frozen = read.frozen
     at, until = int(end["position"]), int(end["layer"])
-    before_mlp, behind_mlp = _along_the_stream(frozen, _gradient(read, end), at, 0, until)
-    streams = {index: f"blocks.{index}.hook_resid_pre" for index in before_mlp if index < len(frozen.layers)}
-    mlp_in = {index: f"blocks.{index}.hook_mlp_in" for index in behind_mlp if index in frozen.skips}
-    seen = model.run(frozen.tokens, hooks=[*streams.values(), *mlp_in.values()], logits=False).activations
-    alone = float(before_mlp[0] @ frozen.embedding[at])
-    for index, gradient in behind_mlp.items():
+    way = _along_the_stream(frozen, _gradient(read, end), at, -1, until)
+    streams = {index: f"blocks.{index}.hook_resid_pre" for index in way.written}
+    mlp_in = {index: f"blocks.{index}.hook_mlp_in" for index in way.mlp_out if index in frozen.skips}
+    hooks, standing = [*streams.values(), *mlp_in.values()], None if edits is None else edits.for_run()
+    seen = model.run(frozen.tokens, hooks=hooks, logits=False, edits=standing).activations
+    alone = float(way.behind[-1] @ frozen.embedding[at]) + way.put
+    for index, gradient in way.mlp_out.items():
         written = frozen.layers[index].mlp_out[at]
         if index in mlp_in:  # what the stream itself becomes there is in the gradient
             normed = frozen.layers[index].ln2(seen[mlp_in[index]][at : at + 1].float(), slice(at, at + 1))
             written = written - (normed @ frozen.skips[index].T)[0]
+        alone += float(gradient @ written)
         per_layer = frozen.layers[index].per_layer
         if per_layer is not None:
-            written = written + per_layer.table[at] + per_layer.projection[at]
-        alone += float(gradient @ written)
+            alone += float(way.behind[index] @ (per_layer.table[at] + per_layer.projection[at]))
     for index in streams:
-        alone += float(before_mlp[index] @ read.attention_biases[index][at])
-    return _table(
-        alone,
-        {
-            index: _by_key(
-                frozen, index, seen[streams[frozen.layers[index].values_from]].float(), at, before_mlp[index]
-            )
-            for index in streams
-        },
-    )
+        alone += float(way.written[index] @ read.attention_biases[index][at])
+    found = {
+        index: _by_key(frozen, index, seen[streams[frozen.layers[index].values_from]].float(), at, way.written[index])
+        for index in streams
+    }
+    for index in streams:
+        for edit, gradient in _at_heads(frozen, index, at, way.written[index])[1]:
+            found[index][:, at] += (gradient * edit.constant[at]).unflatten(0, (len(found[index]), -1)).sum(-1)
+    return _table(alone, found)
 
 
 def _node(graph: CircuitGraph, number: int) -> "pd.Series[Any]":
@@ -154,8 +183,11 @@ def _node(graph: CircuitGraph, number: int) -> "pd.Series[Any]":
     return graph.nodes.iloc[number]
 
 
-def _read(graph: CircuitGraph, model: Any, transcoders: Sequence[Any]) -> Prompt:
-    return read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders)
+def _read(
+    graph: CircuitGraph, model: Any, transcoders: Sequence[Any], saes: "SaesByName"
+) -> tuple[Prompt, GraphEdits | None]:
+    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
+    return read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits), edits
 
 
 def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model"]:
@@ -166,23 +198,76 @@ def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model
         row = model.W_U[int(target["feature"])].float() - model.W_U.mean(0, dtype=torch.float32)
         return read.frozen.at_logits(row[None], at)[0]
     layer = int(target["layer"])
-    column = read.dictionaries.encoder(layer, torch.tensor([int(target["feature"])])).to(model.device)
+    feature = torch.tensor([int(target["feature"])])
+    column = read.dictionaries.encoder(layer, feature).to(model.device)
     gradient: Tensor = read.frozen.at_mlp_input(layer, column, at)[0]
-    return gradient
+    firing = read.firing[layer]
+    here = (firing.position == at) & (firing.feature == feature.to(at.device))
+    return gradient * firing.factor[here].sum()
+
+
+class _Way(NamedTuple):
+    """A target's gradient along the residual stream at its own position, no attention on the way, by layer."""
+
+    written: dict[int, Tensor]
+    """At what the layer's attention writes."""
+    behind: dict[int, Tensor]
+    """At the stream behind the layer's MLP; -1 for the embeddings."""
+    mlp_out: dict[int, Tensor]
+    """At what the layer's MLP writes."""
+    put: float
+    """What comes from what interventions put into the stream on the way."""
 
 
 def _along_the_stream(
     frozen: FrozenModel, gradient: Float[Tensor, " d_model"], at: int, layer: int, until: int
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """A target's gradient in front of and behind each layer's MLP at its own position, no attention on the way."""
-    before, behind, now = {until: gradient}, {}, gradient
-    for index in range(until - 1, layer - 1, -1):
-        now = now * (frozen.layers[index].scale if index >= 0 else 1.0)
-        behind[index] = now
-        if index in frozen.skips:
-            now = now + frozen.layers[index].ln2.backward((now @ frozen.skips[index])[None], slice(at, at + 1))[0]
-        before[index] = now
-    return before, behind
+) -> _Way:
+    """The way from a target in front of the MLP of `until`, or of the final norm, down to a layer."""
+    written: dict[int, Tensor] = {}
+    behind: dict[int, Tensor] = {}
+    mlp_out: dict[int, Tensor] = {}
+    put, now, here = 0.0, gradient, slice(at, at + 1)
+
+    def in_front(hook: str, gradient: Tensor) -> Tensor:
+        nonlocal put
+        for edit in reversed(frozen.edits.get(hook, ())):
+            put += float(gradient @ edit.constant[at])
+            gradient = edit.backward(gradient[None], here)[0]
+        return gradient
+
+    for index in range(until, layer - 1, -1):
+        block = f"blocks.{index}."
+        if index < until:
+            now = in_front(f"{block}hook_resid_post", now)
+            now = now * (frozen.layers[index].scale if index >= 0 else 1.0)
+            behind[index] = now
+        if index < 0:
+            in_front("hook_embed", now)
+        elif index < len(frozen.layers):
+            if index < until:
+                mlp_out[index] = in_front(f"{block}hook_mlp_out", now)
+                if index in frozen.skips:
+                    reads = (mlp_out[index] @ frozen.skips[index])[None]
+                    now = now + frozen.layers[index].ln2.backward(reads, here)[0]
+            now = in_front(f"{block}hook_resid_mid", now)
+            written[index] = in_front(f"{block}hook_attn_out", now)
+            now = in_front(f"{block}hook_resid_pre", now)
+    return _Way(written, behind, mlp_out, put)
+
+
+def _at_heads(
+    frozen: FrozenModel, index: int, at: int, gradient: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " width"], list[tuple[LinearEdit, Tensor]]]:
+    """From the gradient at what a layer's attention writes at a position to that at what its heads read, all side by
+    side; and to that behind each intervention on it."""
+    layer, here, found = frozen.layers[index], slice(at, at + 1), []
+    if layer.ln1_post is not None:
+        gradient = layer.ln1_post.backward(gradient[None], here)[0]
+    heads = layer.attention.into_heads(gradient[None, None])[0]
+    for edit in reversed(frozen.edits.get(f"blocks.{index}.attn.hook_z", ())):
+        found.append((edit, heads[0]))
+        heads = edit.backward(heads, here)
+    return heads[0], found
 
 
 def _by_key(
@@ -191,11 +276,10 @@ def _by_key(
     """What each head of a layer, by way of each key, writes along a gradient at a position, biases left out; from the
     stream in front of the layer that its values are of."""
     layer, here = frozen.layers[index], slice(at, at + 1)
-    if layer.ln1_post is not None:
-        gradient = layer.ln1_post.backward(gradient[None], here)[0]
     attention = layer.attention
     normed = frozen.layers[layer.values_from].ln1(stream[: at + 1], slice(0, at + 1))
-    at_values = torch.einsum("d,hde->he", gradient, attention.W_O).unflatten(0, (-1, attention.group))
+    heads, _ = _at_heads(frozen, index, at, gradient)
+    at_values = heads.unflatten(0, (len(attention.key), attention.group, -1))
     values = torch.einsum("kd,ged->gke", normed, attention.W_V)
     if attention.value_denominator is not None:
         values = values / attention.value_denominator[:, : at + 1, None]

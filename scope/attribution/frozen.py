@@ -213,8 +213,8 @@ class FrozenModel:
             gradient = edit.backward(gradient, slice(0, gradient.shape[1]))
         return gradient
 
-    def _edited(self, hook: str, value: Tensor, rows: slice) -> Tensor:
-        """What the interventions at a hook let through."""
+    def let_through(self, hook: str, value: Float[Tensor, "*batch n d"], rows: slice) -> Float[Tensor, "*batch n d"]:
+        """What the interventions at a hook let through of something at some positions."""
         for edit in self.edits.get(hook, ()):
             value = edit.forward(value, rows)
         return value
@@ -222,12 +222,13 @@ class FrozenModel:
     def push_forward(
         self, layer: int, positions: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"], until: int
     ) -> Iterator[tuple[int, Float[Tensor, "n seq d_model"]]]:
-        """What vectors that the MLP of a layer writes become on the way to a later one: the transpose of `pull_back`.
+        """What vectors that stand in the residual stream behind the MLP of a layer become on the way to a later one:
+        the transpose of `pull_back`.
 
         Args:
             layer: the layer that writes; -1 for the embeddings.
             positions: where each is written.
-            vectors: what is written.
+            vectors: what is written, as interventions on it let it through.
             until: the layer to stop before; n_layers for the logits.
 
         Yields:
@@ -237,19 +238,25 @@ class FrozenModel:
         now[torch.arange(len(vectors), device=vectors.device), positions] = vectors
         rows = slice(0, self.n_tokens)
         if layer >= 0:
-            now = now * self.layers[layer].scale
+            now = self.let_through(f"blocks.{layer}.hook_resid_post", now * self.layers[layer].scale, rows)
         read: dict[int, Tensor] = {}
         for index in range(layer + 1, min(until + 1, len(self.layers))):
+            block = f"blocks.{index}."
+            now = self.let_through(f"{block}hook_resid_pre", now, rows)
             yield index, now
             frozen = self.layers[index]
             read[index] = frozen.ln1(now, rows)
             # What an earlier layer read before anything was written is not changed by it.
             values = read.get(frozen.values_from, torch.zeros_like(now))
-            written = frozen.attention.heads(values, rows).sum(0)
-            now = now + (written if frozen.ln1_post is None else frozen.ln1_post(written, rows))
+            heads = self.let_through(f"{block}attn.hook_z", frozen.attention.read(values, rows), rows)
+            written = frozen.attention.out_of_heads(heads)
+            written = written if frozen.ln1_post is None else frozen.ln1_post(written, rows)
+            now = now + self.let_through(f"{block}hook_attn_out", written, rows)
+            now = self.let_through(f"{block}hook_resid_mid", now, rows)
             if index in self.skips and index < until:
-                now = now + frozen.ln2(now, rows) @ self.skips[index].T
-            now = now * frozen.scale
+                written = frozen.ln2(now, rows) @ self.skips[index].T
+                now = now + self.let_through(f"{block}hook_mlp_out", written, rows)
+            now = self.let_through(f"{block}hook_resid_post", now * frozen.scale, rows)
 
     def _through_attention(
         self,
@@ -292,7 +299,7 @@ class FrozenModel:
                 values = values + attention.W_V @ frozen.ln1.bias
             # A pattern's rows sum to 1: a constant value comes out of every query as it went in.
             heads = values.repeat_interleave(attention.group, 0).flatten().expand(self.n_tokens, -1)
-            written = attention.out_of_heads(self._edited(f"blocks.{index}.attn.hook_z", heads, rows))
+            written = attention.out_of_heads(self.let_through(f"blocks.{index}.attn.hook_z", heads, rows))
             if attention.output_bias is not None:
                 written = written + attention.output_bias
             if frozen.ln1_post is not None:

@@ -60,18 +60,22 @@ class FrozenAttention:
             self._pattern = made
         return made
 
+    def read(self, normed: Float[Tensor, "*batch seq d_model"], rows: slice) -> Float[Tensor, "*batch n width"]:
+        """What each head reads at some positions, side by side, without biases: W_O's input."""
+        found = []
+        for head in range(len(self.query)):
+            values = normed[..., : rows.stop, :] @ self.W_V[head // self.group].T
+            if self.value_denominator is not None:
+                values = values / self.value_denominator[head // self.group, : rows.stop, None]
+            found.append(self.pattern(rows)[head].to(values.dtype) @ values)
+        return torch.cat(found, dim=-1)
+
     def heads(
         self, normed: Float[Tensor, "*batch seq d_model"], rows: slice
     ) -> Float[Tensor, "n_heads *batch n d_model"]:
         """What each head writes at some positions (before a norm behind attention), without biases."""
-        found = []
-        for head, W_O in enumerate(self.W_O):
-            values = normed[..., : rows.stop, :] @ self.W_V[head // self.group].T
-            if self.value_denominator is not None:
-                values = values / self.value_denominator[head // self.group, : rows.stop, None]
-            pattern = self.pattern(rows)[head].to(values.dtype)
-            found.append(pattern @ values @ W_O.T)
-        return torch.stack(found)
+        each = self.read(normed, rows).unflatten(-1, (len(self.query), -1)).movedim(-2, 0)
+        return torch.stack([heads @ W_O.T for heads, W_O in zip(each, self.W_O, strict=True)])
 
     def out_of_heads(self, heads: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch n d_model"]:
         """What W_O makes of what the heads read, side by side, without its bias."""

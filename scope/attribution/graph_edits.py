@@ -21,13 +21,13 @@ from torch import Tensor
 
 from scope.attribution.dictionaries import MlpDictionaries
 from scope.errors import InvalidInputError
-from scope.interventions.edit import Edit
+from scope.interventions.edit import Edit, combine
 from scope.interventions.resolving import Maxima, Plan, SaesByName, plans_of, sources_of
 from scope.interventions.spec import InterventionSpec
 from scope.interventions.words import intervention_words
 from scope.models.attention import attention_of_the_plain_run
 from scope.models.dictionaries import hook_of
-from scope.models.edits import EditContext, apply_edits
+from scope.models.edits import EditContext, Edits, apply_edits
 from scope.models.hooks import HookPoint
 from scope.models.taps import Handler
 
@@ -62,6 +62,11 @@ class GraphEdits:
     spec: InterventionSpec
     """With firing strengths in the place of multiples of a maximum."""
     changes: tuple[Change, ...]
+
+    def for_run(self) -> Edits:
+        """As `model.run` takes them."""
+        edits = [edit for change in self.changes for edit in change.edits]
+        return combine(*edits, freeze_attention=self.spec.freeze_attention)
 
     def own(self, layer: int) -> list[Change]:
         """Those on features of the graph's transcoder of a layer."""

@@ -9,9 +9,10 @@ __all__ = ["intervention_words", "spec_words"]
 
 
 def intervention_words(one: "Intervention") -> str:
-    """An intervention in a line."""
+    """An intervention in a line; of an SAE that is named by a path its last part."""
     if one.features:
         whose = f"{'features' if len(one.features) > 1 else 'feature'} {', '.join(map(str, one.features))}"
+        whose += f" of {one.sae.rstrip('/').rpartition('/')[2]}" if "/" in one.sae else ""
     elif one.heads:
         whose = f"{'heads' if len(one.heads) > 1 else 'head'} {', '.join(map(str, one.heads))} of layer {one.layer}"
     elif one.experts:
