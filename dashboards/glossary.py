@@ -426,8 +426,9 @@ GLOSSARY: dict[str, Definition] = {
     "circuit_graph": Definition(
         "a circuit graph",
         "Nodes are what wrote into the residual stream on a prompt: token embeddings, features of transcoders, what "
-        "these miss (errors); and the logits of likely next tokens. An edge is what its target would lose without its "
-        "source, exactly so in a copy of the model whose attention patterns and norm denominators are frozen.",
+        "these miss (errors), what interventions put there; and the logits of likely next tokens. An edge is what its "
+        "target would lose without its source, exactly so in a copy of the model whose attention patterns and norm "
+        "denominators are frozen.",
         "edge s → t = a_s d_s · g_t",
     ),
     "replacement": Definition(

@@ -21,7 +21,7 @@ from test_attribution_graph import transcoders
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
 from dashboards.components.circuit_attention import pairs
-from dashboards.components.circuit_view import make_form
+from dashboards.components.circuit_view import graph_view, make_form
 from dashboards.components.circuit_writes import writes
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
@@ -36,6 +36,7 @@ from scope.cli import app
 from scope.errors import IntegrityError, InvalidInputError, OutOfRangeError, UnknownNameError
 from scope.features.labels import FeatureLabels
 from scope.figures import verification_scatter
+from scope.interventions import Intervention, InterventionSpec
 from scope.saes.formats import save
 from scope.workspace import Workspace
 
@@ -316,6 +317,44 @@ def test_a_graph_is_made_verified_and_its_edges_split(dictionary_folder: Path, t
     assert len(why.attention) == query + 1
     assert sum(why.attention) == pytest.approx(1, abs=1e-4)
     assert why.kinds["relative"].sum() == pytest.approx(why.relative, rel=1e-3, abs=1e-4)
+
+
+def test_a_graph_is_made_under_named_interventions_and_tested_under_them(
+    dictionary_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dictionary_folder, tmp_path / "w")
+    context = Context(Workspace(tmp_path / "w"))
+    jobs, known = circuit_jobs(context), Circuits(context)
+    chosen = tuple(one.entry.id for one in dictionaries(context))
+    edits = (
+        Intervention(kind="scale", component="attention", layer=1, value=0.5),
+        Intervention(kind="set", component="mlp", layer=0, value=8.0, positions=(6,)),
+        Intervention(kind="set", sae=chosen[2], features=(5,), value=2.0),
+    )
+    context.workspace.save_intervention(InterventionSpec(name="halved", interventions=edits))
+    asked = MakeRequest("The cat sat on the mat", chosen, (), 64, "halved")
+    id = ended(context, jobs.submit_make(asked)).result
+    graph = known.graph(id)
+    assert graph.spec is not None
+    assert [one.kind for one in graph.spec.interventions] == ["scale", "set", "set"]
+    assert Path(graph.spec.interventions[2].sae).name == "mlp-2"
+    assert "intervention" in set(graph.nodes["kind"])
+    words = str(graph_view(known.entry(id), graph, Thresholds(1.0, 1.0), None))
+    assert "halved: Scale the attention of layer 1 by 0.5. Set the mlp of layer 0 to 8.0, at 1 position 6." in words
+    exported = known.export(id, Thresholds(1.0, 1.0), (), ())
+    assert exported["metadata"]["scope"]["interventions"] == graph.spec.to_dict()
+    ended(context, jobs.submit_verify(id))
+    assert known.verdicts(id) is not None
+    ids = node_ids(graph)
+    edge = int(np.argmax(np.abs(graph.weight) * (graph.nodes["kind"].to_numpy()[graph.source] == "feature")))
+    ends = ids[graph.source[edge]], ids[graph.target[edge]]
+    table = ended(context, jobs.submit_heads(id, *ends)).result
+    assert table["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=1e-3)
+    ended(context, jobs.submit_test(id, ends[0]))
+    with pytest.raises(InvalidInputError, match="without them"):
+        jobs.submit_pairs(id, HeadPlace(1, 0, 2, 1))
+    with pytest.raises(UnknownNameError, match="halfed"):
+        jobs.submit_make(asked._replace(interventions="halfed"))
 
 
 def test_a_graph_of_a_cross_layer_transcoder_is_made_and_explained(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@
     if (item.text) return shape("rect", { x: item.x - item.width / 2, y: item.y - 7.5, width: item.width, height: 15, rx: item.kind === "group" ? 7.5 : 3 }, parent);
     if (item.kind === "feature") return shape("circle", { cx: item.x, cy: item.y, r }, parent);
     if (item.kind === "error") return shape("path", { d: "M" + item.x + " " + (item.y - r) + "l" + r + " " + r + "l" + -r + " " + r + "l" + -r + " " + -r + "z" }, parent);
+    if (item.kind === "intervention") return shape("path", { d: "M" + item.x + " " + (item.y - r) + "l" + r + " " + 2 * r + "h" + -2 * r + "z" }, parent);
     return shape("rect", { x: item.x - r, y: item.y - r, width: 2 * r, height: 2 * r, rx: 1 }, parent);
   }
 

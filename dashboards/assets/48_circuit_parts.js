@@ -104,6 +104,8 @@
       sample("dot feature", "feature (larger: more influence)");
       sample("dot error", "error");
       sample("dot embedding", "embedding");
+      this.edited = sample("dot intervention", "what an intervention puts there");
+      this.edited.hidden = true;
       this.verdicts = sample("line fails", "does not hold in the model");
       const label = el("label", "");
       const check = el("input");
@@ -211,7 +213,7 @@
     ask(one) {
       const cell = el("td");
       const [source, target] = [this.picture.items[one.source], this.picture.items[one.target]];
-      if (source.kind === "group" || target.kind === "group") return cell;
+      if ([source.kind, target.kind].some((kind) => kind === "group" || kind === "intervention")) return cell;
       cell.append(this.headsOf(source.key + ":" + target.key, "Which attention heads carry this edge", "Heads of " + this.title(source) + " to " + this.title(target)));
       return cell;
     }

@@ -19,7 +19,7 @@ with d the feature's decoder row and factor 0 where it is ablated, set or patche
 itself, as what came out minus K times what went in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +45,7 @@ class LinearEdit:
     """Of the intervention in its set."""
     hook: str
     words: str
-    """The intervention in a line."""
+    """The intervention in a line, without its positions."""
     keep: Float[Tensor, "seq #d"]
     on: Float[Tensor, " seq"]
     """1 where the intervention counts, else 0."""
@@ -120,7 +120,7 @@ def linear_edit(
     found = LinearEdit(
         number,
         edit.hook,
-        intervention_words(one),
+        intervention_words(replace(one, positions=None)),
         1 + on[:, None] * (keep - 1),
         on,
         read,
@@ -130,7 +130,7 @@ def linear_edit(
     if not (one.kind in ("add", "set", "patch") or (one.features and one.kind != "project_out")):
         return found  # nothing is put there: what differs is rounding
     constant = y - found.forward(x, slice(0, len(x)))
-    return LinearEdit(**{**vars(found), "constant": constant})
+    return replace(found, constant=constant)
 
 
 def _factor(plan: "Plan") -> float:

@@ -16,6 +16,7 @@ from test_dashboards_circuits import dictionary_folder
 from dashboards.circuits import Circuits
 from dashboards.context import Context
 from scope.attribution.graph_json import load_graph, save_graph
+from scope.interventions import Intervention, InterventionSpec
 from scope.workspace import Workspace
 
 __all__ = ["dictionary_folder", "one_thread"]
@@ -244,4 +245,27 @@ def test_a_graph_is_made_verified_and_split_on_the_page(
     page.wait_for_selector("#circuit-heads-result tbody tr")
     assert query(page)["edge"] == edge
     page.wait_for_selector(".circuit-verified .circuit-agreement")
+    opened.check()
+
+
+def test_a_graph_is_made_under_interventions_that_the_workspace_keeps(
+    visit: Callable, serve: Callable, dictionary_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dictionary_folder, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    one = Intervention(kind="set", component="mlp", layer=0, value=8.0, positions=(6,))
+    workspace.save_intervention(InterventionSpec(name="an MLP held", interventions=(one,)))
+    opened = visit(server=serve(workspace))
+    page = opened.open("/circuit", "#circuit-prompt")
+    page.fill("#circuit-prompt", "The cat sat on the mat")
+    page.click("#circuit-interventions")
+    page.get_by_role("option", name="an MLP held").click()
+    assert serious(page) == []
+    page.click("#circuit-make-run")
+    page.wait_for_selector(SVG)
+    header = page.text_content(".circuit-page")
+    assert "Under interventions: an MLP held: Set the mlp of layer 0 to 8.0, at 1 position 6." in header
+    assert page.is_visible(".circuit-sample .intervention")
+    mark = page.locator(".node.kind-intervention").first
+    assert mark.get_attribute("aria-label").startswith("Set the mlp of layer 0 to 8.0, at “")
     opened.check()
