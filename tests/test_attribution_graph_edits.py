@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers_models import one_thread, tiny_folder, tiny_model
 from helpers_saes import make
+from test_attribution_dense import cross_layer
 from test_attribution_graph import ALL, prompt_of, transcoders
 from test_cli import scope
 
@@ -347,6 +348,48 @@ def test_heads_add_up_to_edges_and_nodes(case):
     for node in [*expanded.sample(3, random_state=2)["node"], int(expanded["node"].iloc[-1])]:
         found = node_heads(graph, model, made, node, saes=saes)
         assert found["weight"].sum() == pytest.approx(graph.nodes["value"][node], rel=3e-3, abs=3e-4)
+
+
+def dictionaries_of(model, arch):
+    return [cross_layer(model, "jumprelu")] if arch == "clt" else transcoders(model, arch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [("gpt2", "transcoder"), ("gemma4", "transcoder"), ("llama", "skip_transcoder"), ("gemma3", "clt")],
+)
+def test_biases_shared_values_tables_and_linear_parts_are_under_interventions_too(kind, arch):
+    model = tiny_model(kind)
+    made, prompt = dictionaries_of(model, arch), prompt_of(model)
+    half = [1.0] * (model.d_model // 2) + [-1.0] * (model.d_model - model.d_model // 2)
+    edits = [
+        {"kind": "scale", "component": "mlp", "layer": 1, "value": 0.5},
+        {"kind": "scale", "layer": 0, "heads": [1], "value": 2.0},
+        {"kind": "set", "layer": 1, "heads": [0], "value": 0.3, "positions": [2, 3]},
+        {"kind": "add", "hook": "blocks.1.hook_resid_mid", "direction": half, "value": 0.4},
+        {"kind": "scale", "component": "attention", "layer": 1, "value": 1.5},
+        {"kind": "project_out", "component": "residual", "layer": 1, "direction": half},
+        {"kind": "scale", "hook": "blocks.2.hook_resid_pre", "value": 1.2},
+    ]
+    spec = InterventionSpec.from_dict(edits)
+    graph = build_graph(model, prompt, made, ALL, spec=spec)
+    expanded = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
+    gap = np.abs(sums_of(graph)[expanded["node"]] + expanded["bias"] - expanded["value"])
+    assert (gap < 1e-4 * expanded["total_in"] + 1e-3).all()
+    logits = graph.nodes[graph.nodes["kind"] == "logit"]
+    whole = model.run(prompt, edits=spec.resolve(model)).logits[-1].detach()
+    if model.layout.final_logit_softcapping is None:
+        centred = (whole[logits["feature"].tolist()] - whole.mean()).numpy()
+        np.testing.assert_allclose(logits["value"], centred, rtol=1e-3, atol=1e-4)
+    edges = np.argsort(-np.abs(graph.weight), kind="stable")
+    for edge in edges[(graph.nodes["kind"].to_numpy()[graph.source] != "intervention")[edges]][:6]:
+        found = edge_heads(graph, model, made, int(graph.source[edge]), int(graph.target[edge]))
+        assert found["weight"].sum() == pytest.approx(float(graph.weight[edge]), rel=2e-3, abs=1e-4)
+    for row in [*expanded.sample(3, random_state=3).itertuples(), *logits.head(1).itertuples()]:
+        found = node_heads(graph, model, made, row.node)["weight"].sum()
+        if kind != "gpt2":  # where what the norm's bias adds is no head's
+            assert found == pytest.approx(row.value, rel=3e-3, abs=1e-3)
+    assert verify(prune(graph, 0.5, 0.9), model, made, max_features=2).model.n > 0
 
 
 @pytest.mark.parametrize("name", ["scale an MLP", "features of an SAE", "attention held"])
