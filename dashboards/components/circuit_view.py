@@ -61,7 +61,7 @@ def graph_table(entries: "Sequence[Entry]", verified: set[str]) -> html.Div:
         html.Tr(
             [
                 html.Td(html.Strong(html.A(html.Bdi(entry.name), href=circuit_link(entry.id)))),
-                html.Td(html.Bdi(entry.manifest["prompt"])),
+                html.Td(_what_is_explained(entry)),
                 html.Td(entry.manifest["model"] or "–"),
                 html.Td(count(entry.manifest["features"]), className="number"),
                 html.Td(count(entry.manifest["edges"]), className="number"),
@@ -74,6 +74,13 @@ def graph_table(entries: "Sequence[Entry]", verified: set[str]) -> html.Div:
     head = html.Thead(html.Tr([html.Th(name, className="number" if name in names[3:5] else None) for name in names]))
     table = html.Table([head, html.Tbody(rows)], className="table")
     return html.Div(table, className="scroll", tabIndex=0, role="region", **{"aria-label": "Circuit graphs"})
+
+
+def _what_is_explained(entry: "Entry") -> list[Any]:
+    """The prompt of a graph, and the interventions that it is under."""
+    under = entry.manifest["interventions"]
+    prompt = html.Bdi(entry.manifest["prompt"])
+    return [prompt, html.Div(["Under ", html.Bdi(under)], className="muted small")] if under else [prompt]
 
 
 def make_form(known: Sequence[Dictionary], workspace: str, kept: Sequence[str] = ()) -> html.Section:

@@ -241,6 +241,11 @@ def _checked(plan: Plan, model: Any, dictionaries: MlpDictionaries) -> int | Non
             f"“{words}” cannot be in force in a graph: what experts do is inside of an MLP, which a graph takes as its "
             "transcoder and an error. Edit what the layer's MLP writes (component mlp), or features."
         )
+    if one.during == "generated":
+        raise InvalidInputError(
+            f"“{words}” is in force on new text alone; a graph is of its prompt, and nothing is written. Leave during "
+            "out."
+        )
     if one.features and not one.error_term:
         raise InvalidInputError(
             f"“{words}” with error_term false cannot be in force in a graph: what the SAE misses has to stay. Leave "

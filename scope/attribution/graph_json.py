@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from activations.manifest import write_atomically
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, ScopeError
 from scope.interventions.spec import InterventionSpec
 from scope.interventions.words import spec_words
 
@@ -246,7 +246,10 @@ def load_graph(path: str | Path) -> "CircuitGraph":
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidInputError(f"{path} is no circuit graph in circuit-tracer's JSON: {what}.") from error
     own = metadata.get(SCOPE, {})
-    spec = None if own.get("interventions") is None else InterventionSpec.from_dict(own["interventions"])
+    try:
+        spec = None if own.get("interventions") is None else InterventionSpec.from_dict(own["interventions"])
+    except ScopeError as error:
+        raise InvalidInputError(f"The interventions of {path} cannot be read: {error}") from error
     layers = [node["layer"] for node in parsed if node["kind"] in ("feature", "error")]
     n_layers = int(own.get("n_layers", max(layers, default=-1) + 1))
     for node in parsed:

@@ -115,7 +115,7 @@ class GraphRuns:
     def mlps(self, read: Prompt) -> HeldMlps:
         """What every MLP writes on the prompt."""
         written = {layer: frozen.mlp_out for layer, frozen in enumerate(read.frozen.layers)}
-        return HeldMlps(written, {layer: read.reads[layer] for layer in self.skips})
+        return HeldMlps(written, read.reads)
 
     def measure(
         self, writes: Sequence[Write], attention: AbstractContextManager[None], held: HeldMlps | None = None

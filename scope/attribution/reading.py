@@ -55,7 +55,7 @@ class Prompt:
     logit_values: Float[Tensor, " n"]
     mean_unembedding: Float[Tensor, " d_model"]
     reads: Mapping[int, Float[Tensor, "seq d_model"]]
-    """What the MLPs of layers with a dictionary read."""
+    """What the MLPs of layers with a linear part (`frozen.skips`) read."""
     constants: tuple["Constant", ...] = ()
     """What interventions put there, in the order in which the model comes by."""
 
@@ -165,7 +165,7 @@ def read(
         probabilities,
         values,
         mean,
-        reads,
+        {layer: reads[layer] for layer in skips},
         constants,
     )
 

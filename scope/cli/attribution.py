@@ -158,7 +158,8 @@ def register(app: typer.Typer) -> None:
         ] = None,
         spec: Annotated[str | None, typer.Option(help=f"Explain the model under interventions: {SPEC_HELP}")] = None,
         sae: Annotated[
-            str | None, typer.Option(help=f"The SAE of the interventions' features, where they name none. {SAE_HELP}")
+            str | None,
+            typer.Option(help=f"The SAE of the interventions' features, in place of those they name. {SAE_HELP}"),
         ] = None,
         index: Annotated[
             Path | None, typer.Option(help="An index of that SAE, for values in multiples of a feature's maximum.")
