@@ -201,9 +201,11 @@ def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model
     feature = torch.tensor([int(target["feature"])])
     column = read.dictionaries.encoder(layer, feature).to(model.device)
     gradient: Tensor = read.frozen.at_mlp_input(layer, column, at)[0]
+    if layer not in read.factors:
+        return gradient
     firing = read.firing[layer]
     here = (firing.position == at) & (firing.feature == feature.to(at.device))
-    return gradient * firing.factor[here].sum()
+    return gradient * read.factors[layer][here].sum()
 
 
 class _Way(NamedTuple):

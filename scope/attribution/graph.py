@@ -45,6 +45,7 @@ from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.firing_effects import effects, pieces_of
 from scope.attribution.frozen import tensor_cores
 from scope.attribution.graph_edits import graph_edits
+from scope.attribution.graph_nodes import given_nodes
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
 from scope.attribution.memory import graph_needs, require_graph_fits
@@ -179,15 +180,14 @@ class _Expansion:
         self.totals: list[float] = []
         self.biases: list[float] = []
         self.values: list[float] = []
-        layers, places, ids, values, factors = [], [], [], [], []
+        layers, places, ids, values = [], [], [], []
         for layer, firing in read.firing.items():
-            factors.append(firing.factor)
             layers.append(torch.full_like(firing.feature, layer))
             places.append(firing.position)
             ids.append(firing.feature)
             values.append(firing.activation)
         self.layer, self.position, self.feature = (torch.cat(part) for part in (layers, places, ids))
-        self.activation, self.factor = torch.cat(values), torch.cat(factors)
+        self.activation = torch.cat(values)
         self.biased = {layer for layer, bias in enumerate(read.attention_biases) if bool(bias.any())}
         """Layers whose attention, or the norm before it, has biases."""
         self.pieces = {layer: pieces_of(firing, read.frozen.n_tokens) for layer, firing in read.firing.items()}
@@ -257,20 +257,28 @@ class _Expansion:
         for layer in layers.unique().tolist():
             here = layers == layer
             gradients[here] = read.frozen.at_mlp_input(layer, columns[here], places[here])
-        factors = self.factor[chosen]
+        factors = self._factors(chosen)
         gradients *= factors[:, None]
-        values = self._pre_activations(chosen)
+        values = self._pre_activations(chosen, factors)
         # Nothing comes into what is held: all of its value is given.
         biases = torch.where(factors == 0, values, factors * offsets)
         self._expand((read.n_fixed + chosen).tolist(), layers, places, gradients, values.tolist(), biases.tolist())
 
-    def _pre_activations(self, chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def _factors(self, chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """How far the value of each feature follows what it reads: 1 where no intervention changes it."""
+        found = torch.ones(len(chosen), device=chosen.device)
+        for layer, factors in self.read.factors.items():
+            here = self.layer[chosen] == layer
+            found[here] = factors[chosen[here] + self.read.n_fixed - self.read.first_feature[layer]]
+        return found
+
+    def _pre_activations(self, chosen: Int[Tensor, " n"], factors: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """What each feature's value is without its own bias: activation minus b_enc, for what fires."""
         values = self.activation[chosen].clone()
         for layer in self.layer[chosen].unique().tolist():
             here = self.layer[chosen] == layer
             bias = self.read.dictionaries.b_enc(layer, self.feature[chosen][here]).to(values.device)
-            values[here] -= self.factor[chosen][here] * bias
+            values[here] -= factors[here] * bias
         return values
 
     def _expand(
@@ -368,48 +376,25 @@ class _Expansion:
         place = {number: row for row, number in enumerate(self.targets)}
         texts = [token.text for token in model.token_strings(read.frozen.tokens)]
         chosen = torch.tensor([number - read.n_fixed for number in expanded], dtype=torch.int64)
-        tables = [layer.per_layer.table for layer in read.frozen.layers if layer.per_layer is not None]
-        fixed = [read.frozen.embedding, *(read.errors[layer] for layer in range(n_layers)), *tables]
-        fixed += [one.edit.constant[one.positions] for one in read.constants]
-        norms = torch.cat([written.norm(dim=-1) for written in fixed]).cpu()
-        edited = [(one.edit, place) for one in read.constants for place in one.positions.tolist()]
         picked = chosen.to(self.layer.device)
-        nodes = pd.DataFrame(
+        positions = self.position[picked].tolist()
+        found = pd.DataFrame(
             {
-                "node": range(len(kept)),
-                "kind": ["embedding"] * seq
-                + ["error"] * (seq * n_layers)
-                + ["table"] * (seq * len(tables))
-                + ["intervention"] * len(edited)
-                + ["feature"] * len(expanded)
-                + ["logit"] * len(logits),
-                "layer": [-1] * seq
-                + [layer for layer in range(n_layers) for _ in range(seq)]
-                + [layer for layer in range(len(tables)) for _ in range(seq)]
-                + [edit.layer for edit, _ in edited]
-                + self.layer[picked].tolist()
-                + [n_layers] * len(logits),
-                "position": list(range(seq)) * (1 + n_layers + len(tables))
-                + [position for _, position in edited]
-                + self.position[picked].tolist()
-                + [seq - 1] * len(logits),
-                "feature": [-1] * (read.n_fixed - len(edited))
-                + [edit.number for edit, _ in edited]
-                + self.feature[picked].tolist()
-                + read.logit_ids.tolist(),
-                "activation": norms.tolist() + self.activation[picked].tolist() + read.logit_values.tolist(),
-                "label": texts * (1 + n_layers + len(tables))
-                + [edit.words for edit, _ in edited]
-                + [texts[position] for position in self.position[picked].tolist()]
-                + model.vocabulary_strings(read.logit_ids.tolist()),
-                "probability": [None] * (read.n_fixed + len(expanded)) + read.logit_probabilities.tolist(),
-                "influence": influence.tolist(),
-                **{
-                    name: [float("nan")] * read.n_fixed + [column[place[number]] for number in [*expanded, *logits]]
-                    for name, column in (("total_in", self.totals), ("bias", self.biases), ("value", self.values))
-                },
+                "kind": ["feature"] * len(expanded) + ["logit"] * len(logits),
+                "layer": self.layer[picked].tolist() + [n_layers] * len(logits),
+                "position": positions + [seq - 1] * len(logits),
+                "feature": self.feature[picked].tolist() + read.logit_ids.tolist(),
+                "activation": self.activation[picked].tolist() + read.logit_values.tolist(),
+                "label": [texts[place] for place in positions] + model.vocabulary_strings(read.logit_ids.tolist()),
             }
         )
+        nodes = pd.concat([given_nodes(read, texts), found], ignore_index=True)
+        nodes.insert(0, "node", range(len(kept)))
+        nodes["probability"] = [None] * (read.n_fixed + len(expanded)) + read.logit_probabilities.tolist()
+        nodes["influence"] = influence.tolist()
+        for name, column in (("total_in", self.totals), ("bias", self.biases), ("value", self.values)):
+            own = [column[place[number]] for number in [*expanded, *logits]]
+            nodes[name] = [float("nan")] * read.n_fixed + own
         return CircuitGraph(
             prompt,
             tuple(texts),

@@ -31,9 +31,6 @@ class Firing(NamedTuple):
     position: Int[Tensor, " n"]
     feature: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
-    factor: Float[Tensor, " n"]
-    """How far the activation follows what the feature reads: 1; under an intervention what scales it, 0 where it is
-    held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +53,9 @@ class Prompt:
     mean_unembedding: Float[Tensor, " d_model"]
     reads: Mapping[int, Float[Tensor, "seq d_model"]]
     """What the MLPs of layers with a linear part (`frozen.skips`) read."""
+    factors: Mapping[int, Float[Tensor, " firing"]]
+    """Per layer whose features interventions change how far each firing feature's activation follows what it reads: 1,
+    or what scales it, or 0 where it is held."""
     constants: tuple["Constant", ...] = ()
     """What interventions put there, in the order in which the model comes by."""
 
@@ -119,7 +119,7 @@ def read(
     context = EditContext("", tokens[None], model.bos_mask(tokens[None]))
     reads = {layer: seen[hook] for layer, hook in hooks.items()}
     errors = {layer: frozen_layer.mlp_out for layer, frozen_layer in enumerate(frozen.layers)}
-    firing, skips, mlp_biases = {}, {}, {}
+    firing, skips, mlp_biases, factors = {}, {}, {}, {}
     for layer in dictionaries.layers:
         mlp_biases[layer] = dictionaries.b_dec(layer).to(tokens.device)
         errors[layer] = errors[layer] - mlp_biases[layer]
@@ -141,10 +141,9 @@ def read(
         for written in dictionaries.written_from(layer):
             errors[written] = errors[written] - dictionaries.decode(layer, features, written)
         position, feature = features.nonzero(as_tuple=True)
-        factor = torch.ones(len(feature), device=feature.device)
-        if edits is not None:
-            factor = edits.factors(layer, position, feature, context)
-        firing[layer] = Firing(position, feature, features[position, feature], factor)
+        firing[layer] = Firing(position, feature, features[position, feature])
+        if edits is not None and edits.own(layer):
+            factors[layer] = edits.factors(layer, position, feature, context)
     constants = _constants(frozen)
     first, number = {}, _n_fixed(frozen) + sum(len(one.positions) for one in constants)
     for layer, there in firing.items():
@@ -166,6 +165,7 @@ def read(
         values,
         mean,
         {layer: reads[layer] for layer in skips},
+        factors,
         constants,
     )
 

@@ -33,6 +33,7 @@ class SaeFinder:
         workspace: where names that are no paths are looked up.
         allow_download: whether an SAE may be fetched.
         known: SAEs that are loaded, by their paths.
+        device: where SAEs are put; None for where they are loaded.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class SaeFinder:
         workspace: Path,
         allow_download: bool,
         known: Mapping[str, Any] | None = None,
+        device: Any = None,
     ) -> None:
         self.given, self.workspace, self.allow_download = given, workspace, allow_download
+        self.device = device
         self._loaded = {str(Path(path).resolve()): sae for path, sae in (known or {}).items()}
 
     def address(self, name: str) -> str:
@@ -64,7 +67,8 @@ class SaeFinder:
         address = self.address(name)
         key = str(Path(address).resolve()) if Path(address).exists() else address
         if key not in self._loaded:
-            self._loaded[key] = load(address, allow_download=self.allow_download)
+            loaded = load(address, allow_download=self.allow_download)
+            self._loaded[key] = loaded if self.device is None else loaded.to(self.device)
         return self._loaded[key]
 
 

@@ -188,7 +188,7 @@ def register(app: typer.Typer) -> None:
         paths = transcoder_paths(transcoders)
         wanted = None if spec is None else declared(spec, workspace)
         opened, saes = opened_with(model, paths, device, allow_download, embeddings)
-        finder = SaeFinder(sae, workspace, allow_download, dict(zip(paths, saes, strict=True)))
+        finder = SaeFinder(sae, workspace, allow_download, dict(zip(paths, saes, strict=True)), opened.device)
         wanted = None if wanted is None else with_addresses(wanted, finder)
         with progress_bar("Expanding features") as progress:
             whole = build_graph(
@@ -352,7 +352,7 @@ def _spec_of(graph: "CircuitGraph") -> dict[str, Any]:
 
 def _finder(given: str | None, paths: list[str], saes: list[Any], allow_download: bool) -> SaeFinder:
     """Finds the SAEs of the interventions of a graph, its transcoders among them."""
-    return SaeFinder(given, Path("workspace"), allow_download, dict(zip(paths, saes, strict=True)))
+    return SaeFinder(given, Path("workspace"), allow_download, dict(zip(paths, saes, strict=True)), saes[0].device)
 
 
 def _components(

@@ -51,7 +51,8 @@ def register(graphs: typer.Typer) -> None:
         language_model, saes = opened(model or read.model_name, paths, device, allow_download, embeddings)
         features = read.nodes[read.nodes["kind"] == "feature"]
         chosen = features.sort_values("influence", ascending=False, kind="stable").head(top)
-        finder = SaeFinder(sae, Path("workspace"), allow_download, dict(zip(paths, saes, strict=True)))
+        known = dict(zip(paths, saes, strict=True))
+        finder = SaeFinder(sae, Path("workspace"), allow_download, known, language_model.device)
         table = layer_writes(read, language_model, saes, chosen.index.tolist(), logit, saes=finder)
         label = str(read.nodes["label"].iloc[logit])
         found = [
