@@ -80,7 +80,7 @@ def _what_is_explained(entry: "Entry") -> list[Any]:
     """The prompt of a graph, and the interventions that it is under."""
     under = entry.manifest["interventions"]
     prompt = html.Bdi(entry.manifest["prompt"])
-    return [prompt, html.Div(["Under ", html.Bdi(under)], className="muted small")] if under else [prompt]
+    return [prompt, html.Div(["Under ", html.Bdi(under)], className="muted small circuit-under")] if under else [prompt]
 
 
 def make_form(known: Sequence[Dictionary], workspace: str, kept: Sequence[str] = ()) -> html.Section:
