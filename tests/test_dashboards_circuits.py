@@ -340,7 +340,7 @@ def test_a_graph_is_made_under_named_interventions_and_tested_under_them(
     assert Path(graph.spec.interventions[2].sae).name == "mlp-2"
     assert "intervention" in set(graph.nodes["kind"])
     words = str(graph_view(known.entry(id), graph, Thresholds(1.0, 1.0), None))
-    assert "halved: Scale the attention of layer 1 by 0.5. Set the mlp of layer 0 to 8.0, at 1 position 6." in words
+    assert "halved: Scale the attention of layer 1 by 0.5. Set the mlp of layer 0 to 8.0, at position 6." in words
     exported = known.export(id, Thresholds(1.0, 1.0), (), ())
     assert exported["metadata"]["scope"]["interventions"] == graph.spec.to_dict()
     ended(context, jobs.submit_verify(id))

@@ -106,7 +106,7 @@ def test_interventions_on_experts_are_told_in_words() -> None:
     for one, words in (
         (
             Intervention(kind="forbid", experts=(17,), **at),
-            "Send no token to expert 17 of layer 3, at 2 positions 2, 5.",
+            "Send no token to expert 17 of layer 3, at positions 2, 5.",
         ),
         (Intervention(kind="force", layer=3, experts=(1, 2)), "Send every token to experts 1, 2 of layer 3."),
         (

@@ -232,7 +232,8 @@ def test_another_model_or_sae_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     ablate = Intervention(kind="ablate", features=(3,))
     with pytest.raises(MismatchError, match="gpt-9"):
         InterventionSpec(interventions=(ablate,), model="gpt-9").resolve(model, sae_of(model))
-    InterventionSpec(interventions=(ablate,), model=model.name).resolve(model, sae_of(model))
+    for name in (model.name, model.files.load_name):
+        InterventionSpec(interventions=(ablate,), model=name).resolve(model, sae_of(model))
     with pytest.raises(MismatchError, match="width of 12"):
         spec(kind="ablate", features=(3,)).resolve(model, make("topk", metadata=SAEMetadata(hook_name=HOOK)))
     with pytest.raises(MismatchError, match="abcdef012345"):

@@ -69,7 +69,7 @@ def resolve(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima:
 
 def plans_of(spec: InterventionSpec, model: Any, saes: SaesByName = None, maxima: Maxima = None) -> list["Plan"]:
     """A set of interventions, each checked against a model: arguments and errors as for `resolve`."""
-    if spec.model and spec.model != model.name:
+    if spec.model not in ("", model.name, model.files.load_name):
         raise MismatchError(f"These interventions are for the model {spec.model}; this is {model.name}.")
     plans = [Plan(one, model, saes, maxima) for one in spec.interventions]
     _require_experts_left(model, spec)

@@ -181,7 +181,7 @@ class InterventionSpec:
     name: str = ""
     """What people call it."""
     model: str = ""
-    """The name of the model that it is for; "" for any that has the hooks."""
+    """The model that it is for, by its name or as it is loaded; "" for any that has the hooks."""
     freeze_attention: bool = False
     """Let the model attend where it attends without the interventions; values are live."""
 

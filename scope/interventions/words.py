@@ -36,7 +36,7 @@ def intervention_words(one: "Intervention") -> str:
         "swap": f"Swap {whose}",
     }[one.kind]
     n = len(one.positions or ())
-    where = f", at {n:,} position{'' if n == 1 else 's'} {', '.join(map(str, one.positions or ()))}" if n else ""
+    where = f", at position{'' if n == 1 else 's'} {', '.join(map(str, one.positions or ()))}" if n else ""
     when = {"all": "", "prompt": ", on the prompt", "generated": ", on the new text"}[one.during]
     return f"{verb}{where}{when}."
 

@@ -264,7 +264,7 @@ def test_a_graph_is_made_under_interventions_that_the_workspace_keeps(
     page.click("#circuit-make-run")
     page.wait_for_selector(SVG)
     header = page.text_content(".circuit-page")
-    assert "Under interventions: an MLP held: Set the mlp of layer 0 to 8.0, at 1 position 6." in header
+    assert "Under interventions: an MLP held: Set the mlp of layer 0 to 8.0, at position 6." in header
     assert page.is_visible(".circuit-sample .intervention")
     mark = page.locator(".node.kind-intervention").first
     assert mark.get_attribute("aria-label").startswith("Set the mlp of layer 0 to 8.0, at “")
