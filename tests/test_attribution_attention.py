@@ -156,7 +156,7 @@ def test_bad_input(case):
         qk_pairs(model, prompt, made, 0, 99, 5, 2)
     with pytest.raises(OutOfRangeError, match="no node"):
         edge_heads(graph, model, made, 0, 10**6)
-    with pytest.raises(InvalidInputError, match="No edge goes"):
+    with pytest.raises(InvalidInputError, match="from a node of kind embedding to one of kind embedding"):
         edge_heads(graph, model, made, 0, 1)
     with pytest.raises(InvalidInputError, match="Nothing comes into"):
         node_heads(graph, model, made, 0)
