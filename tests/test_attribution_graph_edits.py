@@ -532,3 +532,36 @@ def test_from_the_command_line(tmp_path):
         assert command == "writes" or found["spec"] == made["spec"]
     wrong = scope(*common, "--sae", tmp_path / "sae", code=2)
     assert "--spec" in wrong["error"]["message"]
+
+
+def test_from_the_command_line_with_saes_that_lie_elsewhere_than_when_the_graph_was_made(tmp_path):
+    model = tiny_model("gemma3")
+    for layer, transcoder in enumerate(transcoders(model)):
+        save(transcoder, tmp_path / "transcoders" / f"layer_{layer}")
+    for name in ("stream", "heads"):
+        save(saes_of(model)[name], tmp_path / name)
+    stream, heads, own = (str(tmp_path / name) for name in ("stream", "heads", "transcoders/layer_1"))
+    edits = [
+        {"kind": "add", "sae": stream, "features": [3], "value": 4.0},
+        {"kind": "set", "sae": own, "features": [5], "value": 6.0, "positions": [4, 7]},
+    ]
+    spec, out = tmp_path / "spec.json", tmp_path / "graph.json"
+    command = ("graph", "--model", tiny_folder("gemma3"), "--prompt", "The cat sat on the mat and looked at the")
+    command = (*command, "--out", out, "--spec", spec, "--json", "--max-features", 50)
+
+    def verified(*more):
+        return scope("graph", "verify", out, "--max-features", 2, *more, "--json")
+
+    spec.write_text(json.dumps(edits))
+    scope(*command, "--transcoders", tmp_path / "transcoders")
+    before = verified()
+    (tmp_path / "stream").rename(tmp_path / "moved")
+    assert verified("--sae", tmp_path / "moved") == before  # and not the transcoder's features 5 of it
+    (tmp_path / "transcoders").rename(tmp_path / "others")
+    there = ("--sae", tmp_path / "moved", "--transcoders", tmp_path / "others")
+    assert verified(*there) == before
+    (tmp_path / "moved").rename(tmp_path / "stream")
+    spec.write_text(json.dumps([edits[0], {"kind": "ablate", "sae": heads, "features": [1]}]))
+    scope(*command, "--transcoders", tmp_path / "others")
+    wrong = scope("graph", "verify", out, "--sae", tmp_path / "stream", "--json", code=2)
+    assert "2 SAEs" in wrong["error"]["message"]

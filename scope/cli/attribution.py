@@ -11,7 +11,15 @@ from scope.cli import graph_writes
 from scope.cli._command import Outcome, command, progress_bar
 from scope.cli._dictionaries import opened as opened_with
 from scope.cli._dictionaries import transcoder_paths
-from scope.cli._interventions import SPEC_HELP, SaeFinder, declared, maxima_of, with_addresses
+from scope.cli._interventions import (
+    GRAPH_SAE_HELP,
+    SPEC_HELP,
+    SaeFinder,
+    declared,
+    finder_of_graph,
+    maxima_of,
+    with_addresses,
+)
 from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import SAE_HELP, DownloadOption
 
@@ -22,10 +30,7 @@ __all__ = ["register"]
 
 ModelOption = Annotated[str, typer.Option(help="A Hugging Face id, a folder, a GGUF file, or gemma-3-270m.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")]
-GraphSaeOption = Annotated[
-    str | None,
-    typer.Option(help="The SAE of the features of the graph's interventions, where it lies elsewhere than they say."),
-]
+GraphSaeOption = Annotated[str | None, typer.Option(help=GRAPH_SAE_HELP)]
 
 
 COMPONENTS = "components"
@@ -159,7 +164,10 @@ def register(app: typer.Typer) -> None:
         spec: Annotated[str | None, typer.Option(help=f"Explain the model under interventions: {SPEC_HELP}")] = None,
         sae: Annotated[
             str | None,
-            typer.Option(help=f"The SAE of the interventions' features, in place of those they name. {SAE_HELP}"),
+            typer.Option(
+                help="The SAE of the interventions' features, in place of those they name but for the transcoders. "
+                f"{SAE_HELP}"
+            ),
         ] = None,
         index: Annotated[
             Path | None, typer.Option(help="An index of that SAE, for values in multiples of a feature's maximum.")
@@ -252,7 +260,7 @@ def register(app: typer.Typer) -> None:
         read = load_graph(graph)
         paths = transcoder_paths(transcoders or list(read.transcoders))
         opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
-        finder = _finder(sae, paths, saes, allow_download)
+        finder = finder_of_graph(read, sae, paths, saes, allow_download)
         with progress_bar("Intervening (runs)") as progress:
             if edges:
                 sources = strongest_sources(read, max_features)
@@ -324,7 +332,7 @@ def register(app: typer.Typer) -> None:
                 asked,
                 zero() if counterfactual is None else against_prompt(counterfactual),
                 kept,
-                saes=_finder(sae, paths, saes, allow_download),
+                saes=finder_of_graph(read, sae, paths, saes, allow_download),
                 n_random=draws,
                 recompute=not held,
                 seed=seed,
@@ -348,11 +356,6 @@ def _under(graph: "CircuitGraph") -> str:
 
 def _spec_of(graph: "CircuitGraph") -> dict[str, Any]:
     return {} if graph.spec is None else {"spec": graph.spec.to_dict()}
-
-
-def _finder(given: str | None, paths: list[str], saes: list[Any], allow_download: bool) -> SaeFinder:
-    """Finds the SAEs of the interventions of a graph, its transcoders among them."""
-    return SaeFinder(given, Path("workspace"), allow_download, dict(zip(paths, saes, strict=True)), saes[0].device)
 
 
 def _components(

@@ -7,7 +7,7 @@ import typer
 
 from scope.cli._command import Outcome, command
 from scope.cli._dictionaries import opened, transcoder_paths
-from scope.cli._interventions import SaeFinder
+from scope.cli._interventions import GRAPH_SAE_HELP, finder_of_graph
 from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import DownloadOption
 from scope.errors import UnknownNameError
@@ -32,10 +32,7 @@ def register(graphs: typer.Typer) -> None:
         transcoders: Annotated[
             list[str] | None, typer.Option(help="The transcoders, where they lie elsewhere than the graph says.")
         ] = None,
-        sae: Annotated[
-            str | None,
-            typer.Option(help="The SAE of the graph's interventions, where it lies elsewhere than they say."),
-        ] = None,
+        sae: Annotated[str | None, typer.Option(help=GRAPH_SAE_HELP)] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
@@ -51,8 +48,7 @@ def register(graphs: typer.Typer) -> None:
         language_model, saes = opened(model or read.model_name, paths, device, allow_download, embeddings)
         features = read.nodes[read.nodes["kind"] == "feature"]
         chosen = features.sort_values("influence", ascending=False, kind="stable").head(top)
-        known = dict(zip(paths, saes, strict=True))
-        finder = SaeFinder(sae, Path("workspace"), allow_download, known, language_model.device)
+        finder = finder_of_graph(read, sae, paths, saes, allow_download)
         table = layer_writes(read, language_model, saes, chosen.index.tolist(), logit, saes=finder)
         label = str(read.nodes["label"].iloc[logit])
         found = [
