@@ -1,5 +1,6 @@
 """Graphs under a standing intervention: sums against the model as edited, edges against autograd, what is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -441,6 +442,43 @@ def test_faithfulness_path_patching_and_writes_are_of_the_model_as_edited(name):
     with torch.no_grad():
         held, live = (runs.measure([], runs.attention(), mlps) for mlps in (runs.mlps(read), None))
     np.testing.assert_allclose(held, live, rtol=1e-3, atol=1e-4)
+
+
+@contextlib.contextmanager
+def norms_as_frozen(model, frozen):
+    """Within it the model's norms divide by what they divided by on the frozen prompt (Gemma 3's modules)."""
+
+    def held(norm):
+        return lambda module, given, out: norm(given[0], slice(0, given[0].shape[1]))
+
+    base, pairs = model.hf.model, []
+    for layer, own in zip(base.layers, frozen.layers, strict=True):
+        pairs += [(layer.input_layernorm, own.ln1), (layer.post_attention_layernorm, own.ln1_post)]
+        pairs.append((layer.pre_feedforward_layernorm, own.ln2))
+    with contextlib.ExitStack() as stack:
+        for module, norm in [*pairs, (base.norm, frozen.final_norm)]:
+            stack.callback(module.register_forward_hook(held(norm)).remove)
+        yield
+
+
+@cases(["gemma3"], [name for name in EDITS if name != "features of an SAE"])  # whose features do not stay as they fire
+def test_path_patching_with_attention_and_norms_held_measures_the_edges(case, monkeypatch):
+    model, made, saes, graph = case
+    tokens = torch.tensor(graph.token_ids)
+    edits = graph_edits(graph.spec, model, mlp_dictionaries(model, made), tokens, saes)
+    frozen, _ = freeze(model, tokens, edits=edits)
+    measure = GraphRuns.measure
+
+    def with_norms_held(*given):
+        with norms_as_frozen(model, frozen):
+            return measure(*given)
+
+    monkeypatch.setattr(GraphRuns, "measure", with_norms_held)
+    some = graph.nodes[graph.nodes["kind"].isin(["embedding", "error", "feature"])]
+    some = some[some["node"].isin(graph.source)].sample(6, random_state=0)
+    found = path_patching(graph, model, made, some["node"].tolist(), saes=saes).pairs
+    assert len(found) > 100
+    np.testing.assert_allclose(found["measured_frozen"], found["predicted"], rtol=1e-3, atol=1e-4)
 
 
 def test_multiples_of_a_maximum_are_stored_as_strengths():
