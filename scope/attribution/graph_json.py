@@ -8,10 +8,9 @@
 Node ids say what a node is: LAYER_FEATURE_POSITION for a feature, LAYER_-1_POSITION for an error node,
 E_TOKEN_POSITION for an embedding, LAYER_-2_POSITION for what a layer's own table wrote, LAYER_-3_POSITION for what the
 first intervention of a graph puts behind the MLP of that layer (-4 the second, and so on; E for LAYER in front of them
-all); a logit has the number of layers plus one for its
-layer. A feature's field `feature` is the Cantor pairing of its layer and number, as Neuronpedia expects. What the
-schema has no field for (`SCOPE`), the interventions among it, lies under a name of our own, which other readers leave
-out.
+all); a logit has the number of layers plus one for its layer. A feature's field `feature` is the Cantor pairing of its
+layer and number, as Neuronpedia expects. What the schema has no field for (`SCOPE`), the interventions among it, lies
+under a name of our own, which other readers leave out.
 """
 
 import hashlib
