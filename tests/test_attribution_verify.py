@@ -6,9 +6,11 @@ import torch
 from helpers_models import one_thread, tiny_model
 from test_attribution_graph import ALL, prompt_of, transcoders
 
+from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.graph import build_graph
+from scope.attribution.graph_runs import FeatureNode, GraphRuns
 from scope.attribution.pruning import prune, scores
 from scope.attribution.verification import Agreement, total_effects, verify
 from scope.errors import InvalidInputError
@@ -133,6 +135,15 @@ def test_predictions_come_true_where_the_model_is_nearly_linear(case):
     assert found.attention_frozen.correlation > found.random.correlation + 0.3
     assert found.model.correlation > found.random.correlation + 0.2
     assert found.model.sign_agreement > 0.6
+
+
+def test_a_graph_that_holds_every_feature_leaves_none_for_the_control(case):
+    model, made, graph = case
+    runs = GraphRuns(graph, model, mlp_dictionaries(model, made), torch.tensor(graph.token_ids))
+    node = FeatureNode(0, 1, 0, 3, 1.0)
+    runs.held_features[node.layer].update(range(runs.dictionaries.width(node.layer)))
+    with pytest.raises(InvalidInputError, match="holds every feature of layer"):
+        runs.other(node, np.random.default_rng(0))
 
 
 def test_agreement():

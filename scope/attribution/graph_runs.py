@@ -17,6 +17,7 @@ from torch import Tensor
 from scope.attribution.dictionaries import MlpDictionaries
 from scope.attribution.graph_edits import GraphEdits, edited_handlers
 from scope.attribution.reading import Prompt
+from scope.errors import InvalidInputError
 from scope.models.edits import EditContext
 from scope.models.taps import Handler, tapped
 
@@ -102,6 +103,11 @@ class GraphRuns:
     def other(self, node: FeatureNode, rng: np.random.Generator) -> int:
         """A random feature of the same layer that the graph does not hold."""
         choices = np.setdiff1d(np.arange(self.dictionaries.width(node.layer)), list(self.held_features[node.layer]))
+        if not len(choices):
+            raise InvalidInputError(
+                f"The graph holds every feature of layer {node.layer}'s transcoder; the control needs one that it does "
+                "not hold. Prune the graph first."
+            )
         return int(rng.choice(choices))
 
     def is_behind(self, node: FeatureNode) -> np.ndarray:
