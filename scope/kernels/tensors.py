@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "has_triton", "uses_triton"]
+__all__ = ["as_tensor", "has_triton", "sent", "uses_triton"]
 
 
 @cache
@@ -38,3 +38,8 @@ def as_tensor(values: Any, dtype: str, device: torch.device | str = "cpu") -> Te
     if dtype == "bfloat16":
         tensor = tensor.view(torch.bfloat16)
     return tensor.to(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on its way to a device; to a GPU through pinned memory, so that the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

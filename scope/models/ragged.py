@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scope.kernels.tensors import sent
+
 if TYPE_CHECKING:
     from scope.models.language_model import LanguageModel
 
@@ -67,15 +69,11 @@ def ragged(lengths: Sequence[int], device: torch.device) -> Iterator[Int[Tensor,
     _install()
     ends = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(torch.tensor(lengths))
-    _here.lengths = Lengths(_to(ends.int(), device), max(lengths))
+    _here.lengths = Lengths(sent(ends.int(), device), max(lengths))
     try:
-        yield _to(positions[None], device)
+        yield sent(positions[None], device)
     finally:
         _here.lengths = None
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @functools.cache

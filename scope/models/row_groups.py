@@ -22,6 +22,7 @@ from activations.selection import Choosing
 from activations.spec import StorageDtype
 from activations.text import TextSource
 from scope.errors import NonFiniteError
+from scope.kernels.tensors import sent
 from scope.models.rows import STORAGE, HostCopy
 
 if TYPE_CHECKING:
@@ -207,8 +208,7 @@ def on_host(values: Mapping[str, Tensor] | HostCopy) -> Mapping[str, np.ndarray]
 
 
 def _to(indices: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(indices, np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return sent(torch.from_numpy(np.ascontiguousarray(indices, np.int64)), device)
 
 
 def _moved(values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor] | HostCopy:

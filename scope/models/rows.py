@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from activations.batching import even_cuts
 from activations.spec import StorageDtype
 from scope.errors import InvalidInputError, OutOfRangeError
+from scope.kernels.tensors import sent
 from scope.models.ragged import ragged
 from scope.models.unpacked import unpacked
 
@@ -65,8 +66,7 @@ class WindowBatch:
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return sent(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def check_windows(windows: Sequence[np.ndarray], shortest: int, longest: int, d_vocab: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from activations.pipeline import Channel, Worker
+from scope.kernels.tensors import sent
 from scope.training.data import Batch
 
 __all__ = ["DEPTH", "Timed", "on_device"]
@@ -71,10 +72,10 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
         copies = torch.cuda.Stream(device)
         for rows, values in batches:
             with torch.cuda.stream(copies):
-                sent = _each(values, lambda tensor: _sent(tensor, device, copies))
+                there = _each(values, lambda tensor: _on_its_way(tensor, device, copies))
                 done = torch.cuda.Event()
                 done.record(copies)
-            channel.put(_Sent(Batch(rows, sent), done))
+            channel.put(_Sent(Batch(rows, there), done))
         channel.close()
 
     worker = Worker("prefetch", send, channel.close)
@@ -92,9 +93,9 @@ def on_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
         raise worker.error
 
 
-def _sent(tensor: Tensor, device: torch.device, copies: torch.cuda.Stream) -> Tensor:
+def _on_its_way(tensor: Tensor, device: torch.device, copies: torch.cuda.Stream) -> Tensor:
     if tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return sent(tensor, device)
     copies.wait_stream(torch.cuda.default_stream(tensor.device))  # a live source computed it there
     return tensor.to(device, non_blocking=True)
 
