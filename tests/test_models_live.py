@@ -257,7 +257,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(text: TextSource, tmp_path: P
 
 
 def test_it_is_measured_on_its_held_out_documents(
-    text: TextSource, store: ActivationStore, computed: list[int]
+    text: TextSource, store: ActivationStore, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("gemma3")
     sae = train(store, RESID, CONFIG).sae
@@ -270,6 +270,11 @@ def test_it_is_measured_on_its_held_out_documents(
     assert held_out.n_rows == 50
     assert ((held_out.tokens.flags & RowFlag.HELD_OUT) > 0).all()
     assert held_out.documents()["held_out"].all()
+    monkeypatch.setattr(LanguageModel, "device_rows", None)
+    tokens = live(text).held_out_tokens(max_rows=50)
+    np.testing.assert_array_equal(tokens.tokens.token_id, held_out.tokens.token_id)
+    pd.testing.assert_frame_equal(tokens.sequences(), held_out.sequences())
+    pd.testing.assert_frame_equal(tokens.documents(), held_out.documents())
     with pytest.raises(InvalidInputError, match="is held out"):
         live(_without_held_out(text)).held_out()
 

@@ -84,7 +84,7 @@ def test_the_replacement_model_is_the_model_edited_by_hand(trained: tuple[Path, 
     hooks = [name for pattern in (READS, WRITES) for name in hooks_by_layer(pattern, model.hook_table.names)]
     source = model.source(TextSource([text]), hooks, context_size=32)
     found = evaluate_transcoders(saes, source, model, tokens=150)
-    windows, _ = held_out_windows(source.held_out(), 150, 0)
+    windows, _ = held_out_windows(source, 150, 0)
     kl, agreed, loss, plain_loss, n = 0.0, 0, 0.0, 0.0, 0
     edits = {hook: edit for sae in saes for hook, edit in splice_edits(sae, keep_bos=True).items()}
     for window in windows:
@@ -102,6 +102,19 @@ def test_the_replacement_model_is_the_model_edited_by_hand(trained: tuple[Path, 
     assert found.spliced.delta_ce == pytest.approx((loss - plain_loss) / n, rel=1e-2, abs=1e-4)
     assert found.ce == pytest.approx(plain_loss / n, rel=1e-4)
     assert found.spliced.kl_interval[0] <= found.spliced.kl <= found.spliced.kl_interval[1]
+
+
+def test_of_a_text_as_many_tokens_are_measured_as_asked_for(
+    trained: tuple[Path, dict], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sae = tiny_model("gemma3"), load(trained[0] / "layer_00")
+    source = model.source(TextSource([text]), [READS.replace("*", "0"), WRITES.replace("*", "0")], context_size=32)
+    monkeypatch.setattr("scope.training.evaluate.LIVE_ROWS", 16)
+    found = evaluate_transcoders([sae], source, model, tokens=150)
+    assert found.n_tokens >= 140  # the first token of a window is not predicted
+    assert 140 <= found.layers[0].n_rows <= 150  # BOS is left out
+    monkeypatch.setattr("scope.training.evaluate.LIVE_BYTES", 40 * source.row_bytes)
+    assert found.layers[0].n_rows > evaluate_transcoders([sae], source, model, tokens=150).layers[0].n_rows > 30
 
 
 def test_scope_evaluate_measures_a_set_and_says_what_is_none(

@@ -12,6 +12,7 @@ groups are in memory, 3 x 128 MiB for each hook at most; `rows_per_group` makes 
 next group is launched before the results of one are looked at, so that the GPU does not wait.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from activations.passes import windowing_of
 from activations.plan import TOKEN_COLUMNS, PlannedGroup
 from activations.selection import choosing_for
 from activations.source import ActivationBatch
-from activations.spec import StorageDtype, require_sizes
+from activations.spec import CaptureSpec, StorageDtype, require_sizes
 from activations.store import TokenRows
 from activations.text import Document, TextSource, is_held_out
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
@@ -173,18 +174,38 @@ class LiveActivations:
         """Whether any document of the text is held out (about one title in ten is)."""
         return any(is_held_out(document) and document.text.strip() for document in self.text.documents())
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all hooks, in the storage dtype."""
+        return sum(map(math.prod, self._shapes.values())) * (4 if self.dtype == "float32" else 2)
+
     def held_out(self, max_rows: int = HELD_OUT_ROWS) -> MemoryActivations:
         """The first rows of the held-out documents, BOS included, in memory. The model runs on nothing else.
 
         Raises:
             InvalidInputError: no document is held out.
         """
+        source = self._held_out_alone(max_rows)
+        return _in_memory(
+            source.spec, source.hooks, [(g.plan, {**on_host(g.values), **g.figures}) for g in source._groups()]
+        )
+
+    def held_out_tokens(self, max_rows: int = HELD_OUT_ROWS) -> MemoryActivations:
+        """The same rows' tokens, windows and documents, and no hook. The model does not run.
+
+        Raises:
+            InvalidInputError: no document is held out.
+        """
+        source = self._held_out_alone(max_rows)
+        return _in_memory(source.spec, (), [(plan, {}) for plan in source.plans()])
+
+    def _held_out_alone(self, max_rows: int) -> "LiveActivations":
         if not self.has_held_out():
             raise InvalidInputError(
                 f"No document of {', '.join(self.text.names)} is held out (one title in ten is); give more text."
             )
         given = {field.name: getattr(self.text, field.name) for field in fields(self.text)}
-        source = LiveActivations(
+        return LiveActivations(
             self.model,
             _HeldOutText(**given),
             self.hooks,
@@ -196,7 +217,6 @@ class LiveActivations:
             device="cpu",
             chat_template=self._rows.chat_template,
         )
-        return source._in_memory()
 
     def document_at(self, row: int) -> dict[str, Any]:
         """The document that a row belongs to: its number, title and further columns. The text is tokenised up to it.
@@ -228,29 +248,6 @@ class LiveActivations:
         groups = RowGroups(self.model, shapes, self.dtype, self.batch_size, self.device, self.document_at)
         return groups.stream(item for item in self._planned() if item.plan.row_stop > start)
 
-    def _in_memory(self) -> MemoryActivations:
-        import pandas as pd
-
-        groups = [(plan, {**on_host(values), **figures}) for plan, values, figures in self._groups()]
-        plans = [plan for plan, _ in groups]
-
-        def table(name: str) -> pd.DataFrame:
-            parts = [getattr(plan, name) for plan in plans]  # some may be empty: no document need begin in a row group
-            return pd.DataFrame({column: [value for part in parts for value in part[column]] for column in parts[0]})
-
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([values[name] for _, values in groups])
-
-        columns = {name: np.concatenate([plan.columns[name] for plan in plans]) for name in TOKEN_COLUMNS}
-        return MemoryActivations(
-            spec=self.spec,
-            values={hook: joined(hook) for hook in self.hooks},
-            norms={hook: joined(f"norm/{hook}") for hook in self.hooks},
-            tokens=TokenRows(**columns),
-            sequence_table=table("sequences"),
-            document_table=table("documents"),
-        )
-
 
 class _HeldOutText(TextSource):
     """A text whose documents are empty but for those that are held out; empty ones have no rows."""
@@ -258,6 +255,31 @@ class _HeldOutText(TextSource):
     def documents(self, start: int = 0) -> Iterator[Document]:
         for document in super().documents(start):
             yield document if is_held_out(document) else replace(document, text="")
+
+
+def _in_memory(
+    spec: CaptureSpec, hooks: Sequence[str], groups: Sequence[tuple[PlannedGroup, Mapping[str, np.ndarray]]]
+) -> MemoryActivations:
+    import pandas as pd
+
+    plans = [plan for plan, _ in groups]
+
+    def table(name: str) -> pd.DataFrame:
+        parts = [getattr(plan, name) for plan in plans]  # some may be empty: no document need begin in a row group
+        return pd.DataFrame({column: [value for part in parts for value in part[column]] for column in parts[0]})
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([values[name] for _, values in groups])
+
+    columns = {name: np.concatenate([plan.columns[name] for plan in plans]) for name in TOKEN_COLUMNS}
+    return MemoryActivations(
+        spec=spec,
+        values={hook: joined(hook) for hook in hooks},
+        norms={hook: joined(f"norm/{hook}") for hook in hooks},
+        tokens=TokenRows(**columns),
+        sequence_table=table("sequences"),
+        document_table=table("documents"),
+    )
 
 
 def _device(wanted: str | torch.device | None, of_model: torch.device) -> torch.device:

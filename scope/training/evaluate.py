@@ -3,8 +3,8 @@
 1. Reconstruction over all held-out rows (`reconstruction_metrics`): fvu, l0, dead and over-dense share.
 2. With a model, cross-entropy with the SAE spliced in (`delta_ce`), over held-out windows drawn at random until
    `ce_tokens` are reached, two of each document before any gives more, so that the interval has documents to resample.
-3. Of a live source the model runs over the first 65,536 rows of held-out documents, once, and over as many rows of
-   the others for the mean activation.
+3. Of a live source the model runs once over the first rows of held-out documents (`ce_tokens` of them, at least 8,192,
+   and no more than fit into 4 GiB), and over 8,192 rows of the others for the mean activation.
 4. For an SAE that reads and writes one hook the same for its baselines (`scope.training.baselines`): PCA of the same
    rank, a random dictionary, the mean; on the same rows and the same windows.
 5. `Quality.save` puts it beside the SAE as `evaluation.json`, where the workspace, the dashboard and the index find it:
@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,13 @@ COMPARED = ("fvu", "fvu_all", "l0", "delta_ce", "ce_recovered")
 """What is told of a baseline."""
 WINDOWS_PER_DOCUMENT = 2
 LIVE_ROWS = 2**13
-"""Rows that the model computes for a live source's figures, held out, and as many for the mean."""
+"""Rows that the model computes for a live source's mean."""
+LIVE_BYTES = 2**32
+"""What the held-out rows of a live source may take in memory."""
+DRAWN_FROM = 4
+"""How much more held-out text of a live source is looked at than drawn from it, so that more documents take part."""
+
+S = TypeVar("S")
 
 
 class Quality(NamedTuple):
@@ -141,7 +147,7 @@ def evaluate(
     compared = baselines and len(sae.cfg.ports.inputs) == 1 and not sae.cfg.ports.outputs
     passes = 1 + (3 if spliced else 0) + (3 if spliced and compared else 1 if compared else 0)
     live = LIVE_ROWS if isinstance(store, LiveActivations) else None
-    measured = store.held_out(LIVE_ROWS) if isinstance(store, LiveActivations) else store
+    measured = held_out_part(store, ce_tokens)
     own = reconstruction_metrics(sae, measured, seed=seed)
     report(1, passes)
     others: dict[str, SAE] = {}
@@ -155,8 +161,8 @@ def evaluate(
     losses: dict[str, CrossEntropyMetrics] = {}
     if spliced:
         assert model is not None
-        assert not isinstance(measured, AlignedStores)
-        windows, documents = held_out_windows(measured, ce_tokens, seed)
+        assert not isinstance(store, AlignedStores)
+        windows, documents = held_out_windows(store, ce_tokens, seed)
         on_device = {hook: mean.to(sae.device) for hook, mean in means.items()}
         first = passes - 3 - len(others)
         measure = SplicedLosses(
@@ -175,13 +181,23 @@ def evaluate(
     )
 
 
+def held_out_part(source: S, n_tokens: int) -> S | MemoryActivations:
+    """What the held-out rows are read from: of a live source `n_tokens` of them, or what fits into `LIVE_BYTES`."""
+    if not isinstance(source, LiveActivations):
+        return source
+    return source.held_out(max(LIVE_ROWS, min(n_tokens, LIVE_BYTES // source.row_bytes)))
+
+
 def held_out_windows(
-    store: ActivationStore | MemoryActivations, n_tokens: int, seed: int
+    source: ActivationStore | LiveActivations, n_tokens: int, seed: int
 ) -> tuple[list[np.ndarray], list[int]]:
     """Token ids of held-out windows of two tokens or more, drawn without replacement, and each one's document.
 
     Two windows of each document are taken before any document gives more.
     """
+    store = (
+        source.held_out_tokens(max(LIVE_ROWS, DRAWN_FROM * n_tokens)) if isinstance(source, LiveActivations) else source
+    )
     held_out = store.documents().query("held_out")["document"]
     sequences = store.sequences()
     sequences = sequences[sequences["document"].isin(held_out) & (sequences["n_rows"] > 1)]

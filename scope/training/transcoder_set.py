@@ -37,7 +37,7 @@ from scope.models.rows import WindowBatch, check_windows, pack_windows
 from scope.models.taps import tapped
 from scope.saes.base import SAE
 from scope.training.by_layer import layer_of
-from scope.training.evaluate import LIVE_ROWS, Quality, held_out_windows
+from scope.training.evaluate import LIVE_ROWS, Quality, held_out_part, held_out_windows
 from scope.training.metrics import ReconstructionMetrics, mean_activation, reconstruction_metrics
 from scope.training.tally import Interval, bootstrap
 
@@ -191,8 +191,8 @@ def evaluate_transcoders(
     """
     by_layer = _by_layer(transcoders)
     tell, steps = progress or (lambda done, total: None), len(by_layer) + 2
-    measured = source.held_out(LIVE_ROWS) if isinstance(source, LiveActivations) else source
-    windows, documents = held_out_windows(measured, tokens, seed)
+    measured = held_out_part(source, tokens)
+    windows, documents = held_out_windows(source, tokens, seed)
     tell(1, steps)
     layers = {}
     for number, (layer, sae) in enumerate(by_layer.items()):
