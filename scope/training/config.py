@@ -88,12 +88,13 @@ class TrainConfig:
     """Share of the rows on which a feature may fire without that penalty."""
     resample_steps: int = 0
     """Steps after which dead features start anew at badly explained rows, again and again. 0: never; AuxK does it."""
-    auxk_coefficient: float = 1 / 8
-    """Weight of the loss that revives dead features (AuxK). Gao et al. 2024 use 1/32 in far longer runs. 0: none."""
+    auxk_coefficient: float = 1 / 2
+    """Weight of the loss that revives dead features (AuxK). Gao et al. 2024 use 1/32 in far longer runs. 0: none.
+    Both defaults are measured (scope/bench/RESULTS.md)."""
     k_aux: int | None = None
     """Dead features that AuxK uses on a row. None: the largest power of two up to d_in / 2."""
     dead_feature_tokens: int | None = None
-    """Rows without firing after which a feature counts as dead. None: 1/40 of the run, at most 10 million."""
+    """Rows without firing after which a feature counts as dead. None: 1/80 of the run, at most 10 million."""
     max_norm_ratio: float = 10.0
     """Rows whose norm is more than this many times the median are left out of training (sinks). 0: none is."""
     balance: str = "none"
@@ -184,7 +185,7 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """`dead_feature_tokens`, or its default for this run."""
-        return self.dead_feature_tokens or min(10_000_000, max(1, self.tokens // 40))
+        return self.dead_feature_tokens or min(10_000_000, max(1, self.tokens // 80))
 
     def k_aux_for(self, d_in: int) -> int:
         """`k_aux`, or its default for an input of this width."""
