@@ -111,6 +111,20 @@ def test_sums_over_entries(
         assert off(out[active], rows[active]) < (1e-5 if dtype == torch.float32 else 1e-2)
         assert off(squares, rows.square().sum(1)) < (1e-5 if dtype == torch.float32 else 2e-2)
 
+        halves = [slice(0, d_sae // 2), slice(d_sae // 2, d_sae)]
+        in_parts = torch.full_like(out, torch.nan)
+        at_each: list[Tensor] = []
+
+        def note(number: int, at_each: list[Tensor] = at_each, of: Tensor = in_parts) -> None:
+            at_each.append(of.clone()[: d_sae // 2] if number == 0 else of.clone()[d_sae // 2 :])
+
+        by_parts = step.feature_rows(
+            source, gradients, ids, groups, in_parts, *(given or (None, None)), parts=halves, written=note
+        )
+        assert torch.equal(torch.cat(at_each), in_parts)
+        assert torch.equal(in_parts, torch.where(active[:, None], out, torch.zeros_like(out)))
+        assert torch.equal(by_parts, squares)
+
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unit", [True, False])

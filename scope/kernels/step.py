@@ -14,6 +14,7 @@ On a CUDA device they are Triton kernels (`scope.kernels.triton`), elsewhere tor
 and in a fixed order, so that a step gives the same bits each time.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -231,6 +232,8 @@ def feature_rows(
     out: Float[Tensor, "d_sae d_in"],
     slots: Int[Tensor, " d_sae"] | None = None,
     extra: Float[Tensor, "n d_in"] | None = None,
+    parts: Sequence[slice] = (),
+    written: Callable[[int], None] | None = None,
 ) -> Float[Tensor, " d_sae"]:
     """Sum the batch rows over each feature's entries into `out`; the squared norm of each row of `out`.
 
@@ -240,14 +243,16 @@ def feature_rows(
         ids: the entries' features.
         groups: the entries by feature.
         out: where the rows of features with an entry, or with a slot, are written. Other rows are zero on the CPU; on
-            a GPU they may be left as they are.
+            a GPU they may be left as they are, unless there are parts.
         slots: for each feature the row of `extra` to add, or -1.
         extra: further gradients of some features.
+        parts: slices that have each feature once; they are written one after the other.
+        written: called with the number of each part as soon as what writes it is under way.
     """
     if uses_triton(source):
         from scope.kernels.triton import products
 
-        return products.feature_rows(source, weights, ids, *groups, out, slots, extra)
+        return products.feature_rows(source, weights, ids, *groups, out, slots, extra, parts, written)
     order = groups.order.long()
     rows = order // weights.shape[1]
     order, rows = order[: groups.offsets[-1]], rows[: groups.offsets[-1]]
@@ -256,4 +261,7 @@ def feature_rows(
     if slots is not None and extra is not None:
         with_slot = (slots >= 0).nonzero().flatten()
         out[with_slot] += extra[slots[with_slot].long()]
+    if written is not None:
+        for number in range(len(parts)):
+            written(number)
     return torch.linalg.vector_norm(out, dim=1, dtype=torch.float32).square_()

@@ -2,13 +2,14 @@
 
 By rows, with n processes (each has all weights, and its own rows):
 
-1. the gradients of W_dec and W_enc go to who moves those rows (reduce-scatter), W_dec's while W_enc's is computed. They
-   are in the compute dtype, and so are the sums. What is small (biases, counts, sums for the log) is summed for all;
-2. process r moves rows r d_sae/n to (r + 1) d_sae/n of both matrices (Rajbhandari et al. 2020, "ZeRO", stage 1): Adam,
-   which one process does for all rows, takes an n-th of the time;
-3. the copies in the compute dtype go to everyone (all-gather), while the next step begins: W_enc's are waited for
-   before the encoder, W_dec's before the decoder. The float32 weights and Adam's moments of rows that others move are
-   fetched when somebody wants to see them (`settle`).
+1. the gradients of W_dec and W_enc go to who moves those rows (reduce-scatter), half of the features while the next
+   half's are computed, so that half of W_enc's alone is waited for. They are in the compute dtype, and so are the sums.
+   What is small (biases, counts, sums for the log) is summed for all;
+2. process r moves the r-th n-th of each half of the rows of both matrices (Rajbhandari et al. 2020, "ZeRO", stage 1):
+   Adam, which one process does for all rows, takes an n-th of the time;
+3. the copies in the compute dtype go to everyone (all-gather), each half while the next is moved and the next step
+   begins: W_enc's are waited for before the encoder, W_dec's before the decoder. The float32 weights and Adam's moments
+   of rows that others move are fetched when somebody wants to see them (`settle`).
 
 By features (each has an n-th of the features, and all rows):
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FastStepByFeatures", "FastStepByRows", "fast_step_for"]
 
+PARTS = 2
+"""In how many parts, one after the other, processes that share rows exchange a matrix."""
 AUX_MARGIN = 6.0
 """Standard deviations by which the dead features of one process may be more than their share, on a GPU."""
 
@@ -154,11 +157,23 @@ class FastStepByRows(_Shared):
 
     def __init__(self, trainer: "SAETrainer", lag: int | None = None) -> None:
         super().__init__(trainer, lag)
-        n = trainer.sae.d_sae // self.team.size
-        self._own = slice(self.team.rank * n, (self.team.rank + 1) * n)
-        self._summed = {name: torch.empty_like(whole[self._own]) for name, whole in self._gradients.items()}
+        d_sae, size = trainer.sae.d_sae, self.team.size
+        n_parts = PARTS if d_sae % (PARTS * size) == 0 else 1
+        n, own = d_sae // n_parts, d_sae // n_parts // size
+        self._parts = [slice(part * n, (part + 1) * n) for part in range(n_parts)]
+        """What is exchanged at once, of all features."""
+        self._own = [
+            slice(part.start + self.team.rank * own, part.start + (self.team.rank + 1) * own) for part in self._parts
+        ]
+        """What of each part this process moves."""
+        self._places = [slice(part * own, (part + 1) * own) for part in range(n_parts)]
+        """Where among its own rows these are."""
+        self._summed = {
+            name: torch.empty((n_parts * own, whole.shape[1]), dtype=whole.dtype, device=whole.device)
+            for name, whole in self._gradients.items()
+        }
         self._of_sums = torch.tensor([1 / self.team.size, 1.0], device=trainer.sae.device)
-        self._under_way: dict[str, Any] = {}
+        self._under_way: dict[str, list[Any]] = {}
         self._others_moved = False
 
     def _rows_of_all(self, own: int) -> int:
@@ -187,15 +202,12 @@ class FastStepByRows(_Shared):
         self, centred: Tensor, residual: Tensor, entries: "_Entries", aux: "_Aux | None"
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """As for one process, summed over the processes' mean losses: n times too large, which `_move` undoes."""
-        if centred.is_cuda:
-            for gradient in self._gradients.values():
-                gradient.zero_()  # on a GPU rows of features without an entry are not written
         own, _ = super()._gradient(centred, residual, entries, aux)
         small = [name for name in own if name not in self._gradients]
         sizes = [len(own[name]) for name in small]
         summed = self.team.total(torch.cat([own[name] for name in small])).split(sizes)
         gradients = {**dict(zip(small, summed, strict=True)), **self._summed}
-        along = gradients["along"] = gradients["along"][self._own]
+        along = gradients["along"] = torch.cat([gradients["along"][own] for own in self._own])
         for name in self._gradients:
             self._wait_for(name)
         squares = {
@@ -206,8 +218,22 @@ class FastStepByRows(_Shared):
         others = [gradients[name].square().sum() for name in small if name != "along"]
         return gradients, [part / self.team.size**2 for part in (*self.team.total(torch.stack(rows)), *others)]
 
-    def _written(self, name: str) -> None:
-        self._under_way[name] = self.team.scatter_sum(self._gradients[name], self._summed[name])
+    def _sum_rows(
+        self,
+        name: str,
+        source: Tensor,
+        weights: Tensor,
+        entries: "_Entries",
+        slots: Tensor | None,
+        further: Tensor | None,
+    ) -> Tensor:
+        ids, groups, whole, summed = entries.ids, entries.groups, self._gradients[name], self._summed[name]
+
+        def send(number: int) -> None:
+            part, place = self._parts[number], self._places[number]
+            self._begun(name, self.team.scatter_sum(whole[part], summed[place]))
+
+        return products.feature_rows(source, weights, ids, groups, whole, slots, further, self._parts, send)
 
     def _move(
         self, gradients: dict[str, Tensor], control: Tensor, groups: products.EntryGroups, aux: "_Aux | None"
@@ -217,24 +243,25 @@ class FastStepByRows(_Shared):
         share = learning_rate_share(trainer.steps_done, config.steps, config.warmup, config.decay)
         control = control * self._of_sums
         factors = {group["params"][0]: group["factor"] for group in trainer.optimiser.param_groups}
+        everywhere = [(slice(None), slice(None))]
         for name, weight in self._weights.items():
             state, divided = trainer.optimiser.state[weight], name in self._gradients
-            own = self._own if divided else slice(None)
             has_copy = divided and self._copies[name] is not weight
-            adam_rows(
-                weight[own],
-                state["exp_avg"][own],
-                state["exp_avg_sq"][own],
-                gradients[name],
-                control,
-                lr=config.peak_lr * share * factors[weight],
-                betas=(config.beta1, config.beta2),
-                step=trainer.steps_done + 1,
-                along=gradients["along"] if name == "W_dec" else None,
-                copy=self._copies[name][own] if has_copy else None,
-            )
-            if divided:
-                self._under_way[name] = self.team.gather_into(self._copies[name], self._own)
+            for number, (own, place) in enumerate(zip(self._own, self._places, strict=True) if divided else everywhere):
+                adam_rows(
+                    weight[own],
+                    state["exp_avg"][own],
+                    state["exp_avg_sq"][own],
+                    gradients[name][place],
+                    control,
+                    lr=config.peak_lr * share * factors[weight],
+                    betas=(config.beta1, config.beta2),
+                    step=trainer.steps_done + 1,
+                    along=gradients["along"][place] if name == "W_dec" else None,
+                    copy=self._copies[name][own] if has_copy else None,
+                )
+                if divided:
+                    self._gather(name, self._copies[name], number)
         self._others_moved = True
         return config.peak_lr * share
 
@@ -248,14 +275,23 @@ class FastStepByRows(_Shared):
             weight = self._weights[name]
             state = self.trainer.optimiser.state[weight]
             for whole in (weight, state["exp_avg"], state["exp_avg_sq"]):
-                work = self.team.gather_into(whole, self._own)
-                if work is not None:
-                    work.wait()
+                for number in range(len(self._parts)):
+                    self._gather(name, whole, number)
+                self._wait_for(name)
         self._others_moved = False
 
-    def _wait_for(self, name: str) -> None:
-        """Let what comes next wait for a message under way; on a GPU the host does not."""
-        work = self._under_way.pop(name, None)
+    def _gather(self, name: str, whole: Tensor, number: int) -> None:
+        """Begin to fill a part of a matrix with what each process has of it."""
+        part, own = self._parts[number], self._own[number]
+        within = slice(own.start - part.start, own.stop - part.start)
+        self._begun(name, self.team.gather_into(whole[part], within))
+
+    def _begun(self, name: str, work: Any) -> None:
         if work is not None:
+            self._under_way.setdefault(name, []).append(work)
+
+    def _wait_for(self, name: str) -> None:
+        """Let what comes next wait for the messages under way; on a GPU the host does not."""
+        for work in self._under_way.pop(name, ()):
             with exchange():
                 work.wait()

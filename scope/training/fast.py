@@ -283,8 +283,18 @@ class FastStep:
         """The loss's further terms for the whole batch and all features."""
         return parts
 
-    def _written(self, name: str) -> None:
-        """The gradient of a matrix is complete."""
+    def _sum_rows(
+        self,
+        name: str,
+        source: Tensor,
+        weights: Tensor,
+        entries: _Entries,
+        slots: Tensor | None,
+        further: Tensor | None,
+    ) -> Tensor:
+        """The gradient of a matrix: rows of `source` summed over each feature's entries; each row's squared norm."""
+        ids, groups = entries.ids, entries.groups
+        return products.feature_rows(source, weights, ids, groups, self._gradients[name], slots, further)
 
     def _residual(self, y: Tensor, selected: Selected) -> products.Residual:
         """What the decoder leaves over."""
@@ -395,11 +405,9 @@ class FastStep:
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The gradients by name, with what of W_dec's lies along its rows; and the squares of their norms."""
         slots, dec, enc = (aux.slots, aux.dec, aux.enc) if aux else (None, None, None)
-        weights, at_f, ids, groups, sums, at_threshold = entries
-        squares_dec = products.feature_rows(residual, weights, ids, groups, self._gradients["W_dec"], slots, dec)
-        self._written("W_dec")
-        squares_enc = products.feature_rows(centred, at_f, ids, groups, self._gradients["W_enc"], slots, enc)
-        self._written("W_enc")
+        sums, at_threshold = entries.sums, entries.threshold_gradient
+        squares_dec = self._sum_rows("W_dec", residual, entries.weights, entries, slots, dec)
+        squares_enc = self._sum_rows("W_enc", centred, entries.at_f, entries, slots, enc)
         bias, along = sums.bias_gradient, sums.along
         if aux:
             slot, has_slot = aux.slots.clamp_min(0).long(), aux.slots >= 0

@@ -10,6 +10,8 @@ cores do at next to no cost. For each of the others one program sums its rows, i
 balances the load. No sum depends on timing.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -130,14 +132,15 @@ def feature_sums(values: Tensor, gradients: Tensor, order: Tensor, offsets: Tens
 
 @triton.jit
 def _feature_rows(
-    source, weights, order, offsets, ranked, slots, extra, out, squares, d, k, first,
-    HAS_EXTRA: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    source, weights, order, offsets, ranked, slots, extra, out, squares, d, k, first, begin, stop,
+    HAS_EXTRA: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.load(ranked + first + tl.program_id(0)).to(tl.int64)
     start, end = tl.load(offsets + feature), tl.load(offsets + feature + 1)
     slot = tl.load(slots + feature) if HAS_EXTRA else -1
     square = 0.0
-    if (end > start) | (slot >= 0):
+    mine = (feature >= begin) & (feature < stop)
+    if mine & ((end > start) | (slot >= 0) | ALL):
         column = tl.arange(0, WIDTH)
         inside = column < d
         acc = tl.zeros((WIDTH,), tl.float32)
@@ -158,7 +161,7 @@ def _feature_rows(
         tl.store(out + feature * d + column, stored, mask=inside)
         kept = stored.to(tl.float32)
         square = tl.sum(kept * kept, 0)
-    tl.store(squares + feature, square)
+    tl.store(squares + feature, square, mask=mine)
 
 
 def feature_rows(
@@ -171,8 +174,13 @@ def feature_rows(
     out: Tensor,
     slots: Tensor | None = None,
     extra: Tensor | None = None,
+    parts: Sequence[slice] = (),
+    written: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Write the rows of (sparse weights)ᵀ source for active features to `out`; returns every row's squared norm."""
+    """Write the rows of (sparse weights)ᵀ source for active features to `out`; returns every row's squared norm.
+
+    With parts, slices of the features, the rows of all features are written, and `written` is called after each part.
+    """
     d, k, d_sae = source.shape[1], weights.shape[1], len(out)
     squares = torch.empty(d_sae, dtype=torch.float32, device=source.device)
     n_dense = min(DENSE_FEATURES, d_sae)
@@ -183,14 +191,17 @@ def feature_rows(
         rows += torch.where(slot >= 0, extra[slot.flatten().clamp_min(0).long()], 0.0)
     out.index_copy_(0, densest, rows)
     squares.index_copy_(0, densest, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_())
-    if d_sae > n_dense:
-        has_extra = slots is not None and extra is not None
-        width = triton.next_power_of_2(d)
-        _feature_rows[(d_sae - n_dense,)](
-            source, weights, order, offsets, ranked,
-            slots if has_extra else ranked, extra if has_extra else out, out, squares, d, k, n_dense,
-            HAS_EXTRA=has_extra, WIDTH=width, ROWS=2, num_warps=8 if width > 1024 else 4,
-        )  # fmt: skip
+    has_extra = slots is not None and extra is not None
+    width = triton.next_power_of_2(d)
+    for number, part in enumerate(parts or (slice(0, d_sae),)):
+        if d_sae > n_dense:
+            _feature_rows[(d_sae - n_dense,)](
+                source, weights, order, offsets, ranked, slots if has_extra else ranked, extra if has_extra else out,
+                out, squares, d, k, n_dense, part.start, part.stop,
+                HAS_EXTRA=has_extra, ALL=bool(parts), WIDTH=width, ROWS=2, num_warps=8 if width > 1024 else 4,
+            )  # fmt: skip
+        if written is not None:
+            written(number)
     return squares
 
 
