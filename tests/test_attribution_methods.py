@@ -183,6 +183,31 @@ def test_several_targets_and_prompts_are_each_as_alone():
     assert both[1][1].value == alone.value
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_share_passes_and_none_is_another_ones(method, monkeypatch):
+    """Whatever hook each is read at, and however the runs fall into batches."""
+    model = tiny_model("gemma3")
+    saes = [sae_at(model, "blocks.0.hook_resid_post"), sae_at(model, "blocks.2.hook_resid_post", 1)]
+    late = sae_at(model, "blocks.3.hook_resid_post", 3)
+    targets = [logit(305), feature(saes[1], 4, position=3), feature(late, 7), log_probability(310, 2), logit(306)]
+    baseline = counterfactual(OTHER)
+    runs = []
+    forward = type(model).hidden_states
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            type(model), "hidden_states", lambda self, ids, *rest: runs.append(len(ids)) or forward(self, ids, *rest)
+        )
+        together = attribute(model, PROMPT, targets, saes, method, baseline, steps=3, batch_size=4)
+    expected = {"gradient_x_activation": [4], "eap_ig": [4, 4, 4, 3]}
+    assert expected.get(method) in (None, [n for n in runs if n > 1])
+    alone = [attribute(model, PROMPT, one, saes, method, baseline, steps=3) for one in targets]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.target, one.method, one.value) == (other.target, other.method, pytest.approx(other.value, rel=1e-5))
+        assert one.baseline_values == pytest.approx(other.baseline_values, rel=1e-4)
+        for hook in (sae.hook_name for sae in saes):
+            assert effects_of(one, hook) == pytest.approx(effects_of(other, hook), rel=1e-3, abs=1e-5)
+
+
 def test_a_feature_as_a_target_is_its_strength_where_it_fires():
     model = tiny_model("gemma3")
     sae = sae_at(model, "blocks.1.hook_resid_post")
@@ -202,8 +227,10 @@ def test_bad_input_is_answered_before_anything_runs():
         attribute(model, PROMPT, logit(305, position=6), sae)
     with pytest.raises(OutOfRangeError, match="vocabulary"):
         attribute(model, PROMPT, logit(model.d_vocab), sae)
-    with pytest.raises(InvalidInputError, match="a target is one token"):
-        single_token(model, "xylophone quartz")
+    with pytest.raises(InvalidInputError, match=r"a target is one token\. Give the first of them: ' "):
+        single_token(model, " xylophone quartz")
+    with pytest.raises(InvalidInputError, match="With a space in front it is one: ' the'"):
+        single_token(model, "the")
     with pytest.raises(OutOfRangeError):
         feature(sae, 40)
     with pytest.raises(MismatchError, match="has 3 dimensions"):

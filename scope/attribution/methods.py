@@ -24,13 +24,14 @@ Every method estimates this same number, with this same sign:
 A decoder is linear, so that dT/df_i = W_dec[i] . dT/dx and dT/derror = dT/dx: one gradient gives all nodes of a token.
 
 Steps: 1. what is asked is checked; 2. the prompt and its counterfactual run once, which gives all nodes a and a';
-3. the method finds the gradient at each hook, or patches; 4. nodes with a = a' are left out of the table.
+3. the method finds the gradient at each hook, or patches; 4. nodes with a = a' are left out of the table. Gradients of
+several targets come from the same passes, a run for each target and α.
 """
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -109,6 +110,7 @@ class Attribution:
     baseline_values: Mapping[str, float] = field(default_factory=dict)
     """Per hook T(x') with all of its SAE's nodes at their baseline; filled where the method promises completeness."""
     seconds: float = 0.0
+    """That the method took; of several targets at once each one's share."""
 
     @property
     def completeness(self) -> dict[str, float]:
@@ -191,7 +193,7 @@ def attribute(
         method: see the module.
         baseline: what nodes are set against; by default zero. Give `counterfactual(prompt)` where there is a behaviour.
         steps: of the methods that integrate: the number of midpoints between baseline and prompt.
-        batch_size: runs at once.
+        batch_size: runs at once: of an integral's steps, of nodes that are patched, of targets.
         nodes: for activation patching, which nodes to patch, as (hook, position, feature); None for all.
         memory_gb: memory that it may take beside the model and the SAEs, in GB; None for what is free.
         progress: called with (runs done, runs in all).
@@ -232,16 +234,19 @@ def attribute(
     check_targets(model, tokens, targets)
     several = saes if isinstance(saes, Sequence) else [saes]
     needs = attribution_needs(model, len(tokens), several, method == "eap_ig")
-    at_once = {"activation_patching": batch_size, "integrated_gradients": min(steps, batch_size)}
-    at_once["eap_ig"] = at_once["integrated_gradients"]
-    require_attribution_fits(needs, at_once.get(method, 1), method != "activation_patching", memory_gb, model.device)
+    runs = {"activation_patching": batch_size, "integrated_gradients": steps * len(targets)}
+    runs["eap_ig"] = runs["integrated_gradients"]
+    at_once = min(batch_size, runs.get(method, len(targets)))
+    require_attribution_fits(needs, at_once, method != "activation_patching", memory_gb, model.device)
     prepared = prepare(model, prompt, saes, baseline or zero())
-    found = []
+    work = _Work(model, prepared, targets, steps, batch_size, nodes, progress or (lambda done, total: None))
+    found, answers, seconds = [], METHODS[method](work), 0.0
     for one in targets:
         started = time.perf_counter()
-        work = _Work(model, prepared, one, steps, batch_size, nodes, progress or (lambda done, total: None))
-        effects = METHODS[method](work)
-        found.append(_result(work, method, effects, time.perf_counter() - started))
+        effects = next(answers)
+        seconds += time.perf_counter() - started
+        found.append(_result(work, one, method, effects))
+    found = [replace(one, seconds=seconds / len(targets)) for one in found]
     return found if isinstance(target, Sequence) else found[0]
 
 
@@ -255,32 +260,54 @@ class Effects(NamedTuple):
     """T(x') where the method promises completeness."""
 
 
+Gradients = dict[str, Float[Tensor, "seq width"]]
+"""Of one target, by hook."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """One target on one prompt."""
+    """Some targets on one prompt."""
 
     model: Any
     prepared: Prepared
-    target: Target
+    targets: Sequence[Target]
     steps: int
     batch_size: int
     asked: Sequence[tuple[str, int, int]] | None
     progress: Progress
 
-    def evaluate(self, runs: int, **options: Any) -> Any:
-        tokens = self.prepared.tokens.expand(runs, -1)
-        return evaluate(self.model, tokens, [self.target] * runs, **options)
+    def evaluate(self, targets: Sequence[Target], **options: Any) -> Any:
+        tokens = self.prepared.tokens.expand(len(targets), -1)
+        return evaluate(self.model, tokens, targets, **options)
 
-    def mean_gradients(self, places: Sequence[float], hooks: Sequence[str], change: Callable[[Tensor], Any]) -> Any:
-        """The mean over α in `places` of the gradients at `hooks`; `change` gives a batch's changes for its α."""
-        sums: dict[str, Tensor] = {}
-        for start in range(0, len(places), self.batch_size):
-            alphas = torch.tensor(places[start : start + self.batch_size], device=self.model.device)
-            found = self.evaluate(len(alphas), hooks=hooks, changes=change(alphas), grad=True)
-            for hook, gradient in found.gradients.items():
-                total = gradient.sum(0)
-                sums[hook] = sums[hook] + total if hook in sums else total
-        return {hook: total / len(places) for hook, total in sums.items()}
+    def parts(self) -> Iterator[Sequence[Target]]:
+        """The targets, no more than `batch_size` together: their gradients are held at once."""
+        for start in range(0, len(self.targets), self.batch_size):
+            yield self.targets[start : start + self.batch_size]
+
+    def mean_gradients(
+        self,
+        targets: Sequence[Target],
+        places: Sequence[float],
+        hooks: Sequence[str],
+        change: Callable[[Tensor], Any] | None = None,
+    ) -> list[Gradients]:
+        """The mean over α in `places` of each target's gradients at `hooks`; `change` gives a batch's changes for its
+        α."""
+        sums: list[Gradients] = [{} for _ in targets]
+        runs = [(number, place) for number in range(len(targets)) for place in places]
+        for start in range(0, len(runs), self.batch_size):
+            batch = runs[start : start + self.batch_size]
+            changes = None
+            if change is not None:
+                changes = change(torch.tensor([place for _, place in batch], device=self.model.device))
+            asked = [targets[number] for number, _ in batch]
+            found = self.evaluate(asked, hooks=hooks, changes=changes, grad=True)
+            for hook, gradients in found.gradients.items():
+                for (number, _), gradient in zip(batch, gradients, strict=True):
+                    own = sums[number]
+                    own[hook] = own[hook] + gradient if hook in own else gradient
+        return [{hook: total / len(places) for hook, total in own.items()} for own in sums]
 
 
 def _linear(work: _Work, gradients: Mapping[str, Tensor]) -> list[Effects]:
@@ -293,10 +320,11 @@ def _linear(work: _Work, gradients: Mapping[str, Tensor]) -> list[Effects]:
     return found
 
 
-def _gradient_x_activation(work: _Work) -> list[Effects]:
+def _gradient_x_activation(work: _Work) -> Iterator[list[Effects]]:
     hooks = [nodes.writes for nodes in work.prepared.nodes]
-    gradients = work.evaluate(1, hooks=hooks, grad=True).gradients
-    return _linear(work, {hook: gradient[0] for hook, gradient in gradients.items()})
+    for part in work.parts():
+        for gradients in work.mean_gradients(part, [1.0], hooks):
+            yield _linear(work, gradients)
 
 
 def _between(nodes: SaeNodes, alphas: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -311,23 +339,23 @@ def _between(nodes: SaeNodes, alphas: Tensor) -> dict[str, Callable[[Tensor], Te
     return {nodes.writes: move}
 
 
-def _at_one_hook(work: _Work, places: Sequence[float], complete: bool) -> list[Effects]:
-    found = []
-    for nodes in work.prepared.nodes:
-        gradients = work.mean_gradients(places, [nodes.writes], functools.partial(_between, nodes))
-        base = None
-        if complete:
-            at_baseline = torch.zeros(1, device=work.model.device)
-            base = float(work.evaluate(1, changes=_between(nodes, at_baseline)).values[0])
-        change, gradient = nodes.change, gradients.get(nodes.writes)
-        if gradient is None:
-            gradient = torch.zeros_like(change.errors)
-        effects = change.features * (gradient @ nodes.decoder.T)
-        found.append(Effects(effects, (change.errors * gradient).sum(-1), base))
-    return found
+def _at_one_hook(work: _Work, places: Sequence[float], complete: bool) -> Iterator[list[Effects]]:
+    for part in work.parts():
+        by_sae = []
+        for nodes in work.prepared.nodes:
+            change = functools.partial(_between, nodes)
+            gradients = work.mean_gradients(part, places, [nodes.writes], change)
+            bases: list[float | None] = [None] * len(part)
+            if complete:
+                at_baseline = torch.zeros(len(part), device=work.model.device)
+                bases = work.evaluate(part, changes=change(at_baseline)).values.tolist()
+            by_sae.append(zip(gradients, bases, strict=True))
+        for answers in zip(*by_sae, strict=True):
+            effects = _linear(work, {hook: own for gradients, _ in answers for hook, own in gradients.items()})
+            yield [found._replace(baseline_value=base) for found, (_, base) in zip(effects, answers, strict=True)]
 
 
-def _attribution_patching(work: _Work) -> list[Effects]:
+def _attribution_patching(work: _Work) -> Iterator[list[Effects]]:
     return _at_one_hook(work, [0.0], complete=False)
 
 
@@ -335,11 +363,11 @@ def _midpoints(steps: int) -> list[float]:
     return [(step + 0.5) / steps for step in range(steps)]
 
 
-def _integrated_gradients(work: _Work) -> list[Effects]:
+def _integrated_gradients(work: _Work) -> Iterator[list[Effects]]:
     return _at_one_hook(work, _midpoints(work.steps), complete=True)
 
 
-def _eap_ig(work: _Work) -> list[Effects]:
+def _eap_ig(work: _Work) -> Iterator[list[Effects]]:
     prepared, model = work.prepared, work.model
     if prepared.baseline.kind == "mean":
         raise InvalidInputError(
@@ -359,13 +387,20 @@ def _eap_ig(work: _Work) -> list[Effects]:
         return {"hook_embed": lambda value: (start + weights * (end - start)).to(value.dtype)}
 
     hooks = [nodes.writes for nodes in prepared.nodes]
-    return _linear(work, work.mean_gradients(_midpoints(work.steps), hooks, change))
+    for part in work.parts():
+        for gradients in work.mean_gradients(part, _midpoints(work.steps), hooks, change):
+            yield _linear(work, gradients)
+
+
+def _activation_patching(work: _Work) -> Iterator[list[Effects]]:
+    for target in work.targets:
+        yield _patched(work, target)
 
 
 @torch.no_grad()
-def _activation_patching(work: _Work) -> list[Effects]:
+def _patched(work: _Work, target: Target) -> list[Effects]:
     prepared, asked = work.prepared, work.asked
-    clean = float(work.evaluate(1).values[0])
+    clean = float(work.evaluate([target]).values[0])
     wanted = []
     for nodes in prepared.nodes:
         change = nodes.change
@@ -396,7 +431,7 @@ def _activation_patching(work: _Work) -> list[Effects]:
                 new[runs, places] -= shifts.to(new.dtype)
                 return new.view(value.shape)
 
-            values = work.evaluate(len(batch), changes={nodes.writes: patch}).values
+            values = work.evaluate([target] * len(batch), changes={nodes.writes: patch}).values
             for (_, p, f), value in zip(batch, values.tolist(), strict=True):
                 if f == ERROR:
                     errors[p] = clean - value
@@ -408,7 +443,7 @@ def _activation_patching(work: _Work) -> list[Effects]:
     return found
 
 
-METHODS: dict[str, Callable[[_Work], list[Effects]]] = {
+METHODS: dict[str, Callable[[_Work], Iterator[list[Effects]]]] = {
     "activation_patching": _activation_patching,
     "gradient_x_activation": _gradient_x_activation,
     "attribution_patching": _attribution_patching,
@@ -417,7 +452,7 @@ METHODS: dict[str, Callable[[_Work], list[Effects]]] = {
 }
 
 
-def _result(work: _Work, method: str, effects: list[Effects], seconds: float) -> Attribution:
+def _result(work: _Work, target: Target, method: str, effects: list[Effects]) -> Attribution:
     import pandas as pd
 
     prepared, model = work.prepared, work.model
@@ -449,10 +484,8 @@ def _result(work: _Work, method: str, effects: list[Effects], seconds: float) ->
         for nodes, found in zip(prepared.nodes, effects, strict=True)
         if found.baseline_value is not None
     }
-    value = float(work.evaluate(1).values[0])
-    return Attribution(
-        work.target.name, method, prepared.baseline.kind, tuple(texts), value, table, base_values, seconds
-    )
+    value = float(work.evaluate([target]).values[0])
+    return Attribution(target.name, method, prepared.baseline.kind, tuple(texts), value, table, base_values)
 
 
 def _part(hook: str, positions: Any, features: Any, strengths: Any, base: Any, effects: Any) -> "pd.DataFrame":

@@ -95,10 +95,13 @@ def single_token(model: Any, token: Token) -> int:
     if isinstance(token, str):
         ids = model.tokenize(token, prepend_bos=False).tolist()
         if len(ids) != 1:
-            parts = ", ".join(repr(part) for part in model.vocabulary_strings(ids)) or "none"
+            parts = [repr(part) for part in model.vocabulary_strings(ids)]
+            spaced = " " + token.strip()
+            advice = f"Give the first of them: {parts[0]}." if parts else "Give a token of the vocabulary."
+            if len(model.tokenize(spaced, prepend_bos=False)) == 1:
+                advice = f"With a space in front it is one: {spaced!r}."
             raise InvalidInputError(
-                f"{token!r} is {len(ids)} tokens ({parts}); a target is one token. Most words need their space in "
-                f"front: {' ' + token.strip()!r}."
+                f"{token!r} is {len(ids)} tokens ({', '.join(parts) or 'none'}); a target is one token. {advice}"
             )
         return int(ids[0])
     if not 0 <= token < model.d_vocab:
