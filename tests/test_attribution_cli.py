@@ -98,7 +98,19 @@ def test_a_graph_of_circuit_tracers_is_read(tmp_path):
     assert graph.nodes["feature"].tolist() == [-1, -1, 40, 99]
     assert graph.weight.tolist() == [1.5, -2.0]
     assert graph.nodes["label"][2] == "greeting"
-    for text, told in (("{", "no circuit graph"), ('{"nodes": []}', "metadata")):
+    older = json.loads(json.dumps(content).replace("3_-1_1", "0_3_1"))  # ids of error nodes as they once were
+    del older["nodes"][1:3], older["links"][:]
+    older["nodes"].append({**content["nodes"][1], "node_id": "0_3_1"})
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    read = load_graph(tmp_path / "older.json")
+    assert (read.n_layers, read.nodes["layer"].tolist()) == (4, [-1, 4, 3])
+    del older["nodes"][2]  # nothing of the last layers is left
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert load_graph(tmp_path / "older.json").n_layers == 4
+    untold = json.dumps({**content, "metadata": {"prompt": "Hi"}})
+    behind = json.dumps({**content, "metadata": {**content["metadata"], "prompt_tokens": ["<bos>"]}})
+    wrong = (("{", "no circuit graph"), ('{"nodes": []}', "metadata"), (untold, "prompt_tokens"), (behind, "1 tokens"))
+    for text, told in wrong:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InvalidInputError, match=told):
             load_graph(tmp_path / "bad.json")

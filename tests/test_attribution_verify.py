@@ -1,19 +1,26 @@
 """Pruning, scores and verification of circuit graphs, against dense linear algebra and runs edited by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers_models import one_thread, tiny_model
+from helpers_saes import make
 from test_attribution_graph import ALL, prompt_of, transcoders
 
+from scope.attribution.attention import node_heads
+from scope.attribution.circuit_curves import graph_faithfulness
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_runs import FeatureNode, GraphRuns
+from scope.attribution.path_patching import path_patching
 from scope.attribution.pruning import prune, scores
 from scope.attribution.verification import Agreement, total_effects, verify
-from scope.errors import InvalidInputError
+from scope.attribution.writes import layer_writes
+from scope.errors import InvalidInputError, MismatchError
 
 __all__ = ["one_thread"]
 
@@ -144,6 +151,39 @@ def test_a_graph_that_holds_every_feature_leaves_none_for_the_control(case):
     runs.held_features[node.layer].update(range(runs.dictionaries.width(node.layer)))
     with pytest.raises(InvalidInputError, match="holds every feature of layer"):
         runs.other(node, np.random.default_rng(0))
+
+
+def test_a_graph_of_another_model_or_of_other_transcoders_is_refused_before_anything_runs(monkeypatch):
+    model = tiny_model("gemma3")
+    made = transcoders(model)
+    graph = prune(build_graph(model, prompt_of(model), made, ALL), 0.7, 0.9)
+    features = graph.nodes[graph.nodes["kind"] == "feature"]
+    last, node = int(features["layer"].max()), int(features["node"].iloc[0])
+    d = model.d_model
+    narrow = [
+        make("transcoder", d_in=d, d_out=d, activation="topk", d_sae=4, k=2, metadata=sae.cfg.metadata) for sae in made
+    ]
+    other = tiny_model("llama")  # of the same width, and of fewer layers
+    untold = replace(graph, token_ids=(*graph.token_ids[:-1], -1))
+    beyond = replace(graph, token_ids=(*graph.token_ids[:-1], model.d_vocab))
+    for given, on, some, told in (
+        (graph, model, made[:last], f"features of layer {last}"),
+        (graph, model, narrow, "has 0 to 3"),
+        (graph, other, transcoders(other), "of 4 layers"),
+        (untold, model, made, "does not say which token"),
+        (beyond, model, made, f"token {model.d_vocab:,}"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model), "hidden_states", lambda *args: pytest.fail("the model ran"))
+            for run in (
+                verify,
+                graph_faithfulness,
+                layer_writes,
+                lambda *fit: path_patching(*fit, [node]),
+                lambda *fit: node_heads(*fit, node),
+            ):
+                with pytest.raises(MismatchError, match=told):
+                    run(given, on, some)
 
 
 def test_agreement():

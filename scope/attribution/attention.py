@@ -29,6 +29,7 @@ from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.frozen import FrozenModel
 from scope.attribution.graph import CircuitGraph
 from scope.attribution.graph_edits import GraphEdits, edits_of
+from scope.attribution.graph_fit import tokens_of
 from scope.attribution.linear_edits import LinearEdit
 from scope.attribution.reading import Prompt, read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
@@ -186,8 +187,10 @@ def _node(graph: CircuitGraph, number: int) -> "pd.Series[Any]":
 def _read(
     graph: CircuitGraph, model: Any, transcoders: Sequence[Any], saes: "SaesByName"
 ) -> tuple[Prompt, GraphEdits | None]:
-    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
-    return read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits), edits
+    dictionaries = mlp_dictionaries(model, transcoders)
+    tokens = tokens_of(graph, model, dictionaries)
+    edits = edits_of(graph, model, dictionaries, saes)
+    return read_prompt(model, tokens, transcoders, edits), edits
 
 
 def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model"]:

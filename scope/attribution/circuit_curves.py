@@ -37,6 +37,7 @@ from scope.attribution.comparison import shares_kept
 from scope.attribution.dictionaries import MlpDictionaries, MlpValues, mlp_dictionaries, mlp_values
 from scope.attribution.evaluate import check_targets
 from scope.attribution.graph_edits import GraphEdits, edited_handlers, edits_of
+from scope.attribution.graph_fit import tokens_of
 from scope.attribution.targets import Target, logit, logit_difference
 from scope.errors import InvalidInputError, MismatchError
 from scope.models.edits import EditContext
@@ -129,7 +130,7 @@ def graph_faithfulness(
     Raises:
         InvalidInputError: the graph has no features, a size is negative, or `recompute` with a cross-layer transcoder
             whose features depend on all layers at once.
-        MismatchError: the baseline does not fit.
+        MismatchError: the baseline does not fit, or the graph is of another model or other transcoders.
         OutOfRangeError: the target is not of this prompt.
     """
     import pandas as pd
@@ -143,9 +144,9 @@ def graph_faithfulness(
     if features.empty:
         raise InvalidInputError("The graph has no feature nodes; there is no circuit to keep. Prune less of it.")
     target, baseline = target or default_target(graph), baseline or zero()
-    tokens = torch.tensor(graph.token_ids, device=model.device)
-    check_targets(model, tokens, [target])
     dictionaries = mlp_dictionaries(model, transcoders)
+    tokens = tokens_of(graph, model, dictionaries)
+    check_targets(model, tokens, [target])
     edits = edits_of(graph, model, dictionaries, saes)
     bench = _Bench(model, tokens, dictionaries, baseline, recompute, edits)
     ordered: Circuit = list(zip(*(features[name].tolist() for name in ("layer", "position", "feature")), strict=True))

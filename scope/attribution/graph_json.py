@@ -235,13 +235,16 @@ def load_graph(path: str | Path) -> "CircuitGraph":
     path = Path(path)
     try:
         content = json.loads(path.read_text())
-        metadata, given, links = content["metadata"], content["nodes"], content["links"]
+        metadata, given, links = dict(content["metadata"]), content["nodes"], content["links"]
+        tokens = tuple(map(str, metadata["prompt_tokens"]))
         parsed = [_parsed(node) for node in given]
+        if not all(0 <= node["position"] < len(tokens) for node in parsed):
+            raise ValueError(f"a node stands behind the last of its {len(tokens)} tokens")
         number = {node["node_id"]: place for place, node in enumerate(given)}
         ends = [(number[link["source"]], number[link["target"]], float(link["weight"])) for link in links]
     except FileNotFoundError as error:
         raise InvalidInputError(f"There is no graph at {path}.") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, OSError) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidInputError(f"{path} is no circuit graph in circuit-tracer's JSON: {what}.") from error
     own = metadata.get(SCOPE, {})
@@ -250,7 +253,8 @@ def load_graph(path: str | Path) -> "CircuitGraph":
     except ScopeError as error:
         raise InvalidInputError(f"The interventions of {path} cannot be read: {error}") from error
     layers = [node["layer"] for node in parsed if node["kind"] in ("feature", "error")]
-    n_layers = int(own.get("n_layers", max(layers, default=-1) + 1))
+    ends_at = [node["layer"] - 1 for node in parsed if node["kind"] == "logit"]
+    n_layers = int(own.get("n_layers", max(ends_at or [max(layers, default=-1) + 1])))
     for node in parsed:
         if node["kind"] == "logit":
             node["layer"] = n_layers
@@ -259,11 +263,11 @@ def load_graph(path: str | Path) -> "CircuitGraph":
     token_ids = own.get("token_ids")
     if token_ids is None:
         found = {node["position"]: node["token"] for node in parsed if node["kind"] == "embedding"}
-        token_ids = [found.get(position, -1) for position in range(len(metadata["prompt_tokens"]))]
+        token_ids = [found.get(position, -1) for position in range(len(tokens))]
     source, target, weight = zip(*ends, strict=True) if ends else ((), (), ())
     return CircuitGraph(
         metadata.get("prompt", ""),
-        tuple(metadata["prompt_tokens"]),
+        tokens,
         tuple(int(token) for token in token_ids),
         nodes.drop(columns="token"),
         np.array(source, np.int32),
@@ -280,12 +284,12 @@ def load_graph(path: str | Path) -> "CircuitGraph":
 def _parsed(node: dict[str, Any]) -> dict[str, Any]:
     kinds = {name: kind for kind, name in TYPES.items()}
     kind = kinds[node["feature_type"]]
-    layer, feature, position = node["node_id"].split("_")
-    own = node.get(SCOPE, {})
+    # Layer and position from the fields of their own: of an error node, older ids had them elsewhere.
+    layer, feature, own = str(node["layer"]), node["node_id"].split("_")[1], node.get(SCOPE, {})
     return {
         "kind": kind,
         "layer": -1 if layer == "E" else int(layer),
-        "position": int(position),
+        "position": int(node["ctx_idx"]),
         "feature": -1
         if kind in ("embedding", "error", "table")
         else FIRST_EDIT - int(feature)

@@ -27,6 +27,7 @@ from torch import Tensor
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.graph_edits import edits_of
+from scope.attribution.graph_fit import tokens_of
 from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns, Write
 from scope.attribution.reading import Prompt, read_prompt
 from scope.attribution.verification import Agreement, Verification
@@ -75,12 +76,15 @@ def path_patching(
     Raises:
         OutOfRangeError: there is no such node.
         InvalidInputError: a node is of another kind, or no edge goes out of it.
+        MismatchError: the graph is of another model or other transcoders.
     """
     import pandas as pd
 
     edges = {source: _edges(graph, source) for source in dict.fromkeys(sources)}
-    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
-    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits)
+    dictionaries = mlp_dictionaries(model, transcoders)
+    tokens = tokens_of(graph, model, dictionaries)
+    edits = edits_of(graph, model, dictionaries, saes)
+    read = read_prompt(model, tokens, transcoders, edits)
     runs = GraphRuns(graph, model, read.dictionaries, read.frozen.tokens, edits)
     column = {node: number for number, node in enumerate(runs.nodes.tolist())}
     held, rng, tell = runs.mlps(read), np.random.default_rng(seed), progress or (lambda done, total: None)

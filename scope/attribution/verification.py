@@ -30,6 +30,7 @@ from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.graph_edits import edits_of
+from scope.attribution.graph_fit import tokens_of
 from scope.attribution.graph_runs import FACTORS, FeatureNode, GraphRuns
 from scope.errors import InvalidInputError
 
@@ -144,6 +145,7 @@ def verify(
 
     Raises:
         InvalidInputError: the graph has no feature nodes.
+        MismatchError: it is of another model or other transcoders.
     """
     import pandas as pd
 
@@ -151,7 +153,7 @@ def verify(
     if not features:
         raise InvalidInputError("The graph has no feature nodes; there is nothing to verify. Prune less of it.")
     dictionaries = mlp_dictionaries(model, transcoders)
-    tokens = torch.tensor(graph.token_ids, device=model.device)
+    tokens = tokens_of(graph, model, dictionaries)
     edits = edits_of(graph, model, dictionaries, saes)
     bench = GraphRuns(graph, model, dictionaries, tokens, edits)
     effects = total_effects(graph)

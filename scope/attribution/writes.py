@@ -22,6 +22,7 @@ import torch
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph import CircuitGraph
 from scope.attribution.graph_edits import edits_of
+from scope.attribution.graph_fit import tokens_of
 from scope.attribution.reading import read_prompt
 from scope.errors import InvalidInputError, OutOfRangeError
 
@@ -61,6 +62,7 @@ def layer_writes(
     Raises:
         OutOfRangeError: there is no such node.
         InvalidInputError: a node is no feature, or `logit` no logit.
+        MismatchError: the graph is of another model or other transcoders.
     """
     import pandas as pd
 
@@ -72,9 +74,10 @@ def layer_writes(
             raise OutOfRangeError(f"There is no node {number}: the graph has nodes 0 to {len(table) - 1}.")
         if table["kind"].iloc[number] != kind:
             raise InvalidInputError(f"Node {number} is of kind {table['kind'].iloc[number]}; expected a {kind}.")
-    edits = edits_of(graph, model, mlp_dictionaries(model, transcoders), saes)
-    read = read_prompt(model, torch.tensor(graph.token_ids, device=model.device), transcoders, edits)
-    frozen, d = read.frozen, read.dictionaries
+    d = mlp_dictionaries(model, transcoders)
+    tokens = tokens_of(graph, model, d)
+    read = read_prompt(model, tokens, transcoders, edits_of(graph, model, d, saes))
+    frozen = read.frozen
     row = model.W_U[int(table["feature"].iloc[end])].float() - read.mean_unembedding
     at = torch.tensor([int(table["position"].iloc[end])], device=model.device)
     start = torch.tensor([len(frozen.layers)], device=model.device)
@@ -83,8 +86,6 @@ def layer_writes(
     parts = []
     for reads in sorted(set(table["layer"].iloc[features].tolist())):
         group = table.iloc[[node for node in features if table["layer"].iloc[node] == reads]]
-        if reads not in d.layers:
-            raise InvalidInputError(f"The graph has features of layer {reads}; the transcoders read {d.layers}.")
         ids = torch.from_numpy(group["feature"].to_numpy(dtype="int64").copy())
         positions = torch.from_numpy(group["position"].to_numpy(dtype="int64").copy()).to(model.device)
         activation = torch.from_numpy(group["activation"].to_numpy(dtype="float32").copy()).to(model.device)
