@@ -173,3 +173,4 @@ def test_the_benchmark_reports_each_length():
         assert graph["active_features"] == 18 * 4 * (graph["tokens"] - 1)
         assert 0 < graph["build_seconds"] <= graph["seconds"]
         assert graph["peak_gigabytes"] > 0.1
+        assert graph["peak_beside_model_gigabytes"] is None  # of a process that holds a model it cannot be told

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.memory import POSITION_CHUNK
+from scope.attribution.graph_needs import POSITION_CHUNK
 from scope.attribution.reading import Firing
 
 __all__ = ["Piece", "effects", "pieces_of"]

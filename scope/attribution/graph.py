@@ -45,10 +45,11 @@ from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.firing_effects import effects, pieces_of
 from scope.attribution.frozen import tensor_cores
 from scope.attribution.graph_edits import graph_edits
+from scope.attribution.graph_needs import graph_needs
 from scope.attribution.graph_nodes import given_nodes
 from scope.attribution.graph_settings import GraphSettings
 from scope.attribution.influence import influences
-from scope.attribution.memory import graph_needs, require_graph_fits
+from scope.attribution.memory import require_graph_fits
 from scope.attribution.reading import Prompt, read
 from scope.attribution.targets import single_token
 
@@ -154,13 +155,14 @@ def build_graph(
     tokens = model.prompt_tokens(prompt)
     dictionaries = mlp_dictionaries(model, transcoders)
     wanted = [single_token(model, token) for token in targets]
-    require_graph_fits(graph_needs(model, len(tokens), dictionaries), settings, model.device)
+    needs = partial(graph_needs, model, len(tokens), dictionaries, edited=spec is not None)
+    require_graph_fits(needs(), settings, model.device)
     edits = None if spec is None else graph_edits(spec, model, dictionaries, tokens, saes, maxima)
     tell("reading the prompt", 0, None)
     with torch.no_grad():
         found = read(model, tokens, dictionaries, settings, wanted, edits)
         l0 = (found.n_sources - found.n_fixed) / len(tokens)
-        require_graph_fits(graph_needs(model, len(tokens), dictionaries, l0), settings, model.device)
+        require_graph_fits(needs(l0=l0), settings, model.device)
         work = _Expansion(found, settings)
         with tensor_cores(model):
             work.run(tell)

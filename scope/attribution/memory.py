@@ -1,94 +1,31 @@
 """What a graph or an attribution will take of memory, before it is begun, and what would make it fit.
 
-Estimates count the large tensors, each by its shape, beside the model and the dictionaries that are loaded already;
-what is small or short-lived comes on top as `ROOM`. How many features fire is not known before the prompt has been
-read: k is taken for it, and the estimate is made again with their number before anything is expanded.
+Estimates count the large tensors, each by its shape, beside the model and the dictionaries that are loaded already
+(of graphs in `scope.attribution.graph_needs`); what is small or short-lived comes on top as `ROOM`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from scope.attribution.freezing import PATTERN_BYTES
-from scope.attribution.frozen_attention import QUERY_CHUNK
+from scope.attribution.graph_needs import ROOM, GraphNeeds
 from scope.attribution.graph_settings import GraphSettings
 from scope.errors import InvalidInputError
 
-if TYPE_CHECKING:
-    from scope.attribution.dictionaries import MlpDictionaries
-
 __all__ = [
-    "POSITION_CHUNK",
     "AttributionNeeds",
-    "GraphNeeds",
     "attribution_needs",
     "free_memory",
-    "graph_needs",
     "require_attribution_fits",
     "require_graph_fits",
 ]
 
 GIGABYTE = 10**9
-ROOM = 1.2
-"""Multiple of what is counted that is asked for."""
-UNKNOWN_L0 = 64
-"""Features of a layer that are taken to fire on a token where the dictionary does not say."""
-POSITION_CHUNK = 256
-"""Positions whose decoder rows a graph gathers at once."""
 SMALLEST = {"batch_size": 1, "edges_per_target": 128, "max_features": 64}
 """How far settings are lowered in search of some that fit."""
-
-
-@dataclass(frozen=True)
-class GraphNeeds:
-    """What the memory of a graph depends on, beside its settings."""
-
-    n_tokens: int
-    n_layers: int
-    n_heads: int
-    n_key_value_heads: int
-    d_head: int
-    d_model: int
-    d_encoded: int
-    """Features that are encoded at once: the widest layer's, or all of a cross-layer transcoder."""
-    l0: float
-    """Features that fire on a token, over all layers."""
-    itemsize: int
-    """Bytes of a number of the model."""
-    n_tables: int = 0
-    """Layers with an embedding table of their own."""
-
-    def parts(self, settings: GraphSettings) -> dict[str, int]:
-        """Bytes, by what they are for."""
-        t, d, n, tables = self.n_tokens, self.d_model, self.n_layers, self.n_tables
-        heads, d_head = self.n_heads, self.d_head
-        patterns = 4 * n * heads * t * t
-        firing = int(t * self.l0)
-        sources = t * (1 + n + tables) + firing
-        b = min(settings.batch_size, settings.max_features + settings.max_logits)
-        chunk = heads * min(t, QUERY_CHUNK) * t * 4
-        prompt = n * t * ((heads + self.n_key_value_heads) * d_head * self.itemsize + 4 * d * 4)
-        prompt += 2 * tables * t * d * 4
-        prompt += 2 * t * t * self.itemsize + n * (heads + self.n_key_value_heads) * d_head * d * 4
-        prompt += patterns if patterns <= PATTERN_BYTES else 0
-        edges = (min(settings.max_features, firing) + settings.max_logits) * min(settings.edges_per_target, sources)
-        rows = 3 * b * t * d * 4 + 3 * b * t * heads * d_head * 4 + 2 * chunk
-        rows += 3 * b * sources * 4
-        rows += 2 * min(t, POSITION_CHUNK) * int(2 * self.l0 / n + 1) * d * 4
-        reading = 3 * chunk + t * self.d_encoded * (8 + self.itemsize)
-        return {
-            "the prompt": int(prompt + 60 * firing),
-            "edges": int(52 * edges),
-            f"expanding {b} targets at once": int(rows),
-            "reading": int(max(0, reading - rows)),
-        }
-
-    def total(self, settings: GraphSettings) -> int:
-        """Bytes in all."""
-        return int(ROOM * sum(self.parts(settings).values()))
 
 
 @dataclass(frozen=True)
@@ -119,39 +56,6 @@ class AttributionNeeds:
         logits = 3 * runs * self.d_vocab * 4
         nodes = 6 * 4 * self.n_tokens * self.features
         return {f"{runs} runs at once": kept + logits, "nodes": nodes, "decoders": self.decoders}
-
-
-def graph_needs(model: Any, n_tokens: int, dictionaries: "MlpDictionaries", l0: float | None = None) -> GraphNeeds:
-    """What a graph of a prompt of so many tokens needs.
-
-    Args:
-        model: the model.
-        n_tokens: tokens of the prompt, BOS included.
-        dictionaries: its transcoders.
-        l0: features that fire on a token, over all layers; None for what the dictionaries say of themselves.
-    """
-    layout = model.layout
-    widths = [dictionaries.width(layer) for layer in dictionaries.layers]
-    return GraphNeeds(
-        n_tokens,
-        layout.n_layers,
-        layout.n_heads,
-        max(sizes.n_key_value_heads for sizes in layout.sizes),
-        max(sizes.d_head for sizes in layout.sizes),
-        layout.d_model,
-        max(widths) if dictionaries.clt is None else sum(widths),
-        sum(map(_l0, dictionaries.dictionaries)) if l0 is None else l0,
-        model.dtype.itemsize,
-        layout.n_layers if layout.d_per_layer else 0,
-    )
-
-
-def _l0(sae: Any) -> float:
-    """Features that a dictionary says fire on a token."""
-    training = sae.cfg.metadata.training or {}
-    said = getattr(sae.cfg, "k", None) or training.get("k")
-    layers = len(sae.cfg.ports.inputs)
-    return float(said) if said else float(UNKNOWN_L0 * layers)
 
 
 def attribution_needs(model: Any, n_tokens: int, saes: Any, whole: bool) -> AttributionNeeds:
@@ -213,7 +117,11 @@ def require_graph_fits(needs: GraphNeeds, settings: GraphSettings, device: torch
     if smaller is None:
         least = replace(settings, **{name: min(value, getattr(settings, name)) for name, value in SMALLEST.items()})
         longest = _most(lambda n: replace(needs, n_tokens=n).total(least) <= budget, needs.n_tokens)
-        advice = f"No settings make it fit; a prompt of at most {longest:,} tokens would, with the smallest of them."
+        advice = "No settings make it fit, however short the prompt."
+        if longest:
+            advice = (
+                f"No settings make it fit; a prompt of at most {longest:,} tokens would, with the smallest of them."
+            )
     else:
         flags = " ".join(
             f"--{name.replace('_', '-')} {getattr(smaller, name)}"

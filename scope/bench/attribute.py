@@ -22,8 +22,8 @@ import torch
 
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.graph import build_graph
+from scope.attribution.graph_needs import graph_needs
 from scope.attribution.graph_settings import GraphSettings
-from scope.attribution.memory import graph_needs
 from scope.attribution.pruning import prune
 from scope.bench.machine import describe_machine
 from scope.bench.random_model import random_llama
@@ -48,8 +48,9 @@ def bench_attribute(config: AttributeBench, say: Callable[[str], None]) -> dict[
 
     Returns:
         Figures, JSON-able: `graphs`, one for each length: tokens, active_features, features, edges, seconds,
-        peak_gigabytes (of all), estimated_gigabytes (beside model and dictionaries), kept_nodes; and of the `model`
-        the gigabytes of its weights and of the dictionaries'.
+        peak_gigabytes (of all), peak_beside_model_gigabytes (on a GPU: without model and dictionaries, to be held
+        against estimated_gigabytes, which leaves them out too), kept_nodes; and of the `model` the gigabytes of its
+        weights and of the dictionaries'.
     """
     device = pick_device(config.device)
     lengths = config.lengths or ((64,) if device.type == "cpu" else (1024, 6000))
@@ -78,6 +79,7 @@ def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSe
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    loaded = torch.cuda.memory_allocated() if cuda else None
     started = time.perf_counter()
     graph = build_graph(model, tokens, transcoders, settings)
     built = time.perf_counter() - started
@@ -95,6 +97,7 @@ def _measured(model: Any, tokens: Any, transcoders: list[SAE], settings: GraphSe
         "build_seconds": built,
         "seconds": time.perf_counter() - started,
         "peak_gigabytes": peak / GIGABYTE,
+        "peak_beside_model_gigabytes": None if loaded is None else (peak - loaded) / GIGABYTE,
         "estimated_gigabytes": graph_needs(model, len(tokens), dictionaries, l0).total(settings) / GIGABYTE,
     }
 
