@@ -1,9 +1,11 @@
 """`scope.attribution.methods`: each method against its definition, computed another way."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers_models import one_thread, tiny_model
+from helpers_models import one_thread, real_model, tiny_model
 from helpers_saes import make
 
 from scope.attribution.baselines import counterfactual, mean, zero
@@ -21,6 +23,7 @@ from scope.attribution.targets import (
 from scope.errors import InvalidInputError, MismatchError, OutOfRangeError, UnknownNameError
 from scope.interventions import set_features
 from scope.saes.base import SAEMetadata
+from scope.saes.formats import load
 
 __all__ = ["one_thread"]
 
@@ -275,3 +278,14 @@ def test_methods_beside_patching_and_what_top_nodes_keep():
     assert whole["value"][5] - bare["value"][5] == pytest.approx(errors.sum(), rel=1e-3)
     with pytest.raises(InvalidInputError, match="sizes"):
         faithfulness(model, PROMPT, linear, sae, attribution, zero(), sizes=[-1])
+
+
+@pytest.mark.real
+def test_methods_come_near_patching_on_the_real_model():
+    model = real_model()
+    sae = load(Path(__file__).parents[1] / "data" / "gemma-3-270m-topk-8192")
+    target, other = logit_difference(" cold", " small"), counterfactual("The opposite of big is")
+    table = compare_methods(model, "The opposite of hot is", target, sae, other).set_index("method")
+    assert set(table.index) == set(METHODS)
+    assert table["pearson"][["gradient_x_activation", "integrated_gradients", "eap_ig"]].min() > 0.7
+    assert table["completeness"]["integrated_gradients"] == pytest.approx(1.0, abs=0.02)
