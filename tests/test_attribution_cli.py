@@ -159,6 +159,8 @@ def test_what_is_wrong_is_said(folder, tmp_path):
         (("graph", "--transcoders", folder / "sae", "--out", tmp_path / "g.json"), "ln2.hook_out"),
         (("graph", "--transcoders", tmp_path, "--out", tmp_path / "g.json"), "holds no transcoders"),
         (("graph", "--transcoders", folder, "--out", tmp_path / "g.json", "--node-share", 2), "node_share"),
+        (("graph", "--transcoders", tmp_path, "--out", tmp_path), "cannot be written to"),
+        (("graph", "--transcoders", tmp_path, "--out", folder / "sae" / "cfg.json" / "g.json"), "cannot be written to"),
     ):
         assert told in scope(*arguments, *common, code=2)["error"]["message"]
     assert not (tmp_path / "g.json").exists()

@@ -117,8 +117,13 @@ def test_saes_are_brought_to_the_models_device(
 
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: SimpleNamespace(device=elsewhere))
     monkeypatch.setattr(SAE, "to", to)
-    scope(*commands(made, tmp_path)[name], code=1)
+    asked = commands(made, tmp_path)[name]
+    scope(*asked, code=1)
     assert told == [elsewhere]
+    if name == "graph":
+        with pytest.raises(AttributeError, match="SimpleNamespace"):  # at the model's first use: none was moved
+            scope(*asked, "--dictionaries", "host")
+        assert told == [elsewhere]
 
 
 def test_every_command_with_a_model_takes_it() -> None:
@@ -145,6 +150,18 @@ def test_the_answer_is_the_same(name: str, made: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_answer_is_the_same_on_a_gpu(name: str, made: dict[str, Any], tmp_path: Path) -> None:
     require_the_same_answers(name, made, tmp_path, "cuda")
+
+
+@pytest.mark.gpu
+def test_the_graph_is_the_same_with_its_transcoders_on_the_host(made: dict[str, Any], tmp_path: Path) -> None:
+    answers = []
+    for place in ("device", "host"):
+        where = ("--device", "cuda", "--dictionaries", place, "--json")
+        made_of = scope(*commands(made, tmp_path)["graph"], *where)
+        links = json.loads((tmp_path / "g").read_text())["links"]
+        held = scope("graph", "verify", tmp_path / "g", *where)
+        answers.append({**made_of, "links": links, "verified": held})
+    require_near(*answers)
 
 
 def require_the_same_answers(name: str, made: dict[str, Any], out: Path, device: str) -> None:

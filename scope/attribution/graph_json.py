@@ -15,6 +15,7 @@ under a name of our own, which other readers leave out.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,15 @@ from scope.interventions.words import spec_words
 if TYPE_CHECKING:
     from scope.attribution.graph import CircuitGraph
 
-__all__ = ["Supernode", "graph_content", "graph_facts", "load_graph", "node_ids", "save_graph"]
+__all__ = [
+    "Supernode",
+    "graph_content",
+    "graph_facts",
+    "load_graph",
+    "node_ids",
+    "require_place_for_graph",
+    "save_graph",
+]
 
 SCOPE = "scope"
 TYPES = {
@@ -172,6 +181,24 @@ def graph_content(
     }
 
 
+def require_place_for_graph(path: str | Path) -> None:
+    """Make the folder of a graph's file, before it is computed.
+
+    Raises:
+        InvalidInputError: no file can be written there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fits = os.access(path.parent, os.W_OK) and not path.is_dir()
+    except OSError:
+        fits = False
+    if not fits:
+        raise InvalidInputError(
+            f"The graph cannot be written to {path}; give a file in a folder that can be written to."
+        )
+
+
 def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None = None) -> None:
     """Write a graph; a file that was there is replaced as a whole.
 
@@ -181,7 +208,7 @@ def save_graph(graph: "CircuitGraph", path: str | Path, node_share: float | None
         node_share: what it was pruned with, for the record.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_place_for_graph(path)
     content = graph_content(graph, path.stem, node_share)
     write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
 

@@ -2,12 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from scope.cli._model import EmbeddingPlace, load_model
 from scope.errors import InvalidInputError
 
-__all__ = ["opened", "transcoder_paths"]
+__all__ = ["DictionariesOption", "opened", "transcoder_paths"]
+
+DictionariesOption = Annotated[
+    EmbeddingPlace,
+    typer.Option(
+        help="Where the transcoders lie: device, that of the model, or host. On the host they take no memory of a GPU, "
+        "and rows are sent to and fro, which is slower."
+    ),
+]
 
 
 def transcoder_paths(given: list[str]) -> list[str]:
@@ -37,11 +47,16 @@ def _writes_elsewhere(cfg: Path) -> bool:
 
 
 def opened(
-    model: str, saes: list[str], device: str | None, allow_download: bool, embeddings: EmbeddingPlace
+    model: str,
+    saes: list[str],
+    device: str | None,
+    allow_download: bool,
+    embeddings: EmbeddingPlace,
+    dictionaries: EmbeddingPlace = "device",
 ) -> tuple[Any, list[Any]]:
-    """The model, and the dictionaries at some paths, which are loaded first; all on the model's device."""
+    """The model, and the dictionaries at some paths, which are loaded first; on the model's device, or on the host."""
     from scope.saes.formats import load
 
     loaded = [load(path, allow_download=allow_download) for path in saes]
     language_model = load_model(model, device=device, allow_download=allow_download, embeddings=embeddings)
-    return language_model, [sae.to(language_model.device) for sae in loaded]
+    return language_model, [sae.to("cpu" if dictionaries == "host" else language_model.device) for sae in loaded]

@@ -9,8 +9,8 @@ from typer.core import TyperGroup
 from scope.attribution.graph_settings import GraphSettings
 from scope.cli import graph_writes
 from scope.cli._command import Outcome, command, progress_bar
+from scope.cli._dictionaries import DictionariesOption, transcoder_paths
 from scope.cli._dictionaries import opened as opened_with
-from scope.cli._dictionaries import transcoder_paths
 from scope.cli._interventions import (
     GRAPH_SAE_HELP,
     SPEC_HELP,
@@ -179,6 +179,7 @@ def register(app: typer.Typer) -> None:
         edge_share: Annotated[float, typer.Option(help="Share of the edges' influence that pruning keeps.")] = 0.98,
         device: DeviceOption = None,
         embeddings: EmbeddingsOption = "device",
+        dictionaries: DictionariesOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Explain a prompt's next token as a graph of features, pruned to what matters; with --spec of the model under
@@ -186,16 +187,17 @@ def register(app: typer.Typer) -> None:
         from dataclasses import replace
 
         from scope.attribution.graph import build_graph
-        from scope.attribution.graph_json import save_graph
+        from scope.attribution.graph_json import require_place_for_graph, save_graph
         from scope.attribution.pruning import prune, require_shares, scores
         from scope.errors import InvalidInputError
 
         require_shares(node_share, edge_share)
+        require_place_for_graph(out)
         if spec is None and (sae is not None or index is not None):
             raise InvalidInputError("--sae and --index are of the features of interventions; give those with --spec.")
         paths = transcoder_paths(transcoders)
         wanted = None if spec is None else declared(spec, workspace)
-        opened, saes = opened_with(model, paths, device, allow_download, embeddings)
+        opened, saes = opened_with(model, paths, device, allow_download, embeddings, dictionaries)
         finder = SaeFinder(sae, workspace, allow_download, dict(zip(paths, saes, strict=True)), opened.device)
         wanted = None if wanted is None else with_addresses(wanted, finder)
         with progress_bar("Expanding features") as progress:
@@ -250,6 +252,7 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
         device: DeviceOption = None,
         embeddings: EmbeddingsOption = "device",
+        dictionaries: DictionariesOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Set each feature of a graph to 0 and to twice its value in the model itself, and compare with the graph."""
@@ -259,7 +262,7 @@ def register(app: typer.Typer) -> None:
 
         read = load_graph(graph)
         paths = transcoder_paths(transcoders or list(read.transcoders))
-        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
+        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings, dictionaries)
         finder = finder_of_graph(read, sae, paths, saes, allow_download)
         with progress_bar("Intervening (runs)") as progress:
             if edges:
@@ -306,6 +309,7 @@ def register(app: typer.Typer) -> None:
         figure: Annotated[Path | None, typer.Option(help="Draw the curves into this HTML file.")] = None,
         device: DeviceOption = None,
         embeddings: EmbeddingsOption = "device",
+        dictionaries: DictionariesOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """Keep a graph's features with the most influence, ablate the rest, and see how much of the target is left:
@@ -322,7 +326,7 @@ def register(app: typer.Typer) -> None:
         read = load_graph(graph)
         paths = transcoder_paths(transcoders or list(read.transcoders))
         kept = SIZES if sizes is None else _whole_numbers(sizes)
-        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings)
+        opened, saes = opened_with(model or read.model_name, paths, device, allow_download, embeddings, dictionaries)
         asked = None if target is None else logit(target) if against is None else logit_difference(target, against)
         with progress_bar("Ablating (runs)") as progress:
             found = graph_faithfulness(

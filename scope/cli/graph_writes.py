@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scope.cli._command import Outcome, command
-from scope.cli._dictionaries import opened, transcoder_paths
+from scope.cli._dictionaries import DictionariesOption, opened, transcoder_paths
 from scope.cli._interventions import GRAPH_SAE_HELP, finder_of_graph
 from scope.cli._model import EmbeddingsOption
 from scope.cli.sae import DownloadOption
@@ -35,6 +35,7 @@ def register(graphs: typer.Typer) -> None:
         sae: Annotated[str | None, typer.Option(help=GRAPH_SAE_HELP)] = None,
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         embeddings: EmbeddingsOption = "device",
+        dictionaries: DictionariesOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """How strongly each feature of a graph writes each layer (one of a cross-layer transcoder writes several), and
@@ -45,7 +46,7 @@ def register(graphs: typer.Typer) -> None:
         read = load_graph(graph)
         logit = _logit(read, target)
         paths = transcoder_paths(transcoders or list(read.transcoders))
-        language_model, saes = opened(model or read.model_name, paths, device, allow_download, embeddings)
+        language_model, saes = opened(model or read.model_name, paths, device, allow_download, embeddings, dictionaries)
         features = read.nodes[read.nodes["kind"] == "feature"]
         chosen = features.sort_values("influence", ascending=False, kind="stable").head(top)
         finder = finder_of_graph(read, sae, paths, saes, allow_download)
