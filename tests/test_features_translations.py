@@ -133,6 +133,14 @@ def test_the_command_says_both(made: tuple[FeatureIndex, ActivationStore], tmp_p
     assert len(found["layers"]) == len(HOOKS)
     text = scope("languages", index.path, "--languages", "small,large", "--store", store.path).stdout
     assert "random pairs" in text
+    page = tmp_path / "layers.html"
+    scope("languages", index.path, "--languages", "small,large", "--store", store.path, "--figure", page)
+    drawn = page.read_text()
+    assert "small and large" in drawn
+    assert "random pairs" in drawn
+    assert "<script src" not in drawn
+    refused = scope("languages", index.path, "--languages", "small,large", "--figure", page, "--json", code=2)
+    assert "--store" in refused["error"]["message"]
     told = scope("languages", index.path, "--languages", "small", "--json", code=2)["error"]["message"]
     assert "two or more" in told
     with pytest.raises(InvalidInputError, match="two different"):
