@@ -219,7 +219,9 @@ def _patched(rows: _Rows, batch_size: int, progress: Callable[[int, int | None],
 
             def patch(looked_up: Tensor, positions: Tensor = positions, layer: int = layer) -> Tensor:
                 new = looked_up.clone()
-                new[torch.arange(len(new)), positions] = rows.baseline[layer, positions].to(new.dtype)
+                new[torch.arange(len(new), device=new.device), positions] = rows.baseline[layer, positions].to(
+                    new.dtype
+                )
                 return new
 
             effects[layer, positions.cpu()] = value - rows.run(len(positions), {hook: patch}).cpu()
