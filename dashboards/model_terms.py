@@ -73,6 +73,13 @@ MODEL_TERMS: dict[str, tuple[str, str, str]] = {
         "later layers make of it in other ways is not in it. Only features that fire on this token are listed.",
         "effect = c w · W_enc[:, f]",
     ),
+    "table_effect": (
+        "effect of a row",
+        "What the next token's logit (less the mean over all tokens) loses when a token's row in a layer's table is set"
+        " to zero, everything after it reacting. It is estimated by integrated gradients with all rows moving together:"
+        " over all layers and tokens the effects add up to what the tables did. The main embedding and BOS stay.",
+        "effect = r · mean over α of ∂logit/∂r at α r",
+    ),
     "experts": (
         "experts",
         "In a layer with experts, a router gives each token a logit for every expert; the token goes to the k "

@@ -1,21 +1,25 @@
-"""What the pages about a model ask of the model worker: its parts and parameters, and what its per-layer embeddings
-wrote on a prompt. The functions here run in the worker's thread; torch is imported there."""
+"""What the pages about a model ask of the model worker: its parts and parameters, what its per-layer embeddings wrote
+on a prompt, and what that did for a next token. The functions here run in the worker's thread; torch is imported there.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dashboards.context import Context
-from dashboards.prompts import MAX_LENS_TOKENS, Asked, PromptJobs, prompt_jobs
+from dashboards.prompts import MAX_LENS_TOKENS, Asked, Prediction, PromptJobs, prompt_jobs
 from dashboards.worker import Job
 
 if TYPE_CHECKING:
     from scope.attribution.per_layer import PerLayerReport
+    from scope.attribution.tables import TableEffects
     from scope.models.parameters import ParameterCount
 
 __all__ = ["FEATURES", "ModelFacts", "ModelJobs", "Written"]
 
 FEATURES = 16
 """Features that are listed for each layer and token, at most."""
+NEXT_TOKENS = 6
+"""Likely next tokens to choose from."""
 
 
 class ModelFacts(NamedTuple):
@@ -50,6 +54,8 @@ class Written:
     """What the SAE reads, where its features can be followed; else ""."""
     problem: str = ""
     """Why its features cannot."""
+    next_tokens: tuple[Prediction, ...] = ()
+    """The likeliest tokens after the last one."""
 
 
 class ModelJobs:
@@ -71,6 +77,13 @@ class ModelJobs:
         """Queue what per-layer embeddings write on a prompt; the job's result is a `Written`."""
         return self.context.worker.submit(("per-layer", index, asked), lambda job: self._written(job, index, asked))
 
+    def submit_effects(self, index: str, asked: Asked, target: int) -> Job:
+        """Queue what the rows of the tables did for a next token after a prompt's last one; the job's result is a
+        `TableEffects`, or None for a model without per-layer embeddings."""
+        return self.context.worker.submit(
+            ("table-effects", index, asked, target), lambda job: self._effects(job, index, asked, target)
+        )
+
     def facts(self, job: Job, index: str) -> ModelFacts:
         """What the model of an index is made of; called in the worker's thread only."""
         return _facts(self.prompts.loaded(job, index)[0])
@@ -85,11 +98,35 @@ class ModelJobs:
             return Written(facts, None)
         prompt = self.prompts.prompt_of(model, index, asked, MAX_LENS_TOKENS)
         job.report("running the model")
+        following = _next_tokens(model, prompt)
         try:
             require_readable(model, sae)
         except InvalidInputError as problem:
-            return Written(facts, per_layer_writes(model, prompt), problem=str(problem))
-        return Written(facts, per_layer_writes(model, prompt, [sae], FEATURES), str(sae.hook_name))
+            return Written(facts, per_layer_writes(model, prompt), problem=str(problem), next_tokens=following)
+        report = per_layer_writes(model, prompt, [sae], FEATURES)
+        return Written(facts, report, str(sae.hook_name), next_tokens=following)
+
+    def _effects(self, job: Job, index: str, asked: Asked, target: int) -> "TableEffects | None":
+        from scope.attribution.tables import table_effects
+        from scope.attribution.targets import logit
+
+        model, _ = self.prompts.loaded(job, index)
+        if not model.layout.d_per_layer:
+            return None
+        prompt = self.prompts.prompt_of(model, index, asked, MAX_LENS_TOKENS)
+        return table_effects(
+            model, prompt, logit(target), progress=lambda done, total: job.report("following the rows", done, total)
+        )
+
+
+def _next_tokens(model: Any, prompt: Any) -> tuple[Prediction, ...]:
+    from scope.models.losses import likeliest_tokens
+
+    last = model.layout.final_residual
+    state = model.run(prompt, hooks=[last], logits=False).activations[last][-1:]
+    ids, probabilities = likeliest_tokens(model, state, NEXT_TOKENS)
+    texts = model.vocabulary_strings(ids[0].tolist())
+    return tuple(map(Prediction, ids[0].tolist(), texts, probabilities[0].tolist()))
 
 
 def _facts(model: Any) -> ModelFacts:

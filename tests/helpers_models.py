@@ -30,7 +30,7 @@ from scope.models.loading import quiet_transformers
 WRONG_TYPE = (InvalidInputError, TypeCheckError)
 """What a value of another type gets: our error, or jaxtyping's where the run-time check is on."""
 KINDS = ("gemma3", "llama", "gpt2")
-MORE_KINDS = ("gemma2", "gemma3_multimodal", "mistral", "qwen2", "qwen3")
+MORE_KINDS = ("gemma2", "gemma3_multimodal", "mistral", "pythia", "pythia_serial", "qwen2", "qwen3")
 PER_LAYER_KINDS = ("gemma3n", "gemma4")
 """Models with per-layer embeddings."""
 EXPERT_KINDS = ("mixtral", "qwen3_moe", "gemma4_experts")
@@ -221,6 +221,17 @@ def _gpt2(d_vocab: int) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, bos_token_id=0, eos_token_id=0))
 
 
+def _pythia(d_vocab: int, parallel: bool = True) -> Any:
+    """Rotates a half of each head; its tokenizer has a BOS that it was not trained with, as Pythia's."""
+    rotation = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    config = transformers.GPTNeoXConfig(
+        vocab_size=d_vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, use_parallel_residual=parallel, rope_parameters=rotation, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPTNeoXForCausalLM(config)
+
+
 _BUILDERS: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFast]]] = {
     "gemma3": (functools.partial(_gemma, 3), _sentencepiece_tokenizer),
     "llama": (_llama, _sentencepiece_tokenizer),
@@ -238,6 +249,8 @@ _BUILDERS: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerF
     "mixtral": (_mixtral, _sentencepiece_tokenizer),
     "qwen3_moe": (_qwen3_moe, functools.partial(_byte_level_tokenizer, bos=False)),
     "mistral": (_mistral, _sentencepiece_tokenizer),
+    "pythia": (_pythia, _byte_level_tokenizer),
+    "pythia_serial": (functools.partial(_pythia, parallel=False), _byte_level_tokenizer),
     "qwen2": (functools.partial(_qwen, 2), functools.partial(_byte_level_tokenizer, bos=False)),
     "qwen3": (functools.partial(_qwen, 3), functools.partial(_byte_level_tokenizer, bos=False)),
 }

@@ -19,10 +19,10 @@ GEMMA_4 = ["gemma4", "gemma4_experts"]
 scale the stream, per-layer tables; and experts."""
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "skip", *GEMMA_4])
+@pytest.fixture(scope="module", params=[*KINDS, "gemma3 skip", "pythia skip", *GEMMA_4])
 def case(request):
-    skip = request.param == "skip"
-    model = tiny_model("gemma3" if skip else request.param)
+    kind, _, skip = request.param.partition(" ")
+    model = tiny_model(kind)
     made = transcoders(model, "skip_transcoder" if skip else "transcoder")
     if skip:
         for sae in made:
@@ -72,9 +72,13 @@ def test_one_layer_apart_a_head_carries_its_pattern_times_its_ov():
 
 def own_bias(model, made, end):
     """What the bias of the norm in front of a node adds to it."""
-    norm = model.hf.transformer.ln_f if end.kind == "logit" else model.hf.transformer.h[end.layer].ln_2
+    layout, family = model.layout, model.layout.family
+    path = layout.module(family.final_norm) if end.kind == "logit" else layout.layer(end.layer, family.ln2)
+    bias = getattr(model.hf.get_submodule(path), "bias", None)
+    if bias is None:
+        return 0.0
     reads = model.W_U[end.feature] - model.W_U.mean(0) if end.kind == "logit" else made[end.layer].W_enc[:, end.feature]
-    return float(norm.bias @ reads)
+    return float(bias @ reads)
 
 
 def test_heads_into_a_node_add_up_to_what_it_is(case):
@@ -82,7 +86,7 @@ def test_heads_into_a_node_add_up_to_what_it_is(case):
     ends = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
     for end in [*ends.sample(6, random_state=1).itertuples(), next(ends[ends["kind"] == "logit"].itertuples())]:
         table = node_heads(graph, model, made, end.node)
-        expected = end.value - (own_bias(model, made, end) if hasattr(model.hf, "transformer") else 0.0)
+        expected = end.value - own_bias(model, made, end)
         assert table["weight"].sum() == pytest.approx(expected, rel=2e-3, abs=3e-4)
         assert table["key"].max() <= end.position
     # In front of the first layer there are embeddings alone: its heads carry what their edges say.

@@ -14,7 +14,7 @@ from scope.saes.base import SAEMetadata
 
 __all__ = ["one_thread"]
 
-KINDS = ["gemma3", "llama", "gpt2", "gemma2", "qwen3", "gemma4", "gemma4_experts"]
+KINDS = ["gemma3", "llama", "gpt2", "gemma2", "pythia", "qwen3", "gemma4", "gemma4_experts"]
 
 
 def raw_logits(model, prompt, at=-1):

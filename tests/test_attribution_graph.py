@@ -14,7 +14,7 @@ from scope.saes.base import SAEMetadata
 
 __all__ = ["one_thread"]
 
-KINDS = ["gemma3", "llama", "gpt2", "gemma2", "qwen3"]
+KINDS = ["gemma3", "llama", "gpt2", "gemma2", "pythia", "qwen3"]
 ALL = GraphSettings(max_features=10_000, edges_per_target=10_000, batch_size=7)
 
 
@@ -91,8 +91,8 @@ def frozen_run(model, prompt, added):
             out = out + attention.output_bias
         if layer.ln1_post is not None:
             out = layer.ln1_post(out, rows)
-        x = x + out
-        read = layer.ln2(x, rows)
+        before, x = x, x + out
+        read = layer.ln2(before if model.layout.parallel else x, rows)
         reads.append(read if layer.ln2.bias is None else read + layer.ln2.bias)
         x = x + layer.mlp_out + added.get(index, 0.0)
     final = frozen.final_norm(x, rows)

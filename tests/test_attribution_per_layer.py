@@ -7,11 +7,23 @@ import torch
 from helpers_models import PER_LAYER_KINDS, tiny_folder, tiny_model
 from helpers_models import one_thread as one_thread
 from helpers_saes import make
+from jaxtyping import TypeCheckError
 
-from scope.attribution import build_graph, load_graph, per_layer_writes, prune, save_graph
+from scope.attribution import (
+    build_graph,
+    counterfactual,
+    load_graph,
+    logit,
+    logit_difference,
+    mean,
+    per_layer_writes,
+    prune,
+    save_graph,
+    table_effects,
+)
 from scope.attribution.freezing import freeze
 from scope.attribution.graph_settings import GraphSettings
-from scope.errors import InvalidInputError
+from scope.errors import InvalidInputError, MismatchError, UnknownNameError
 from scope.figures.per_layer import per_layer_bars, per_layer_heatmap
 from scope.models import LanguageModel
 from scope.saes.base import SAEMetadata
@@ -193,6 +205,80 @@ def test_the_report_says_what_taking_the_table_away_does_to_the_features(kind):
     assert (wide[["table", "projection", "share_table"]] > 0).all(axis=None)
     assert len(per_layer_heatmap(report.writes).data[0].z) == model.n_layers
     assert len(per_layer_bars(report.writes, 3, theme="dark").data) == 2
+
+
+def value_of(model, target, edits=None):
+    state = model.run(PROMPT, hooks=[target.hook], edits=edits, logits=False).activations[target.hook]
+    return float(target.value(model, state, PROMPT))
+
+
+def row_at_zero(position):
+    def put(value, context):
+        value[:, position] = 0
+
+    return put
+
+
+@pytest.mark.parametrize("kind", PER_LAYER_KINDS)
+def test_the_effect_of_a_tokens_row_is_what_the_target_loses_without_it(kind):
+    model = tiny_model(kind)
+    target = logit_difference(305, 310)
+    found = table_effects(model, PROMPT, target, "activation_patching", batch_size=4)
+    plain = value_of(model, target)
+    assert found.value == pytest.approx(plain, abs=1e-5)
+    assert set(zip(found.table["layer"], found.table["position"], strict=True)) == {
+        (layer, position) for layer in range(model.n_layers) for position in range(1, len(PROMPT))
+    }
+    for row in found.table.iloc[[0, 1, 5, -1]].itertuples():
+        without = value_of(model, target, {f"blocks.{row.layer}.ple.hook_table": row_at_zero(row.position)})
+        assert row.effect == pytest.approx(plain - without, abs=1e-4)
+    assert found.table["effect"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", PER_LAYER_KINDS)
+@pytest.mark.parametrize("other", [None, PROMPT.flip(0)])
+def test_the_effects_of_all_rows_add_up_to_what_the_tables_did(kind, other):
+    """Integrated gradients, down to a model whose tables are empty but for BOS, or hold another prompt's rows."""
+    model = tiny_model(kind)
+    target = logit(305)
+    found = table_effects(model, PROMPT, target, baseline=None if other is None else counterfactual(other), steps=80)
+    if other is None:
+        emptied = LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32")
+        table = emptied.hf.model.embed_tokens_per_layer.weight
+        table[[token for token in range(len(table)) if token != int(PROMPT[0])]] = 0
+        without = value_of(emptied, target)
+    else:
+        hooks = [f"blocks.{layer}.ple.hook_table" for layer in range(model.n_layers)]
+        seen = model.run(other, hooks=hooks, logits=False).activations
+        without = value_of(model, target, {hook: lambda v, c: seen[c.name][None].clone() for hook in hooks})
+    assert found.without == pytest.approx(without, abs=1e-4)
+    assert abs(found.value - found.without) > 1e-3
+    assert found.completeness == pytest.approx(1, abs=0.05)
+    assert found.by_layer()["effect"].sum() == pytest.approx(found.by_token()["effect"].sum())
+    assert "without the tables" in found._repr_html_()
+
+
+@pytest.mark.parametrize("kind", PER_LAYER_KINDS)
+@pytest.mark.parametrize("method", ["integrated_gradients", "activation_patching"])
+def test_an_empty_table_has_no_effect_and_those_of_other_layers_have(kind, method):
+    model = LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32")
+    width = model.layout.d_per_layer
+    model.hf.model.embed_tokens_per_layer.weight[:, LAYER * width : (LAYER + 1) * width] = 0
+    found = table_effects(model, PROMPT, logit(305), method)
+    assert set(found.table["layer"]) == {layer for layer in range(model.n_layers) if layer != LAYER}
+    assert (found.by_layer()["effect"].abs() > 1e-5).all()
+
+
+def test_what_has_no_tables_or_no_baseline_is_refused():
+    model = tiny_model("gemma4")
+    with pytest.raises(InvalidInputError, match="no per-layer embeddings"):
+        table_effects(tiny_model("gemma3"), PROMPT, logit(305))
+    with pytest.raises(InvalidInputError, match="mean baseline"):
+        table_effects(model, PROMPT, logit(305), baseline=mean(model, [], [PROMPT]))
+    with pytest.raises(MismatchError, match="line up"):
+        table_effects(model, PROMPT, logit(305), baseline=counterfactual(PROMPT[:4]))
+    with pytest.raises((UnknownNameError, TypeCheckError), match="integrated_gradients"):
+        table_effects(model, PROMPT, logit(305), "guess")  # type: ignore[arg-type]
 
 
 def test_other_models_and_other_hooks_are_refused():

@@ -10,7 +10,7 @@ from helpers_saes import make
 from test_cli import scope
 
 from activations.store import ActivationStore
-from scope.attribution import per_layer_writes
+from scope.attribution import logit_difference, per_layer_writes, table_effects
 from scope.features.experts import dense_against_experts, expert_specialisation, feature_experts
 from scope.features.routing import edit_effects, expert_layers, load_by_layer, prompt_routing
 from scope.interventions import combine, forbid_expert, swap_experts
@@ -154,6 +154,20 @@ def test_per_layer_writes_and_the_features_they_push(kind: str, tmp_path: Path) 
     assert found["tokens"] == list(report.tokens)
     assert [row["share"] for row in found["writes"]] == pytest.approx(report.writes["share"].tolist())
     assert [row["feature"] for row in found["features"]] == report.features["feature"].tolist()
+    whole = [
+        (number, text)
+        for number, text in enumerate(model.vocabulary_strings(range(300, 340)), 300)
+        if model.tokenize(text, prepend_bos=False).tolist() == [number]
+    ]
+    (number, token), (other_number, other) = whole[0], whole[-1]
+    asked = (*command, "--target", token, "--against", other, "--method", "activation_patching")
+    effects = scope(*asked, "--json")["effects"]
+    known = table_effects(model, PROMPT, logit_difference(number, other_number), "activation_patching")
+    assert [row["effect"] for row in effects["rows"]] == pytest.approx(known.table["effect"].tolist(), abs=1e-5)
+    assert (effects["value"], effects["without_tables"]) == pytest.approx((known.value, known.without), abs=1e-5)
+    assert "all tokens together" in scope(*asked).stdout
+    assert found["effects"] is None
+    assert "--target" in scope(*command, "--against", other, code=2).stderr
     one = scope(*command, "--token", 2, "--json")
     assert {row["position"] for row in one["writes"]} == {2}
     assert f"At {report.tokens[2]!r}" in scope(*command, "--token", 2).stdout

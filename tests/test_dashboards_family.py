@@ -21,7 +21,7 @@ from dashboards.models import ModelJobs
 from dashboards.pages.feature import _experts_part
 from dashboards.prompts import Asked, prompt_jobs
 from dashboards.worker import Job, JobState
-from scope.attribution import per_layer_writes
+from scope.attribution import logit, per_layer_writes, table_effects
 from scope.errors import UnknownNameError
 from scope.features.experts import expert_specialisation, feature_experts
 from scope.features.routing import edit_effects, load_by_layer, prompt_routing
@@ -80,6 +80,22 @@ def test_what_tables_wrote_is_followed_to_the_indexes_features(family: SimpleNam
     pd.testing.assert_frame_equal(written.report.features, own.features)
     assert (written.hook, written.problem) == (HOOK, "")
     assert found(family, ModelJobs(family.context).submit_written(family.mixtral, TEXT)).report is None
+    logits = model.run(TEXT.text).logits[-1]
+    assert [one.token_id for one in written.next_tokens] == logits.topk(6).indices.tolist()
+    assert written.next_tokens[0].probability == pytest.approx(
+        float(logits.float().softmax(-1).max()), rel=1e-2
+    )  # bfloat16
+
+
+def test_what_tables_did_for_a_next_token_is_the_librarys(family: SimpleNamespace) -> None:
+    jobs, (model, _) = ModelJobs(family.context), loaded(family, family.gemma4)
+    effects = found(family, jobs.submit_effects(family.gemma4, TEXT, 305))
+    pd.testing.assert_frame_equal(effects.table, table_effects(model, TEXT.text, logit(305)).table)
+    assert found(family, jobs.submit_effects(family.mixtral, TEXT, 305)) is None
+    lost = jobs.submit_effects(family.gemma4, TEXT, 10**8)
+    family.context.worker.wait(lost, 60)
+    assert lost.state is JobState.FAILED
+    assert EmbeddingsSelection.of({"target": "305"}).target == 305
 
 
 def test_a_stores_experts(family: SimpleNamespace) -> None:

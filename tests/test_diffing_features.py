@@ -12,8 +12,9 @@ from helpers_training import one_thread  # noqa: F401  # a fixture
 from scope.diffing import feature_changes, scale_features
 from scope.diffing.control import FiringCounts
 from scope.diffing.pair import BASE, TUNED, PairedStores
-from scope.diffing.resampling import discoveries, middle_95, paired_z, two_sided
+from scope.diffing.resampling import middle_95, paired_z, two_sided
 from scope.errors import IntegrityError, InvalidInputError, MismatchError
+from scope.features.discoveries import discoveries
 from scope.saes.crosscoder import Crosscoder, CrosscoderConfig
 from scope.saes.topk import TopKConfig, TopKSAE
 from scope.training import TrainConfig, train

@@ -1,6 +1,7 @@
 """Translations against random pairs, on a model whose middle layer alone means the same in both languages."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from activations.store import ActivationStore
 from activations.text import TextSource
 from scope.errors import InvalidInputError, MismatchError
 from scope.features import FeatureIndex, build_index
+from scope.features.discoveries import overlap_by_chance
 from scope.features.translations import layer_similarity, shared_features, title_similarity
 from scope.figures import translation_lines
 from scope.models.fertility import fertility
@@ -26,7 +28,7 @@ from scope.saes.topk import TopKConfig, TopKSAE
 LETTERS = "abcdefghij"
 WIDTH = len(LETTERS) + 2
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
-N_TITLES = 12
+N_TITLES = 16
 
 
 @dataclass
@@ -51,6 +53,17 @@ class Bilingual(FakeModel):
         return rows
 
 
+def letters_sae() -> TopKSAE:
+    """A feature for each letter, and one for each language, of the middle layer."""
+    sae = TopKSAE(TopKConfig(d_in=WIDTH, d_sae=WIDTH, k=2, metadata=SAEMetadata(hook_name=HOOKS[1])))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(WIDTH))
+        sae.W_enc.copy_(torch.eye(WIDTH))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureIndex, ActivationStore]:
     folder = tmp_path_factory.mktemp("bilingual")
@@ -66,13 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureIndex, Activa
         Bilingual(), TextSource([folder / "book.jsonl"]), HOOKS, folder / "a.zarr", context_size=64, dtype="float32"
     )
     store = ActivationStore.open(folder / "a.zarr")
-    sae = TopKSAE(TopKConfig(d_in=WIDTH, d_sae=WIDTH, k=2, metadata=SAEMetadata(hook_name=HOOKS[1])))
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.eye(WIDTH))
-        sae.W_enc.copy_(torch.eye(WIDTH))
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    return build_index(store, sae, folder / "a.index", allow_mismatch=True), store
+    return build_index(store, letters_sae(), folder / "a.index", allow_mismatch=True), store
 
 
 def test_similarity_is_highest_where_the_layer_means_the_same(made: tuple[FeatureIndex, ActivationStore]) -> None:
@@ -123,6 +130,42 @@ def test_features_that_follow_the_text_and_features_of_a_language(made: tuple[Fe
     assert (letters["both"] == letters["titles_b"]).all()
     assert (letters["kind"] == "shared").all()
     assert (letters["expected"] <= letters["both"]).all()
+    # All titles but these n_a are without it in both languages: one way of n_titles choose n_a.
+    ways = [math.comb(N_TITLES, n) for n in letters["titles_a"]]
+    np.testing.assert_allclose(letters["p"], [1 / n for n in ways], rtol=1e-9)
+
+
+def test_titles_in_common_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    n_a, n_b, both = np.array([3, 1, 7, 10, 0]), np.array([4, 1, 7, 10, 3]), np.array([2, 1, 5, 10, 0])
+    found = overlap_by_chance(both, n_a, n_b, 10)
+    drawn = np.array(
+        [
+            [len(np.intersect1d(*(rng.permutation(10)[:k] for k in (a, b)))) for _ in range(4000)]
+            for a, b in zip(n_a, n_b, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(found, (drawn >= both[:, None]).mean(axis=1), atol=0.03)
+    assert found[1] == pytest.approx(0.1)
+    assert found[3] == found[4] == pytest.approx(1)
+
+
+def test_unrelated_pages_share_no_features(tmp_path: Path) -> None:
+    """Each title has other letters in the second language: with many features on few titles chance alone would give
+    some that meet."""
+    rng = np.random.default_rng(3)
+    with open(tmp_path / "book.jsonl", "w") as file:
+        for title in range(N_TITLES):
+            for language, upper in (("small", False), ("large", True)):
+                text = "".join(rng.choice(rng.choice(list(LETTERS), 3, replace=False), 60))
+                row = {"text": text.upper() if upper else text, "title": f"page-{title}", "source": "book"}
+                file.write(json.dumps({**row, "language": language}) + "\n")
+    store = capture(
+        Bilingual(), TextSource([tmp_path / "book.jsonl"]), HOOKS[1:2], tmp_path / "a.zarr", context_size=64,
+        dtype="float32",
+    ).store  # fmt: skip
+    index = build_index(store, letters_sae(), tmp_path / "a.index", allow_mismatch=True)
+    assert not (shared_features(index, "small", "large")["kind"] == "shared").any()
 
 
 def test_the_command_says_both(made: tuple[FeatureIndex, ActivationStore], tmp_path: Path) -> None:
@@ -133,6 +176,14 @@ def test_the_command_says_both(made: tuple[FeatureIndex, ActivationStore], tmp_p
     assert len(found["layers"]) == len(HOOKS)
     text = scope("languages", index.path, "--languages", "small,large", "--store", store.path).stdout
     assert "random pairs" in text
+    page = tmp_path / "layers.html"
+    scope("languages", index.path, "--languages", "small,large", "--store", store.path, "--figure", page)
+    drawn = page.read_text()
+    assert "small and large" in drawn
+    assert "random pairs" in drawn
+    assert "<script src" not in drawn
+    refused = scope("languages", index.path, "--languages", "small,large", "--figure", page, "--json", code=2)
+    assert "--store" in refused["error"]["message"]
     told = scope("languages", index.path, "--languages", "small", "--json", code=2)["error"]["message"]
     assert "two or more" in told
     with pytest.raises(InvalidInputError, match="two different"):

@@ -105,12 +105,27 @@ def test_the_table_shows_itself_with_layers_folded_and_everything_escaped() -> N
     assert "&lt;script&gt;" in evil._repr_html_()
 
 
+def test_nothing_stands_between_attention_and_mlp_where_they_are_beside_each_other() -> None:
+    """Of q, k and v, which one matrix holds head by head, each is a hook of its own; and the layer adds what its
+    attention and its MLP make of one and the same stream."""
+    model = tiny_model("pythia")
+    assert "blocks.1.hook_resid_mid" not in model.hook_names()
+    assert "blocks.1.hook_resid_mid" in tiny_model("pythia_serial").hook_names()
+    names = ["hook_resid_pre", "hook_mlp_in", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "ln1.hook_out"]
+    seen = model.run(torch.arange(4, 24), hooks=[f"blocks.1.{name}" for name in (*names, "attn.hook_k")]).activations
+    before, read, attention, mlp, after, normed, keys = seen.values()
+    assert torch.equal(before, read)
+    torch.testing.assert_close(before + attention + mlp, after)
+    projection = model.hf.gpt_neox.layers[1].attention.query_key_value
+    for head in range(4):
+        rows = slice(24 * head + 8, 24 * head + 16)
+        torch.testing.assert_close(keys[:, head], normed @ projection.weight[rows].T + projection.bias[rows])
+
+
 def test_an_unsupported_architecture_is_refused_with_the_list() -> None:
     import transformers
 
-    config = transformers.GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    with pytest.raises(InvalidInputError, match="gpt_neox") as error:
-        find_layout(transformers.GPTNeoXForCausalLM(config))
+    config = transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(InvalidInputError, match="bloom") as error:
+        find_layout(transformers.BloomForCausalLM(config))
     assert all(model_type in str(error.value) for model_type in MODEL_TYPES)

@@ -48,7 +48,7 @@ def test_every_activation_equals_the_bridges(kind: str) -> None:
     assert relative_difference(result.logits, logits) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pythia"])
 def test_every_alias_names_the_same_tensor_in_the_bridge(kind: str) -> None:
     model = tiny_model(kind, "eager")
     _, cache = bridge_cache(model, TOKENS)
@@ -58,7 +58,7 @@ def test_every_alias_names_the_same_tensor_in_the_bridge(kind: str) -> None:
                 assert relative_difference(cache[alias], in_cache(point, cache)) == 0, alias
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pythia"])
 def test_every_edit_does_what_it_does_in_the_bridge(kind: str) -> None:
     model = tiny_model(kind, "eager")
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
@@ -98,7 +98,7 @@ def test_an_edit_of_resid_mid_changes_the_residual_stream(kind: str, path: str) 
     torch.testing.assert_close(seen["blocks.1.hook_resid_post"], seen["blocks.1.hook_mlp_out"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pythia"])
 def test_the_table_lists_what_the_bridge_has(kind: str) -> None:
     """Without booting one: every name that is listed exists there, with the shape that is listed, and none that
     the bridge calls is missing but those of the rotary embedding, which each layer's attention shows too."""

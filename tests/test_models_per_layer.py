@@ -141,6 +141,25 @@ def test_a_store_of_per_layer_hooks_holds_what_the_model_computes_and_trains_an_
     assert relative_difference(spliced.logits, model.run(TOKENS).logits) > 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", PER_LAYER_KINDS)
+def test_a_transcoder_learns_what_a_layer_makes_of_its_table(kind: str, tmp_path: Path) -> None:
+    """From the look-up to what is written into the residual stream, hooks of different widths."""
+    model = tiny_model(kind)
+    (tmp_path / "text.txt").write_text(TEXT * 6)
+    reads, writes = "blocks.2.ple.hook_input", "blocks.2.hook_ple_out"
+    capture(
+        model, TextSource(tmp_path / "text.txt"), [reads, writes], tmp_path / "acts.zarr",
+        max_tokens=600, context_size=32, dtype="float32",
+    )  # fmt: skip
+    store = ActivationStore.open(tmp_path / "acts.zarr")
+    config = TrainConfig(arch="transcoder", d_sae=32, k=4, tokens=8192, batch_size=128, seed=0)
+    sae = train(store, reads, config, hook_out=writes).sae
+    assert (sae.d_in, sae.d_out) == (model.layout.d_per_layer, model.d_model)
+    written = torch.from_numpy(store.read(writes, 0, store.n_rows))
+    residue = written - sae(torch.from_numpy(store.read(reads, 0, store.n_rows)))
+    assert residue.square().sum() < 0.9 * (written - written.mean(0)).square().sum()
+
+
 def test_attention_that_only_the_bridge_shows_cannot_be_edited() -> None:
     model = tiny_model("gemma4", "eager")
     name = "blocks.0.attn.hook_pattern"

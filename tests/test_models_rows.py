@@ -26,13 +26,15 @@ def windows(seed: int = 0) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 30, 1000])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pythia"])
 def test_rows_are_what_each_window_gives_alone(kind: str, batch_size: int) -> None:
     model = tiny_model(kind)
-    rows = model.forward_rows(windows(), HOOKS, "float32", batch_size).wait()
-    assert set(rows) == {*HOOKS, *(f"norm/{hook}" for hook in HOOKS)}
-    alone = [model.run(torch.from_numpy(window), hooks=HOOKS, logits=False).activations for window in windows()]
-    for hook in HOOKS:
+    between = "blocks.1.attn.hook_v" if model.layout.parallel else HOOKS[2]
+    hooks = (*HOOKS[:2], between, HOOKS[3])
+    rows = model.forward_rows(windows(), hooks, "float32", batch_size).wait()
+    assert set(rows) == {*hooks, *(f"norm/{hook}" for hook in hooks)}
+    alone = [model.run(torch.from_numpy(window), hooks=hooks, logits=False).activations for window in windows()]
+    for hook in hooks:
         expected = torch.cat([activations[hook] for activations in alone]).numpy()
         np.testing.assert_allclose(rows[hook], expected, rtol=1e-4, atol=1e-5)
         norms = np.linalg.norm(expected.reshape(len(expected), -1), axis=1)

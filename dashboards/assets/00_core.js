@@ -44,6 +44,11 @@
     return hidden ? inner.map((one) => INVISIBLE[one]).join("") + (share || "") : "";
   }
 
+  /** Text with a circle in front that bears a combining mark which has nothing else to stand on. */
+  function borne(text, alone) {
+    return alone.test(text) ? "◌" + text : text;
+  }
+
   /** A token with its blanks and line breaks drawn, as nodes: for places where they would be lost. */
   function tokenText(token) {
     const box = el("span", "token-text");
@@ -55,7 +60,7 @@
     for (const part of token.split(/(^ +| +$|[\n\t\r])/)) {
       if (!part) continue;
       const drawn = { "\n": "⏎", "\t": "⇥", "\r": "␍" }[part] || (/^ +$/.test(part) ? "␣".repeat(part.length) : null);
-      box.append(drawn ? el("span", "blank", drawn) : document.createTextNode(part));
+      box.append(drawn ? el("span", "blank", drawn) : document.createTextNode(borne(part, /^\p{M}/u)));
     }
     return box;
   }
@@ -124,5 +129,5 @@
     }
   };
 
-  window.scope = { el, number, oneIn, tokenText, unseen, getJson, setProps, toast, copy, remember, recall };
+  window.scope = { el, number, oneIn, tokenText, borne, unseen, getJson, setProps, toast, copy, remember, recall };
 })();

@@ -9,7 +9,7 @@
    another text does not have there. A token that is part of a character ends in its share of the character's bytes, as in "é ¹⁄₂". */
 (function () {
   "use strict";
-  const { el, setProps, unseen } = window.scope;
+  const { el, borne, setProps, unseen } = window.scope;
   const specs = new WeakMap();
 
   /** The blank before a word stays uncoloured, so that the highlight begins where the word does. */
@@ -29,7 +29,8 @@
       } else if (piece === "\t") {
         ink.append(el("span", "mark", "⇥"), document.createTextNode("\t"));
       } else {
-        ink.append(document.createTextNode(piece));
+        // Nothing but marks has no width of its own: neither colour nor pointer would find it.
+        ink.append(document.createTextNode(borne(piece, /^[\p{Mn}\p{Me}]+$/u)));
       }
     }
     if (share) {

@@ -1,4 +1,5 @@
-"""What per-layer embeddings wrote on a prompt: layers by tokens, one token over the layers, and the features pushed."""
+"""What per-layer embeddings wrote on a prompt: layers by tokens, one token over the layers, the features pushed, and
+what that did for a next token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dashboards.components.controls import define, panel
 from dashboards.components.firings import choice, named_feature, plain_bar, signed_bar
 from dashboards.components.prompt_state import scale_of, whole_number
 from dashboards.components.strip import legend, token
+from dashboards.components.table_effects_view import draw_table_effects
 from dashboards.components.tables import stacking_table
 from dashboards.components.token_grid import column_turner, column_window, grid_saves, token_grid
 from dashboards.format import exact, number, percent
@@ -21,6 +23,7 @@ from scope.figures import Theme, per_layer_bars
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scope.attribution.tables import TableEffects
     from scope.features.index import FeatureIndex
 
 __all__ = ["EmbeddingsSelection", "draw_embeddings"]
@@ -42,6 +45,8 @@ class EmbeddingsSelection:
     """Of `PARTS`: what the cells show."""
     start: int | None = None
     """First token that is drawn."""
+    target: int | None = None
+    """A next token, by its id: what the tables did for it is shown."""
 
     @classmethod
     def of(cls, query: Mapping[str, Any]) -> "EmbeddingsSelection":
@@ -52,11 +57,19 @@ class EmbeddingsSelection:
             whole_number(query, "layer"),
             part if part in PARTS else "table",
             whole_number(query, "from"),
+            whole_number(query, "target"),
         )
 
 
-def draw_embeddings(written: Written, query: Mapping[str, Any], index: "FeatureIndex", theme: Theme) -> html.Div:
-    """The result, for what is selected."""
+def draw_embeddings(
+    written: Written,
+    query: Mapping[str, Any],
+    index: "FeatureIndex",
+    theme: Theme,
+    effects: "TableEffects | None" = None,
+    waiting: bool = False,
+) -> html.Div:
+    """The result, for what is selected; `effects` of the chosen next token, which may be waited for."""
     assert written.report is not None
     selection, report = EmbeddingsSelection.of(query), written.report
     position = len(report.tokens) - 1
@@ -78,6 +91,15 @@ def draw_embeddings(written: Written, query: Mapping[str, Any], index: "FeatureI
                     html.Aside([_one(here, layer, report.tokens[position]), _bars(report.writes, position, theme)]),
                 ],
                 className="columns",
+            ),
+            draw_table_effects(
+                written,
+                selection.target,
+                effects,
+                waiting=waiting,
+                shown=column_window(len(report.tokens), selection.start, position),
+                at=position,
+                layer=layer,
             ),
         ],
     )

@@ -6,6 +6,7 @@ nodes: a page with thousands of tokens costs Dash one component per strip, and m
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -100,13 +101,16 @@ INVISIBLE = {
 """What stands for a character that shows nothing, in a token that has nothing else; assets/00_core.js has the same."""
 
 
+BEARER = "◌"
+"""What bears a combining mark that stands by itself; without it the mark would fall on what comes before."""
+
 SHARE = re.compile(r"(.*?)( [⁰¹²³⁴⁵⁶⁷⁸⁹]+⁄[₀₁₂₃₄₅₆₇₈₉]+)?", re.DOTALL)
 """A token's text, and its share of a character where it is a part of one."""
 
 
 def token(text: str) -> html.Span:
     """A token by itself, its blanks at either end and its line breaks drawn faintly; one that shows nothing at all,
-    such as the joiner inside an emoji, as the names of its characters."""
+    such as the joiner inside an emoji, as the names of its characters; a combining mark that begins it on a circle."""
     shown, share = SHARE.fullmatch(text).groups("")  # type: ignore[union-attr]  # it matches anything
     if shown.strip(" ") and all(character in INVISIBLE for character in shown.strip(" ")):
         names = "".join("␣" if character == " " else INVISIBLE[character] for character in shown) + share
@@ -125,7 +129,8 @@ def token(text: str) -> html.Span:
             drawn.append(html.Span(marks[character], className="blank"))
             plain = ""
         else:
-            plain += character
+            alone = not plain and unicodedata.category(character).startswith("M")
+            plain += BEARER + character if alone else character
     drawn += [plain] if plain else []
     if right:
         drawn.append(html.Span("␣" * right, className="blank"))

@@ -5,7 +5,7 @@ from typing import Any
 from dash import ClientsideFunction, Dash, Input, Output, State, html
 
 from dashboards.components.controls import define
-from dashboards.components.embeddings_view import draw_embeddings
+from dashboards.components.embeddings_view import EmbeddingsSelection, draw_embeddings
 from dashboards.components.model_view import model_nav, no_tables
 from dashboards.components.prompt_form import invitation, prompt_form, prompt_stores
 from dashboards.components.states import skeleton
@@ -62,7 +62,11 @@ def register(app: Dash, context: Context) -> None:
         asked = Asked.of(request)
         if asked.empty:
             return {"facts": jobs.submit_facts(request["index"])}
-        return {"written": jobs.submit_written(request["index"], asked)}
+        wanted = {"written": jobs.submit_written(request["index"], asked)}
+        target = EmbeddingsSelection.of(query).target
+        if target is not None:
+            wanted["effects"] = jobs.submit_effects(request["index"], asked, target)
+        return wanted
 
     def draw(shown: Shown) -> Any:
         written = shown.found.get("written")
@@ -73,6 +77,7 @@ def register(app: Dash, context: Context) -> None:
             return no_tables(facts)
         if written is None:
             return invitation(INVITATION, SAMPLES)
-        return draw_embeddings(written, shown.query, context.index(shown.index), shown.theme)
+        effects, waiting = shown.found.get("effects"), "effects" in shown.waiting
+        return draw_embeddings(written, shown.query, context.index(shown.index), shown.theme, effects, waiting)
 
     register_watched(app, context, "embeddings", submit, draw, "The prompt could not be run")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from scope.attribution.per_layer import PerLayerReport, per_layer_writes
     from scope.attribution.pruning import prune, scores
     from scope.attribution.query_key import qk_pairs
+    from scope.attribution.tables import TableEffects, table_effects
     from scope.attribution.targets import (
         feature,
         log_probability,
@@ -47,6 +48,7 @@ __all__ = [
     "LogitComponents",
     "LogitLens",
     "PerLayerReport",
+    "TableEffects",
     "attribute",
     "build_graph",
     "compare_methods",
@@ -74,6 +76,7 @@ __all__ = [
     "router_logit",
     "save_graph",
     "scores",
+    "table_effects",
     "verify",
     "zero",
 ]
@@ -94,6 +97,7 @@ _HOMES = {
     "per_layer": ("PerLayerReport", "per_layer_writes"),
     "pruning": ("prune", "scores"),
     "query_key": ("qk_pairs",),
+    "tables": ("TableEffects", "table_effects"),
     "targets": ("feature", "log_probability", "logit", "logit_difference", "loss", "projection", "router_logit"),
     "verification": ("verify",),
     "writes": ("layer_writes",),

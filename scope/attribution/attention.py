@@ -232,6 +232,7 @@ def _along_the_stream(
     behind: dict[int, Tensor] = {}
     mlp_out: dict[int, Tensor] = {}
     put, now, here = 0.0, gradient, slice(at, at + 1)
+    beside = frozen.model.layout.parallel
 
     def in_front(hook: str, gradient: Tensor) -> Tensor:
         nonlocal put
@@ -249,13 +250,18 @@ def _along_the_stream(
         if index < 0:
             in_front("hook_embed", now)
         elif index < len(frozen.layers):
+            behind_attention, into_mlp = now, torch.zeros_like(now)
             if index < until:
                 mlp_out[index] = in_front(f"{block}hook_mlp_out", now)
                 if index in frozen.skips:
                     reads = (mlp_out[index] @ frozen.skips[index])[None]
-                    now = now + frozen.layers[index].ln2.backward(reads, here)[0]
+                    into_mlp = frozen.layers[index].ln2.backward(reads, here)[0]
+            elif beside:  # the target reads what this layer's attention reads, and not what it writes
+                behind_attention, into_mlp = into_mlp, now
+            now = behind_attention if beside else behind_attention + into_mlp
             now = in_front(f"{block}hook_resid_mid", now)
             written[index] = in_front(f"{block}hook_attn_out", now)
+            now = now + into_mlp if beside else now
             now = in_front(f"{block}hook_resid_pre", now)
     return _Way(written, behind, mlp_out, put)
 

@@ -235,7 +235,11 @@ def _projection(model: Any, index: int, which: str) -> tuple[Tensor, Tensor | No
     weight = module.weight.detach().float()
     weight = weight if isinstance(module, torch.nn.Linear) else weight.T
     bias = None if module.bias is None else module.bias.detach().float()
-    if fused:
+    if fused and family.interleaved:
+        split = (layout.n_heads, 3, layout.d_head)
+        weight = weight.unflatten(0, split)[:, 2].flatten(0, 1)
+        bias = None if bias is None else bias.unflatten(0, split)[:, 2].flatten()
+    elif fused:
         start = (layout.n_heads + layout.n_key_value_heads) * layout.d_head
         weight, bias = weight[start:], None if bias is None else bias[start:]
     return weight, bias

@@ -8,6 +8,8 @@ section 3, whose local replacement model this is the linear part of):
     post_l = mid_l + mlp_out_l                            denominator, P the norm behind attention where there is one
     pre_{l+1} = post_l
 
+An MLP reads mid_l, or pre_l where attention and MLP stand beside each other (Pythia).
+
 `FrozenModel.pull_back` runs this map backwards: from a direction at what a layer reads (or at the logits) to the
 gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
 gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
@@ -163,8 +165,8 @@ class FrozenModel:
         Args:
             layers: the layer of each direction; n_layers for the logits.
             positions: the position of each.
-            gradients: at the residual stream between attention and MLP of that layer (`at_mlp_input`), or before the
-                final norm (`at_logits`).
+            gradients: at the residual stream that the MLP of that layer reads (`at_mlp_input`), or before the final
+                norm (`at_logits`).
 
         Yields:
             From the last layer to the first the gradients at what its per-layer embedding wrote, where it has one, at
@@ -178,15 +180,19 @@ class FrozenModel:
         runs = torch.arange(len(gradients), device=gradients.device)
         top = int(layers.max())
         shared: dict[int, Tensor] = {}
+        beside = self.model.layout.parallel
 
-        def inject(layer: int) -> None:
+        def inject(layer: int, skipped: Tensor | None = None) -> None:
+            """What reaches the stream from what the MLP of a layer reads."""
+            if skipped is not None:
+                self.layers[layer].ln2.add_backward(now, skipped, slice(0, rows))
             here = layers == layer
             if bool(here.any()):
                 now[runs[here], positions[here]] += gradients[here]
 
         inject(n)
         for layer in range(min(top, n - 1), -1, -1):
-            block = f"blocks.{layer}."
+            block, skipped = f"blocks.{layer}.", None
             if layer < top:
                 now = yield from self._in_front_of_edits(f"{block}hook_resid_post", now)
                 if self.layers[layer].scale != 1.0:
@@ -196,12 +202,15 @@ class FrozenModel:
                 written = yield from self._in_front_of_edits(f"{block}hook_mlp_out", now)
                 yield Pulled(layer, "mlp_out", written)
                 if layer in self.skips:
-                    self.layers[layer].ln2.add_backward(now, written @ self.skips[layer], slice(0, rows))
-            inject(layer)
+                    skipped = written @ self.skips[layer]
+            if not beside:
+                inject(layer, skipped)
             now = yield from self._in_front_of_edits(f"{block}hook_resid_mid", now)
             written = yield from self._in_front_of_edits(f"{block}hook_attn_out", now)
             yield Pulled(layer, "attn_out", written)
             yield from self._through_attention(layer, now, written, shared)
+            if beside:
+                inject(layer, skipped)
             now = yield from self._in_front_of_edits(f"{block}hook_resid_pre", now)
         yield from self._in_front_of_edits("hook_embed", now)
         yield Pulled(-1, "embedding", now)
@@ -251,10 +260,12 @@ class FrozenModel:
             heads = self.let_through(f"{block}attn.hook_z", frozen.attention.read(values, rows), rows)
             written = frozen.attention.out_of_heads(heads)
             written = written if frozen.ln1_post is None else frozen.ln1_post(written, rows)
+            before = now
             now = now + self.let_through(f"{block}hook_attn_out", written, rows)
             now = self.let_through(f"{block}hook_resid_mid", now, rows)
             if index in self.skips and index < until:
-                written = frozen.ln2(now, rows) @ self.skips[index].T
+                read_by_mlp = before if self.model.layout.parallel else now
+                written = frozen.ln2(read_by_mlp, rows) @ self.skips[index].T
                 now = now + self.let_through(f"{block}hook_mlp_out", written, rows)
             now = self.let_through(f"{block}hook_resid_post", now * frozen.scale, rows)
 

@@ -286,7 +286,10 @@ class _Side:
         weight = module.weight.detach().float()
         weight = weight if isinstance(module, torch.nn.Linear) else weight.T
         d_head = layout.sizes[layer].d_head
-        start = (layout.n_heads * d_head if fused and which == "k" else 0) + head * d_head
+        before = "qk".index(which) if fused else 0
+        start = head * d_head + before * layout.n_heads * d_head
+        if family.interleaved:
+            start = (3 * head + before) * d_head
         self.weight = weight[start : start + d_head]
         self.offset = None if module.bias is None else module.bias.detach().float()[start : start + d_head]
         self.rotation = rotation
@@ -317,9 +320,10 @@ class _Side:
         if self.rotation is None:
             return heads
         cos, sin = (part[position].float() for part in self.rotation)
-        half = heads.shape[-1] // 2
-        turned = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
-        return heads * cos + turned * sin
+        rotating, rest = heads[:, : len(cos)], heads[:, len(cos) :]
+        half = len(cos) // 2
+        turned = torch.cat([-rotating[:, half:], rotating[:, :half]], dim=-1)
+        return torch.cat([rotating * cos + turned * sin, rest], dim=-1)
 
 
 def _rotation(

@@ -43,6 +43,9 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="A store of the same text with hooks of several layers: similarity layer by layer."),
         ] = None,
+        figure: Annotated[
+            Path | None, typer.Option(help="With --store: draw similarity over the layers into this HTML file.")
+        ] = None,
         hook: Annotated[
             list[str] | None, typer.Option(help="Of the store, in the order of the layers. By default all of it.")
         ] = None,
@@ -57,12 +60,18 @@ def register(app: typer.Typer) -> None:
         names = [name.strip() for name in compared.split(",") if name.strip()]
         if len(names) < 2:
             raise InvalidInputError(f"--languages is {compared!r}; expected two or more, such as en,de.")
+        if figure is not None and store is None:
+            raise InvalidInputError(
+                "--figure draws similarity over the layers, which needs a --store with their hooks."
+            )
         pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
         features = {pair: shared_features(opened, *pair) for pair in pairs}
         layers = None
         if store is not None:
             with progress_bar("Hooks") as progress:
                 layers = layer_similarity(opened, ActivationStore.open(store), names, hook, progress)
+        if figure is not None:
+            figure.write_text(_page(layers))
         data: dict[str, Any] = {
             "index": str(index),
             "pairs": [
@@ -72,6 +81,19 @@ def register(app: typer.Typer) -> None:
             "layers": None if layers is None else _rows(layers),
         }
         return Outcome(data, _languages_text(features, layers))
+
+
+def _page(layers: Any) -> str:
+    """A figure for each pair of languages, one below the other; nothing is fetched."""
+    from scope.figures import translation_lines
+
+    parts = [
+        translation_lines(own, title=f"How alike pages and their translations are: {a} and {b}").to_html(
+            full_html=False, include_plotlyjs=number == 0
+        )
+        for number, ((a, b), own) in enumerate(layers.groupby(["a", "b"], sort=False))
+    ]
+    return "\n".join(['<!doctype html><meta charset="utf-8"><title>Languages</title>', *parts])
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:

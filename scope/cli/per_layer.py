@@ -1,4 +1,5 @@
-"""`scope per-layer`: what each layer's own embedding table wrote into the residual stream, token by token."""
+"""`scope per-layer`: what each layer's own embedding table wrote into the residual stream, token by token, and what
+that did for a next token."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scope.attribution.per_layer import PerLayerReport
+    from scope.attribution.tables import TableEffects
 
 __all__ = ["register"]
+
+SHOWN = 20
 
 
 def register(app: typer.Typer) -> None:
@@ -31,16 +35,34 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(help="One position: both parts by layer. By default all tokens, the tables alone.")
         ] = None,
         top: Annotated[int, typer.Option(help="Features for each layer, token and SAE.", min=1)] = 5,
+        target: Annotated[
+            str | None,
+            typer.Option(help="A next token, with its space: what each token's row in each layer's table did for it."),
+        ] = None,
+        against: Annotated[
+            str | None, typer.Option(help="Another next token: the difference of their logits is explained.")
+        ] = None,
+        counterfactual: Annotated[
+            str | None, typer.Option(help="A prompt of as many tokens whose rows are put in place; by default zeros.")
+        ] = None,
+        method: Annotated[
+            str, typer.Option(help="integrated_gradients, or activation_patching: exact, a run for each row.")
+        ] = "integrated_gradients",
         device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the best there is.")] = None,
         embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
         """What each layer's table wrote for each token: its norm, its share of the residual stream, along which
-        features; beside what the projection of the main embedding wrote."""
+        features; beside what the projection of the main embedding wrote. With --target, what that did for a logit."""
+        from scope.attribution.baselines import counterfactual as against_prompt
         from scope.attribution.per_layer import per_layer_writes
-        from scope.errors import OutOfRangeError
+        from scope.attribution.tables import table_effects
+        from scope.attribution.targets import logit, logit_difference
+        from scope.errors import InvalidInputError, OutOfRangeError
         from scope.saes.formats import load
 
+        if target is None and (against is not None or counterfactual is not None):
+            raise InvalidInputError("--against and --counterfactual are about a --target; give one.")
         opened = load_model(model, embeddings=embeddings, device=device, allow_download=allow_download)
         saes = [load(one, allow_download=allow_download).to(opened.device) for one in sae or ()]
         report = per_layer_writes(opened, prompt, saes, top)
@@ -48,17 +70,47 @@ def register(app: typer.Typer) -> None:
             raise OutOfRangeError(
                 f"Position {token} is out of range: the prompt has positions 0 to {len(report.tokens) - 1}."
             )
+        effects = None
+        if target is not None:
+            asked = logit(target) if against is None else logit_difference(target, against)
+            baseline = None if counterfactual is None else against_prompt(counterfactual)
+            effects = table_effects(opened, prompt, asked, method, baseline)  # type: ignore[arg-type]
         data: dict[str, Any] = {
             "model": opened.name,
             "tokens": list(report.tokens),
             "writes": _at(report.writes, token).to_dict("records"),
             "features": _at(report.features, token).to_dict("records"),
+            "effects": None if effects is None else _effects(effects, token),
         }
-        return Outcome(data, _grid_text(report) if token is None else _token_text(report, token))
+        text = _grid_text(report) if token is None else _token_text(report, token)
+        return Outcome(data, text if effects is None else f"{text}\n{_effects_text(effects, token)}")
 
 
 def _at(table: "pd.DataFrame", token: int | None) -> "pd.DataFrame":
     return table if token is None else table[table["position"] == token]
+
+
+def _effects(effects: "TableEffects", token: int | None) -> dict[str, Any]:
+    return {
+        "target": effects.target,
+        "method": effects.method,
+        "baseline": effects.baseline,
+        "value": effects.value,
+        "without_tables": effects.without,
+        "rows": _at(effects.table, token).to_dict("records"),
+    }
+
+
+def _effects_text(effects: "TableEffects", token: int | None) -> str:
+    lines = [
+        f"{effects.target} = {effects.value:.4g}, and {effects.without:.4g} with all rows at their {effects.baseline} "
+        "baseline",
+        "Layers, all tokens together: "
+        + ", ".join(f"{row.layer}: {row.effect:+.3g}" for row in effects.by_layer().itertuples()),
+    ]
+    rows = _at(effects.table, token).head(SHOWN)
+    lines += [f"  layer {row.layer:>2}, {row.position} {row.token!r}: {row.effect:+.3g}" for row in rows.itertuples()]
+    return "\n".join(lines)
 
 
 def _grid_text(report: "PerLayerReport") -> str:

@@ -26,10 +26,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from scope.diffing.resampling import discoveries, middle_95, paired_z, two_sided, weights_of
+from scope.diffing.resampling import middle_95, paired_z, two_sided, weights_of
 from scope.diffing.stored import DiffReport, firings_file
 from scope.errors import IntegrityError, MismatchError
 from scope.features.contrast import log_ratio
+from scope.features.discoveries import discoveries
 
 __all__ = ["FOLD", "Control", "FiringCounts", "beyond_control"]
 

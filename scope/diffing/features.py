@@ -38,9 +38,10 @@ from torch.nn import functional
 from scope.diffing.control import FOLD, FiringCounts, beyond_control
 from scope.diffing.examples import TopRows
 from scope.diffing.pair import PairedRows, PairedStores
-from scope.diffing.resampling import discoveries, middle_95, paired_z, two_sided, weights_of
+from scope.diffing.resampling import middle_95, paired_z, two_sided, weights_of
 from scope.errors import InvalidInputError
 from scope.features.contrast import log_ratio
+from scope.features.discoveries import discoveries
 from scope.saes.base import SAE
 
 __all__ = ["FOLD", "Drift", "FeatureChanges", "feature_changes"]

@@ -5,7 +5,7 @@ from math import erfc, sqrt
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["RESAMPLES", "discoveries", "middle_95", "paired_z", "two_sided", "weights_of"]
+__all__ = ["RESAMPLES", "middle_95", "paired_z", "two_sided", "weights_of"]
 
 RESAMPLES = 400
 
@@ -48,14 +48,3 @@ def paired_z(
 def two_sided(z: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Probability of a normal score at least so far from 0."""
     return np.array([erfc(abs(float(value)) / sqrt(2)) for value in z])
-
-
-def discoveries(p: Float[np.ndarray, " n"], rate: float = 0.05) -> np.ndarray:
-    """Which of many tests are taken as found, bool, so that about `rate` of those found are false (Benjamini and
-    Hochberg 1995)."""
-    order = np.argsort(p, kind="stable")
-    below = np.flatnonzero(p[order] <= rate * np.arange(1, len(p) + 1) / max(len(p), 1))
-    found = np.zeros(len(p), bool)
-    if len(below):
-        found[order[: below[-1] + 1]] = True
-    return found

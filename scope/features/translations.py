@@ -13,10 +13,12 @@ untranslated paragraphs are dropped (`scope.features.parallel`), and compares ra
 
 *Features* (`shared_features`), from the index: a feature is *shared* where the titles on which it fires in the one
 language are those on which it fires in the other, more than chance. With n titles, n_a and n_b of which it fires on,
-the number on which it fires in both has, were they unrelated, the hypergeometric mean n_a n_b / n and variance; `z` is
-the distance from that mean, and that mean is the random-pair baseline. A feature that fires on all titles has no z. A
-feature is *specific* to a language where the interval of its rate's ratio (`compare_titles`) lies beyond a factor of
-`SPECIFIC`.
+the number on which it fires in both is, were they unrelated, hypergeometric with mean n_a n_b / n: the random-pair
+baseline. `z` is its distance from that mean in standard deviations, and `p` the probability of as many or more by
+chance. Features are many and titles few, so that it is p that decides, and over all features together: of those called
+shared about one in twenty is so by chance (`scope.features.discoveries`). One title in common is never enough, and a
+feature that fires on all titles has no z and is not called shared. A feature is *specific* to a language where the
+interval of its rate's ratio (`compare_titles`) lies beyond a factor of `SPECIFIC`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ import pandas as pd
 from activations.source import bf16_to_float32
 from scope.errors import InvalidInputError, MismatchError
 from scope.features.counting import count_features
+from scope.features.discoveries import discoveries, overlap_by_chance
 from scope.features.languages import SPECIFIC
 from scope.features.parallel import parallel_pages
 
@@ -35,14 +38,12 @@ if TYPE_CHECKING:
     from activations.store import ActivationStore
     from scope.features.index import FeatureIndex
 
-__all__ = ["SHARED_Z", "layer_similarity", "shared_features", "title_similarity"]
+__all__ = ["layer_similarity", "shared_features", "title_similarity"]
 
 MIN_ROWS = 16
 """Rows that a page must keep to be compared."""
 NORM_RATIO = 10.0
 RESAMPLES = 1000
-SHARED_Z = 3.0
-"""Score from which a feature counts as shared."""
 
 
 class _Pages(NamedTuple):
@@ -170,9 +171,9 @@ def title_similarity(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, f
 def shared_features(index: "FeatureIndex", a: str, b: str) -> pd.DataFrame:
     """Which features follow a text into its translation, and which are of one language.
 
-    Columns feature, titles_a, titles_b (on which it fires), both, expected (of random pairs), z, log_ratio,
+    Columns feature, titles_a, titles_b (on which it fires), both, expected (of random pairs), z, p, log_ratio,
     log_ratio_low, log_ratio_high (log2 of the rate in `a` over that in `b`), kind ("shared", the name of a language,
-    or empty), top_token: by kind, then z. `attrs` holds n_titles.
+    or empty), top_token: by kind, then p. `attrs` holds n_titles.
 
     Raises:
         UnknownNameError: there is no such language.
@@ -182,24 +183,31 @@ def shared_features(index: "FeatureIndex", a: str, b: str) -> pd.DataFrame:
     n = len(pages.titles)
     fires = [np.stack([count_features(index._reader, kept) for kept in side]) > 0 for side in pages.rows]
     both = (fires[0] & fires[1]).sum(axis=0)
-    n_a, n_b = (side.sum(axis=0).astype(float) for side in fires)
+    n_a, n_b = (side.sum(axis=0) for side in fires)
     expected = n_a * n_b / n
     variance = expected * (n - n_a) * (n - n_b) / (n * max(n - 1, 1))
     z = np.divide(both - expected, np.sqrt(variance), out=np.full(len(both), np.nan), where=variance > 0)
+    p = overlap_by_chance(both, n_a, n_b, n)
+    tested = (n_a > 0) & (n_b > 0)
+    shared = np.zeros(len(both), bool)
+    shared[tested] = discoveries(p[tested])
+    shared &= both > 1
     rates = index.compare_languages(a, b, n=index.d_sae).set_index("feature")
     table = pd.DataFrame(
         {
-            "feature": np.arange(len(both)), "titles_a": n_a.astype(int), "titles_b": n_b.astype(int), "both": both,
-            "expected": expected, "z": z,
+            "feature": np.arange(len(both)), "titles_a": n_a, "titles_b": n_b, "both": both, "expected": expected,
+            "z": z, "p": p, "shared": shared,
         }
     )  # fmt: skip
     table = table.join(rates[["log_ratio", "log_ratio_low", "log_ratio_high", "top_token"]], on="feature", how="inner")
     bound = np.log2(SPECIFIC)
     table["kind"] = np.select(
-        [table["log_ratio_low"] >= bound, table["log_ratio_high"] <= -bound, table["z"] >= SHARED_Z],
+        [table["log_ratio_low"] >= bound, table["log_ratio_high"] <= -bound, table["shared"]],
         [a, b, "shared"],
         "",
     )
-    table = table.sort_values(["kind", "z"], ascending=[False, False], kind="stable", ignore_index=True)
+    table = table.drop(columns="shared").sort_values(
+        ["kind", "p"], ascending=[False, True], kind="stable", ignore_index=True
+    )
     table.attrs["n_titles"] = n
     return table

@@ -1,6 +1,6 @@
 """Which Hugging Face module a hook name stands for, per architecture.
 
-1. A `Family` names the modules of one layout of a transformer (GPT-2's, Llama's, Gemma's).
+1. A `Family` names the modules of one layout of a transformer (GPT-2's, Pythia's, Llama's, Gemma's).
 2. `MODEL_TYPES` says which of transformers' model types have which layout.
 3. `find_layout` checks that the modules are really there and collects the widths: a `Layout`.
 
@@ -31,7 +31,8 @@ class Family:
     ln1: str
     attention: str
     qkv: tuple[str, ...]
-    """Three projections, or one whose output holds q, k and v side by side."""
+    """Three projections, or one whose output holds q, k and v side by side: all heads' q, all k, all v, unless
+    `interleaved`."""
     o: str
     ln1_post: str | None
     """A norm between attention and the residual stream."""
@@ -42,6 +43,8 @@ class Family:
     mlp_out: str
     ln2_post: str | None
     """A norm between the MLP and the residual stream."""
+    interleaved: bool = False
+    """The one projection holds q, k and v of the first head, then those of the second, and so on."""
     rotary: bool = True
     centred_norm: bool = False
     """The norms subtract the mean (LayerNorm)."""
@@ -152,9 +155,27 @@ GPT2 = Family(
     rotary=False,
     centred_norm=True,
 )
+NEOX = replace(
+    GPT2,
+    backbones=("gpt_neox",),
+    embed="embed_in",
+    pos_embed=None,
+    layers="layers",
+    final_norm="final_layer_norm",
+    ln1="input_layernorm",
+    attention="attention",
+    qkv=("attention.query_key_value",),
+    interleaved=True,
+    o="attention.dense",
+    ln2="post_attention_layernorm",
+    mlp_in="mlp.dense_h_to_4h",
+    mlp_out="mlp.dense_4h_to_h",
+    rotary=True,
+)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
+    "neox": NEOX,
     "llama": LLAMA,
     "gemma": GEMMA,
     "gemma3n": GEMMA3N,
@@ -167,6 +188,7 @@ FAMILIES: dict[str, Family] = {
 HEADS = ("num_attention_heads", "n_heads")
 MODEL_TYPES: dict[str, str] = {
     "gpt2": "gpt2",
+    "gpt_neox": "neox",
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "llama",
@@ -233,6 +255,10 @@ class Layout:
     """Streams of the residual stack (AltUp); 1 everywhere else."""
     active_stream: int = 0
     """The one that attention and MLP read."""
+    parallel: bool = False
+    """Attention and MLP both read what the layer reads (Pythia), and nothing stands between them."""
+    rotated: int = 0
+    """How much of a head rotates with its position, where not all of it does (Pythia); 0 where all does."""
 
     @property
     def encoder(self) -> "Layout | None":
@@ -309,6 +335,8 @@ def find_layout(model: nn.Module) -> Layout:
         d_per_layer=config.hidden_size_per_layer_input if per_layer else 0,
         n_streams=config.altup_num_inputs if family.altup else 1,
         active_stream=config.altup_active_idx if family.altup else 0,
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+        rotated=int(sizes[0].d_head * config.rope_parameters["partial_rotary_factor"]) if family.interleaved else 0,
     )
 
 

@@ -73,8 +73,10 @@ def _layer(layout: Layout, dense: bool) -> Iterator[BridgeHook]:
                 yield BridgeHook(f"attn.{letter}_norm.{end}", per_head)
             yield BridgeHook(f"attn.{letter}_norm.hook_scale", ("batch", n_heads, "seq", 1))
     if family.rotary:
-        yield BridgeHook("attn.hook_cos", ("batch", "seq", d_head))
-        yield BridgeHook("attn.hook_sin", ("batch", "seq", d_head))
+        rotated = layout.rotated or d_head
+        yield BridgeHook("attn.hook_cos", ("batch", "seq", rotated))
+        yield BridgeHook("attn.hook_sin", ("batch", "seq", rotated))
+    if family.rotary and len(family.qkv) > 1:
         yield BridgeHook("attn.hook_rot_q", ("batch", "seq", heads, d_head))
         yield BridgeHook("attn.hook_rot_k", ("batch", "seq", key_heads, d_head))
     yield BridgeHook("attn.hook_attn_scores", ("batch", heads, "seq", "seq"))

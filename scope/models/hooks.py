@@ -7,6 +7,7 @@ names that TransformerBridge calls canonical (`blocks.8.hook_out`) are aliases a
 Where a name has two meanings in TransformerLens, ours is the one of `HookedTransformer`: `hook_resid_mid` *is* the
 residual stream, so an edit there changes both what the MLP reads and what it is added to, while `hook_mlp_in` is
 only what the MLP branch reads. (TransformerBridge 3.9 treats an edit of `hook_resid_mid` like one of `hook_mlp_in`.)
+Where attention and MLP read the same (Pythia), nothing is between them: there is no `hook_resid_mid`.
 
 Where the residual stream is a stack of streams (Gemma 3n's AltUp), `hook_resid_pre` and `hook_resid_post` are its
 active stream, as in TransformerBridge, and `hook_streams_pre` and `hook_streams_post` are all of them, (batch, seq,
@@ -45,6 +46,8 @@ class Site:
     """(n_heads, d_head) that the last dimension is split into."""
     part: tuple[int, int] | None = None
     """(start, width) of a slice of the last dimension, where one module computes q, k and v."""
+    part_of_heads: bool = False
+    """The slice is one of each head, not of all heads side by side."""
     argument: int = 0
     """Which of the module's arguments, where the tensor goes in."""
     item: int = 0
@@ -255,7 +258,8 @@ def _layer(layout: Layout, index: int) -> Iterator[HookPoint]:
         yield point("hook_attn_out", "attention", row, family.ln1_post, "output", "ln1_post.hook_out")
     else:
         yield point("hook_attn_out", "attention", row, family.o, "output", "attn.hook_out", "attn.o.hook_out")
-    yield point("hook_resid_mid", "residual", row, family.ln2, "input", stream=True)
+    if not layout.parallel:
+        yield point("hook_resid_mid", "residual", row, family.ln2, "input", stream=True)
     yield point("hook_mlp_in", "mlp", row, family.ln2, "input", "ln2.hook_in")
     yield point("ln2.hook_out", "norm", row, family.ln2, "output", "mlp.hook_in")
     yield from _experts(layout, index)
@@ -340,9 +344,10 @@ def _queries_keys_values(layout: Layout, index: int) -> Iterator[HookPoint]:
         n_heads = layout.n_heads if letter == "q" else sizes.n_key_value_heads
         heads = (n_heads, sizes.d_head)
         width = n_heads * sizes.d_head
-        fused = len(layout.family.qkv) == 1
+        fused, per_head = len(layout.family.qkv) == 1, layout.family.interleaved
         module = layout.layer(index, layout.family.qkv[0 if fused else position])
-        site = Site(module, "output", heads=heads, part=(start, width) if fused else None)
+        part = (position * sizes.d_head, sizes.d_head) if per_head else (start, width) if fused else None
+        site = Site(module, "output", heads=heads, part=part, part_of_heads=per_head)
         alias = f"blocks.{index}.attn.{letter}.hook_out"
         yield _point(f"blocks.{index}.attn.hook_{letter}", "attention", heads, site, alias)
         start += width

@@ -153,6 +153,10 @@ def apply_handler(site: Site, handler: Handler, tensor: Tensor) -> Tensor:
     if site.select is not None:
         selected = apply_handler(replace(site, select=None), handler, tensor[:, :, site.select])
         return _with(tensor, site.select, selected)
+    if site.part_of_heads and site.heads:
+        split = tensor.unflatten(-1, (site.heads[0], -1))
+        own = apply_handler(replace(site, heads=None, part_of_heads=False), handler, split)
+        return tensor if own is split else own.flatten(-2)
     start, width = site.part or (0, tensor.shape[-1])
     value = tensor[..., start : start + width] if site.part else tensor
     if site.heads:

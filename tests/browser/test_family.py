@@ -27,7 +27,10 @@ def pages(family: SimpleNamespace) -> dict[str, tuple[str, str]]:
     prompt = f"/experts?index={family.mixtral}&view=prompt&{TEXT}"
     return {
         "parameters": (f"/model?index={family.mixtral}", ".model-parts"),
-        "embeddings": (f"/embeddings?index={family.gemma4}&{TEXT}&token=3&layer=1", "#embeddings-chart .main-svg"),
+        "embeddings": (
+            f"/embeddings?index={family.gemma4}&{TEXT}&token=3&layer=1&target=305",
+            "#table-effects-grid td",
+        ),
         "load": (f"/experts?index={family.mixtral}&expert=2", "#experts-groups-chart .main-svg"),
         "features": (f"/experts?index={family.mixtral}&view=features&layer=1", ".experts-table"),
         "prompt": (prompt, "#experts-nothing"),
@@ -94,6 +97,17 @@ def test_a_cell_of_the_tables_tells_its_parts_and_its_features(visit: Callable, 
     page.keyboard.press("Enter")
     opened.until("new URL(location).searchParams.get('layer') === '2'")
     page.wait_for_selector("#embeddings-result p:has-text('up to the layer it reads')")
+    page.click(".table-effects .chips button >> nth=1")
+    page.wait_for_selector("#table-effects-grid td")
+    assert page.locator("#table-effects-grid tbody tr").count() == 4
+    assert query(page)["target"].isdigit()
+    assert page.locator(".table-effects .chips [aria-pressed=true]").count() == 1
+    assert "without the tables" in page.text_content(".table-effects")
+    page.reload()
+    page.wait_for_selector("#table-effects-grid td")
+    assert serious(page) == []
+    page.click(".table-effects .chips [aria-pressed=true]")
+    page.wait_for_selector("#table-effects-grid", state="detached")
     opened.check()
 
 

@@ -149,11 +149,24 @@ def test_pointing_at_a_token_says_its_value_and_rank_and_a_click_pins_what_else_
     opened.check()
 
 
+MARKS_OF_THEIR_OWN = """async () => {
+    const strip = document.createElement("div");
+    strip.className = "strip";
+    const t = ["e", "\\u0301", " \\u0628", "\\u064e\\u0651", "\\u0915", "\\u094d"];
+    strip.dataset.strip = JSON.stringify({t, v: [0, 1, 0, 1, 0, 1], m: 1});
+    document.querySelector("main").append(strip);
+    for (let n = 0; n < 50 && !strip.children.length; n++) await new Promise((done) => setTimeout(done, 20));
+    return Array.from(strip.querySelectorAll(".ink"), (one) => one.getBoundingClientRect().width);
+}"""
+
+
 def test_right_to_left_examples_run_right_to_left(visit: Callable) -> None:
     opened = visit()
     page = opened.open("/feature/15?language=ar", READY["feature"])
     assert page.locator(".example .strip").first.evaluate("one => getComputedStyle(one).direction") == "rtl"
     assert page.locator("main").evaluate("one => getComputedStyle(one).direction") == "ltr"
+    widths = page.evaluate(MARKS_OF_THEIR_OWN)
+    assert all(width > 1 for width in widths), widths
     opened.check()
 
 
