@@ -203,6 +203,9 @@ def test_targets_share_passes_and_none_is_another_ones(method, monkeypatch):
         together = attribute(model, PROMPT, targets, saes, method, baseline, steps=3, batch_size=4)
     expected = {"gradient_x_activation": [4], "eap_ig": [4, 4, 4, 3]}
     assert expected.get(method) in (None, [n for n in runs if n > 1])
+    if method == "activation_patching":  # every target is read off the same runs: one clean, one for each node, and
+        changed = sum(len(effects_of(together[-1], hook)) for hook in (sae.hook_name for sae in saes))
+        assert sum(runs) <= changed + 4 + len(targets)  # the prompt's and the baseline's nodes, each target's value
     alone = [attribute(model, PROMPT, one, saes, method, baseline, steps=3) for one in targets]
     for one, other in zip(together, alone, strict=True):
         assert (one.target, one.method, one.value) == (other.target, other.method, pytest.approx(other.value, rel=1e-5))

@@ -1,7 +1,8 @@
 """Evaluating targets in batches: the ground that gradients, integrated gradients and patching stand on.
 
 A batch is some runs, the shorter ones padded on the right, where causal attention never looks. Each run has its own
-target, and may have its activation at some hooks replaced or shifted. One pass gives every run's number; a second,
+target (`evaluate`), or several targets are read off every run (`evaluate_each`). A run may have its activation at some
+hooks replaced or shifted. One pass gives every run's number; a second,
 backward, gives its gradient at any hook:
 
     T_b(x), and dT_b/dx_h for each run b and hook h
@@ -21,7 +22,7 @@ from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
 from scope.models.taps import tapped
 
-__all__ = ["Change", "Evaluation", "check_targets", "evaluate"]
+__all__ = ["Change", "Evaluation", "check_targets", "evaluate", "evaluate_each"]
 
 Change = Callable[[Float[Tensor, "batch seq *row"]], Float[Tensor, "batch seq *row"]]
 """From the activation at a hook to what takes its place."""
@@ -68,38 +69,16 @@ def evaluate(
         lengths: tokens of each run; None where nothing is padded.
         grad: whether to compute gradients.
     """
-    table = model.hook_table
-    changes = {table[name].name: change for name, change in (changes or {}).items()}
-    wanted = {table[name].name for name in hooks}
-    read = {table[target.hook].name for target in targets}
-    kept: dict[str, Tensor] = {}
-
-    def handler(name: str) -> Callable[[Tensor], Tensor | None]:
-        def at(value: Tensor) -> Tensor | None:
-            new = changes[name](value) if name in changes else value
-            if name in wanted or name in read:
-                # A copy of its own: where nothing before needs a gradient, the graph begins here.
-                new = new.clone()
-                if grad and not new.requires_grad:
-                    new.requires_grad_()
-                kept[name] = new
-            return None if new is value else new
-
-        return at
-
-    names = sorted({*wanted, *read, *changes}, key=table.rank)
-    last_read = max(map(table.rank, read))
-    handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in names if table.rank(name) <= last_read}
-    with torch.set_grad_enabled(grad), model.lock, tapped(model.hf, handlers, stop=True):
-        model.hidden_states(tokens)
+    kept = _kept(model, tokens, targets, hooks, changes or {}, grad)
     with torch.set_grad_enabled(grad):
         ends = list(lengths) if lengths is not None else [tokens.shape[1]] * len(tokens)
         values = torch.stack(
             [
-                target.value(model, kept[table[target.hook].name][run, :end].flatten(1), tokens[run, :end])
+                _value(model, kept, target, tokens, run, end)
                 for run, (target, end) in enumerate(zip(targets, ends, strict=True))
             ]
         )
+    wanted = {model.hook_table[name].name for name in hooks}
     gradients: dict[str, Tensor] = {}
     if grad:
         there = {name: kept[name] for name in wanted if name in kept}
@@ -111,3 +90,58 @@ def evaluate(
         {name: kept[name].detach().flatten(2).float() for name in wanted if name in kept},
         gradients,
     )
+
+
+@torch.no_grad()
+def evaluate_each(
+    model: Any, tokens: Int[Tensor, "batch seq"], targets: Sequence[Target], changes: Mapping[str, Change]
+) -> Float[Tensor, "targets batch"]:
+    """Run a batch, and read every target off every run, float32; see `evaluate`."""
+    kept = _kept(model, tokens, targets, (), changes, False)
+    return torch.stack(
+        [
+            torch.stack([_value(model, kept, target, tokens, run, tokens.shape[1]) for run in range(len(tokens))])
+            for target in targets
+        ]
+    ).float()
+
+
+def _kept(
+    model: Any,
+    tokens: Tensor,
+    targets: Sequence[Target],
+    hooks: Sequence[str],
+    changes: Mapping[str, Change],
+    grad: bool,
+) -> dict[str, Tensor]:
+    """Run as far as is read; the activations at `hooks` and where the targets read, by canonical name."""
+    table = model.hook_table
+    changed = {table[name].name: change for name, change in changes.items()}
+    wanted = {table[name].name for name in hooks}
+    read = {table[target.hook].name for target in targets}
+    kept: dict[str, Tensor] = {}
+
+    def handler(name: str) -> Callable[[Tensor], Tensor | None]:
+        def at(value: Tensor) -> Tensor | None:
+            new = changed[name](value) if name in changed else value
+            if name in wanted or name in read:
+                # A copy of its own: where nothing before needs a gradient, the graph begins here.
+                new = new.clone()
+                if grad and not new.requires_grad:
+                    new.requires_grad_()
+                kept[name] = new
+            return None if new is value else new
+
+        return at
+
+    names = sorted({*wanted, *read, *changed}, key=table.rank)
+    last_read = max(map(table.rank, read))
+    handlers: dict[HookPoint, Any] = {table[name]: handler(name) for name in names if table.rank(name) <= last_read}
+    with torch.set_grad_enabled(grad), model.lock, tapped(model.hf, handlers, stop=True):
+        model.hidden_states(tokens)
+    return kept
+
+
+def _value(model: Any, kept: Mapping[str, Tensor], target: Target, tokens: Tensor, run: int, end: int) -> Tensor:
+    there = kept[model.hook_table[target.hook].name][run, :end].flatten(1)
+    return target.value(model, there, tokens[run, :end])

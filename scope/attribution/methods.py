@@ -39,7 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.baselines import Baseline, NodeValues, hooks_of, node_values, zero
-from scope.attribution.evaluate import check_targets, evaluate
+from scope.attribution.evaluate import check_targets, evaluate, evaluate_each
 from scope.attribution.memory import attribution_needs, require_attribution_fits
 from scope.attribution.targets import Target
 from scope.errors import InvalidInputError, UnknownNameError
@@ -280,6 +280,9 @@ class _Work:
         tokens = self.prepared.tokens.expand(len(targets), -1)
         return evaluate(self.model, tokens, targets, **options)
 
+    def evaluate_each(self, runs: int, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        return evaluate_each(self.model, self.prepared.tokens.expand(runs, -1), self.targets, changes)
+
     def parts(self) -> Iterator[Sequence[Target]]:
         """The targets, no more than `batch_size` together: their gradients are held at once."""
         for start in range(0, len(self.targets), self.batch_size):
@@ -393,14 +396,13 @@ def _eap_ig(work: _Work) -> Iterator[list[Effects]]:
 
 
 def _activation_patching(work: _Work) -> Iterator[list[Effects]]:
-    for target in work.targets:
-        yield _patched(work, target)
+    return iter(_patched(work))
 
 
 @torch.no_grad()
-def _patched(work: _Work, target: Target) -> list[Effects]:
+def _patched(work: _Work) -> list[list[Effects]]:
     prepared, asked = work.prepared, work.asked
-    clean = float(work.evaluate([target]).values[0])
+    clean = work.evaluate_each(1, {})
     wanted = []
     for nodes in prepared.nodes:
         change = nodes.change
@@ -411,13 +413,12 @@ def _patched(work: _Work, target: Target) -> list[Effects]:
             moved = [node for node in moved if (nodes.writes, *node[1:]) in keys or (nodes.reads, *node[1:]) in keys]
         wanted.append(moved)
     total, done = sum(map(len, wanted)), 0
-    found = []
+    found: list[list[Effects]] = [[] for _ in work.targets]
     for nodes, there in zip(prepared.nodes, wanted, strict=True):
         change, decoder = nodes.change, nodes.decoder
-        features = (
-            torch.full_like(change.features, float("nan")) if asked is not None else torch.zeros_like(change.features)
-        )
-        errors = torch.full_like(change.errors[:, 0], float("nan") if asked is not None else 0.0)
+        empty = 0.0 if asked is None else float("nan")
+        features = change.features.new_full((len(work.targets), *change.features.shape), empty)
+        errors = change.errors.new_full((len(work.targets), len(change.errors)), empty)
         for start in range(0, len(there), work.batch_size):
             batch = there[start : start + work.batch_size]
             shifts = torch.stack(
@@ -431,15 +432,16 @@ def _patched(work: _Work, target: Target) -> list[Effects]:
                 new[runs, places] -= shifts.to(new.dtype)
                 return new.view(value.shape)
 
-            values = work.evaluate([target] * len(batch), changes={nodes.writes: patch}).values
-            for (_, p, f), value in zip(batch, values.tolist(), strict=True):
+            effects = (clean - work.evaluate_each(len(batch), {nodes.writes: patch})).to(features.device)
+            for run, (_, p, f) in enumerate(batch):
                 if f == ERROR:
-                    errors[p] = clean - value
+                    errors[:, p] = effects[:, run]
                 else:
-                    features[p, f] = clean - value
+                    features[:, p, f] = effects[:, run]
             done += len(batch)
             work.progress(done, total)
-        found.append(Effects(features, errors))
+        for own, *answer in zip(found, features, errors, strict=True):
+            own.append(Effects(*answer))
     return found
 
 
