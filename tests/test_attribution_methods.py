@@ -175,15 +175,30 @@ def test_baselines_put_nodes_where_they_say(model):
     )
 
 
-def test_several_targets_and_prompts_are_each_as_alone():
+@pytest.mark.parametrize("method", METHODS)
+def test_several_prompts_share_passes_and_none_is_another_ones(method, monkeypatch):
     model = tiny_model("gemma3")
-    sae = sae_at(model, "blocks.1.hook_resid_post")
-    targets = [logit(305), feature(sae_at(model, "blocks.2.hook_resid_post", 3), 4, position=3)]
-    both = attribute(model, ["The cat sat", "He looked at the moon"], targets, sae)
-    assert [len(found) for found in both] == [2, 2]
-    alone = attribute(model, "He looked at the moon", targets[1], sae)
-    assert both[1][1].table.equals(alone.table)
-    assert both[1][1].value == alone.value
+    saes = [sae_at(model, "blocks.0.hook_resid_post"), sae_at(model, "blocks.2.hook_resid_post", 1)]
+    targets = [logit(305), feature(sae_at(model, "blocks.3.hook_resid_post", 3), 4, position=1)]
+    prompts = ["The cat sat", "He looked at the moon and the cat", "a", "The moon"]
+    runs = []
+    forward = type(model).hidden_states
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            type(model), "hidden_states", lambda self, ids, *rest: runs.append(len(ids)) or forward(self, ids, *rest)
+        )
+        together = attribute(model, prompts, targets, saes, method, steps=2, batch_size=12)
+    if method != "activation_patching":
+        assert max(runs) == (8 if "integrated" not in method and method != "eap_ig" else 12)
+    assert [len(found) for found in together] == [2] * 4
+    for prompt, found in zip(prompts, together, strict=True):
+        for target, one in zip(targets, found, strict=True):
+            alone = attribute(model, prompt, target, saes, method, steps=2)
+            assert (one.tokens, one.target) == (alone.tokens, alone.target)
+            assert one.value == pytest.approx(alone.value, rel=1e-4, abs=1e-6)
+            assert one.baseline_values == pytest.approx(alone.baseline_values, rel=1e-4, abs=1e-6)
+            for hook in (sae.hook_name for sae in saes):
+                assert effects_of(one, hook) == pytest.approx(effects_of(alone, hook), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,7 +216,7 @@ def test_targets_share_passes_and_none_is_another_ones(method, monkeypatch):
             type(model), "hidden_states", lambda self, ids, *rest: runs.append(len(ids)) or forward(self, ids, *rest)
         )
         together = attribute(model, PROMPT, targets, saes, method, baseline, steps=3, batch_size=4)
-    expected = {"gradient_x_activation": [4], "eap_ig": [4, 4, 4, 3]}
+    expected = {"gradient_x_activation": [4, 4], "eap_ig": [4, 4, 4, 4, 3]}  # the first are the values themselves
     assert expected.get(method) in (None, [n for n in runs if n > 1])
     if method == "activation_patching":  # every target is read off the same runs: one clean, one for each node, and
         changed = sum(len(effects_of(together[-1], hook)) for hook in (sae.hook_name for sae in saes))

@@ -44,17 +44,18 @@ class AttributionNeeds:
     """Bytes of decoders that are made anew in float32."""
     itemsize: int
 
-    def parts(self, runs: int, grad: bool) -> dict[str, int]:
+    def parts(self, runs: int, grad: bool, prompts: int = 1) -> dict[str, int]:
         """Bytes, by what they are for.
 
         Args:
             runs: runs at once.
             grad: whether gradients are taken, for which every layer's activations are kept.
+            prompts: prompts whose nodes are held at once.
         """
         layer = self.n_tokens * (9 * self.d_model + 9 * self.d_mlp // 2) * self.itemsize
         kept = runs * layer * (self.n_layers if grad else 1)
         logits = 3 * runs * self.d_vocab * 4
-        nodes = 6 * 4 * self.n_tokens * self.features
+        nodes = prompts * 6 * 4 * self.n_tokens * self.features
         return {f"{runs} runs at once": kept + logits, "nodes": nodes, "decoders": self.decoders}
 
 
@@ -133,17 +134,19 @@ def require_graph_fits(needs: GraphNeeds, settings: GraphSettings, device: torch
 
 
 def require_attribution_fits(
-    needs: AttributionNeeds, runs: int, grad: bool, memory_gb: float | None, device: torch.device
+    needs: AttributionNeeds, runs: int, grad: bool, memory_gb: float | None, device: torch.device, prompts: int = 1
 ) -> None:
     """Raise `InvalidInputError` where an attribution takes more memory than there is, with what would make it fit."""
     budget, whose = _budget(memory_gb, device)
 
     def total(runs: int) -> int:
-        return int(ROOM * sum(needs.parts(runs, grad).values()))
+        return int(ROOM * sum(needs.parts(runs, grad, min(runs, prompts)).values()))
 
     if budget is None or total(runs) <= budget:
         return
-    told = _told(f"An attribution on {needs.n_tokens:,} tokens", total(runs), needs.parts(runs, grad), budget, whose)
+    told = _told(
+        f"An attribution on {needs.n_tokens:,} tokens", total(runs), needs.parts(runs, grad, prompts), budget, whose
+    )
     most = _most(lambda n: total(n) <= budget, runs)
     if most:
         raise InvalidInputError(f"{told} It fits with --batch-size {most} (batch_size={most}).")

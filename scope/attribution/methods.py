@@ -193,7 +193,8 @@ def attribute(
         method: see the module.
         baseline: what nodes are set against; by default zero. Give `counterfactual(prompt)` where there is a behaviour.
         steps: of the methods that integrate: the number of midpoints between baseline and prompt.
-        batch_size: runs at once: of an integral's steps, of nodes that are patched, of targets.
+        batch_size: runs at once: of an integral's steps, of nodes that are patched, of targets and prompts. So many
+            prompts as share a batch are prepared together.
         nodes: for activation patching, which nodes to patch, as (hook, position, feature); None for all.
         memory_gb: memory that it may take beside the model and the SAEs, in GB; None for what is free.
         progress: called with (runs done, runs in all).
@@ -208,46 +209,34 @@ def attribute(
         InvalidInputError: something else that was given is wrong, or it takes more memory than there is. All before
             anything but the nodes is computed.
     """
-    if isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt):
-        return [
-            attribute(
-                model,
-                text,
-                target,
-                saes,
-                method,
-                baseline,
-                steps=steps,
-                batch_size=batch_size,
-                nodes=nodes,
-                memory_gb=memory_gb,
-                progress=progress,
-            )
-            for text in prompt
-        ]
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
     if steps < 1 or batch_size < 1:
         raise InvalidInputError(f"steps is {steps} and batch_size {batch_size}; expected 1 or more.")
+    many = isinstance(prompt, list) and bool(prompt) and all(isinstance(text, str) for text in prompt)
+    prompts = prompt if many else [prompt]
     targets = list(target) if isinstance(target, Sequence) else [target]
-    tokens = model.prompt_tokens(prompt)
-    check_targets(model, tokens, targets)
+    lengths = []
+    for one in prompts:
+        tokens = model.prompt_tokens(one)
+        check_targets(model, tokens, targets)
+        lengths.append(len(tokens))
     several = saes if isinstance(saes, Sequence) else [saes]
-    needs = attribution_needs(model, len(tokens), several, method == "eap_ig")
-    runs = {"activation_patching": batch_size, "integrated_gradients": steps * len(targets)}
-    runs["eap_ig"] = runs["integrated_gradients"]
-    at_once = min(batch_size, runs.get(method, len(targets)))
-    require_attribution_fits(needs, at_once, method != "activation_patching", memory_gb, model.device)
-    prepared = prepare(model, prompt, saes, baseline or zero())
-    work = _Work(model, prepared, targets, steps, batch_size, nodes, progress or (lambda done, total: None))
-    found, answers, seconds = [], METHODS[method](work), 0.0
-    for one in targets:
-        started = time.perf_counter()
-        effects = next(answers)
-        seconds += time.perf_counter() - started
-        found.append(_result(work, one, method, effects))
-    found = [replace(one, seconds=seconds / len(targets)) for one in found]
-    return found if isinstance(target, Sequence) else found[0]
+    needs = attribution_needs(model, max(lengths), several, method == "eap_ig")
+    integrated = steps if method in ("integrated_gradients", "eap_ig") else 1
+    patched = method == "activation_patching"
+    alone = patched or model.layout.family.denoises  # what denoises may read what a shorter prompt is padded with
+    together = 1 if alone else max(1, min(len(prompts), batch_size // (integrated * len(targets))))
+    at_once = batch_size if patched else min(batch_size, integrated * len(targets) * together)
+    require_attribution_fits(needs, at_once, not patched, memory_gb, model.device, together)
+    found: list[list[Attribution]] = []
+    for start in range(0, len(prompts), together):
+        prepared = [prepare(model, one, saes, baseline or zero()) for one in prompts[start : start + together]]
+        work = _Work(model, prepared, targets, steps, batch_size, nodes, progress or (lambda done, total: None))
+        results = _results(work, method)
+        found += [results[at : at + len(targets)] for at in range(0, len(results), len(targets))]
+    by_prompt = found if isinstance(target, Sequence) else [one[0] for one in found]
+    return by_prompt if many else by_prompt[0]
 
 
 class Effects(NamedTuple):
@@ -262,61 +251,81 @@ class Effects(NamedTuple):
 
 Gradients = dict[str, Float[Tensor, "seq width"]]
 """Of one target, by hook."""
+Changes = dict[str, Callable[[Tensor], Tensor]]
+"""By hook."""
+
+
+class _Job(NamedTuple):
+    """One target on one prompt."""
+
+    prompt: int
+    target: Target
+
+
+class _Run(NamedTuple):
+    """A pass of one prompt, at a place α between its baseline and itself."""
+
+    prompt: int
+    alpha: float
 
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """Some targets on one prompt."""
+    """Some targets on some prompts."""
 
     model: Any
-    prepared: Prepared
+    prompts: Sequence[Prepared]
     targets: Sequence[Target]
     steps: int
     batch_size: int
     asked: Sequence[tuple[str, int, int]] | None
     progress: Progress
 
-    def evaluate(self, targets: Sequence[Target], **options: Any) -> Any:
-        tokens = self.prepared.tokens.expand(len(targets), -1)
-        return evaluate(self.model, tokens, targets, **options)
+    @property
+    def hooks(self) -> list[str]:
+        """Where the SAEs write."""
+        return [nodes.writes for nodes in self.prompts[0].nodes]
 
-    def evaluate_each(self, runs: int, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        return evaluate_each(self.model, self.prepared.tokens.expand(runs, -1), self.targets, changes)
+    def evaluate(self, jobs: Sequence[_Job], **options: Any) -> Any:
+        rows = [self.prompts[job.prompt].tokens for job in jobs]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return evaluate(self.model, tokens, [job.target for job in jobs], lengths=[*map(len, rows)], **options)
 
-    def parts(self) -> Iterator[Sequence[Target]]:
-        """The targets, no more than `batch_size` together: their gradients are held at once."""
-        for start in range(0, len(self.targets), self.batch_size):
-            yield self.targets[start : start + self.batch_size]
+    def evaluate_each(self, prepared: Prepared, runs: int, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        return evaluate_each(self.model, prepared.tokens.expand(runs, -1), self.targets, changes)
+
+    def parts(self) -> Iterator[Sequence[_Job]]:
+        """All targets of all prompts, no more than `batch_size` together: their gradients are held at once."""
+        jobs = [_Job(prompt, target) for prompt in range(len(self.prompts)) for target in self.targets]
+        for start in range(0, len(jobs), self.batch_size):
+            yield jobs[start : start + self.batch_size]
 
     def mean_gradients(
         self,
-        targets: Sequence[Target],
+        jobs: Sequence[_Job],
         places: Sequence[float],
         hooks: Sequence[str],
-        change: Callable[[Tensor], Any] | None = None,
+        change: "Callable[[Sequence[_Run]], Changes] | None" = None,
     ) -> list[Gradients]:
-        """The mean over α in `places` of each target's gradients at `hooks`; `change` gives a batch's changes for its
-        α."""
-        sums: list[Gradients] = [{} for _ in targets]
-        runs = [(number, place) for number in range(len(targets)) for place in places]
+        """The mean over α in `places` of each target's gradients at `hooks`; `change` gives a batch's changes."""
+        sums: list[Gradients] = [{} for _ in jobs]
+        runs = [(number, place) for number in range(len(jobs)) for place in places]
         for start in range(0, len(runs), self.batch_size):
             batch = runs[start : start + self.batch_size]
-            changes = None
-            if change is not None:
-                changes = change(torch.tensor([place for _, place in batch], device=self.model.device))
-            asked = [targets[number] for number, _ in batch]
-            found = self.evaluate(asked, hooks=hooks, changes=changes, grad=True)
+            changes = change([_Run(jobs[number].prompt, place) for number, place in batch]) if change else None
+            found = self.evaluate([jobs[number] for number, _ in batch], hooks=hooks, changes=changes, grad=True)
             for hook, gradients in found.gradients.items():
                 for (number, _), gradient in zip(batch, gradients, strict=True):
                     own = sums[number]
+                    gradient = gradient[: len(self.prompts[jobs[number].prompt].tokens)]
                     own[hook] = own[hook] + gradient if hook in own else gradient
         return [{hook: total / len(places) for hook, total in own.items()} for own in sums]
 
 
-def _linear(work: _Work, gradients: Mapping[str, Tensor]) -> list[Effects]:
+def _linear(prepared: Prepared, gradients: Mapping[str, Tensor]) -> list[Effects]:
     """(a - a') . gradient, for all nodes of all SAEs."""
     found = []
-    for nodes in work.prepared.nodes:
+    for nodes in prepared.nodes:
         change = nodes.change
         gradient = gradients.get(nodes.writes, torch.zeros_like(change.errors))
         found.append(Effects(change.features * (gradient @ nodes.decoder.T), (change.errors * gradient).sum(-1)))
@@ -324,37 +333,42 @@ def _linear(work: _Work, gradients: Mapping[str, Tensor]) -> list[Effects]:
 
 
 def _gradient_x_activation(work: _Work) -> Iterator[list[Effects]]:
-    hooks = [nodes.writes for nodes in work.prepared.nodes]
-    for part in work.parts():
-        for gradients in work.mean_gradients(part, [1.0], hooks):
-            yield _linear(work, gradients)
+    for jobs in work.parts():
+        for job, gradients in zip(jobs, work.mean_gradients(jobs, [1.0], work.hooks), strict=True):
+            yield _linear(work.prompts[job.prompt], gradients)
 
 
-def _between(nodes: SaeNodes, alphas: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Changes that put the SAE's activation at x' + α (x - x'), α for each run."""
-    start, end = nodes.baseline.activation(nodes.sae), nodes.actual.activation(nodes.sae)
+def _moved(hook: str, ways: Sequence[tuple[Tensor, Tensor]], runs: Sequence[_Run]) -> Changes:
+    """Changes that put what each run has at a hook at start + α (end - start); `ways` has both for each prompt."""
+    new = [start + alpha * (end - start) for (start, end), alpha in ((ways[run.prompt], run.alpha) for run in runs)]
 
     def move(value: Tensor) -> Tensor:
-        weights = alphas.view(-1, *[1] * (start.ndim))
-        new = start + weights * (end - start)
-        return new.to(value.dtype).view(len(alphas), *value.shape[1:])
+        moved = value.flatten(2).clone()
+        for row, own in zip(moved, new, strict=True):  # what lies behind a shorter prompt is never read
+            row[: len(own)] = own.to(value.dtype)
+        return moved.view(value.shape)
 
-    return {nodes.writes: move}
+    return {hook: move}
 
 
 def _at_one_hook(work: _Work, places: Sequence[float], complete: bool) -> Iterator[list[Effects]]:
-    for part in work.parts():
+    changes = []
+    for number, hook in enumerate(work.hooks):
+        of_prompts = [prepared.nodes[number] for prepared in work.prompts]
+        ways = [(own.baseline.activation(own.sae), own.actual.activation(own.sae)) for own in of_prompts]
+        changes.append(functools.partial(_moved, hook, ways))
+    for jobs in work.parts():
         by_sae = []
-        for nodes in work.prepared.nodes:
-            change = functools.partial(_between, nodes)
-            gradients = work.mean_gradients(part, places, [nodes.writes], change)
-            bases: list[float | None] = [None] * len(part)
+        for hook, change in zip(work.hooks, changes, strict=True):
+            gradients = work.mean_gradients(jobs, places, [hook], change)
+            bases: list[float | None] = [None] * len(jobs)
             if complete:
-                at_baseline = torch.zeros(len(part), device=work.model.device)
-                bases = work.evaluate(part, changes=change(at_baseline)).values.tolist()
+                at_baseline = change([_Run(job.prompt, 0.0) for job in jobs])
+                bases = work.evaluate(jobs, changes=at_baseline).values.tolist()
             by_sae.append(zip(gradients, bases, strict=True))
-        for answers in zip(*by_sae, strict=True):
-            effects = _linear(work, {hook: own for gradients, _ in answers for hook, own in gradients.items()})
+        for job, *answers in zip(jobs, *by_sae, strict=True):
+            together = {hook: own for gradients, _ in answers for hook, own in gradients.items()}
+            effects = _linear(work.prompts[job.prompt], together)
             yield [found._replace(baseline_value=base) for found, (_, base) in zip(effects, answers, strict=True)]
 
 
@@ -371,38 +385,38 @@ def _integrated_gradients(work: _Work) -> Iterator[list[Effects]]:
 
 
 def _eap_ig(work: _Work) -> Iterator[list[Effects]]:
-    prepared, model = work.prepared, work.model
+    change = functools.partial(_moved, "hook_embed", [_embeddings(work.model, prepared) for prepared in work.prompts])
+    for jobs in work.parts():
+        for job, gradients in zip(
+            jobs, work.mean_gradients(jobs, _midpoints(work.steps), work.hooks, change), strict=True
+        ):
+            yield _linear(work.prompts[job.prompt], gradients)
+
+
+def _embeddings(model: Any, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Those of a prompt's baseline, and its own."""
     if prepared.baseline.kind == "mean":
         raise InvalidInputError(
             "eap_ig moves the token embeddings, for which a mean baseline says nothing; use zero() or counterfactual()."
         )
     ids = prepared.tokens
     end = model.run(ids, hooks=["hook_embed"], logits=False).activations["hook_embed"]
-    if prepared.other is None:
-        start = torch.zeros_like(end)
-        if bool(model.bos_mask(ids[None])[0, 0]):
-            start[0] = end[0]
-    else:
-        start = model.run(prepared.other, hooks=["hook_embed"], logits=False).activations["hook_embed"]
-
-    def change(alphas: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-        weights = alphas.view(-1, 1, 1).to(end.dtype)
-        return {"hook_embed": lambda value: (start + weights * (end - start)).to(value.dtype)}
-
-    hooks = [nodes.writes for nodes in prepared.nodes]
-    for part in work.parts():
-        for gradients in work.mean_gradients(part, _midpoints(work.steps), hooks, change):
-            yield _linear(work, gradients)
+    if prepared.other is not None:
+        return model.run(prepared.other, hooks=["hook_embed"], logits=False).activations["hook_embed"], end
+    start = torch.zeros_like(end)
+    if bool(model.bos_mask(ids[None])[0, 0]):
+        start[0] = end[0]
+    return start, end
 
 
 def _activation_patching(work: _Work) -> Iterator[list[Effects]]:
-    return iter(_patched(work))
+    for prepared in work.prompts:
+        yield from _patched(work, prepared)
 
 
 @torch.no_grad()
-def _patched(work: _Work) -> list[list[Effects]]:
-    prepared, asked = work.prepared, work.asked
-    clean = work.evaluate_each(1, {})
+def _patched(work: _Work, prepared: Prepared) -> list[list[Effects]]:
+    asked, clean = work.asked, work.evaluate_each(prepared, 1, {})
     wanted = []
     for nodes in prepared.nodes:
         change = nodes.change
@@ -432,7 +446,7 @@ def _patched(work: _Work) -> list[list[Effects]]:
                 new[runs, places] -= shifts.to(new.dtype)
                 return new.view(value.shape)
 
-            effects = (clean - work.evaluate_each(len(batch), {nodes.writes: patch})).to(features.device)
+            effects = (clean - work.evaluate_each(prepared, len(batch), {nodes.writes: patch})).to(features.device)
             for run, (_, p, f) in enumerate(batch):
                 if f == ERROR:
                     errors[:, p] = effects[:, run]
@@ -454,10 +468,24 @@ METHODS: dict[str, Callable[[_Work], Iterator[list[Effects]]]] = {
 }
 
 
-def _result(work: _Work, target: Target, method: str, effects: list[Effects]) -> Attribution:
+def _results(work: _Work, method: str) -> list[Attribution]:
+    """Those of a prompt's targets one after the other."""
+    answers, seconds, found = METHODS[method](work), 0.0, []
+    for jobs in work.parts():
+        values = work.evaluate(jobs).values.tolist()
+        for job, value in zip(jobs, values, strict=True):
+            began = time.perf_counter()
+            effects = next(answers)
+            seconds += time.perf_counter() - began
+            found.append(_result(work.model, work.prompts[job.prompt], job.target.name, method, effects, value))
+    return [replace(one, seconds=seconds / len(found)) for one in found]
+
+
+def _result(
+    model: Any, prepared: Prepared, target: str, method: str, effects: list[Effects], value: float
+) -> Attribution:
     import pandas as pd
 
-    prepared, model = work.prepared, work.model
     texts = [token.text for token in model.token_strings(prepared.tokens)]
     parts = []
     for nodes, found in zip(prepared.nodes, effects, strict=True):
@@ -486,8 +514,7 @@ def _result(work: _Work, target: Target, method: str, effects: list[Effects]) ->
         for nodes, found in zip(prepared.nodes, effects, strict=True)
         if found.baseline_value is not None
     }
-    value = float(work.evaluate([target]).values[0])
-    return Attribution(target.name, method, prepared.baseline.kind, tuple(texts), value, table, base_values)
+    return Attribution(target, method, prepared.baseline.kind, tuple(texts), value, table, base_values)
 
 
 def _part(hook: str, positions: Any, features: Any, strengths: Any, base: Any, effects: Any) -> "pd.DataFrame":
