@@ -22,6 +22,7 @@ from activations.chats import CONTENT_KINDS, ROLES
 from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
+from activations.hook_patterns import every_layer
 from activations.layout import PLAN, appended_from
 from activations.media import MODALITIES
 from activations.passes import PassSettings, Progress, windowing_of
@@ -86,14 +87,16 @@ def capture(
             several processes need the function.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
-        hooks: names of the hooks, captured in one pass. With `append` all hooks of the store, or none for these.
+        hooks: names of the hooks, captured in one pass; a * stands for every layer ("blocks.*.hook_resid_post"). With
+            `append` all hooks of the store, or none for these.
         out: folder of the store, or its address `s3://BUCKET/NAME`: new, empty, or a store with the same settings,
             which is resumed.
         max_tokens: rows of this text, BOS included; None for all of it. The last window is cut there.
         context_size: tokens in a window, BOS included; None for what the store has, or 256.
         dtype: how activations are stored; None for what the store has, or bfloat16.
         batch_size: tokens that the model runs at once, padding included; None for what suits the model's device.
-        rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, and below 512 MiB
+            together, or what the store has.
         selection: which tokens become rows (the model sees all of them); None for all, or what the store in `out` has
             where hooks or text are added to it.
         chat_template: how chats are written, a Jinja template as Hugging Face tokenizers have; None for the
@@ -284,7 +287,7 @@ def _check_text(
 
 def _all_hooks(model: HookedModel, hooks: Sequence[str], store: ActivationStore) -> list[str]:
     """The hooks of an append: all of the store's, as each of its rows has them all."""
-    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    given = _one_by_one(model, hooks)
     missing = sorted(set(store.hooks) - {model.resolve_hook(name) for name in given})
     if given and missing:
         raise InvalidInputError(
@@ -302,8 +305,7 @@ def _require_tokens(text: TextSource, model: HookedModel) -> None:
 
 def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Feature shapes by canonical hook name, and the other names that were used."""
-    if isinstance(hooks, str):
-        hooks = [hooks]
+    hooks = _one_by_one(model, hooks)
     if not hooks:
         raise InvalidInputError("No hook was given; expected at least one hook name.")
     canonical = {name: model.resolve_hook(name) for name in hooks}
@@ -312,6 +314,12 @@ def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, 
             raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
     aliases = {name: hook for name, hook in canonical.items() if name != hook}
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
+
+
+def _one_by_one(model: HookedModel, hooks: Sequence[str]) -> list[str]:
+    """The hooks that were asked for, with those that a * stands for."""
+    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    return every_layer(given, model.known_hooks()) if any("*" in name for name in given) else given
 
 
 class RowChoice(NamedTuple):
@@ -431,7 +439,7 @@ def spec_of(
         raise InvalidInputError(
             f"context_size is {context_size}; {model.identity.model} takes at most {model.max_context_size} tokens."
         )
-    widest = max(int(np.prod(shape)) for shape in shapes.values()) * DTYPE_BYTES[dtype]
+    row_bytes = [int(np.prod(shape)) * DTYPE_BYTES[dtype] for shape in shapes.values()]
     identity = model.identity
     return CaptureSpec(
         model=identity.model,
@@ -442,7 +450,7 @@ def spec_of(
         bos_token_id=identity.bos_token_id,
         compute_dtype=identity.compute_dtype,
         dtype=dtype,
-        rows_per_group=rows_per_group_for(widest) if rows_per_group is None else rows_per_group,
+        rows_per_group=rows_per_group_for(row_bytes, context_size) if rows_per_group is None else rows_per_group,
     )
 
 

@@ -99,7 +99,8 @@ def test_actors_leave_the_store_of_one_process(text: TextSource, expected: dict[
     assert seen[-1] == (report.rows, report.rows)
     assert len(list(tmp_path.glob("pid-*"))) == 2
     assert not (tmp_path / f"pid-{os.getpid()}").exists()
-    more = with_ray(FakeModel, None, tmp_path / "s.zarr", [OTHER])
+    more = with_ray(FakeModel, None, tmp_path / "s.zarr", ["blocks.*.hook_resid_post"])
+    assert more.store.hooks == (OTHER, Z, RESID)
     assert more.store.complete
     assert more.store.verify() == []
     local = capture(FakeModel, text, [OTHER], tmp_path / "t.zarr", **SETTINGS).store

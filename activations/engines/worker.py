@@ -90,6 +90,9 @@ class ModelProxy:
         self.pads, self.chat_template = card.pads, card.chat_template
         self._ask = ask
 
+    def known_hooks(self) -> list[str]:
+        return list(self._ask("known_hooks"))
+
     def resolve_hook(self, name: str) -> str:
         return str(self._ask("resolve_hook", name))
 

@@ -57,6 +57,9 @@ class _RowMaker:
     def identity(self) -> ModelIdentity:
         return ModelIdentity("rows from nothing", None, "none", "bytes", 0, "none")
 
+    def known_hooks(self) -> list[str]:
+        return [HOOK]
+
     def resolve_hook(self, name: str) -> str:
         return name
 
