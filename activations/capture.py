@@ -3,8 +3,9 @@
 1. Check everything that was given; nothing is written before all of it is found good.
 2. Take the lock and open or make the store (`activations.writer`); note that a text is appended
    (`activations.append`).
-3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
-4. Run each in one pass over the rows (`activations.passes`), here or by several workers (`activations.engines`).
+3. Find what has to run: captures that were left unfinished, and one for hooks that are new.
+4. Run those that lack the same rows in one pass over these (`activations.passes`), here or by several workers
+   (`activations.engines`).
 
 Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
@@ -23,9 +24,9 @@ from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
 from activations.hook_patterns import every_layer
-from activations.layout import PLAN, appended_from
+from activations.layout import appended_from
 from activations.media import MODALITIES
-from activations.passes import PassSettings, Progress, windowing_of
+from activations.passes import PassSettings, Progress, passes_to_run, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
 from activations.source import HookedModel, MediaModel
@@ -48,7 +49,7 @@ class CaptureReport(NamedTuple):
     rows: int
     """Rows of the store."""
     new_rows: int
-    """Rows that this run computed."""
+    """Rows that this run computed; those of several passes each time."""
     seconds: float
     """How long it took, making the model apart."""
     resumed: bool
@@ -187,8 +188,8 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
         max_tokens += entry["from_row"]
     writer = StoreWriter(storage, spec, identity, list(shapes), load_name)
 
-    def run_pass(capture_id: str) -> None:
-        crew.run_pass(PassSettings(text, writer, capture_id, max_tokens, batch_size, request.progress))
+    def run_pass(captures: tuple[str, ...]) -> None:
+        crew.run_pass(PassSettings(text, writer, captures, max_tokens, batch_size, request.progress))
 
     return run_capture(writer, shapes, aliases, run_pass, started, entry, batch_size=batch_size)
 
@@ -197,7 +198,7 @@ def run_capture(
     writer: StoreWriter,
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
-    run_pass: Callable[[str], None],
+    run_pass: Callable[[tuple[str, ...]], None],
     started: float,
     appended: Appended | None = None,
     **noted: Any,
@@ -208,7 +209,7 @@ def run_capture(
         writer: of the store, not entered.
         shapes: per wanted hook a row's shape.
         aliases: other names of these hooks.
-        run_pass: runs one, by the ledger's id of the capture.
+        run_pass: runs one, by the ledger's ids of the captures that it fills.
         started: when all of it began, by `time.monotonic`.
         appended: what begins an append.
         noted: what else the journal says of the start.
@@ -216,16 +217,16 @@ def run_capture(
     with writer:
         if appended is not None:
             start_append(writer, appended)
-        passes = _passes_to_run(writer, shapes, aliases)
-        before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
+        passes = passes_to_run(writer, shapes, aliases)
+        before = {capture: writer.ledger.committed_rows(capture) for captures in passes for capture in captures}
         resumed = writer.plan_state.n_rows > 0
         if passes:
             writer.journal.write("start", hooks=list(shapes), **noted, rows=before)
-        for capture_id in passes:
-            run_pass(capture_id)
+        for captures in passes:
+            run_pass(captures)
         writer.clear_superseded()
         state = writer.plan_state
-        new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
+        new_rows = sum(writer.ledger.committed_rows(first) - before[first] for first, *_ in passes)
         seconds = time.monotonic() - started
         if passes:
             writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
@@ -460,26 +461,3 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
         assert manifest is not None
         return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
     return {"text": text.described, "max_tokens": max_tokens}
-
-
-def _passes_to_run(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
-    """Captures (ledger ids) that have to run: one that was left unfinished, and one for the hooks that are new."""
-    left = dict(shapes)
-    unfinished = []
-    planned = writer.ledger.committed_rows(PLAN)
-    for capture_id, declaration in writer.ledger.declarations.items():
-        declared = set(declaration.get("hooks", {}))
-        if not declared & set(shapes):
-            continue
-        if not writer.plan_state.complete or writer.ledger.committed_rows(capture_id) < planned:
-            if not declared <= set(shapes):
-                raise MismatchError(
-                    f"{writer.folder} has an unfinished capture of the hooks {', '.join(sorted(declared))}. "
-                    "Finish it with all of these hooks first; others may be added afterwards."
-                )
-            unfinished.append(capture_id)
-        left = {hook: shape for hook, shape in left.items() if hook not in declared}
-    if left:
-        names = {alias: hook for alias, hook in aliases.items() if hook in left}
-        unfinished.append(writer.declare_hooks(left, names))
-    return unfinished

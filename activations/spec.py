@@ -8,7 +8,15 @@ from typing import Literal
 
 from activations.errors import InvalidInputError, MismatchError
 
-__all__ = ["BALANCES", "CaptureSpec", "StorageDtype", "fingerprint_of", "require_sizes", "rows_per_group_for"]
+__all__ = [
+    "BALANCES",
+    "MAX_GROUP_BYTES",
+    "CaptureSpec",
+    "StorageDtype",
+    "fingerprint_of",
+    "require_sizes",
+    "rows_per_group_for",
+]
 
 StorageDtype = Literal["bfloat16", "float16", "float32"]
 BALANCES = ("none", "modality")

@@ -237,14 +237,14 @@ def planned(text: TextSource, tmp_path: Path) -> Iterator[Callable[[FakeModel], 
     """A store with its plan, and a worker for it with all its work."""
     with StoreWriter(tmp_path / "s.zarr", _spec(), {"text": {}, "max_tokens": None}, [RESID]) as writer:
         capture_id = writer.declare_hooks({RESID: (12,)}, {})
-        plan = CapturePass(FakeModel(), PassSettings(text, writer, capture_id, 600, 128, None))
+        plan = CapturePass(FakeModel(), PassSettings(text, writer, (capture_id,), 600, 128, None))
         planner = Worker("planner", plan._plan, plan._wind_down)
         planner.start()
         works = []
         for group in plan.groups:
             works.append(GroupWork(writer.ledger.records[PLAN][group], plan._windows(group)))
         planner.join_fully()
-        job = Job("one", str(writer.folder), writer.spec, capture_id, 128)
+        job = Job("one", str(writer.folder), writer.spec, (capture_id,), 128)
         yield lambda model: (GroupWorker(model, job), works)
 
 
