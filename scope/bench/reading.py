@@ -25,7 +25,7 @@ HOOK = "blocks.0.hook_resid_post"
 WIDTH = 2048
 ROWS = 2**18
 MEMORY_BYTES = 2**28
-"""Of the shuffled stream's buffer: an eighth of the store."""
+"""Of the shuffled stream's buffer: a quarter of the store."""
 BATCH_ROWS = 4096
 ROUNDS = 3
 
