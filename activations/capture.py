@@ -3,8 +3,9 @@
 1. Check everything that was given; nothing is written before all of it is found good.
 2. Take the lock and open or make the store (`activations.writer`); note that a text is appended
    (`activations.append`).
-3. Find what has to run: a capture that was left unfinished, and one for hooks that are new.
-4. Run each in one pass over the rows (`activations.passes`), here or by several workers (`activations.engines`).
+3. Find what has to run: captures that were left unfinished, and one for hooks that are new.
+4. Run those that lack the same rows in one pass over these (`activations.passes`), here or by several workers
+   (`activations.engines`).
 
 Whatever stops a run, committed row groups stay, and the same call goes on where it stopped.
 """
@@ -22,9 +23,10 @@ from activations.chats import CONTENT_KINDS, ROLES
 from activations.engines import Engine, open_crew
 from activations.engines.crew import Crew
 from activations.errors import InvalidInputError, MismatchError
-from activations.layout import PLAN, appended_from
+from activations.hook_patterns import every_layer
+from activations.layout import appended_from
 from activations.media import MODALITIES
-from activations.passes import PassSettings, Progress, windowing_of
+from activations.passes import PassSettings, Progress, passes_to_run, windowing_of
 from activations.plan import plan_groups
 from activations.selection import RowSelection, choosing_for
 from activations.source import HookedModel, MediaModel
@@ -47,7 +49,7 @@ class CaptureReport(NamedTuple):
     rows: int
     """Rows of the store."""
     new_rows: int
-    """Rows that this run computed."""
+    """Rows that this run computed; those of several passes each time."""
     seconds: float
     """How long it took, making the model apart."""
     resumed: bool
@@ -86,14 +88,16 @@ def capture(
             several processes need the function.
         text: where documents come from. None if the store in `out` has all of its text already and only hooks are
             added, whose rows then line up with those that are there.
-        hooks: names of the hooks, captured in one pass. With `append` all hooks of the store, or none for these.
+        hooks: names of the hooks, captured in one pass; a * stands for every layer ("blocks.*.hook_resid_post"). With
+            `append` all hooks of the store, or none for these.
         out: folder of the store, or its address `s3://BUCKET/NAME`: new, empty, or a store with the same settings,
             which is resumed.
         max_tokens: rows of this text, BOS included; None for all of it. The last window is cut there.
         context_size: tokens in a window, BOS included; None for what the store has, or 256.
         dtype: how activations are stored; None for what the store has, or bfloat16.
         batch_size: tokens that the model runs at once, padding included; None for what suits the model's device.
-        rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, or what the store has.
+        rows_per_group: R, a power of two; None for the largest whose shards stay below 128 MiB, and below 512 MiB
+            together, or what the store has.
         selection: which tokens become rows (the model sees all of them); None for all, or what the store in `out` has
             where hooks or text are added to it.
         chat_template: how chats are written, a Jinja template as Hugging Face tokenizers have; None for the
@@ -184,8 +188,8 @@ def _captured(crew: Crew, request: _Request) -> CaptureReport:
         max_tokens += entry["from_row"]
     writer = StoreWriter(storage, spec, identity, list(shapes), load_name)
 
-    def run_pass(capture_id: str) -> None:
-        crew.run_pass(PassSettings(text, writer, capture_id, max_tokens, batch_size, request.progress))
+    def run_pass(captures: tuple[str, ...]) -> None:
+        crew.run_pass(PassSettings(text, writer, captures, max_tokens, batch_size, request.progress))
 
     return run_capture(writer, shapes, aliases, run_pass, started, entry, batch_size=batch_size)
 
@@ -194,7 +198,7 @@ def run_capture(
     writer: StoreWriter,
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
-    run_pass: Callable[[str], None],
+    run_pass: Callable[[tuple[str, ...]], None],
     started: float,
     appended: Appended | None = None,
     **noted: Any,
@@ -205,7 +209,7 @@ def run_capture(
         writer: of the store, not entered.
         shapes: per wanted hook a row's shape.
         aliases: other names of these hooks.
-        run_pass: runs one, by the ledger's id of the capture.
+        run_pass: runs one, by the ledger's ids of the captures that it fills.
         started: when all of it began, by `time.monotonic`.
         appended: what begins an append.
         noted: what else the journal says of the start.
@@ -213,16 +217,16 @@ def run_capture(
     with writer:
         if appended is not None:
             start_append(writer, appended)
-        passes = _passes_to_run(writer, shapes, aliases)
-        before = {capture_id: writer.ledger.committed_rows(capture_id) for capture_id in passes}
+        passes = passes_to_run(writer, shapes, aliases)
+        before = {capture: writer.ledger.committed_rows(capture) for captures in passes for capture in captures}
         resumed = writer.plan_state.n_rows > 0
         if passes:
             writer.journal.write("start", hooks=list(shapes), **noted, rows=before)
-        for capture_id in passes:
-            run_pass(capture_id)
+        for captures in passes:
+            run_pass(captures)
         writer.clear_superseded()
         state = writer.plan_state
-        new_rows = sum(writer.ledger.committed_rows(capture_id) - before[capture_id] for capture_id in passes)
+        new_rows = sum(writer.ledger.committed_rows(first) - before[first] for first, *_ in passes)
         seconds = time.monotonic() - started
         if passes:
             writer.journal.write("end", new_rows=new_rows, seconds=round(seconds, 3))
@@ -284,7 +288,7 @@ def _check_text(
 
 def _all_hooks(model: HookedModel, hooks: Sequence[str], store: ActivationStore) -> list[str]:
     """The hooks of an append: all of the store's, as each of its rows has them all."""
-    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    given = _one_by_one(model, hooks)
     missing = sorted(set(store.hooks) - {model.resolve_hook(name) for name in given})
     if given and missing:
         raise InvalidInputError(
@@ -302,8 +306,7 @@ def _require_tokens(text: TextSource, model: HookedModel) -> None:
 
 def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Feature shapes by canonical hook name, and the other names that were used."""
-    if isinstance(hooks, str):
-        hooks = [hooks]
+    hooks = _one_by_one(model, hooks)
     if not hooks:
         raise InvalidInputError("No hook was given; expected at least one hook name.")
     canonical = {name: model.resolve_hook(name) for name in hooks}
@@ -312,6 +315,12 @@ def resolved_hooks(model: HookedModel, hooks: Sequence[str]) -> tuple[dict[str, 
             raise InvalidInputError(f"The hook name {hook!r} cannot be a folder's name.")
     aliases = {name: hook for name, hook in canonical.items() if name != hook}
     return {hook: tuple(model.hook_shape(hook)) for hook in canonical.values()}, aliases
+
+
+def _one_by_one(model: HookedModel, hooks: Sequence[str]) -> list[str]:
+    """The hooks that were asked for, with those that a * stands for."""
+    given = [hooks] if isinstance(hooks, str) else list(hooks)
+    return every_layer(given, model.known_hooks()) if any("*" in name for name in given) else given
 
 
 class RowChoice(NamedTuple):
@@ -431,7 +440,7 @@ def spec_of(
         raise InvalidInputError(
             f"context_size is {context_size}; {model.identity.model} takes at most {model.max_context_size} tokens."
         )
-    widest = max(int(np.prod(shape)) for shape in shapes.values()) * DTYPE_BYTES[dtype]
+    row_bytes = [int(np.prod(shape)) * DTYPE_BYTES[dtype] for shape in shapes.values()]
     identity = model.identity
     return CaptureSpec(
         model=identity.model,
@@ -442,7 +451,7 @@ def spec_of(
         bos_token_id=identity.bos_token_id,
         compute_dtype=identity.compute_dtype,
         dtype=dtype,
-        rows_per_group=rows_per_group_for(widest) if rows_per_group is None else rows_per_group,
+        rows_per_group=rows_per_group_for(row_bytes, context_size) if rows_per_group is None else rows_per_group,
     )
 
 
@@ -452,26 +461,3 @@ def _identity(text: TextSource | None, max_tokens: int | None, manifest: Mapping
         assert manifest is not None
         return {"text": manifest["text"], "max_tokens": manifest["max_tokens"]}
     return {"text": text.described, "max_tokens": max_tokens}
-
-
-def _passes_to_run(writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[str]:
-    """Captures (ledger ids) that have to run: one that was left unfinished, and one for the hooks that are new."""
-    left = dict(shapes)
-    unfinished = []
-    planned = writer.ledger.committed_rows(PLAN)
-    for capture_id, declaration in writer.ledger.declarations.items():
-        declared = set(declaration.get("hooks", {}))
-        if not declared & set(shapes):
-            continue
-        if not writer.plan_state.complete or writer.ledger.committed_rows(capture_id) < planned:
-            if not declared <= set(shapes):
-                raise MismatchError(
-                    f"{writer.folder} has an unfinished capture of the hooks {', '.join(sorted(declared))}. "
-                    "Finish it with all of these hooks first; others may be added afterwards."
-                )
-            unfinished.append(capture_id)
-        left = {hook: shape for hook, shape in left.items() if hook not in declared}
-    if left:
-        names = {alias: hook for alias, hook in aliases.items() if hook in left}
-        unfinished.append(writer.declare_hooks(left, names))
-    return unfinished

@@ -67,7 +67,7 @@ class Collector:
 
     Args:
         writer: the store.
-        capture: the ledger's id of this pass.
+        captures: the ledger's ids of what this pass fills.
         hooks: canonical hook names.
         arrays: layouts of all arrays of the pass, by path.
         pending: results that may wait, at most.
@@ -77,7 +77,7 @@ class Collector:
     def __init__(
         self,
         writer: StoreWriter,
-        capture: str,
+        captures: Sequence[str],
         hooks: Sequence[str],
         arrays: Mapping[str, ArrayLayout],
         pending: int,
@@ -86,7 +86,7 @@ class Collector:
         self.results: Channel[_Result] = Channel(pending)
         self.jobs: Channel[_Job] = Channel(len(arrays) * in_flight)
         self.rows_collected = 0
-        self._writer, self._capture, self._hooks, self._arrays = writer, capture, tuple(hooks), dict(arrays)
+        self._writer, self._captures, self._hooks, self._arrays = writer, captures, tuple(hooks), dict(arrays)
         self._free: Channel[Buffers | None] = Channel(in_flight)
         for _ in range(in_flight):
             self._free.put(None)  # made when it is first needed
@@ -126,7 +126,7 @@ class Collector:
                 task.objects[name] = record
                 is_last = len(task.objects) == len(self._arrays)
             if is_last:
-                self._writer.commit_hooks(self._capture, task.group, task.objects)
+                self._writer.commit_hooks(self._captures, task.group, task.objects)
                 self._free.put(task.buffers)
 
     def _new_buffers(self) -> Buffers:

@@ -116,8 +116,8 @@ def capture_denoising(
     load_name = made.identity.load_name
     writer = StoreWriter(storage, spec, {**identity, "denoising": denoising}, list(shapes), load_name)
 
-    def run_pass(capture_id: str) -> None:
-        _Pass(made, PassSettings(prompts, writer, capture_id, max_rows, 1, progress), settings).run()
+    def run_pass(captures: tuple[str, ...]) -> None:
+        _Pass(made, PassSettings(prompts, writer, captures, max_rows, 1, progress), settings).run()
 
     return run_capture(writer, shapes, aliases, run_pass, started)
 
@@ -154,8 +154,8 @@ class _Pass(CapturePass):
 
     def _feed(self) -> None:
         ledger = self.writer.ledger
-        plans, own = ledger.records[PLAN], ledger.records[self.capture_id]
-        group = min(ledger.committed_groups(PLAN), ledger.committed_groups(self.capture_id))
+        plans, own = ledger.records[PLAN], ledger.records[self.captures[0]]
+        group = min(ledger.committed_groups(PLAN), ledger.committed_groups(self.captures[0]))
         state = PlanState(**plans[group - 1].extra) if group else PlanState()
         if state.complete:
             return

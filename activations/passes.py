@@ -13,7 +13,7 @@ shards, whatever the length of the run.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -21,18 +21,18 @@ import numpy as np
 from activations.append import planned_tail
 from activations.batching import Batch, Window, chosen_windows, group_windows, pack_batches
 from activations.collect import Collector, GroupTask
-from activations.errors import InterruptedRunError
+from activations.errors import InterruptedRunError, MismatchError
 from activations.layout import PLAN
 from activations.pipeline import Channel, Stopped, Worker
 from activations.plan import Windowing, plan_groups
 from activations.selection import RowSelection, choosing_for
 from activations.source import HookedModel, MediaModel, PendingRows
-from activations.spec import CaptureSpec
+from activations.spec import MAX_GROUP_BYTES, CaptureSpec
 from activations.store import ActivationStore
 from activations.text import TextSource
 from activations.writer import StoreWriter
 
-__all__ = ["CapturePass", "PassSettings", "Progress", "windowing_of"]
+__all__ = ["CapturePass", "PassSettings", "Progress", "passes_to_run", "windowing_of"]
 
 PLAN_AHEAD = 4
 """Row groups that the planner may be ahead of the model."""
@@ -64,8 +64,8 @@ class PassSettings(NamedTuple):
     text: TextSource | None
     """Where the plan goes on; None if it is complete."""
     writer: StoreWriter
-    capture_id: str
-    """The hooks, by the ledger's id of the pass."""
+    captures: tuple[str, ...]
+    """The hooks, by the ledger's ids of the captures that they belong to, all of which lack the same rows."""
     max_tokens: int | None
     """Rows of the store in all, at most."""
     batch_size: int
@@ -80,17 +80,17 @@ class CapturePass:
     """
 
     def __init__(self, model: HookedModel, settings: PassSettings) -> None:
-        writer, self.capture_id = settings.writer, settings.capture_id
-        declared = writer.ledger.declarations[self.capture_id]["hooks"]
+        writer, self.captures = settings.writer, settings.captures
+        self.shapes = writer.shapes_of(self.captures)
         self.model, self.text, self.writer = model, settings.text, writer
-        self.hooks = sorted(declared)
+        self.hooks = sorted(self.shapes)
         self.max_tokens, self.batch_size, self.progress = settings.max_tokens, settings.batch_size, settings.progress
         self.plan = ActivationStore.open(writer.storage)
         self.plan.use_ledger(writer.ledger)
         self.groups: Channel[int] = Channel(PLAN_AHEAD)
-        arrays = writer.layout.hook_arrays({hook: declared[hook]["shape"] for hook in self.hooks})
-        self.collector = Collector(writer, self.capture_id, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
-        done = writer.ledger.records[self.capture_id].values()
+        arrays = writer.layout.hook_arrays(self.shapes)
+        self.collector = Collector(writer, self.captures, self.hooks, arrays, RESULTS_PENDING, GROUPS_IN_FLIGHT)
+        done = writer.ledger.records[self.captures[0]].values()
         self.rows_before = sum(record.row_stop - record.row_start for record in done)
         self._stopped_by: BaseException | None = None
 
@@ -187,7 +187,7 @@ class CapturePass:
 
     def _start(self, group: int) -> int:
         """The first row of a planned group that is not committed; its end if all are."""
-        committed = self.writer.ledger.records[self.capture_id].get(group)
+        committed = self.writer.ledger.records[self.captures[0]].get(group)
         return self.writer.ledger.records[PLAN][group].row_start if committed is None else committed.row_stop
 
     def _windows(self, group: int) -> list[Window]:
@@ -227,7 +227,7 @@ class CapturePass:
         self.collector.stop()
 
     def _raise(self, own: BaseException | None, theirs: BaseException | None) -> None:
-        rows = self.writer.ledger.committed_rows(self.capture_id)
+        rows = min(map(self.writer.ledger.committed_rows, self.captures))
         resume = f"{rows:,} rows are committed in {self.writer.folder}; run the same command again to resume."
         with contextlib.suppress(OSError):  # the disk may be full
             self.writer.journal.write("stopped", rows=rows, error=repr(theirs or own))
@@ -239,3 +239,55 @@ class CapturePass:
         assert error is not None
         error.add_note(resume)
         raise error
+
+
+def passes_to_run(
+    writer: StoreWriter, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]
+) -> list[tuple[str, ...]]:
+    """Captures (ledger ids) that have to run: those that were left unfinished, and one for the hooks that are new.
+
+    Args:
+        writer: of the store.
+        shapes: feature shape of each wanted hook.
+        aliases: other names of these hooks.
+
+    Returns:
+        What each pass fills.
+
+    Raises:
+        MismatchError: a capture was left unfinished that has other hooks too.
+    """
+    left = dict(shapes)
+    unfinished = []
+    planned = writer.ledger.committed_rows(PLAN)
+    for capture, declaration in writer.ledger.declarations.items():
+        declared = set(declaration.get("hooks", {}))
+        if not declared & set(shapes):
+            continue
+        if not writer.plan_state.complete or writer.ledger.committed_rows(capture) < planned:
+            if not declared <= set(shapes):
+                raise MismatchError(
+                    f"{writer.folder} has an unfinished capture of the hooks {', '.join(sorted(declared))}. "
+                    "Finish it with all of these hooks first; others may be added afterwards."
+                )
+            unfinished.append(capture)
+        left = {hook: shape for hook, shape in left.items() if hook not in declared}
+    if left:
+        names = {alias: hook for alias, hook in aliases.items() if hook in left}
+        unfinished.append(writer.declare_hooks(left, names))
+    return _together(writer, unfinished)
+
+
+def _together(writer: StoreWriter, captures: Sequence[str]) -> list[tuple[str, ...]]:
+    """Captures that one pass can fill: they lack the same rows, and their row groups fit into memory together."""
+    alike: dict[frozenset[tuple[int, int]], list[tuple[str, ...]]] = {}
+    for capture in captures:
+        records = writer.ledger.records[capture].items()
+        passes = alike.setdefault(frozenset((group, record.row_stop) for group, record in records), [()])
+        joined = (*passes[-1], capture)
+        row_bytes = sum(writer.layout.hook(shape).row_bytes for shape in writer.shapes_of(joined).values())
+        if not passes[-1] or row_bytes * writer.spec.rows_per_group <= MAX_GROUP_BYTES:
+            passes[-1] = joined
+        else:
+            passes.append((capture,))
+    return [captures for passes in alike.values() for captures in passes]

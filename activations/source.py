@@ -95,6 +95,10 @@ class HookedModel(Protocol):
         """Whether windows that run together are padded to the longest of them."""
         ...
 
+    def known_hooks(self) -> Sequence[str]:
+        """Names of all hooks, aliases among them."""
+        ...
+
     def resolve_hook(self, name: str) -> str:
         """The canonical name of a hook; raises `UnknownNameError` with near misses."""
         ...

@@ -2,12 +2,21 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from activations.errors import InvalidInputError, MismatchError
 
-__all__ = ["BALANCES", "CaptureSpec", "StorageDtype", "fingerprint_of", "require_sizes", "rows_per_group_for"]
+__all__ = [
+    "BALANCES",
+    "MAX_GROUP_BYTES",
+    "CaptureSpec",
+    "StorageDtype",
+    "fingerprint_of",
+    "require_sizes",
+    "rows_per_group_for",
+]
 
 StorageDtype = Literal["bfloat16", "float16", "float32"]
 BALANCES = ("none", "modality")
@@ -15,6 +24,10 @@ BALANCES = ("none", "modality")
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_ROWS_PER_GROUP = 65_536
 MAX_SHARD_BYTES = 128 * 2**20
+MAX_GROUP_BYTES = 512 * 2**20
+"""Of a row group's shards together: a few row groups are in memory at once, however many hooks there are."""
+MIN_GROUP_WINDOWS = 4
+"""Windows that a row group holds in any case: what a window has in earlier groups is computed again."""
 
 
 def fingerprint_of(content: object) -> str:
@@ -23,10 +36,17 @@ def fingerprint_of(content: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def rows_per_group_for(widest_row_bytes: int) -> int:
-    """The largest power of two R <= 65,536 with R x `widest_row_bytes` <= 128 MiB."""
-    fitting = min(MAX_ROWS_PER_GROUP, max(1, MAX_SHARD_BYTES // widest_row_bytes))
-    return 1 << (fitting.bit_length() - 1)
+def rows_per_group_for(row_bytes: Sequence[int], context_size: int) -> int:
+    """The largest power of two R <= 65,536 of which every hook's shard has at most 128 MiB, and all together 512 MiB or
+    four windows.
+
+    Args:
+        row_bytes: bytes of a row, by hook.
+        context_size: tokens in a window.
+    """
+    together = max(MAX_GROUP_BYTES // sum(row_bytes), MIN_GROUP_WINDOWS * context_size)
+    fitting = min(MAX_ROWS_PER_GROUP, MAX_SHARD_BYTES // max(row_bytes), together)
+    return 1 << (max(1, fitting).bit_length() - 1)
 
 
 def require_sizes(context_size: int | None, dtype: str | None, rows_per_group: int | None) -> None:

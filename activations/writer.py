@@ -197,6 +197,11 @@ class StoreWriter:
         self._declare(capture, content, self.layout.hook_arrays(shapes))
         return capture
 
+    def shapes_of(self, captures: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Feature shape of each hook of some captures."""
+        declared = [self.ledger.declarations[capture]["hooks"] for capture in captures]
+        return {hook: tuple(content["shape"]) for hooks in declared for hook, content in hooks.items()}
+
     def objects_of(self, record: GroupRecord) -> dict[str, ObjectRecord]:
         """Objects of a record that are the store's; those of hooks that were dropped are not any more."""
         return self.layout.objects_of(record, self.ledger.declarations[record.capture])
@@ -241,11 +246,13 @@ class StoreWriter:
         content, crcs = buffer.finish(n_rows)
         return name, write_object(self._object(name), content, crcs)
 
-    def commit_hooks(self, capture: str, group: int, objects: Mapping[str, ObjectRecord]) -> None:
-        """Commit a row group of a capture, all of whose objects are written."""
+    def commit_hooks(self, captures: Sequence[str], group: int, objects: Mapping[str, ObjectRecord]) -> None:
+        """Commit a row group of some captures, all of whose objects are written."""
         plan = self.ledger.records[PLAN][group]
-        ordered = dict(sorted(objects.items()))
-        self.ledger.commit(GroupRecord(capture, group, plan.row_start, plan.row_stop, ordered))
+        for capture in captures:
+            arrays = self._arrays_of(capture)
+            own = {name: objects[name] for name in sorted(objects) if name.rpartition("/")[0] in arrays}
+            self.ledger.commit(GroupRecord(capture, group, plan.row_start, plan.row_stop, own))
         if time.monotonic() - self._shapes_at > SHAPES_EVERY_SECONDS:
             self.update_shapes()
 

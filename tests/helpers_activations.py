@@ -50,6 +50,9 @@ class FakeModel:
     def special_token_ids(self) -> frozenset[int]:
         return SPECIAL
 
+    def known_hooks(self) -> list[str]:
+        return [*self.hooks, *ALIASES]
+
     def resolve_hook(self, name: str) -> str:
         name = ALIASES.get(name, name)
         if name not in self.hooks:

@@ -12,8 +12,9 @@ import zarr
 from helpers_activations import FakeModel, FakePending, expected_rows, tree, write_text
 
 from activations import ledger as ledger_module
+from activations import passes
 from activations.capture import CaptureReport, capture
-from activations.errors import InvalidInputError, MismatchError
+from activations.errors import InterruptedRunError, InvalidInputError, MismatchError
 from activations.source import float32_to_bf16
 from activations.store import ActivationStore
 from activations.text import TextSource
@@ -104,6 +105,46 @@ def test_old_rows_are_not_run_again(texts: list[TextSource], tmp_path: Path) -> 
     run(texts[0], out, rows_per_group=4096)
     report = run(texts[1], out, rows_per_group=4096, append=True, model=model)
     assert sum(tokens for _, tokens in model.calls) < 1.5 * report.new_rows
+
+
+def test_hooks_of_several_captures_are_appended_in_one_pass(
+    texts: list[TextSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, once, twice = [OTHER, RESID, Z], FakeModel(), FakeModel()
+    run(texts[0], tmp_path / "once.zarr", hooks)
+    expected = run(texts[1], tmp_path / "once.zarr", [], once, append=True)
+    run(texts[0], tmp_path / "begun.zarr", [RESID])
+    run(None, tmp_path / "begun.zarr", [Z, OTHER])
+    for name in ("s.zarr", "stopped.zarr", "apart.zarr"):
+        shutil.copytree(tmp_path / "begun.zarr", tmp_path / name)
+    report = run(texts[1], tmp_path / "s.zarr", [], twice, append=True)
+    assert twice.calls == once.calls
+    assert (report.rows, report.new_rows) == (expected.rows, expected.new_rows)
+    check(report.store)
+    done = tree(report.store.path)
+    shards = {name: content for name, content in done.items() if "/c." in name}
+    assert shards == {name: content for name, content in tree(expected.store.path).items() if "/c." in name}
+
+    def failing(self: Any, record: Any) -> None:
+        if (record.capture, record.row_stop) == (max(map(report.store.capture_of, hooks)), expected.rows):
+            raise OSError("the disk is gone")
+        commit(self, record)
+
+    with monkeypatch.context() as patch:  # between the two records of the last row group
+        commit = ledger_module.Ledger.commit
+        patch.setattr(ledger_module.Ledger, "commit", failing)
+        with pytest.raises(InterruptedRunError, match="the disk is gone"):
+            run(texts[1], tmp_path / "stopped.zarr", [], append=True)
+    stopped = ActivationStore.open(tmp_path / "stopped.zarr")
+    assert max(map(stopped.rows_of, hooks)) == expected.rows > min(map(stopped.rows_of, hooks))
+    run(texts[1], tmp_path / "stopped.zarr", [], append=True)
+    assert tree(tmp_path / "stopped.zarr") == done
+
+    monkeypatch.setattr(passes, "MAX_GROUP_BYTES", R * 2 * (12 + 12))
+    apart = FakeModel()
+    assert run(texts[1], tmp_path / "apart.zarr", [], apart, append=True).new_rows == 2 * expected.new_rows
+    assert apart.calls == 2 * once.calls
+    assert tree(tmp_path / "apart.zarr") == done
 
 
 def refused(out: Path, error: type[Exception], match: str, *arguments: Any, **settings: Any) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import zarr
 from helpers_activations import ALIASES, FakeModel, FakePending, expected_rows, tree, write_text
+from hypothesis import given
+from hypothesis import strategies as st
 
 from activations import arrays
 from activations.capture import CaptureReport, capture
@@ -25,6 +27,7 @@ from activations.errors import (
     UnknownNameError,
 )
 from activations.source import ActivationSource, HookedModel, RowFlag, bf16_to_float32, float32_to_bf16
+from activations.spec import rows_per_group_for
 from activations.store import ActivationStore
 from activations.text import Document, TextSource, is_held_out
 
@@ -179,6 +182,54 @@ def test_hooks_can_be_added_and_line_up(text: TextSource, tmp_path: Path) -> Non
     for hook in (RESID, Z):
         np.testing.assert_array_equal(report.store.read(hook, 0, store.n_rows), together.read(hook, 0, store.n_rows))
     assert report.store.verify() == []
+
+
+def test_a_star_stands_for_every_layer(text: TextSource, tmp_path: Path) -> None:
+    store = run(text, tmp_path / "a.zarr", [Z, "blocks.*.hook_resid_post", OTHER]).store
+    assert store.hooks == (OTHER, Z, RESID)
+    one_by_one = run(text, tmp_path / "b.zarr", [RESID, OTHER, Z]).store
+    assert tree(store.path) == tree(one_by_one.path)
+    aliased = run(text, tmp_path / "c.zarr", "blocks.*.hook_out").store
+    assert (aliased.hooks, aliased.resolve_hook("blocks.1.hook_out")) == ((RESID,), RESID)
+    before = tree(aliased.path)
+    more = run(None, aliased.path, ["blocks.*.hook_resid_post"])
+    assert (more.store.hooks, more.new_rows) == ((OTHER, RESID), more.rows)
+    assert {name: tree(aliased.path)[name] for name in before if name.split("/")[-1].startswith("c.")} == {
+        name: content for name, content in before.items() if name.split("/")[-1].startswith("c.")
+    }
+    with pytest.raises(InvalidInputError, match=r"No hook fits 'blocks\.\*\.hook_resid'"):
+        run(text, tmp_path / "d.zarr", ["blocks.*.hook_resid"])
+    assert not (tmp_path / "d.zarr").exists()
+
+
+@given(
+    row_bytes=st.lists(st.integers(1, 2**20), min_size=1, max_size=200),
+    context_size=st.integers(2, 2**15),
+)
+def test_row_groups_are_as_large_as_memory_allows(row_bytes: list[int], context_size: int) -> None:
+    """However many hooks there are, and what is not bounded so is four windows."""
+
+    def is_small(rows: int) -> bool:
+        together = rows * sum(row_bytes) <= 2**29 or rows <= 4 * context_size
+        return rows <= 65_536 and rows * max(row_bytes) <= 2**27 and together
+
+    rows = rows_per_group_for(row_bytes, context_size)
+    assert rows & (rows - 1) == 0
+    assert is_small(rows)
+    assert not is_small(2 * rows)
+
+
+def test_many_hooks_have_smaller_row_groups(text: TextSource, tmp_path: Path) -> None:
+    """As large as those of four; a store keeps its own when hooks are added."""
+    model = FakeModel(hooks={f"blocks.{layer}.wide": (1024,) for layer in range(32)})
+    settings: dict[str, Any] = {"context_size": 16, "max_tokens": 20, "rows_per_group": None}
+    sizes = {
+        n: run(text, tmp_path / f"{n}.zarr", list(model.hooks)[:n], model, **settings).store.spec.rows_per_group
+        for n in (1, 4, 8, 32)
+    }
+    assert sizes == {1: 65_536, 4: 65_536, 8: 32_768, 32: 8192}
+    more = run(None, tmp_path / "4.zarr", ["blocks.*.wide"], model, **settings).store
+    assert (len(more.hooks), more.spec.rows_per_group) == (32, 65_536)
 
 
 def test_a_store_without_bos(text: TextSource, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_actors_leave_the_store_of_one_process(text: TextSource, expected: dict[
     assert seen[-1] == (report.rows, report.rows)
     assert len(list(tmp_path.glob("pid-*"))) == 2
     assert not (tmp_path / f"pid-{os.getpid()}").exists()
-    more = with_ray(FakeModel, None, tmp_path / "s.zarr", [OTHER])
+    more = with_ray(FakeModel, None, tmp_path / "s.zarr", ["blocks.*.hook_resid_post"])
+    assert more.store.hooks == (OTHER, Z, RESID)
     assert more.store.complete
     assert more.store.verify() == []
     local = capture(FakeModel, text, [OTHER], tmp_path / "t.zarr", **SETTINGS).store
@@ -236,14 +237,14 @@ def planned(text: TextSource, tmp_path: Path) -> Iterator[Callable[[FakeModel], 
     """A store with its plan, and a worker for it with all its work."""
     with StoreWriter(tmp_path / "s.zarr", _spec(), {"text": {}, "max_tokens": None}, [RESID]) as writer:
         capture_id = writer.declare_hooks({RESID: (12,)}, {})
-        plan = CapturePass(FakeModel(), PassSettings(text, writer, capture_id, 600, 128, None))
+        plan = CapturePass(FakeModel(), PassSettings(text, writer, (capture_id,), 600, 128, None))
         planner = Worker("planner", plan._plan, plan._wind_down)
         planner.start()
         works = []
         for group in plan.groups:
             works.append(GroupWork(writer.ledger.records[PLAN][group], plan._windows(group)))
         planner.join_fully()
-        job = Job("one", str(writer.folder), writer.spec, capture_id, 128)
+        job = Job("one", str(writer.folder), writer.spec, (capture_id,), 128)
         yield lambda model: (GroupWorker(model, job), works)
 
 

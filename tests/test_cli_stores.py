@@ -44,11 +44,16 @@ def test_a_store_grows_shrinks_and_is_exported(store: Path, tmp_path: Path) -> N
     assert (added["hooks"], added["rows"], added["new_rows"]) == ([OTHER, HOOK], 100, 100)
     more = text(tmp_path / "b.jsonl", "slow")
     grown = scope("capture", "--into", store, "--append", "--data", more, "--max-tokens", 70)
-    assert (grown["rows"], grown["new_rows"]) == (170, 140)
+    assert (grown["rows"], grown["new_rows"]) == (170, 70)
     assert scope("capture", "--out", store, "--append", "--data", more, "--max-tokens", 70)["new_rows"] == 0
     dropped = scope("store", "drop", store, "--hook", HOOK)
     assert (dropped["dropped"], dropped["hooks"]) == ([HOOK], [OTHER])
     assert dropped["bytes_freed"] > 170 * 64
+    every = scope("capture", "--into", store, "--hook", "blocks.*.hook_resid_post")
+    assert [hook for hook in every["hooks"] if hook != OTHER] == [f"blocks.{n}.hook_resid_post" for n in range(3)]
+    scope("export", store, "--format", "npy", "--hook", "blocks.*.hook_resid_post", "--out", tmp_path / "some")
+    assert len(list((tmp_path / "some" / "data").glob("blocks.*.hook_resid_post"))) == 3
+    assert scope("store", "drop", store, "--hook", "blocks.*.hook_resid_post")["hooks"] == [OTHER]
     assert scope("verify", store)["faults"] == []
     facts = scope("info", store)
     assert facts["complete"]

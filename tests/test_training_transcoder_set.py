@@ -14,7 +14,7 @@ from scope.errors import InvalidInputError
 from scope.interventions import splice_edits
 from scope.saes.formats import load
 from scope.training import TrainConfig
-from scope.training.by_layer import hooks_by_layer, one_for_each_layer
+from scope.training.by_layer import one_for_each_layer
 from scope.training.evaluate import held_out_windows
 from scope.training.transcoder_set import evaluate_transcoders
 
@@ -81,8 +81,7 @@ def test_the_replacement_model_is_the_model_edited_by_hand(trained: tuple[Path, 
     out, _ = trained
     model = tiny_model("gemma3")
     saes = [load(out / f"layer_{layer:02d}") for layer in range(4)]
-    hooks = [name for pattern in (READS, WRITES) for name in hooks_by_layer(pattern, model.hook_table.names)]
-    source = model.source(TextSource([text]), hooks, context_size=32)
+    source = model.source(TextSource([text]), [READS, WRITES], context_size=32)
     found = evaluate_transcoders(saes, source, model, tokens=150)
     windows, _ = held_out_windows(source, 150, 0)
     kl, agreed, loss, plain_loss, n = 0.0, 0, 0.0, 0.0, 0

@@ -32,7 +32,7 @@ class DriverPass(CapturePass):
         super().__init__(crew.model, settings)
         self.crew = crew
         writer = settings.writer
-        self.job = Job(uuid4().hex, _place(writer.storage), writer.spec, settings.capture_id, settings.batch_size)
+        self.job = Job(uuid4().hex, _place(writer.storage), writer.spec, settings.captures, settings.batch_size)
         self._rows_committed = 0
         self._finished: Channel[int] = Channel(len(crew.lanes))
         self._lanes_left = len(crew.lanes)
@@ -71,7 +71,7 @@ class DriverPass(CapturePass):
                     if not self._stopping:
                         raise InterruptedRunError(f"A worker gave up row group {group} unasked.")
                     return
-                self.writer.commit_hooks(self.capture_id, group, objects)
+                self.writer.commit_hooks(self.captures, group, objects)
                 self._finished.put(plan.row_stop - start)
         finally:
             with self._lanes_lock:
@@ -96,8 +96,7 @@ class DriverPass(CapturePass):
         self.crew.stop()
 
     def _clear_temporaries(self) -> None:
-        hooks = self.writer.ledger.declarations[self.capture_id]["hooks"]
-        for array in self.writer.layout.hook_arrays({hook: declared["shape"] for hook, declared in hooks.items()}):
+        for array in self.writer.layout.hook_arrays(self.shapes):
             self.writer.storage.remove_temporaries(array)
 
 

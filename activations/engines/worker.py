@@ -42,7 +42,7 @@ class Job(NamedTuple):
     folder: str
     """The store, at the same path for driver and workers."""
     spec: CaptureSpec
-    capture_id: str
+    captures: tuple[str, ...]
     batch_size: int
 
 
@@ -90,6 +90,9 @@ class ModelProxy:
         self.pads, self.chat_template = card.pads, card.chat_template
         self._ask = ask
 
+    def known_hooks(self) -> list[str]:
+        return list(self._ask("known_hooks"))
+
     def resolve_hook(self, name: str) -> str:
         return str(self._ask("resolve_hook", name))
 
@@ -136,7 +139,7 @@ class _WorkerWriter(StoreWriter):
     ) -> None:
         raise AssertionError("the driver holds the store")
 
-    def commit_hooks(self, capture: str, group: int, objects: Objects) -> None:
+    def commit_hooks(self, captures: Sequence[str], group: int, objects: Objects) -> None:
         self._hand_over(group, dict(objects))
 
 
@@ -144,7 +147,7 @@ class _WorkerPass(CapturePass):
     """A pass whose row groups arrive one by one, planned by somebody else."""
 
     def __init__(self, model: HookedModel, writer: StoreWriter, job: Job, inbox: "Channel[GroupWork]") -> None:
-        super().__init__(model, PassSettings(None, writer, job.capture_id, None, job.batch_size, None))
+        super().__init__(model, PassSettings(None, writer, job.captures, None, job.batch_size, None))
         self._inbox = inbox
         self._arrived: dict[int, list[Window]] = {}
 

@@ -25,7 +25,7 @@ HOOK = "blocks.0.hook_resid_post"
 WIDTH = 2048
 ROWS = 2**18
 MEMORY_BYTES = 2**28
-"""Of the shuffled stream's buffer: an eighth of the store."""
+"""Of the shuffled stream's buffer: a quarter of the store."""
 BATCH_ROWS = 4096
 ROUNDS = 3
 
@@ -56,6 +56,9 @@ class _RowMaker:
     @property
     def identity(self) -> ModelIdentity:
         return ModelIdentity("rows from nothing", None, "none", "bytes", 0, "none")
+
+    def known_hooks(self) -> list[str]:
+        return [HOOK]
 
     def resolve_hook(self, name: str) -> str:
         return name

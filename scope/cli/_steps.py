@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 
     Source = ActivationStore | LiveActivations
 
-FEW_HOOKS = 4
-GROUP_BYTES = 2**29
-"""Activations of all hooks together that a model computes ahead at once, where they are many."""
-
 __all__ = [
     "aligned_stores",
-    "every_layer",
     "finished_sae",
     "has_held_out",
     "has_next_tokens",
@@ -105,38 +100,14 @@ def open_source(
     text.check()
     say(f"Loading {model}")
     loaded = load_model(model, device=model_device, embeddings=embeddings)
-    named = every_layer(hooks, loaded.hook_table.names)
     return loaded.source(
         text,
-        named,
+        hooks,
         context_size=context_size,
         max_tokens=max_tokens,
         device=device,
-        rows_per_group=_rows_together(loaded, named),
         chat_template=template,
     )
-
-
-def every_layer(hooks: "Sequence[str]", known: "Sequence[str]") -> list[str]:
-    """Hooks with those that a * for the layer stands for, each once."""
-    from scope.training.by_layer import hooks_by_layer
-
-    found = [name for hook in hooks for name in (hooks_by_layer(hook, known) if "*" in hook else [hook])]
-    return list(dict.fromkeys(found))
-
-
-def _rows_together(model: "LanguageModel", hooks: "Sequence[str]") -> int | None:
-    """Rows of many hooks that are computed together; None, a store's number, for a few of them. Three or four such
-    groups are in memory at a time."""
-    import math
-
-    from activations.spec import rows_per_group_for
-
-    if len(hooks) <= FEW_HOOKS:
-        return None
-    sizes = [2 * math.prod(model.hook_shape(hook)) for hook in hooks]
-    fitting = max(1, GROUP_BYTES // sum(sizes))
-    return int(min(rows_per_group_for(max(sizes)), 1 << (fitting.bit_length() - 1)))
 
 
 def has_held_out(source: "Source") -> bool:

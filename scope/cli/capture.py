@@ -38,8 +38,8 @@ def register(app: typer.Typer) -> None:
         hook: Annotated[
             list[str] | None,
             typer.Option(
-                help="A hook name, such as blocks.8.hook_resid_post. May be repeated. With --append by default all "
-                "hooks of the store."
+                help="A hook name, such as blocks.8.hook_resid_post. May be repeated; a * stands for every layer: "
+                "'blocks.*.hook_resid_post'. With --append by default all hooks of the store."
             ),
         ] = None,
         out: Annotated[

@@ -38,7 +38,9 @@ def register(app: typer.Typer) -> None:
             ),
         ],
         out: Annotated[Path, typer.Option(help="The folder to write, new or empty; the file, for csv and parquet.")],
-        hook: Annotated[list[str] | None, typer.Option(help="A store's hook; by default all. Repeatable.")] = None,
+        hook: Annotated[
+            list[str] | None, typer.Option(help="A store's hook, with * for every layer; by default all. Repeatable.")
+        ] = None,
         dtype: Annotated[
             StorageDtype | None,
             typer.Option(
@@ -138,17 +140,19 @@ def _export_store(
     what: str, format: str, out: Path, hook: list[str] | None, dtype: StorageDtype | None, file_mb: int
 ) -> Outcome:
     from activations.export import export_store
+    from activations.hook_patterns import every_layer
     from activations.store import ActivationStore
 
     opened = ActivationStore.open(what)
-    if not opened.is_complete_for(hook or opened.hooks):
+    hooks = every_layer(hook or [], opened.hooks)
+    if not opened.is_complete_for(hooks or opened.hooks):
         say(f"{what} is not complete; what it has by now is exported.")
     with progress_bar("Exporting (rows)") as progress:
         report = export_store(
             opened,
             out,
             format,  # type: ignore[arg-type]  # one of STORE_FORMATS
-            hook or (),
+            hooks,
             dtype=dtype,
             file_bytes=file_mb * 2**20,
             progress=progress,

@@ -18,14 +18,18 @@ def register(app: typer.Typer) -> None:
     @command(group, "drop")
     def drop(
         store: Annotated[str, typer.Argument(help="The store: a folder or s3://BUCKET/NAME.")],
-        hook: Annotated[list[str], typer.Option(help="A hook to remove. May be repeated; at least one must stay.")],
+        hook: Annotated[
+            list[str],
+            typer.Option(help="A hook to remove. May be repeated; a * stands for every layer. One must stay."),
+        ],
     ) -> Outcome:
         """Remove hooks from a store for good. Its tokens and other hooks stay, as do SAEs and indexes made from it."""
+        from activations.hook_patterns import every_layer
         from activations.store import ActivationStore
 
         opened = ActivationStore.open(store)
         bytes_before = opened.info()["bytes"]
-        dropped = opened.drop_hooks(hook)
+        dropped = opened.drop_hooks(every_layer(hook, opened.hooks))
         freed = bytes_before - opened.info()["bytes"]
         data = {"store": str(store), "dropped": list(dropped), "hooks": list(opened.hooks), "bytes_freed": freed}
         return Outcome(data, f"{store} has lost {', '.join(dropped)} and keeps {', '.join(opened.hooks)}.")

@@ -125,9 +125,9 @@ def register(app: typer.Typer) -> None:
         order of sums; --batch-size is that of all together. A run that was stopped goes on with any number of
         processes.
         """
+        from activations.hook_patterns import every_layer
         from scope.cli._steps import (
             aligned_stores,
-            every_layer,
             finished_sae,
             has_held_out,
             has_next_tokens,

@@ -123,6 +123,11 @@ class HookTable:
         """All names, without aliases, in model order."""
         return tuple(point.name for point in self._points)
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """All names, with aliases."""
+        return tuple(self._by_name)
+
     def rank(self, name: str) -> int:
         """Place of a hook in the table: for hooks of the fast path, in model order."""
         return self._rank[self[name].name]

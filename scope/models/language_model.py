@@ -320,6 +320,10 @@ class LanguageModel:
         """All places that can be read and changed, with their shapes, in model order."""
         return self.hook_table.select(kind)
 
+    def known_hooks(self) -> tuple[str, ...]:
+        """Names of all hooks, aliases among them."""
+        return self.hook_table.all_names
+
     def resolve_hook(self, name: str) -> str:
         """The name that a hook goes by; raises `UnknownNameError` with near misses."""
         return self.hook_table[name].name

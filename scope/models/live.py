@@ -51,7 +51,8 @@ class LiveActivations:
     Args:
         model: the model.
         text: where documents come from.
-        hooks: names of the hooks that may be asked for; all of them are computed in one pass.
+        hooks: names of the hooks that may be asked for; all of them are computed in one pass. A * stands for every
+            layer.
         context_size: tokens in a window, BOS included.
         dtype: of the activations.
         max_tokens: rows in all, BOS included; None for all of the text.
@@ -90,6 +91,7 @@ class LiveActivations:
         self._rows = row_choice(model, text, None, None, chat_template, adopt=False)
         self.model, self.text, self.max_tokens = model, text, max_tokens
         self._shapes, self._aliases = resolved_hooks(model, hooks)
+        self._rows_per_group = rows_per_group
         self.spec = spec_of(model, self._shapes, context_size, dtype, rows_per_group)
         self.batch_size = model.default_batch_size if batch_size is None else batch_size
         self.device = _device(device, model.device)
@@ -122,8 +124,10 @@ class LiveActivations:
     def store_fingerprint(self, hooks: Sequence[str]) -> str:
         """The fingerprint of such a store of only some of the hooks."""
         names = sorted(map(self.resolve_hook, hooks))
+        shapes = {hook: self._shapes[hook] for hook in names}
+        spec = spec_of(self.model, shapes, self.spec.context_size, self.dtype, self._rows_per_group)
         settings = {"text": self.text.described, "max_tokens": self.max_tokens, "hooks_at_creation": names}
-        return identity_fingerprint({"spec": asdict(self.spec), **settings, **self._rows.identity})
+        return identity_fingerprint({"spec": asdict(spec), **settings, **self._rows.identity})
 
     @property
     def text_names(self) -> list[str]:

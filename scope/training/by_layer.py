@@ -1,4 +1,4 @@
-"""A dictionary for every layer of a model: which hooks these read and write, and the runs that train them together."""
+"""A dictionary for every layer of a model: the runs that train them together."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from scope.errors import InvalidInputError
 from scope.training.config import TrainConfig
 from scope.training.sweeps import SweepRun, sweep
 
-__all__ = ["hooks_by_layer", "is_set", "layer_of", "one_for_each_layer"]
+__all__ = ["is_set", "layer_of", "one_for_each_layer"]
 
 LAYER = re.compile(r"blocks\.(\d+)\.")
 
@@ -17,21 +17,6 @@ def layer_of(hook: str) -> int | None:
     """The layer that a hook lies in; None for one outside of the layers."""
     found = LAYER.match(hook)
     return int(found.group(1)) if found else None
-
-
-def hooks_by_layer(pattern: str, known: Sequence[str]) -> list[str]:
-    """The hooks that a pattern with one * for the layer stands for, by layer: "blocks.*.ln2.hook_out".
-
-    Raises:
-        InvalidInputError: no known hook fits.
-    """
-    expression = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-    found = {int(match.group(1)): name for name in known if (match := expression.fullmatch(name))}
-    if not found:
-        raise InvalidInputError(
-            f"No hook fits {pattern!r}; * stands for a layer's number, as in blocks.*.ln2.hook_out."
-        )
-    return [found[layer] for layer in sorted(found)]
 
 
 def one_for_each_layer(
