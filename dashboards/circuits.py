@@ -9,6 +9,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from dashboards.context import Context
 from dashboards.dictionaries import Dictionary, dictionaries
 from dashboards.queries import tokens_label
 from scope.errors import InvalidInputError, UnknownNameError
+from scope.sample import text_of_commands
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -278,6 +280,16 @@ class Circuits:
         here = [one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved]
         return {layer: one for one in here for layer in one.layers}
 
+    def missing(self, graph: "CircuitGraph") -> list[str]:
+        """The paths of the transcoders of a graph that the workspace does not have."""
+        used = {one.entry.path.resolve() for one in self.used(graph).values()}
+        names = {path.name for path in used}
+        return [
+            path
+            for path in graph.transcoders
+            if Path(path).resolve() not in used and (Path(path).exists() or Path(path).name not in names)
+        ]
+
     def indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
         """By layer, the index of its transcoder's features. Of a cross-layer transcoder there is none."""
         by_sae = {str(entry.manifest.get("sae", {}).get("fingerprint")): entry for entry in self._context.indexes()}
@@ -313,15 +325,18 @@ class Circuits:
 
     def examples(self, id: str, node: str) -> dict[str, Any]:
         """The top examples of a node's feature, JSON-able: index (id), scale, examples (tokens, values, centre, from);
-        nothing where the workspace has no index of it."""
+        where there are none, why and the command that makes some ("" where there is none)."""
         row = self.graph(id).nodes.iloc[self.number(id, node)]
-        index = self.index_of(id, int(row["layer"])) if row["kind"] == "feature" else None
-        if index is None or not 0 <= int(row["feature"]) < index.d_sae:
-            return {"index": None, "scale": 0.0, "examples": []}
-        feature = int(row["feature"])
+        layer, feature = int(row["layer"]), int(row["feature"])
+        index = self.index_of(id, layer) if row["kind"] == "feature" else None
+        if index is None or not 0 <= feature < index.d_sae:
+            why, command = self._no_examples(id, layer) if row["kind"] == "feature" else ("", "")
+            return {"index": None, "scale": 0.0, "examples": [], "why": why, "command": command}
         found = index.top_examples(feature, N_EXAMPLES, window=WINDOW)
         return {
             "index": index.id,
+            "why": "" if found else "No examples: it fires nowhere in the text of its index.",
+            "command": "",
             "scale": float(index.table["max_value"].iloc[feature]),
             "examples": [
                 {
@@ -333,6 +348,18 @@ class Circuits:
                 for example in found
             ],
         }
+
+    def _no_examples(self, id: str, layer: int) -> tuple[str, str]:
+        """Why the features of a layer have no examples, and the command that makes some."""
+        one = self.used(self.graph(id)).get(layer)
+        if one is None:
+            return f"No examples: the graph's transcoder of layer {layer} is not in this workspace.", ""
+        if one.across:
+            return "No examples: features of cross-layer transcoders are not indexed.", ""
+        path, out = one.entry.path, self._context.workspace.path / "indexes" / f"{one.entry.name}.index"
+        wanted = ("index", path, "--model", one.model, "--data", text_of_commands(), "--out", out)
+        command = "scope " + " ".join(quote(str(part)) for part in wanted)
+        return f"No examples: the features of layer {layer} have no index yet.", command
 
 
 def circuits(context: Context) -> Circuits:

@@ -21,7 +21,7 @@ from test_attribution_graph import transcoders
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
 from dashboards.components.circuit_attention import pairs
-from dashboards.components.circuit_view import graph_view, make_form
+from dashboards.components.circuit_view import graph_view, make_form, missing_part
 from dashboards.components.circuit_writes import writes
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
@@ -416,6 +416,46 @@ def test_where_there_are_no_transcoders_the_commands_that_make_them_can_be_copie
     ):
         known = {name for option in command.params for name in option.opts}
         assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_what_lies_elsewhere_or_has_no_index_is_said_with_the_command_that_helps(
+    dictionary_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dictionary_folder, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    known = Circuits(Context(workspace))
+    elsewhere = tmp_path / "of another place"
+    shutil.move(workspace.find("mlp-0").path, elsewhere)
+    here = [str(workspace.find(f"mlp-{layer}").path) for layer in (1, 2)]
+    graph = replace(made_graph(60, n_layers=3), transcoders=(str(elsewhere), *here))
+    save_graph(graph, workspace.path_for("circuit-graph", "made"))
+    assert known.missing(known.graph("made")) == [str(elsewhere)]
+    with pytest.raises(UnknownNameError, match=r"of another place'\. The graph's transcoders have to be"):
+        circuit_jobs(Context(workspace)).submit_verify("made")
+
+    nodes = graph.nodes[graph.nodes["kind"] == "feature"]
+    first, second = (
+        known.examples("made", node_ids(graph)[int(nodes.loc[nodes["layer"] == layer, "node"].iloc[0])])
+        for layer in (0, 1)
+    )
+    assert "transcoder of layer 0 is not in this workspace" in first["why"]
+    assert not first["command"]
+    assert "features of layer 1 have no index" in second["why"]
+    words = shlex.split(second["command"])
+    assert words[:3] == ["scope", "index", here[0]]
+    assert words[words.index("--out") + 1] == str(workspace.path / "indexes" / "mlp-1.index")
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name for option in commands["index"].params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+
+    part = missing_part(known.missing(known.graph("made")), 3, "/tmp/my work")
+    assert part is not None
+    text = json.dumps(part.to_plotly_json(), cls=PlotlyJSONEncoder)
+    assert "1 of its 3 transcoders is not in this workspace" in text
+    assert f"for one in '{elsewhere}'; do" in text
+    workspace.add(elsewhere)
+    assert known.missing(known.graph("made")) == []
+    assert missing_part([], 3, "") is None
 
 
 def test_features_of_a_pair_lead_to_their_pages_where_there_is_an_index() -> None:
