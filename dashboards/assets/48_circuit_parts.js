@@ -59,6 +59,7 @@
       const bar = el("div", "circuit-buttons");
       this.several = this.button("Select", "", () => { this.selecting = !this.selecting; this.paint(); }, "Each click selects another node; Shift and a click do so too");
       this.shown = this.button("Show hidden", "", () => { this.hidden.clear(); this.keep(); this.draw(); });
+      this.shown.hidden = true;
       bar.append(
         this.several,
         this.button("Group", "g", () => this.askName(), "Put the selected nodes, or the pinned one, together under a name"),
