@@ -165,7 +165,8 @@ class Circuits:
         graph = shown.graph
         order = _by_influence(graph)[:MAX_EDGES]
         nodes, edges = _verdicts_of(self.verdicts(id), self.edge_verdicts(id), shown, order)
-        table = graph.nodes
+        table, used = graph.nodes, self.used(graph)
+        indexes = self._indexes(used)
         return {
             "id": entry.id,
             "tokens": list(graph.tokens),
@@ -173,12 +174,12 @@ class Circuits:
             "thresholds": wanted._asdict(),
             "whole": {"nodes": len(whole.nodes), "edges": len(whole.weight)},
             "n_edges": len(graph.weight),
-            "indexes": {layer: index.id for layer, index in self.indexes(graph).items()},
-            "writes": {layer: one.written_from(layer) for layer, one in self.used(graph).items() if one.across},
+            "indexes": {layer: index.id for layer, index in indexes.items()},
+            "writes": {layer: one.written_from(layer) for layer, one in used.items() if one.across},
             "nodes": {
                 "id": shown.ids,
                 **{name: table[name].tolist() for name in ("kind", "layer", "position", "feature", "label")},
-                "name": self.names(graph, _features_of(table)),
+                "name": self._names(used, indexes, _features_of(table)),
                 **{name: _numbers(table[name]) for name in ("activation", "influence", "probability")},
                 "holds": nodes,
             },
@@ -292,9 +293,11 @@ class Circuits:
 
     def indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
         """By layer, the index of its transcoder's features. Of a cross-layer transcoder there is none."""
+        return self._indexes(self.used(graph))
+
+    def _indexes(self, used: "Mapping[int, Dictionary]") -> "dict[int, Entry]":
         by_sae = {str(entry.manifest.get("sae", {}).get("fingerprint")): entry for entry in self._context.indexes()}
-        used = {layer: one for layer, one in self.used(graph).items() if not one.across}
-        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in used.items()}
+        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in used.items() if not one.across}
         return {layer: by_sae[name] for layer, name in prints.items() if name in by_sae}
 
     def index_of(self, id: str, layer: int) -> "FeatureIndex | None":
@@ -305,9 +308,18 @@ class Circuits:
     def names(self, graph: "CircuitGraph", features: Iterable[tuple[int, int] | None]) -> list[str]:
         """What features, layer and number each, are called: their labels, or the tokens they fire on; "" where nothing
         is known, and for None."""
+        used = self.used(graph)
+        return self._names(used, self._indexes(used), features)
+
+    def _names(
+        self,
+        used: "Mapping[int, Dictionary]",
+        indexes: "Mapping[int, Entry]",
+        features: Iterable[tuple[int, int] | None],
+    ) -> list[str]:
         from scope.features.labels import FeatureLabels
 
-        used, indexes = self.used(graph), self.indexes(graph)
+        opened = {layer: self._context.index(entry.id) for layer, entry in indexes.items()}
         labels: dict[int, dict[int, str]] = {}
         for layer, one in used.items():
             own = FeatureLabels(one.entry.manifest["fingerprint"], self._context.workspace.database).table()
@@ -316,8 +328,8 @@ class Circuits:
         for asked in features:
             layer, feature = asked or (-1, -1)
             name = labels[layer].get(used[layer].number(layer, feature), "") if layer in used else ""
-            if asked and not name and layer in indexes:
-                index = self._context.index(indexes[layer].id)
+            if asked and not name and layer in opened:
+                index = opened[layer]
                 known = 0 <= feature < index.d_sae
                 name = tokens_label({"top_tokens": index.table["top_tokens"].iloc[int(feature)]}) if known else ""
             found.append(name)

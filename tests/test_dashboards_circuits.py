@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_a_payload_is_the_pruned_graph(known: Circuits) -> None:
     assert set(found["nodes"]["holds"]) == set(found["edges"]["holds"]) == {None}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert known.number("made", ids[5]) == node_ids(whole).index(ids[5])
+
+
+def test_a_payload_opens_each_index_once(known: Circuits, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SimpleNamespace(d_sae=512, table=pd.DataFrame({"top_tokens": [[str(n)] for n in range(512)]}))
+    opened: list[str] = []
+    monkeypatch.setattr(Circuits, "_indexes", lambda *_: {layer: SimpleNamespace(id=str(layer)) for layer in range(12)})
+    monkeypatch.setattr(Context, "index", lambda _, id: opened.append(id) or index)
+    nodes = known.payload("made", Thresholds(1.0, 1.0))["nodes"]
+    assert len(opened) == len(set(opened)) <= 12
+    features = [n for n, kind in enumerate(nodes["kind"]) if kind == "feature"]
+    assert [nodes["name"][n] for n in features] == [str(nodes["feature"][n]) for n in features]
 
 
 def test_a_large_graph_opens_with_as_many_nodes_as_can_be_read(tmp_path: Path) -> None:
