@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dashboards.circuits import circuits
 from dashboards.context import Context
 from dashboards.dictionaries import Dictionary, dictionaries, require_one_model
+from dashboards.format import plural
 from dashboards.prompts import prompt_jobs
 from dashboards.steering import SteerJobs
 from dashboards.worker import Job
@@ -197,15 +198,16 @@ class CircuitJobs:
         """The transcoders of a graph, all of which have to be in the workspace."""
         known = circuits(self.context)
         graph = known.graph(id)
-        used = list({one.entry.id: one for one in known.used(graph).values()}.values())
-        if len(used) < max(1, len(graph.transcoders)):
+        missing = known.missing(graph)
+        if missing or not graph.transcoders:
+            more = f" and {plural(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
             raise UnknownNameError(
                 "transcoder",
-                ", ".join(graph.transcoders) or "any",
+                f"{missing[0]}{more}" if missing else "any",
                 hint="The graph's transcoders have to be in the workspace: scope workspace add FOLDER, for each. Or "
                 f"run scope graph verify {self.context.workspace.find(id, 'circuit-graph').path}",
             )
-        return used
+        return list({one.entry.id: one for one in known.used(graph).values()}.values())
 
     # --- run by the worker ----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from dashboards.context import Context
 from dashboards.dictionaries import Dictionary, dictionaries
 from dashboards.queries import tokens_label
 from scope.errors import InvalidInputError, UnknownNameError
+from scope.sample import text_of_commands
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +165,8 @@ class Circuits:
         graph = shown.graph
         order = _by_influence(graph)[:MAX_EDGES]
         nodes, edges = _verdicts_of(self.verdicts(id), self.edge_verdicts(id), shown, order)
-        table = graph.nodes
+        table, used = graph.nodes, self.used(graph)
+        indexes = self._indexes(used)
         return {
             "id": entry.id,
             "tokens": list(graph.tokens),
@@ -171,12 +174,12 @@ class Circuits:
             "thresholds": wanted._asdict(),
             "whole": {"nodes": len(whole.nodes), "edges": len(whole.weight)},
             "n_edges": len(graph.weight),
-            "indexes": {layer: index.id for layer, index in self.indexes(graph).items()},
-            "writes": {layer: one.written_from(layer) for layer, one in self.used(graph).items() if one.across},
+            "indexes": {layer: index.id for layer, index in indexes.items()},
+            "writes": {layer: one.written_from(layer) for layer, one in used.items() if one.across},
             "nodes": {
                 "id": shown.ids,
                 **{name: table[name].tolist() for name in ("kind", "layer", "position", "feature", "label")},
-                "name": self.names(graph, _features_of(table)),
+                "name": self._names(used, indexes, _features_of(table)),
                 **{name: _numbers(table[name]) for name in ("activation", "influence", "probability")},
                 "holds": nodes,
             },
@@ -278,11 +281,23 @@ class Circuits:
         here = [one for one in known if one.entry.path.resolve() in wanted or one.entry.name in moved]
         return {layer: one for one in here for layer in one.layers}
 
+    def missing(self, graph: "CircuitGraph") -> list[str]:
+        """The paths of the transcoders of a graph that the workspace does not have."""
+        used = {one.entry.path.resolve() for one in self.used(graph).values()}
+        names = {path.name for path in used}
+        return [
+            path
+            for path in graph.transcoders
+            if Path(path).resolve() not in used and (Path(path).exists() or Path(path).name not in names)
+        ]
+
     def indexes(self, graph: "CircuitGraph") -> "dict[int, Entry]":
         """By layer, the index of its transcoder's features. Of a cross-layer transcoder there is none."""
+        return self._indexes(self.used(graph))
+
+    def _indexes(self, used: "Mapping[int, Dictionary]") -> "dict[int, Entry]":
         by_sae = {str(entry.manifest.get("sae", {}).get("fingerprint")): entry for entry in self._context.indexes()}
-        used = {layer: one for layer, one in self.used(graph).items() if not one.across}
-        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in used.items()}
+        prints = {layer: one.entry.manifest["fingerprint"] for layer, one in used.items() if not one.across}
         return {layer: by_sae[name] for layer, name in prints.items() if name in by_sae}
 
     def index_of(self, id: str, layer: int) -> "FeatureIndex | None":
@@ -293,9 +308,18 @@ class Circuits:
     def names(self, graph: "CircuitGraph", features: Iterable[tuple[int, int] | None]) -> list[str]:
         """What features, layer and number each, are called: their labels, or the tokens they fire on; "" where nothing
         is known, and for None."""
+        used = self.used(graph)
+        return self._names(used, self._indexes(used), features)
+
+    def _names(
+        self,
+        used: "Mapping[int, Dictionary]",
+        indexes: "Mapping[int, Entry]",
+        features: Iterable[tuple[int, int] | None],
+    ) -> list[str]:
         from scope.features.labels import FeatureLabels
 
-        used, indexes = self.used(graph), self.indexes(graph)
+        opened = {layer: self._context.index(entry.id) for layer, entry in indexes.items()}
         labels: dict[int, dict[int, str]] = {}
         for layer, one in used.items():
             own = FeatureLabels(one.entry.manifest["fingerprint"], self._context.workspace.database).table()
@@ -304,8 +328,8 @@ class Circuits:
         for asked in features:
             layer, feature = asked or (-1, -1)
             name = labels[layer].get(used[layer].number(layer, feature), "") if layer in used else ""
-            if asked and not name and layer in indexes:
-                index = self._context.index(indexes[layer].id)
+            if asked and not name and layer in opened:
+                index = opened[layer]
                 known = 0 <= feature < index.d_sae
                 name = tokens_label({"top_tokens": index.table["top_tokens"].iloc[int(feature)]}) if known else ""
             found.append(name)
@@ -313,15 +337,18 @@ class Circuits:
 
     def examples(self, id: str, node: str) -> dict[str, Any]:
         """The top examples of a node's feature, JSON-able: index (id), scale, examples (tokens, values, centre, from);
-        nothing where the workspace has no index of it."""
+        where there are none, why and the command that makes some ("" where there is none)."""
         row = self.graph(id).nodes.iloc[self.number(id, node)]
-        index = self.index_of(id, int(row["layer"])) if row["kind"] == "feature" else None
-        if index is None or not 0 <= int(row["feature"]) < index.d_sae:
-            return {"index": None, "scale": 0.0, "examples": []}
-        feature = int(row["feature"])
+        layer, feature = int(row["layer"]), int(row["feature"])
+        index = self.index_of(id, layer) if row["kind"] == "feature" else None
+        if index is None or not 0 <= feature < index.d_sae:
+            why, command = self._no_examples(id, layer) if row["kind"] == "feature" else ("", "")
+            return {"index": None, "scale": 0.0, "examples": [], "why": why, "command": command}
         found = index.top_examples(feature, N_EXAMPLES, window=WINDOW)
         return {
             "index": index.id,
+            "why": "" if found else "No examples: it fires nowhere in the text of its index.",
+            "command": "",
             "scale": float(index.table["max_value"].iloc[feature]),
             "examples": [
                 {
@@ -333,6 +360,18 @@ class Circuits:
                 for example in found
             ],
         }
+
+    def _no_examples(self, id: str, layer: int) -> tuple[str, str]:
+        """Why the features of a layer have no examples, and the command that makes some."""
+        one = self.used(self.graph(id)).get(layer)
+        if one is None:
+            return f"No examples: the graph's transcoder of layer {layer} is not in this workspace.", ""
+        if one.across:
+            return "No examples: features of cross-layer transcoders are not indexed.", ""
+        path, out = one.entry.path, self._context.workspace.path / "indexes" / f"{one.entry.name}.index"
+        wanted = ("index", path, "--model", one.model, "--data", text_of_commands(), "--out", out)
+        command = "scope " + " ".join(quote(str(part)) for part in wanted)
+        return f"No examples: the features of layer {layer} have no index yet.", command
 
 
 def circuits(context: Context) -> Circuits:

@@ -72,6 +72,9 @@ class Push:
     """After which position; None where each has its own next token."""
     value: float | None = None
     """The logit, or the difference, itself; None for the direct effect."""
+    completeness: float | None = None
+    """The effects of all firings and of the SAE's errors, as a share of what `value` is above the baseline's; None
+    where the method promises nothing."""
 
     @property
     def how(self) -> Method:
@@ -153,4 +156,5 @@ class PushJobs:
             progress=lambda done, total: job.report("intervening on each firing", done, total),
         )
         table = found.table[found.table["feature"] != ERROR].rename(columns={"strength": "value"})
-        return Push(wanted.token_id, text, table, wanted.method, against, after, found.value)
+        completeness = next(iter(found.completeness.values()), None)
+        return Push(wanted.token_id, text, table, wanted.method, against, after, found.value, completeness)

@@ -8,16 +8,18 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dashboards.context import Context
+from dashboards.marks import marks_of
 from dashboards.prompts import Asked, PromptJobs, prompt_jobs
 from dashboards.worker import Job
 from scope.errors import InvalidInputError, ScopeError, UnknownNameError
 
 if TYPE_CHECKING:
+    from scope.features.index import FeatureIndex
     from scope.interventions.spec import InterventionSpec
     from scope.interventions.steering import Steering
 
@@ -32,6 +34,7 @@ __all__ = [
     "SteerJobs",
     "Steered",
     "pushes_text",
+    "suggested",
 ]
 
 SLIDER = 10.0
@@ -59,6 +62,21 @@ class Push:
 def pushes_text(pushes: tuple[Push, ...]) -> str | None:
     """Pushes as an address writes them: "17:2,4:-1.5"; None for none."""
     return ",".join(f"{one.feature}:{one.times:g}" for one in pushes) or None
+
+
+def suggested(index: "FeatureIndex", found: Sequence[int], words: str) -> list[int]:
+    """Features that a search has found, those first that are about its words: whose label says them, then whose top
+    tokens have them early, then those that push them (the search looks at all of these)."""
+    folded = " ".join(words.split()).casefold()
+    labels, top_tokens = marks_of(index).labels, index.table["top_tokens"]
+    ranks = {}
+    for feature in found:
+        tokens = [" ".join(str(token).split()).casefold() for token in top_tokens.iloc[feature]]
+        exact = next((place for place, token in enumerate(tokens) if token == folded), math.inf)
+        within = next((place for place, token in enumerate(tokens) if folded in token), math.inf)
+        label = folded in labels.get(feature, "").casefold()
+        ranks[feature] = (not label, exact, within)
+    return sorted(found, key=ranks.__getitem__)
 
 
 def _pushes(text: str) -> tuple[Push, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from scope.errors import MissingDependencyError
 
-__all__ = ["SAMPLE_SEED", "SampleSAE", "sample_sae", "sample_text"]
+__all__ = ["SAMPLE_SEED", "SampleSAE", "sample_sae", "sample_text", "text_of_commands"]
 
 SAMPLE_SEED = 0
 """Shuffle seed of the order that the sample's documents are captured in."""
@@ -42,6 +42,15 @@ def sample_sae() -> SampleSAE | None:
     """The SAE of Gemma 3 270M that ships, trained on the whole sample; None where the installation has none."""
     path, excerpt = _shipped(SAE_NAME), _shipped(f"{SAE_NAME}.excerpt")
     return None if path is None or excerpt is None else SampleSAE(SAE_NAME, path, excerpt)
+
+
+def text_of_commands() -> str:
+    """The text in commands that are shown to be copied: the sample's path, or `TEXT.parquet` where it is not installed,
+    for a text of one's own."""
+    try:
+        return str(sample_text())
+    except MissingDependencyError:
+        return "TEXT.parquet"
 
 
 def _shipped(name: str) -> Path | None:

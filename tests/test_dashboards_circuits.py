@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from test_attribution_graph import transcoders
 from dashboards.circuit_jobs import HeadPlace, MakeRequest, circuit_jobs
 from dashboards.circuits import MAX_NODES, Circuits, Thresholds, thresholds_of
 from dashboards.components.circuit_attention import pairs
-from dashboards.components.circuit_view import graph_view, make_form
+from dashboards.components.circuit_view import graph_view, make_form, missing_part
 from dashboards.components.circuit_writes import writes
 from dashboards.context import Context
 from dashboards.dictionaries import dictionaries
@@ -109,6 +110,17 @@ def test_a_payload_is_the_pruned_graph(known: Circuits) -> None:
     assert set(found["nodes"]["holds"]) == set(found["edges"]["holds"]) == {None}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert known.number("made", ids[5]) == node_ids(whole).index(ids[5])
+
+
+def test_a_payload_opens_each_index_once(known: Circuits, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SimpleNamespace(d_sae=512, table=pd.DataFrame({"top_tokens": [[str(n)] for n in range(512)]}))
+    opened: list[str] = []
+    monkeypatch.setattr(Circuits, "_indexes", lambda *_: {layer: SimpleNamespace(id=str(layer)) for layer in range(12)})
+    monkeypatch.setattr(Context, "index", lambda _, id: opened.append(id) or index)
+    nodes = known.payload("made", Thresholds(1.0, 1.0))["nodes"]
+    assert len(opened) == len(set(opened)) <= 12
+    features = [n for n, kind in enumerate(nodes["kind"]) if kind == "feature"]
+    assert [nodes["name"][n] for n in features] == [str(nodes["feature"][n]) for n in features]
 
 
 def test_a_large_graph_opens_with_as_many_nodes_as_can_be_read(tmp_path: Path) -> None:
@@ -416,6 +428,46 @@ def test_where_there_are_no_transcoders_the_commands_that_make_them_can_be_copie
     ):
         known = {name for option in command.params for name in option.opts}
         assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_what_lies_elsewhere_or_has_no_index_is_said_with_the_command_that_helps(
+    dictionary_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dictionary_folder, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    known = Circuits(Context(workspace))
+    elsewhere = tmp_path / "of another place"
+    shutil.move(workspace.find("mlp-0").path, elsewhere)
+    here = [str(workspace.find(f"mlp-{layer}").path) for layer in (1, 2)]
+    graph = replace(made_graph(60, n_layers=3), transcoders=(str(elsewhere), *here))
+    save_graph(graph, workspace.path_for("circuit-graph", "made"))
+    assert known.missing(known.graph("made")) == [str(elsewhere)]
+    with pytest.raises(UnknownNameError, match=r"of another place'\. The graph's transcoders have to be"):
+        circuit_jobs(Context(workspace)).submit_verify("made")
+
+    nodes = graph.nodes[graph.nodes["kind"] == "feature"]
+    first, second = (
+        known.examples("made", node_ids(graph)[int(nodes.loc[nodes["layer"] == layer, "node"].iloc[0])])
+        for layer in (0, 1)
+    )
+    assert "transcoder of layer 0 is not in this workspace" in first["why"]
+    assert not first["command"]
+    assert "features of layer 1 have no index" in second["why"]
+    words = shlex.split(second["command"])
+    assert words[:3] == ["scope", "index", here[0]]
+    assert words[words.index("--out") + 1] == str(workspace.path / "indexes" / "mlp-1.index")
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name for option in commands["index"].params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+
+    part = missing_part(known.missing(known.graph("made")), 3, "/tmp/my work")
+    assert part is not None
+    text = json.dumps(part.to_plotly_json(), cls=PlotlyJSONEncoder)
+    assert "1 of its 3 transcoders is not in this workspace" in text
+    assert f"for one in '{elsewhere}'; do" in text
+    workspace.add(elsewhere)
+    assert known.missing(known.graph("made")) == []
+    assert missing_part([], 3, "") is None
 
 
 def test_features_of_a_pair_lead_to_their_pages_where_there_is_an_index() -> None:

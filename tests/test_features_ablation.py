@@ -20,8 +20,10 @@ HOOK = "blocks.1.hook_resid_post"
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     model = tiny_model("llama")
-    (folder / "text.txt").write_text(TEXT)
-    capture(model, TextSource([folder / "text.txt"]), [HOOK], folder / "s.zarr", context_size=30)
+    texts = [folder / "one.txt", folder / "other.txt"]
+    for path, text in zip(texts, (TEXT, TEXT.replace("cat", "dog")), strict=True):
+        path.write_text(text)
+    capture(model, TextSource(texts), [HOOK], folder / "s.zarr", context_size=30)
     sae = make_sae(model, HOOK)
     index = build_index(ActivationStore.open(folder / "s.zarr"), sae, folder / "i.index", model=model)
     return model, sae, index
@@ -59,6 +61,15 @@ def test_changes_of_the_loss_are_those_of_the_feature_taken_out_by_hand(made):
     assert low <= found.mean_change <= high
     assert found.examples["change"].abs().max() > 1e-4
     assert "ablated" in found._repr_html_()
+
+
+def test_examples_of_one_document_give_no_interval(made):
+    model, sae, index = made
+    feature = int(index.table["n_firings"].argmax())
+    found = ablation_effect(index, model, sae, feature, n=1)
+    assert len(found.examples) == 1
+    assert np.isfinite(found.mean_change)
+    assert np.isnan(found.interval).all()
 
 
 def test_what_cannot_be_ablated_is_said(made):

@@ -2,7 +2,7 @@
    strongest inputs and outputs, and of supernodes. assets/49_circuit_page.js extends `Parts` by what happens. */
 (function () {
   "use strict";
-  const { el, number, setProps, refine } = window.scope;
+  const { el, number, getJson, setProps, refine } = window.scope;
   const LISTED = 9;
   const WAIT = 180;
 
@@ -30,6 +30,7 @@
 
     slider(name, title) {
       const label = el("label", "circuit-slider");
+      label.title = "Share of the influence on the logits that the shown " + name + " have";
       const input = el("input");
       const value = el("output", "number", percent(this.thresholds[name]));
       Object.assign(input, { type: "range", min: "0.05", max: "1", step: "0.01", value: String(this.thresholds[name]), id: "circuit-" + name });
@@ -58,6 +59,7 @@
       const bar = el("div", "circuit-buttons");
       this.several = this.button("Select", "", () => { this.selecting = !this.selecting; this.paint(); }, "Each click selects another node; Shift and a click do so too");
       this.shown = this.button("Show hidden", "", () => { this.hidden.clear(); this.keep(); this.draw(); });
+      this.shown.hidden = true;
       bar.append(
         this.several,
         this.button("Group", "g", () => this.askName(), "Put the selected nodes, or the pinned one, together under a name"),
@@ -143,7 +145,7 @@
 
     head(item) {
       const box = el("div", "circuit-head");
-      box.append(el("h2", "", this.title(item)), ...this.about(item, false));
+      box.append(el("h2", "", this.title(item)), ...this.about(item));
       if (item.kind === "feature") {
         const n = item.members[0];
         const index = this.data.indexes[this.data.nodes.layer[n]];
@@ -154,7 +156,7 @@
         }
         const place = el("div", "");
         box.append(place);
-        this.examples(item.key).then((found) => { const drawn = this.drawExamples(item, found); if (drawn) place.replaceChildren(drawn); }).catch(() => null);
+        this.examples(item.key).then((found) => { const drawn = this.drawExamples(found, true); if (drawn) place.replaceChildren(drawn); }).catch(() => null);
       }
       if (item.kind === "group") {
         const members = el("ul", "circuit-members");
@@ -168,6 +170,40 @@
       box.append(actions);
       return box;
     }
+
+    /* --- examples of a feature ------------------------------------------------------------------------------------- */
+
+    examples(key) {
+      if (!this.known.has(key)) this.known.set(key, getJson("/api/circuit/examples", { graph: this.graph, node: key }));
+      return this.known.get(key);
+    }
+
+    /** Examples, or why there are none: `whole` says also what to do about it. */
+    drawExamples(found, whole) {
+      if (!found) return null;
+      const box = el("div", "circuit-examples");
+      for (const one of found.examples) {
+        const strip = el("div", "strip");
+        strip.setAttribute("role", "group");
+        strip.setAttribute("aria-label", "Example from " + one.from);
+        strip.dataset.strip = JSON.stringify({ t: one.tokens, v: one.values, m: found.scale, k: "activation", c: one.centre, special: [] });
+        box.append(strip);
+      }
+      if (!found.examples.length) box.append(el("p", "small muted", found.why));
+      if (whole && found.command) {
+        const command = el("div", "code");
+        const copy = el("button", "button icon-only tiny copy");
+        copy.type = "button";
+        copy.dataset.copy = found.command;
+        copy.setAttribute("aria-label", "Copy");
+        copy.append(el("span", "icon icon-copy"));
+        command.append(el("pre", "", found.command), copy);
+        box.append(command);
+      }
+      return box;
+    }
+
+    /* --- tables of edges ------------------------------------------------------------------------------------------- */
 
     table(title, edges, end, side) {
       const box = el("section", "circuit-list");
@@ -228,10 +264,24 @@
         this.asked = null;
         this.keep();
         this.list();
+        if (this.edge) this.follow("circuit-edge-part");
       }, title);
       button.setAttribute("aria-pressed", String(this.edge === key));
       button.setAttribute("aria-label", label);
       return button;
+    }
+
+    /** Show a part that was asked for, which may be out of sight; its answer too when it has come (`arrived`). */
+    follow(id) {
+      this.awaited = id;
+      // In the next frame, when the lists above it stand as high as they will.
+      requestAnimationFrame(() => document.getElementById(id)?.scrollIntoView({ block: "nearest" }));
+    }
+
+    arrived(answer) {
+      if (!this.awaited || !answer.closest("#" + this.awaited)) return;
+      this.awaited = null;
+      answer.scrollIntoView({ block: "nearest" });
     }
 
     /** The edge of the address goes to the server, once, with its ends in words. */

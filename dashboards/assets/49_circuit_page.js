@@ -105,7 +105,7 @@
         this.data.nodes.id.length.toLocaleString("en-US") + " of " + whole.nodes.toLocaleString("en-US") + " nodes, " +
         n_edges.toLocaleString("en-US") + " of " + whole.edges.toLocaleString("en-US") + " edges" +
         (this.hidden.size ? ", " + this.hidden.size + " hidden" : "") +
-        (this.picture.drawn < edges ? ". Drawn are the " + this.picture.drawn.toLocaleString("en-US") + " edges with the most influence; a node that is pointed at shows all of its own." : ".");
+        (this.picture.drawn < edges ? ". Drawn are the " + this.picture.drawn.toLocaleString("en-US") + " edges with the most influence; a node that is pointed at shows its own " + NEAR + " strongest." : ".");
       this.paint();
     }
 
@@ -206,21 +206,20 @@
       const item = this.picture.items[n];
       const box = el("div", "circuit-card");
       const head = el("div", "tip-head");
-      head.append(el("span", "tip-token", this.title(item)), el("span", "tip-value", percent(item.influence)));
-      head.lastChild.title = "influence on the logits";
-      box.append(head, ...this.about(item, true));
+      head.append(el("span", "tip-token", this.title(item)));
+      box.append(head, ...this.about(item));
       window.scope.tip.showNodes(this.picture.marks[n], box);
       if (item.kind !== "feature") return;
       clearTimeout(this.asking);
       this.asking = setTimeout(async () => {
         const examples = await this.examples(item.key).catch(() => null);
         if (this.over !== n && this.at !== n) return;
-        const drawn = this.drawExamples(item, examples);
+        const drawn = this.drawExamples(examples);
         if (drawn) { box.append(drawn); window.scope.tip.showNodes(this.picture.marks[n], box); }
       }, 120);
     }
 
-    about(item, brief) {
+    about(item) {
       const parts = [];
       const { nodes } = this.data;
       if (item.kind === "group") {
@@ -237,28 +236,10 @@
       else if (item.kind === "logit") facts.push("probability " + percent(nodes.probability[n]), "logit " + number(nodes.activation[n]));
       else facts.push("length " + number(nodes.activation[n]));
       facts.push("position " + nodes.position[n]);
-      if (!brief && item.kind !== "logit") facts.push("influence " + percent(nodes.influence[n]));
+      if (item.kind !== "logit") facts.push("influence " + percent(nodes.influence[n]));
       parts.push(el("div", "tip-from", facts.join(" · ")));
       if (item.holds !== null && item.holds !== undefined) parts.push(el("div", item.holds ? "tip-from" : "circuit-fails", item.holds ? "Holds in the model" : "Does not hold in the model"));
       return parts;
-    }
-
-    examples(key) {
-      if (!this.known.has(key)) this.known.set(key, getJson("/api/circuit/examples", { graph: this.graph, node: key }));
-      return this.known.get(key);
-    }
-
-    drawExamples(item, found) {
-      if (!found || !found.examples.length) return null;
-      const box = el("div", "circuit-examples");
-      for (const one of found.examples) {
-        const strip = el("div", "strip");
-        strip.setAttribute("role", "group");
-        strip.setAttribute("aria-label", "Example from " + one.from);
-        strip.dataset.strip = JSON.stringify({ t: one.tokens, v: one.values, m: found.scale, k: "activation", c: one.centre, special: [] });
-        box.append(strip);
-      }
-      return box;
     }
 
     /* --- pinning, selecting, hiding, grouping ---------------------------------------------------------------------- */
@@ -334,7 +315,7 @@
       this.asked = this.asked === head ? null : head;
       this.keep();
       this.aboutHead();
-      if (this.asked) document.getElementById("circuit-pairs-part").scrollIntoView({ block: "nearest" });
+      if (this.asked) this.follow("circuit-pairs-part");
     }
 
     focus() { this.picture.svg.focus({ preventScroll: true }); }
@@ -400,6 +381,7 @@
     const go = root.matches("[data-go]") ? root : root.querySelector("[data-go]");
     if (go) window.scope.go(go.dataset.go);
     if (now && now.picture && root.querySelector("[data-head]")) now.aboutHead();
+    if (now && root.closest("#circuit-heads-result, #circuit-pairs-result")) now.arrived(root);
     if (now && (root.matches("[data-verified]") || root.querySelector("[data-verified]")) && now.data) now.load();
   }
   document.addEventListener("click", (event) => {

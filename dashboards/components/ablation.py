@@ -85,13 +85,13 @@ def draw(found: "AblationEffect") -> html.Div:
     sizes = found.tokens["change"].abs().dropna()
     scale = float(sizes.quantile(CLIP)) if len(sizes) else 0.0
     low, high = found.interval
+    known = f"95% interval {number(low)} to {number(high)}" if low == low else "no interval: all of one document"
     words = "rises" if found.mean_change > 0 else "falls"
     summary = html.P(
         [
             f"Without it the loss {words} by ",
             html.Strong(f"{number(abs(found.mean_change))} nats a token", title=exact(found.mean_change)),
-            f" after it fires (95% interval {number(low)} to {number(high)}), "
-            f"over {plural(len(found.examples), 'example')}.",
+            f" after it fires ({known}), over {plural(len(found.examples), 'example')}.",
         ]
     )
     about = html.Div(

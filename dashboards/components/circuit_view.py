@@ -18,11 +18,10 @@ from dashboards.components.stats import stat, stats
 from dashboards.dictionaries import Dictionary
 from dashboards.format import count, exact, number, percent
 from dashboards.links import circuit_link
-from scope.errors import MissingDependencyError
 from scope.figures import Theme, verification_scatter
 from scope.figures.text import visible_token
 from scope.interventions.words import spec_words
-from scope.sample import sample_text
+from scope.sample import text_of_commands
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from scope.attribution.verification import Verification
     from scope.workspace import Entry
 
-__all__ = ["graph_table", "graph_view", "make_form", "verification"]
+__all__ = ["graph_table", "graph_view", "make_form", "missing_part", "verification"]
 
 PAGE_FEATURES = 1024
 """Feature nodes that a graph made on the page has, at most, unless more are asked for."""
@@ -178,15 +177,14 @@ def make_form(known: Sequence[Dictionary], workspace: str, kept: Sequence[str] =
 
 def _train(workspace: str, size: str) -> str:
     """The command that trains transcoders on the sample text, or, where it is not installed, on a text of one's own."""
-    try:
-        text = str(sample_text())
-    except MissingDependencyError:
-        text = "TEXT.parquet"
-    return TRAIN.format(workspace=quote(workspace), text=quote(text), size=size)
+    return TRAIN.format(workspace=quote(workspace), text=quote(text_of_commands()), size=size)
 
 
-def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, verified: Any) -> html.Div:
-    """A graph: the picture, which assets/49_circuit_page.js draws, what is pinned beside it, what holds of it below."""
+def graph_view(
+    entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, verified: Any, missing: Any = None
+) -> html.Div:
+    """A graph: the picture, which assets/49_circuit_page.js draws, what is pinned beside it, what holds of it below;
+    `missing` says which transcoders it lacks (`missing_part`)."""
     from scope.attribution.pruning import scores
 
     found = scores(graph)
@@ -207,6 +205,7 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
             ),
             html.P([html.Q(html.Bdi(entry.manifest["prompt"])), f" in {graph.model_name or 'an unnamed model'}"]),
             *([html.P(["Under interventions: ", html.Bdi(spec_words(graph.spec))])] if graph.spec else []),
+            missing,
             stats(
                 [
                     stat(
@@ -276,6 +275,30 @@ def graph_view(entry: "Entry", graph: "CircuitGraph", thresholds: Thresholds, ve
             dcc.Store(id="circuit-head"),
             dcc.Store(id="circuit-groups"),
             dcc.Store(id="circuit-saved"),
+        ],
+    )
+
+
+def missing_part(missing: Sequence[str], n: int, workspace: str) -> html.Div | None:
+    """What a graph of `n` transcoders cannot show because some lie elsewhere, and the command that takes them in."""
+    if not missing:
+        return None
+    paths = " ".join(quote(path) for path in missing)
+    verb = "is" if len(missing) == 1 else "are"
+    which = (
+        f"Its transcoders {verb}"
+        if len(missing) == n > 1
+        else f"{count(len(missing))} of its {count(n)} transcoders {verb}"
+    )
+    return html.Div(
+        className="circuit-words",
+        children=[
+            html.P(
+                f"{which} not in this workspace: their features have no names and no examples, and the model cannot be "
+                "asked about the graph. Take them in:",
+                className="muted small",
+            ),
+            code(f'for one in {paths}; do scope workspace add "$one" --workspace {quote(workspace)}; done'),
         ],
     )
 

@@ -13,7 +13,7 @@ from dashboards.components.prompt_heatmap import heatmap_part
 from dashboards.components.prompt_state import MEASURES, PromptView, scale_of
 from dashboards.components.said import said_of
 from dashboards.components.strip import Kind, legend, token, token_strip
-from dashboards.format import number, plural
+from dashboards.format import number, percent, plural
 from dashboards.links import feature_link
 from dashboards.prompts import Prediction
 from dashboards.pushes import METHODS, Push
@@ -303,4 +303,9 @@ def _value_words(view: PromptView) -> str:
     assert push.value is not None
     what = "The logit" if push.against is None else "The difference of the logits"
     total = float(push.table["effect"].sum())
-    return f"{what} is {number(push.value)}; the effects of all firings add up to {number(total)}."
+    words = f"{what} is {number(push.value)}; the effects of all firings add up to {number(total)}."
+    if push.completeness is not None:
+        words += (
+            f" With the SAE's errors they are {percent(push.completeness)} of what sets it apart from the baseline."
+        )
+    return words

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dash_mantine_components as dmc
+import numpy as np
 from dash import html
 
 from dashboards.components.controls import button, define, panel
 from dashboards.components.firings import choice, signed_bar
+from dashboards.components.prompt_state import scale_of
 from dashboards.components.stats import stat, stats
 from dashboards.components.strip import legend, token, token_strip
 from dashboards.format import exact, number, percent
@@ -27,6 +29,8 @@ SIDES = {
     "steered": ("Steered", None),
     "random": ("Random direction", "steer_control"),
 }
+LEAST = 1e-4
+"""Probabilities below this are not told apart."""
 WHERE = (("all", "Prompt and new text"), ("prompt", "Prompt"), ("generated", "New text"))
 
 
@@ -104,7 +108,8 @@ def _pushed(index: "FeatureIndex", push: Push) -> html.Li:
                 step=STEP,
                 size="sm",
                 color="gray",
-                marks=[{"value": value} for value in (-SLIDER, 0, SLIDER)],
+                marks=[{"value": value, "label": f"{value:+g} ×".replace("-", "−")} for value in (-SLIDER, SLIDER)]
+                + [{"value": 0, "label": "0"}],
                 thumbLabel=f"Times the maximum of feature {push.feature}",
             ),
         ],
@@ -242,7 +247,7 @@ def draw_result(prompt: str, found: Steered) -> html.Div:
     steering = found.steering
     parts = {"plain": steering.plain, "steered": steering.steered, "random": steering.random}
     known = {name: part for name, part in parts.items() if part is not None}
-    scale = max((max(part.token_kls) for part in known.values()), default=0.0)
+    scale = scale_of(np.concatenate([part.token_kls for part in known.values()]))
     sides = []
     for name, part in known.items():
         strip = token_strip(
@@ -256,8 +261,8 @@ def draw_result(prompt: str, found: Steered) -> html.Div:
             stat("KL right after the prompt", f"{number(part.kl)} nats", title=exact(part.kl)),
             stat("Perplexity", number(part.perplexity), term="steer_perplexity", title=exact(part.perplexity)),
         ]
-        text = [html.P(prompt, className="steer-prompt muted", dir="auto"), strip]
-        sides.append(_side(name, html.Div(text), stats(price if name != "plain" else price[2:])))
+        text = html.Div([html.Span(prompt, className="muted"), strip], className="steer-flow", dir="auto")
+        sides.append(_side(name, text if prompt else strip, stats(price if name != "plain" else price[2:])))
     about = html.Div(
         [legend(scale, "activation", "KL from the model by itself, nats"), define("steer_kl")],
         className="legend-with-help",
@@ -288,7 +293,13 @@ def _side(name: str, *children: Any) -> html.Article:
     )
 
 
+def _share(probability: float) -> str:
+    """A probability; one too small to matter as such."""
+    return percent(probability) if probability >= LEAST else f"<{100 * LEAST:g}%"
+
+
 def _changes(found: Steered) -> html.Section:
+    """How likely the next tokens are, and by how many percentage points that has changed."""
     changes, with_random = found.steering.changes, found.steering.random is not None
     largest = float(changes["change"].abs().max()) or 1.0
     names = ["plain", "steered", *(["random"] if with_random else [])]
@@ -299,10 +310,10 @@ def _changes(found: Steered) -> html.Section:
             [
                 html.Td(token(str(row["token"]))),
                 *(
-                    html.Td(percent(float(row[name])), className="number", title=exact(float(row[name])))
+                    html.Td(_share(float(row[name])), className="number", title=exact(float(row[name])))
                     for name in names
                 ),
-                html.Td(signed_bar(float(row["change"]), largest)),
+                html.Td(signed_bar(100 * float(row["change"]), 100 * largest)),
             ]
         )
         for row in changes.to_dict("records")
@@ -321,5 +332,5 @@ def _changes(found: Steered) -> html.Section:
             tabIndex=0,
             **{"aria-label": "Probabilities of the next token"},
         ),
-        unit="probability of the next token, largest changes first",
+        unit="probability of the next token, largest changes (percentage points) first",
     )

@@ -21,7 +21,14 @@ from dashboards.components import states
 from dashboards.components.charts import theme_of_request
 from dashboards.components.circuit_attention import heads, pairs
 from dashboards.components.circuit_edge import tested
-from dashboards.components.circuit_view import PAGE_FEATURES, graph_table, graph_view, make_form, verification
+from dashboards.components.circuit_view import (
+    PAGE_FEATURES,
+    graph_table,
+    graph_view,
+    make_form,
+    missing_part,
+    verification,
+)
 from dashboards.components.circuit_writes import writes
 from dashboards.components.controls import define, link_button
 from dashboards.components.progress import Asked, register_progress
@@ -50,9 +57,10 @@ def render(context: Context, view: View) -> Page:
     entry = known.entry(id)
     if entry.problem is not None:
         raise ScopeError(entry.problem)
-    content = graph_view(
-        entry, known.graph(entry.id), thresholds_of(view.query, known.default(entry.id)), _verified(context, entry.id)
-    )
+    graph = known.graph(entry.id)
+    thresholds = thresholds_of(view.query, known.default(entry.id))
+    missing = missing_part(known.missing(graph), len(graph.transcoders), str(context.workspace.path))
+    content = graph_view(entry, graph, thresholds, _verified(context, entry.id), missing)
     return Page(content, entry.name, "circuit", "" if id == entry.id else circuit_link(entry.id, **_rest(view)))
 
 

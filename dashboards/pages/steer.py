@@ -24,7 +24,7 @@ from dashboards.links import View, steer_link
 from dashboards.listing import FeatureQuery, listing
 from dashboards.pages import Page
 from dashboards.prompts import Asked
-from dashboards.steering import MAX_PUSHED, Push, Steer, SteerJobs, pushes_text
+from dashboards.steering import MAX_PUSHED, Push, Steer, SteerJobs, pushes_text, suggested
 from dashboards.worker import JobState
 from scope.errors import ScopeError
 
@@ -233,12 +233,12 @@ def _register_adding(app: Dash, context: Context) -> None:
                 SteerJobs(context).maximum(index.id, int(text[:9]))
                 pushes = (*wanted.pushes, Push(int(text), 1.0))
                 return {"push": pushes_text(tuple({one.feature: one for one in pushes}.values())), "named": None}, ""
-            found = [int(one) for one in listing(index, FeatureQuery.of({"q": text})).ids[:SUGGESTED]]
+            found = suggested(index, [int(one) for one in listing(index, FeatureQuery.of({"q": text})).ids], text)
         except ScopeError as problem:
             return no_update, html.Span(str(problem), className="small", role="alert")
         if not found:
             return no_update, html.Span("No feature is called that or fires on it.", className="small", role="alert")
-        return no_update, suggestions(index, found)
+        return no_update, suggestions(index, found[:SUGGESTED])
 
     app.clientside_callback(
         ClientsideFunction("scope", "chooseTyped"),

@@ -41,7 +41,7 @@ class AblationEffect:
     mean_change: float
     """Mean of `change` over the examples, nats."""
     interval: tuple[float, float]
-    """95%, by bootstrapping documents."""
+    """95%, by bootstrapping documents; NaN where all examples are of one document, which says nothing of others."""
 
     def _repr_html_(self) -> str:
         low, high = self.interval
@@ -150,7 +150,7 @@ def _example(frame: pd.DataFrame, example: "Example") -> dict[str, Any]:
 def _interval(table: pd.DataFrame) -> tuple[float, float]:
     """Of the mean over examples, drawing documents with replacement."""
     by_document = table.dropna(subset=["change"]).groupby("document")["change"].agg(["sum", "count"])
-    if not len(by_document):
+    if len(by_document) < 2:
         return float("nan"), float("nan")
     drawn = np.random.default_rng(0).integers(len(by_document), size=(DRAWS, len(by_document)))
     sums, counts = by_document["sum"].to_numpy()[drawn].sum(1), by_document["count"].to_numpy()[drawn].sum(1)

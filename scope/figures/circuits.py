@@ -25,7 +25,7 @@ def verification_scatter(
     pairs: "pd.DataFrame",
     *,
     theme: Theme = "light",
-    title: str = "What interventions change, against what the graph predicts",
+    title: str = "Measured changes against predicted ones",
 ) -> "go.Figure":
     """Columns predicted, measured, measured_random (`Verification.pairs`): a point for each intervention and node
     behind it, the random control beside; the line is where both are equal. At most `MAX_POINTS` points, always the

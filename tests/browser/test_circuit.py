@@ -24,8 +24,13 @@ __all__ = ["dictionary_folder", "one_thread"]
 pytestmark = pytest.mark.browser
 
 GRAPH = "/circuit?graph=large"
+INDEX_OF = Circuits.index_of
 SVG = ".circuit-svg"
 FEATURE = ".node.kind-feature"
+IN_SIGHT = (
+    "(({{ top, bottom }}) => top >= 0 && bottom <= innerHeight)(document.querySelector('{}').getBoundingClientRect())"
+)
+"""Of the first element that a selector finds: it stands in the window."""
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +226,9 @@ def test_what_cannot_be_shown_says_so(visit: Callable, dashboard) -> None:
 
 
 def test_a_graph_is_made_verified_and_split_on_the_page(
-    visit: Callable, serve: Callable, dictionary_folder: Path, tmp_path: Path
+    visit: Callable, serve: Callable, dictionary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Circuits, "index_of", INDEX_OF)  # this workspace's own, which are none
     shutil.copytree(dictionary_folder, tmp_path / "w")
     opened = visit(server=serve(Workspace(tmp_path / "w")))
     page = opened.open("/circuit", "#circuit-prompt")
@@ -233,6 +239,11 @@ def test_a_graph_is_made_verified_and_split_on_the_page(
     page.wait_for_selector(SVG)
     assert "the-cat-sat-on-the-mat" in page.text_content("h1")
     assert page.is_hidden(".circuit-sample .fails")
+    # No index has these features: that is said, with the command that makes one.
+    page.locator(FEATURE).first.click()
+    page.wait_for_selector("#circuit-panel .circuit-examples .code")
+    assert "have no index yet" in page.text_content("#circuit-panel .circuit-examples")
+    assert "scope index" in page.get_attribute("#circuit-panel .copy", "data-copy")
     page.click("#circuit-verify-run")
     page.wait_for_selector(".circuit-verified .circuit-agreement")
     opened.until("document.querySelector('.circuit-sample .fails').checkVisibility()")
@@ -240,6 +251,7 @@ def test_a_graph_is_made_verified_and_split_on_the_page(
     page.locator(".node.kind-logit").first.click()
     page.locator(".circuit-list td button:has-text('Heads')").first.click()
     page.wait_for_selector("#circuit-heads-result tbody tr")
+    opened.until(IN_SIGHT.format("#circuit-heads-result tbody tr"))
     edge = query(page)["edge"]
     page.reload()
     page.wait_for_selector("#circuit-heads-result tbody tr")

@@ -112,7 +112,10 @@ def test_texts_arrive_as_they_are_written_and_what_a_push_costs_is_said(visit: C
     assert "Perplexity" in page.text_content("[data-side=plain]")
     assert "KL a token" not in page.text_content("[data-side=plain]")
     assert page.locator("[data-side=steered] .tok[data-on]").count() > 0
-    assert "+0.350" in page.text_content(DONE)
+    assert "+35.0" in page.text_content(DONE)
+    # A text goes on where its prompt ends: it does not move when it is done.
+    prompt, new = (page.locator(f"[data-side=plain] .steer-flow > {part}") for part in ("span", ".strip .tok >> nth=0"))
+    assert abs(prompt.bounding_box()["y"] - new.bounding_box()["y"]) < 8
     page.reload()
     page.wait_for_selector(DONE)
     opened.check()
@@ -176,4 +179,7 @@ def test_accessible_and_not_wider_than_a_phone(visit: Callable, theme: str) -> N
             page.wait_for_timeout(150)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert serious(page) == [], path
+            if path == STEER:  # how a token has changed is seen without scrolling sideways
+                last = page.locator(".steer-changes th >> nth=-1").bounding_box()
+                assert last["x"] + last["width"] <= width
         opened.check()
