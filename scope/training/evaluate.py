@@ -32,11 +32,10 @@ from scope.training.aligned import AlignedStores
 from scope.training.baselines import Moments, baselines_for, training_moments
 from scope.training.cross_entropy import CrossEntropyMetrics, LossModel, SplicedLosses, output_hooks
 from scope.training.metrics import ReconstructionMetrics, mean_activation, measure_all
+from scope.training.runs import QUALITY_NAME, read_quality
 
 __all__ = ["QUALITY_NAME", "Quality", "evaluate", "evaluate_several", "read_quality"]
 
-QUALITY_NAME = "evaluation.json"
-EARLIER_NAME = "quality.json"
 COMPARED = ("fvu", "fvu_all", "l0", "delta_ce", "ce_recovered")
 """What is told of a baseline."""
 WINDOWS_PER_DOCUMENT = 2
@@ -108,14 +107,6 @@ class Quality(NamedTuple):
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-
-
-def read_quality(folder: Path) -> dict[str, Any]:
-    """The figures that `Quality.save` left beside an SAE; empty where there are none."""
-    for name in (QUALITY_NAME, EARLIER_NAME):
-        if (folder / name).is_file():
-            return dict(json.loads((folder / name).read_text()))
-    return {}
 
 
 def evaluate(
