@@ -3,6 +3,7 @@
     WORKSPACE/
       stores/NAME.zarr      activation stores
       saes/NAME/            sparse autoencoders, other tools' too, once they were taken in
+      saes/SWEEP/NAME/      those of a sweep, or of a set of transcoders; their name is SWEEP/NAME
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
       excerpts/NAME.excerpt/  what indexes over larger texts say of the features of an SAE
@@ -21,7 +22,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -367,26 +368,36 @@ class Workspace:
         if wanted in (None, GRAPH):
             yield from self._scan_graphs()
         seen: set[Path] = set()
-        within = [path for folder in FOLDERS.values() for path in sorted((self.path / folder).glob("*"))]
-        for path in [*within, *self._added()]:
+        for path, before in self._places():
             if path.resolve() in seen or not (path / "manifest.json").is_file():
                 continue
             seen.add(path.resolve())
             try:
-                yield self._read(path)
+                yield self._read(path, before)
             except FileNotFoundError:  # removed since it was seen
                 continue
             except ScopeError as error:
-                kind = next((kind for kind, folder in FOLDERS.items() if path.parent.name == folder), None)
+                within = path.relative_to(self.path).parts[0] if path.is_relative_to(self.path) else ""
+                kind = next((kind for kind, folder in FOLDERS.items() if within == folder), None)
                 if kind is not None:
-                    yield Entry(kind, "", path.name, path, {}, problem=str(error))
+                    yield Entry(kind, "", before + path.name, path, {}, problem=str(error))
 
-    def _read(self, path: Path) -> Entry:
+    def _places(self) -> Iterator[tuple[Path, str]]:
+        """Where artefacts may lie, each with what stands before its name: SAEs of a sweep lie one folder deeper."""
+        from scope.training.runs import levels
+
+        for kind, folder in FOLDERS.items():
+            for inner, before in levels(self.path / folder) if kind == "sae" else [(self.path / folder, "")]:
+                yield from ((path, before) for path in sorted(inner.glob("*")))
+        yield from ((path, "") for path in self._added())
+
+    def _read(self, path: Path, before: str = "") -> Entry:
         """The artefact in a folder, read anew when its manifest was replaced: a page asks for it many times."""
         stat = (path / "manifest.json").stat()
         version = (stat.st_ino, stat.st_mtime_ns)
         if self._known.get(path, (None,))[0] != version:
-            self._known[path] = version, _entry(path, read_manifest(path))
+            entry = _entry(path, read_manifest(path))
+            self._known[path] = version, replace(entry, name=before + entry.name)
         return self._known[path][1]
 
     def _scan_graphs(self) -> Iterator[Entry]:
