@@ -14,7 +14,7 @@ from dashboards.artefacts import ARCHITECTURES
 from dashboards.context import Context
 from scope.errors import ScopeError
 from scope.figures import METRICS, pareto_front, short_number
-from scope.training.runs import LogReader, Run, RunState
+from scope.training.runs import LogReader, Run, RunState, read_quality
 
 if TYPE_CHECKING:
     from scope.workspace import Entry
@@ -25,7 +25,6 @@ MAX_SHOWN = 8
 """Runs in one chart, at most: so many colours can be told apart."""
 BY_ITSELF = 4
 """Runs that are shown where the address names none, beside those under way."""
-QUALITY_NAME = "quality.json"
 COLUMNS = ["id", "name", "hook", "what", "l0", "fvu", "delta_ce", "dead_share", "held_out", "front", "note"]
 
 
@@ -105,7 +104,7 @@ def qualities(workspace: Any) -> pd.DataFrame:
 
 
 def _quality(entry: "Entry") -> dict[str, Any] | None:
-    saved = _read(entry.path / QUALITY_NAME)
+    saved = read_quality(entry.path)
     trained = entry.manifest.get("training") or {}
     settings = _read(entry.path / "cfg.json")
     held_out = saved.get("fvu") is not None and saved.get("l0") is not None

@@ -2,7 +2,8 @@
 
     WORKSPACE/
       stores/NAME.zarr      activation stores
-      saes/NAME/            sparse autoencoders
+      saes/NAME/            sparse autoencoders, other tools' too, once they were taken in
+      saes/SWEEP/NAME/      those of a sweep, or of a set of transcoders; their name is SWEEP/NAME
       saes/.NAME.training/  a run under way, or stopped, of what is to become saes/NAME
       indexes/NAME.index/   feature indexes
       excerpts/NAME.excerpt/  what indexes over larger texts say of the features of an SAE
@@ -13,15 +14,15 @@
       workspace.db          labels, notes and lists, and what was taken in from elsewhere (SQLite, WAL)
 
 The id of an artefact is the first 12 hex digits of its fingerprint (a graph's is that of its file's bytes); whoever
-knows an id never needs a path, and no path ever comes from a request. Artefacts that lie elsewhere are taken in with
-`Workspace.add`.
+knows an id never needs a path, and no path ever comes from a request. Artefacts that lie elsewhere, and published SAEs,
+are taken in with `Workspace.add`.
 """
 
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -182,11 +183,19 @@ class Workspace:
         return ActivationStore.open(self.find(id, "activation-store").path)
 
     def sae(self, id: str) -> "SAE":
-        """The sparse autoencoder with this id, or at a path or address that `scope.saes.formats.load` takes."""
-        from scope.saes.formats import load
+        """The sparse autoencoder with this id, or at an absolute path, an address or a `RELEASE/ID` that
+        `scope.saes.formats.load` takes."""
+        from scope.saes.formats import is_release, load
         from scope.saes.formats.addresses import is_address
 
-        return load(id if is_address(id) or Path(id).is_absolute() else self.find(id, "sae").path)
+        if is_address(id) or Path(id).is_absolute():
+            return load(id)
+        try:
+            return load(self.find(id, "sae").path)
+        except UnknownNameError:
+            if "/" not in id or not is_release(id):
+                raise
+            return load(id)
 
     def index(self, id: str) -> "FeatureIndex":
         """The feature index with this id, with the labels that the workspace has of its SAE's features."""
@@ -283,19 +292,61 @@ class Workspace:
         wanted = set(entry.manifest.get("parents", ()))
         return [other for other in self._scan() if other.manifest.get("fingerprint") in wanted]
 
-    def add(self, path: str | Path) -> Entry:
+    def add(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        hook: str | None = None,
+        hook_out: str | None = None,
+        allow_download: bool = False,
+    ) -> Entry:
         """Take in an artefact that lies elsewhere; it stays where it is.
+
+        An SAE without our manifest has no id. Whatever `scope.saes.formats.load` reads, another tool's folder, an
+        address on the Hugging Face hub or a release of SAELens, is therefore written into this workspace in SAELens's
+        format; one whose weights are here already is not written again.
+
+        Args:
+            path: where it lies, or an SAE's address or `RELEASE/ID`.
+            name: the folder's name of an SAE that is written; by default the last part of `path`.
+            hook, hook_out, allow_download: of an SAE that is written, as for `scope.saes.formats.load`.
 
         Raises:
             UnknownNameError: there is no artefact at `path`.
-            InvalidInputError: it is a file and no circuit graph.
+            InvalidInputError: it is a file and no circuit graph; or a name was given and nothing is to be written.
+            OccupiedError: the workspace has another SAE of that name.
         """
+        from scope.saes.formats import is_published
+
+        if is_published(path):
+            return self._written(path, name, hook, hook_out, allow_download)
+        if name or hook or hook_out:
+            raise InvalidInputError(
+                f"{path} stays where it is, as it is; a name and hooks are for SAEs of other tools, which are copied."
+            )
         folder = Path(path).resolve()
         entry = _graph_entry(folder) if folder.is_file() else _entry(folder, read_manifest(folder))
         self.path.mkdir(parents=True, exist_ok=True)
         with closing(self._database()) as database, database:
             database.execute("INSERT OR IGNORE INTO added VALUES (?)", (str(folder),))
         return entry
+
+    def _written(
+        self, path: str | Path, name: str | None, hook: str | None, hook_out: str | None, allow_download: bool
+    ) -> Entry:
+        from scope.saes import formats
+
+        sae = formats.load(path, hook=hook, hook_out=hook_out, allow_download=allow_download).for_inference()
+        known = [entry for entry in self.saes() if entry.manifest.get("fingerprint") == sae.fingerprint]
+        if known:
+            return known[0]
+        name = name or Path(str(path).rpartition("@")[0] or path).name.removesuffix(".safetensors")
+        if name != Path(name).name or name.startswith("."):
+            raise InvalidInputError(f"{name!r} cannot be the name of an SAE's folder.")
+        folder = self.path_for("sae", name)
+        formats.save_converted(sae, path, folder)
+        return self._read(folder)
 
     def _database(self) -> sqlite3.Connection:
         # Not in write-ahead mode, as labels are: SQLite refuses the switch at once where somebody else writes.
@@ -317,26 +368,36 @@ class Workspace:
         if wanted in (None, GRAPH):
             yield from self._scan_graphs()
         seen: set[Path] = set()
-        within = [path for folder in FOLDERS.values() for path in sorted((self.path / folder).glob("*"))]
-        for path in [*within, *self._added()]:
+        for path, before in self._places():
             if path.resolve() in seen or not (path / "manifest.json").is_file():
                 continue
             seen.add(path.resolve())
             try:
-                yield self._read(path)
+                yield self._read(path, before)
             except FileNotFoundError:  # removed since it was seen
                 continue
             except ScopeError as error:
-                kind = next((kind for kind, folder in FOLDERS.items() if path.parent.name == folder), None)
+                within = path.relative_to(self.path).parts[0] if path.is_relative_to(self.path) else ""
+                kind = next((kind for kind, folder in FOLDERS.items() if within == folder), None)
                 if kind is not None:
-                    yield Entry(kind, "", path.name, path, {}, problem=str(error))
+                    yield Entry(kind, "", before + path.name, path, {}, problem=str(error))
 
-    def _read(self, path: Path) -> Entry:
+    def _places(self) -> Iterator[tuple[Path, str]]:
+        """Where artefacts may lie, each with what stands before its name: SAEs of a sweep lie one folder deeper."""
+        from scope.training.runs import levels
+
+        for kind, folder in FOLDERS.items():
+            for inner, before in levels(self.path / folder) if kind == "sae" else [(self.path / folder, "")]:
+                yield from ((path, before) for path in sorted(inner.glob("*")))
+        yield from ((path, "") for path in self._added())
+
+    def _read(self, path: Path, before: str = "") -> Entry:
         """The artefact in a folder, read anew when its manifest was replaced: a page asks for it many times."""
         stat = (path / "manifest.json").stat()
         version = (stat.st_ino, stat.st_mtime_ns)
         if self._known.get(path, (None,))[0] != version:
-            self._known[path] = version, _entry(path, read_manifest(path))
+            entry = _entry(path, read_manifest(path))
+            self._known[path] = version, replace(entry, name=before + entry.name)
         return self._known[path][1]
 
     def _scan_graphs(self) -> Iterator[Entry]:

@@ -22,6 +22,7 @@ from dashboards.worker import JobState
 from scope.errors import UnknownNameError
 from scope.figures import metric_curve, pareto_front, pareto_scatter
 from scope.training import TrainConfig, train
+from scope.training.evaluate import QUALITY_NAME
 from scope.workspace import Workspace
 
 LONG = 120.0
@@ -120,7 +121,7 @@ def test_runs_are_chosen_by_the_address(workspace: Workspace) -> None:
 
 
 def test_held_out_figures_count_where_they_were_saved(workspace: Workspace) -> None:
-    (workspace.path / "saes" / "topk-4" / "quality.json").write_text('{"fvu": 0.25, "l0": 4.0, "delta_ce": 0.1}')
+    (workspace.path / "saes" / "topk-4" / QUALITY_NAME).write_text('{"fvu": 0.25, "l0": 4.0, "delta_ce": 0.1}')
     frame = qualities(workspace).set_index("name")
     assert bool(frame.loc["topk-4", "held_out"])
     assert frame.loc["topk-4", "fvu"] == 0.25

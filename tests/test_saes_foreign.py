@@ -21,6 +21,7 @@ from scope.errors import (
     MismatchError,
     MissingDependencyError,
     NonFiniteError,
+    OccupiedError,
     UnknownNameError,
 )
 from scope.saes import formats
@@ -576,6 +577,46 @@ def test_the_dashboard_finds_the_published_sae_of_an_index(hub: Path, tmp_path: 
     assert workspace.sae(str(hub / NAME)).hook_name == sae.hook_name
     with pytest.raises(UnknownNameError):
         _load_sae(workspace, {**info, "metadata": {"source": str(hub / NAME)}})
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_workspace_takes_in_dictionaries_of_every_format(hub: Path, tmp_path: Path) -> None:
+    """Listed by id with the same output, once, and left where they were."""
+    from scope.workspace import Workspace
+
+    in_hub(hub)
+    old_saelens(tmp_path / "saelens", {name: part for name, part in jumprelu_params().items() if name != "threshold"})
+    p = jumprelu_params()
+    places = {
+        f"hf://google/gemma-scope-2-270m-pt/{NAME}": Path(NAME).name,
+        str(tmp_path / "saelens"): "saelens",
+        str(gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", p)): "average_l0_82",
+    }
+    workspace = Workspace(tmp_path / "workspace")
+    for place, name in places.items():
+        command = ["workspace", "add", place, "--workspace", str(workspace.path), "--json"]
+        answers = [CliRunner().invoke(app, command) for _ in range(2)]
+        assert [answer.exit_code for answer in answers] == [0, 0], answers[0].output
+        first, second = (json.loads(answer.stdout.splitlines()[-1]) for answer in answers)
+        assert first == second
+        sae, x = formats.load(place), rows()
+        assert first["id"] == sae.fingerprint[:12]
+        with torch.no_grad():
+            assert torch.equal(workspace.sae(name)(x), sae(x))
+        assert workspace.sae(name).hook_name == sae.hook_name
+    assert sorted(entry.name for entry in workspace.saes()) == sorted(places.values())
+    other = gemma_scope(tmp_path / "layer_1/average_l0_82", jumprelu_params())
+    with pytest.raises(OccupiedError, match="average_l0_82"):
+        workspace.add(other)
+    hook = "blocks.1.hook_resid_post"
+    assert workspace.add(other, name="another", hook=hook).name == "another"
+    assert workspace.sae("another").hook_name == hook
+    with pytest.raises(InvalidInputError, match="folder"):
+        workspace.add(gemma_scope(tmp_path / "layer_2/average_l0_1", jumprelu_params()), name="../away")
+    with pytest.raises(InvalidInputError, match="stays where it is"):
+        workspace.add(workspace.path / "saes" / "another", name="again")
+    with pytest.raises(UnknownNameError, match="allow-download"):
+        workspace.add("hf://google/gemma-scope-2-270m-pt/elsewhere")
 
 
 def test_without_saelens_a_missing_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

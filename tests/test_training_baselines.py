@@ -13,11 +13,13 @@ from test_cli_train import COMMON, RESID, store  # noqa: F401  # a fixture
 from test_training_metrics import ToyModel
 
 from activations.source import RowFlag
+from scope.models import LanguageModel
+from scope.saes import formats
 from scope.saes.base import SAEMetadata
 from scope.saes.topk import TopKConfig, TopKSAE
 from scope.training.baselines import baselines_for, training_moments
 from scope.training.cross_entropy import SplicedLosses, delta_ce
-from scope.training.evaluate import Quality, read_quality
+from scope.training.evaluate import Quality, evaluate, evaluate_several, read_quality
 from scope.training.metrics import measure_all, reconstruction_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +143,47 @@ def test_the_command_measures_and_leaves_one_file(store: Path, tmp_path: Path) -
     assert "delta_ce" not in again
     assert "delta_ce" not in again["baselines"]["pca"]
     assert (tmp_path / "one" / "evaluation.json").read_bytes() == before
+
+
+def test_several_are_measured_as_each_alone_in_fewer_passes(
+    store: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a sweep's figures lie beside each SAE."""
+    from activations.store import ActivationStore
+    from scope.cli._steps import load_model_of
+
+    passes = []
+    measure = LanguageModel.cross_entropy
+
+    def counted(self: LanguageModel, *arguments: Any) -> Any:
+        passes.append(1)
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(LanguageModel, "cross_entropy", counted)
+    sweep = ("--hook", RESID, "--d-sae", "24,32", "--k", "3,4", "--out", tmp_path / "sweep")
+    runs = scope("train", store, *sweep, *COMMON)["runs"]
+    assert len(passes) == 2 + 4 + 2 + 4  # plain and mean, the SAEs, PCA of two ranks, four random dictionaries
+    opened = ActivationStore.open(store)
+    model = load_model_of(opened)
+    saes = {run["sae"]: formats.load(run["sae"]) for run in runs}
+    for path, sae in saes.items():
+        passes.clear()
+        alone = json.loads(json.dumps(evaluate(sae, opened, model, ce_tokens=60).to_dict()))
+        assert len(passes) == 5
+        kept = read_quality(Path(path))
+        for name in ("fvu", "fvu_all", "l0", "dead_share", "n_rows"):
+            assert kept[name] == pytest.approx(alone[name])
+        assert kept["delta_ce"] == pytest.approx(alone["delta_ce"], rel=1e-4, abs=1e-6)
+        for which, figures in alone["baselines"].items():
+            for name, value in figures.items():
+                assert kept["baselines"][which][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (which, name)
+        assert kept["baselines"]["mean"]["ce_recovered"] == 0
+    seen: list[tuple[int, int | None]] = []
+    found = dict(evaluate_several(saes, opened, model, ce_tokens=60, progress=lambda *done: seen.append(done)))
+    assert found.keys() == saes.keys()
+    assert seen == [(number, seen[-1][0]) for number in range(1, len(seen) + 1)]
 
 
 def test_figures_of_earlier_versions_are_read(tmp_path: Path) -> None:

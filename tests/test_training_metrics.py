@@ -106,6 +106,7 @@ class ToyModel:
     """Activations are rows of a table; a token's loss is the squared distance of its activation from what it was."""
 
     bos_token_id = 2
+    special_token_ids = frozenset({2})
 
     def __init__(self) -> None:
         self.table = synthetic(50).rows
@@ -144,6 +145,32 @@ def test_delta_ce_follows_its_definition_and_leaves_bos_alone(sae: TopKSAE) -> N
     assert found.delta_ce_interval is not None
     assert found.delta_ce_interval[0] <= found.delta_ce <= found.delta_ce_interval[1]
     assert delta_ce(model, sae, windows, mean).delta_ce_interval is None
+
+
+def test_special_tokens_take_no_part_in_any_figure(sae: TopKSAE) -> None:
+    """As they take none in training: rows of theirs are not measured, and pass through a splice."""
+    model = ToyModel()
+    model.special_token_ids = frozenset({2, 7, 11})
+    windows = [np.array([2, 5, 7, 9, 30]), np.array([2, 7, 11, 40, 41, 6])]
+    mean = model.table.mean(0)
+    found = delta_ce(model, sae, windows, mean)
+    predicting = torch.cat([torch.from_numpy(window[:-1]).long() for window in windows])
+    x = model.table[predicting]
+    changed = ~torch.isin(predicting, torch.tensor([2, 7, 11]))[:, None]
+    with torch.no_grad():
+        with_sae = 1 + float((torch.where(changed, sae(x), x) - x).square().sum(-1).mean())
+    with_mean = 1 + float((torch.where(changed, mean, x) - x).square().sum(-1).mean())
+    assert (found.ce_sae, found.ce_mean) == (pytest.approx(with_sae, rel=1e-5), pytest.approx(with_mean, rel=1e-5))
+    assert found.covered_share == pytest.approx(6 / 11)
+
+    rows = synthetic(1000).rows
+    flags = with_flags(1000, 1, RowFlag.HELD_OUT) | with_flags(1000, 5, RowFlag.SPECIAL)
+    ordinary = reconstruction_metrics(sae, MemorySource(rows[flags == RowFlag.HELD_OUT]), held_out_only=False)
+    rows[::5] = 1e3 * torch.rand(200, 32)
+    marked = reconstruction_metrics(sae, MemorySource(rows, flags))
+    assert marked.n_rows == ordinary.n_rows == 800
+    for name in ("fvu", "fvu_all", "l0"):
+        assert getattr(marked, name) == pytest.approx(getattr(ordinary, name), rel=1e-6)
 
 
 def test_delta_ce_without_windows_or_hook_is_refused(sae: TopKSAE) -> None:

@@ -42,6 +42,23 @@ def test_what_lies_elsewhere_is_added_once(tmp_path):
         workspace.add(tmp_path / "nothing")
 
 
+def test_the_saes_of_a_sweep_are_listed_with_its_name(tmp_path):
+    workspace = Workspace(tmp_path)
+    sweep = workspace.path_for("sae", "sweep")
+    make(sweep / "k-16", fingerprint="12" * 32)
+    make(sweep / "k-32", fingerprint="34" * 32)
+    make(workspace.path_for("sae", "alone"), fingerprint="56" * 32)
+    make(workspace.path_for("sae", "alone.snapshots") / "step-1", fingerprint="78" * 32)
+    make(workspace.path_for("sae", ".k-64.training") / "inner", fingerprint="90" * 32)
+    (make(sweep / "torn") / "manifest.json").write_text("{")
+    for _ in range(2):  # the second time from what is known
+        entries = workspace.saes()
+        assert [entry.name for entry in entries] == ["alone", "sweep/k-16", "sweep/k-32", "sweep/torn"]
+        assert [bool(entry.problem) for entry in entries] == [False, False, False, True]
+    assert workspace.find("121212121212") == workspace.find("sweep/k-16", "sae")
+    assert workspace.find("sweep/k-16").path == sweep / "k-16"
+
+
 def test_parents_resolve_by_fingerprint(tmp_path):
     workspace = Workspace(tmp_path)
     make(workspace.path_for("activation-store", "s"), "activation-store", "cd" * 32)
@@ -107,7 +124,7 @@ def test_an_artefact_that_goes_between_two_looks_is_left_out(tmp_path, monkeypat
     workspace = Workspace(tmp_path)
     folder = make(workspace.path_for("sae", "s"))
     real = Workspace._read
-    monkeypatch.setattr(Workspace, "_read", lambda own, path: (shutil.rmtree(folder), real(own, path))[1])
+    monkeypatch.setattr(Workspace, "_read", lambda own, *where: (shutil.rmtree(folder), real(own, *where))[1])
     assert workspace.saes() == []
 
 

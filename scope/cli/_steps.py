@@ -28,6 +28,7 @@ __all__ = [
     "index_sae",
     "load_model_of",
     "measure_sae",
+    "measure_saes",
     "measure_set",
     "open_source",
     "optional_model_of",
@@ -262,15 +263,31 @@ def measure_sae(
         tokens: held-out tokens for the cross-entropy; 0 leaves it out.
         baselines: whether PCA, a random dictionary and the mean are measured too.
     """
-    from scope.training.evaluate import evaluate
-
-    with progress_bar("Measuring (passes)") as progress:
-        quality = evaluate(
-            sae, store, model if tokens else None, ce_tokens=tokens, baselines=baselines, progress=progress
-        )
-    if out is not None:
-        quality.save(out)
+    (quality,) = measure_saes([(sae, out)], store, model, tokens, baselines)
     return quality
+
+
+def measure_saes(
+    saes: "Sequence[tuple[SAE, Path | None]]",
+    store: "Source | AlignedStores",
+    model: "LanguageModel | None",
+    tokens: int,
+    baselines: bool = True,
+) -> "list[Quality]":
+    """As `measure_sae`, for several, each with its folder: what they have in common is measured once."""
+    from scope.training.evaluate import evaluate_several
+
+    found: dict[str, Quality] = {}
+    several = {str(number): sae for number, (sae, _) in enumerate(saes)}
+    with progress_bar(f"Measuring {len(saes)} (passes)" if len(saes) > 1 else "Measuring (passes)") as progress:
+        for name, quality in evaluate_several(
+            several, store, model if tokens else None, ce_tokens=tokens, baselines=baselines, progress=progress
+        ):
+            found[name] = quality
+            folder = saes[int(name)][1]
+            if folder is not None:
+                quality.save(folder)
+    return [found[name] for name in several]
 
 
 def measure_set(

@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
         import torch
 
         from scope.saes import formats
-        from scope.saes.formats.saelens import read_density, require_free
+        from scope.saes.formats.saelens import require_free
 
         if dtype is not None and dtype not in DTYPES:
             raise UnknownNameError("dtype", dtype, DTYPES)
@@ -74,9 +74,7 @@ def register(app: typer.Typer) -> None:
         loaded = formats.load(sae, allow_download=allow_download, hook=hook, hook_out=hook_out)
         if dtype is not None:
             loaded = loaded.to(getattr(torch, dtype))
-        path = formats.locate(sae).path
-        format = formats.recognised(path)
-        formats.save(loaded, out, density=read_density(path), converted_from=format)
+        format = formats.save_converted(loaded, sae, out)
         metadata = loaded.cfg.metadata
         facts = {
             "sae": str(out),

@@ -1,5 +1,6 @@
 """`scope train`: train a sparse autoencoder on a store or on a model as it runs, and say how good it is."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,7 +132,7 @@ def register(app: typer.Typer) -> None:
             finished_sae,
             has_held_out,
             has_next_tokens,
-            measure_sae,
+            measure_saes,
             measure_set,
             open_source,
             optional_model_of,
@@ -192,11 +193,13 @@ def register(app: typer.Typer) -> None:
                 {"sae": str(folder), "id": sae.fingerprint[:12], **figures} for sae, folder, figures, _ in done
             ]
             return Outcome({"runs": trained_runs, **found.to_dict()}, f"{found.summary()}\n{out} has the card.")
+        device = local_device(config.device)
+        trained_saes = [(sae.to(device), folder) for sae, folder, _, _ in done]
+        qualities = measure_saes(trained_saes, opened, language_model, evaluate_tokens, baselines) if held_out else []
         results, texts = [], []
-        for sae, folder, figures, text in done:
+        for (sae, folder, figures, text), quality in itertools.zip_longest(done, qualities):
             result = {"sae": str(folder), "id": sae.fingerprint[:12], **figures}
-            if held_out:
-                quality = measure_sae(sae, folder, opened, language_model, evaluate_tokens, baselines)
+            if quality is not None:
                 result, text = {**result, **quality.to_dict()}, f"{text}\n{quality.summary()}"
             results.append(result)
             texts.append(text)

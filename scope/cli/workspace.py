@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from scope.cli._command import Outcome, command
+from scope.cli.sae import DownloadOption, HookOption, HookOutOption
 
 __all__ = ["register"]
 
@@ -33,12 +34,24 @@ def register(app: typer.Typer) -> None:
     @command(group, "add")
     def add(
         path: Annotated[
-            Path, typer.Argument(help="A store, SAE, index, excerpt or circuit graph that lies elsewhere.")
+            str,
+            typer.Argument(
+                help="A store, SAE, index, excerpt or circuit graph that lies elsewhere; or an SAE in any readable "
+                "format, hf://OWNER/REPOSITORY/FOLDER@REVISION, or SAELens's RELEASE/ID."
+            ),
         ],
         workspace: Folder = Path("workspace"),
+        name: Annotated[
+            str | None, typer.Option(help="Of an SAE that is copied: its name; by default the last part of PATH.")
+        ] = None,
+        hook: HookOption = None,
+        hook_out: HookOutOption = None,
+        allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Take in an artefact that lies elsewhere; it stays where it is."""
+        """Take in an artefact that lies elsewhere; it stays where it is. An SAE of another tool, or from the hub, is
+        copied into the workspace in SAELens's format, so that the dashboard lists it."""
         from scope.workspace import Workspace
 
-        entry = Workspace(workspace).add(path)
-        return Outcome({"kind": entry.kind, "id": entry.id, "path": str(entry.path)}, f"Added {entry.kind} {entry.id}.")
+        entry = Workspace(workspace).add(path, name=name, hook=hook, hook_out=hook_out, allow_download=allow_download)
+        text = f"Added {entry.kind} {entry.id}, {entry.path}."
+        return Outcome({"kind": entry.kind, "id": entry.id, "path": str(entry.path)}, text)

@@ -9,15 +9,18 @@ A transcoder's output takes the place of what it writes; a cross-layer transcode
 each from what its layers read in the model so changed (`scope.interventions.splice_edits`). For a crosscoder there is
 no such figure: it reconstructs hooks that follow from one another.
 
-BOS rows pass through untouched; the share of rows that the SAE covers is reported.
+BOS and other special tokens, on which no SAE is trained, pass through untouched; the share of rows that the SAE covers
+is reported.
 
 `SplicedLosses` runs the model once as it is and once with the mean, and then once for each dictionary that is measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,7 +28,10 @@ from scope.errors import InvalidInputError
 from scope.saes.base import SAE
 from scope.training.tally import Interval, bootstrap
 
-__all__ = ["CrossEntropyMetrics", "LossModel", "SplicedLosses", "delta_ce", "output_hooks"]
+if TYPE_CHECKING:
+    from scope.interventions import Edit
+
+__all__ = ["CrossEntropyMetrics", "LossModel", "SplicedLosses", "delta_ce", "output_hooks", "sparing_special"]
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -43,7 +49,7 @@ class CrossEntropyMetrics(NamedTuple):
     ce_recovered: float
     ce_recovered_interval: Interval | None
     covered_share: float
-    """Share of the rows that were replaced; the others, BOS, passed through."""
+    """Share of the rows that were replaced; the others, BOS and other special tokens, passed through."""
     n_tokens: int
     """Tokens predicted."""
 
@@ -57,7 +63,9 @@ class LossModel(Protocol):
     """What `delta_ce` asks of a model; `scope.models.LanguageModel` is one."""
 
     @property
-    def bos_token_id(self) -> int | None: ...
+    def special_token_ids(self) -> Collection[int]:
+        """Those of BOS and other special tokens."""
+        ...
 
     def cross_entropy(
         self, windows: Sequence[np.ndarray], edits: Mapping[str, Any] | None = None
@@ -101,9 +109,9 @@ class SplicedLosses:
         self._progress, self._done, self._n_passes = progress or (lambda done, total: None), 0, n_passes
         self._plain = self._sums({})
         ablated = {hook: set_(hook, mean.reshape(-1), keep_bos=True) for hook, mean in means.items()}
-        self._mean = self._sums(ablated)
-        n_bos = sum(int(window[0]) == model.bos_token_id for window in windows)
-        self._covered = 1 - n_bos / sum(len(window) for window in windows)
+        self._mean = self._sums(sparing_special(ablated, model.special_token_ids))
+        special = np.isin(np.concatenate(list(windows)), sorted(model.special_token_ids))
+        self._covered = 1 - float(special.mean())
 
     @property
     def n_tokens(self) -> int:
@@ -118,8 +126,14 @@ class SplicedLosses:
         """
         from scope.interventions import splice_edits
 
+        return self._metrics(self._sums(sparing_special(splice_edits(sae), self.model.special_token_ids)))
+
+    def of_mean(self) -> CrossEntropyMetrics:
+        """What the mean in its place costs, from the pass that was made for all: nothing is recovered."""
+        return self._metrics(self._mean)
+
+    def _metrics(self, spliced: np.ndarray) -> CrossEntropyMetrics:
         predicted = np.array([len(window) - 1 for window in self.windows], dtype=np.float64)
-        spliced = self._sums(dict(splice_edits(sae, keep_bos=True)))
         sums = np.stack([self._plain, spliced, self._mean, predicted], axis=1)
         ce, ce_sae, ce_mean = (float(value) for value in sums[:, :3].sum(axis=0) / predicted.sum())
         by_document = _sums_by(sums, self.documents) if self.documents is not None else None
@@ -169,11 +183,26 @@ def delta_ce(
     """
     from scope.interventions import splice_edits
 
-    splice_edits(sae, keep_bos=True)  # refuses what cannot be spliced, before any pass
+    splice_edits(sae)  # refuses what cannot be spliced, before any pass
     means = mean if isinstance(mean, Mapping) else {output_hooks(sae)[0]: mean}
     on_device = {hook: means[hook].to(sae.device) for hook in output_hooks(sae)}
     losses = SplicedLosses(model, windows, on_device, documents=documents, seed=seed, progress=progress)
     return losses.of(sae)
+
+
+def sparing_special(edits: "Mapping[str, Edit]", special_token_ids: Collection[int]) -> "dict[str, Edit]":
+    """The edits, by hook, of which those that leave BOS as it is do so with all special tokens."""
+    ids = torch.tensor(sorted(special_token_ids), dtype=torch.int64)
+
+    def sparing(edit: "Edit") -> "Edit":
+        def function(value: Tensor, context: Any) -> Tensor:
+            special = torch.isin(context.tokens.long(), ids.to(context.tokens.device)).to(value.device)
+            new = edit.function(value, context).to(value.dtype)
+            return torch.where(special.view(*special.shape, *[1] * (value.ndim - 2)), value, new)
+
+        return replace(edit, function=function) if edit.keep_bos else edit
+
+    return {hook: sparing(edit) for hook, edit in edits.items()}
 
 
 def output_hooks(sae: SAE) -> list[str]:

@@ -7,17 +7,19 @@
    and no more than fit into 4 GiB), and over 8,192 rows of the others for the mean activation.
 4. For an SAE that reads and writes one hook the same for its baselines (`scope.training.baselines`): PCA of the same
    rank, a random dictionary, the mean; on the same rows and the same windows.
+   `evaluate_several` measures what SAEs of the same hooks have in common once.
 5. `Quality.save` puts it beside the SAE as `evaluation.json`, where the workspace, the dashboard and the index find it:
    a flat object of figures, each with its `_interval` where it has one, and `baselines`, by name the same of each.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from activations.manifest import write_atomically
 from activations.memory import MemoryActivations
@@ -27,14 +29,13 @@ from scope.models.live import LiveActivations
 from scope.saes.base import SAE
 from scope.saes.crosscoder import Crosscoder
 from scope.training.aligned import AlignedStores
-from scope.training.baselines import baselines_for, training_moments
+from scope.training.baselines import Moments, baselines_for, training_moments
 from scope.training.cross_entropy import CrossEntropyMetrics, LossModel, SplicedLosses, output_hooks
-from scope.training.metrics import ReconstructionMetrics, mean_activation, measure_all, reconstruction_metrics
+from scope.training.metrics import ReconstructionMetrics, mean_activation, measure_all
+from scope.training.runs import QUALITY_NAME, read_quality
 
-__all__ = ["QUALITY_NAME", "Quality", "evaluate", "read_quality"]
+__all__ = ["QUALITY_NAME", "Quality", "evaluate", "evaluate_several", "read_quality"]
 
-QUALITY_NAME = "evaluation.json"
-EARLIER_NAME = "quality.json"
 COMPARED = ("fvu", "fvu_all", "l0", "delta_ce", "ce_recovered")
 """What is told of a baseline."""
 WINDOWS_PER_DOCUMENT = 2
@@ -108,14 +109,6 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
 
 
-def read_quality(folder: Path) -> dict[str, Any]:
-    """The figures that `Quality.save` left beside an SAE; empty where there are none."""
-    for name in (QUALITY_NAME, EARLIER_NAME):
-        if (folder / name).is_file():
-            return dict(json.loads((folder / name).read_text()))
-    return {}
-
-
 def evaluate(
     sae: SAE,
     store: ActivationStore | LiveActivations | AlignedStores,
@@ -142,43 +135,118 @@ def evaluate(
         InvalidInputError: the store has no held-out rows.
         UnknownNameError, MismatchError: the store lacks the SAE's hook, or it has another width.
     """
-    report = progress or (lambda done, total: None)
-    spliced = model is not None and not isinstance(sae, Crosscoder) and not isinstance(store, AlignedStores)
-    compared = baselines and len(sae.cfg.ports.inputs) == 1 and not sae.cfg.ports.outputs
-    passes = 1 + (3 if spliced else 0) + (3 if spliced and compared else 1 if compared else 0)
-    live = LIVE_ROWS if isinstance(store, LiveActivations) else None
-    measured = held_out_part(store, ce_tokens)
-    own = reconstruction_metrics(sae, measured, seed=seed)
-    report(1, passes)
-    others: dict[str, SAE] = {}
-    means = {}
-    if compared:
-        moments = training_moments(store, str(sae.hook_name), max_rows=live, device=sae.device, seed=seed)
-        others, means = baselines_for(sae, moments, own.l0, seed), {str(sae.hook_name): moments.mean}
-    elif spliced:
-        means = {hook: mean_activation(store, hook, max_rows=live) for hook in output_hooks(sae)}
-    reconstructions = measure_all(others, measured, seed=seed) if others else {}
-    losses: dict[str, CrossEntropyMetrics] = {}
-    if spliced:
-        assert model is not None
-        assert not isinstance(store, AlignedStores)
-        windows, documents = held_out_windows(store, ce_tokens, seed)
-        on_device = {hook: mean.to(sae.device) for hook, mean in means.items()}
-        first = passes - 3 - len(others)
-        measure = SplicedLosses(
-            model,
-            windows,
-            on_device,
-            documents=documents,
-            seed=seed,
-            progress=lambda done, total: report(first + done, passes),
-        )
-        losses = {name: measure.of(one) for name, one in {"": sae, **others}.items()}
-    return Quality(
-        own,
-        losses.get(""),
-        {name: Quality(found, losses.get(name)) for name, found in reconstructions.items()},
+    together = evaluate_several(
+        {"": sae}, store, model, ce_tokens=ce_tokens, baselines=baselines, seed=seed, progress=progress
     )
+    return next(together)[1]
+
+
+def evaluate_several(
+    saes: Mapping[str, SAE],
+    store: ActivationStore | LiveActivations | AlignedStores,
+    model: LossModel | None = None,
+    *,
+    ce_tokens: int = 4096,
+    baselines: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Iterator[tuple[str, Quality]]:
+    """As `evaluate`, for several SAEs: their names and figures, each as soon as it is known.
+
+    What SAEs of the same hooks have in common is measured once: the rows, the model as it is and with the mean, and
+    baselines that are the same, such as PCA of one rank. SAEs of other hooks come after one another.
+    """
+    groups: dict[tuple[Any, bool], dict[str, SAE]] = {}
+    for name, sae in saes.items():
+        groups.setdefault((sae.cfg.ports, isinstance(sae, Crosscoder)), {})[name] = sae
+    counter = _Passes(progress)
+    made = [_Together(group, store, model, ce_tokens, baselines, seed, counter) for group in groups.values()]
+    for group in made:
+        yield from group.measure()
+
+
+class _Passes:
+    """Counts passes over text or rows, and tells of each."""
+
+    def __init__(self, progress: Callable[[int, int | None], None] | None) -> None:
+        self.done, self.total, self._tell = 0, 0, progress or (lambda done, total: None)
+
+    def advance(self, *_: Any) -> None:
+        """One more."""
+        self.done += 1
+        self._tell(self.done, self.total)
+
+
+class _Together:
+    """SAEs that read and write the same hooks."""
+
+    def __init__(
+        self,
+        saes: Mapping[str, SAE],
+        store: ActivationStore | LiveActivations | AlignedStores,
+        model: LossModel | None,
+        ce_tokens: int,
+        baselines: bool,
+        seed: int,
+        passes: _Passes,
+    ) -> None:
+        self.saes, self.store, self.model = saes, store, model
+        self.ce_tokens, self.seed, self.passes = ce_tokens, seed, passes
+        first = self.first = next(iter(saes.values()))
+        self.spliced = model is not None and not isinstance(first, Crosscoder) and not isinstance(store, AlignedStores)
+        self.compared = baselines and len(first.cfg.ports.inputs) == 1 and not first.cfg.ports.outputs
+        own = 1 + (2 + len(saes) if self.spliced else 0)
+        passes.total += own + len(saes) * (1 + (2 if self.spliced else 0) if self.compared else 0)
+        self._reconstructions: dict[tuple[Any, ...], ReconstructionMetrics] = {}
+        self._losses: dict[tuple[Any, ...], CrossEntropyMetrics] = {}
+
+    def measure(self) -> Iterator[tuple[str, Quality]]:
+        """Each SAE's name and figures, as soon as they are known."""
+        live = LIVE_ROWS if isinstance(self.store, LiveActivations) else None
+        measured = held_out_part(self.store, self.ce_tokens)
+        own = measure_all(self.saes, measured, seed=self.seed)
+        self.passes.advance()
+        moments, means = None, {}
+        if self.compared:
+            hook = str(self.first.hook_name)
+            moments = training_moments(self.store, hook, max_rows=live, device=self.first.device, seed=self.seed)
+            means = {hook: moments.mean}
+        elif self.spliced:
+            means = {hook: mean_activation(self.store, hook, max_rows=live) for hook in output_hooks(self.first)}
+        losses = self._losses_with(means) if self.spliced else None
+        for name, sae in self.saes.items():
+            spliced = losses.of(sae) if losses else None
+            others = {} if moments is None else self._baselines(sae, moments, own[name].l0, measured, losses)
+            yield name, Quality(own[name], spliced, others)
+
+    def _losses_with(self, means: Mapping[str, Tensor]) -> SplicedLosses:
+        assert self.model is not None
+        assert not isinstance(self.store, AlignedStores)
+        windows, documents = held_out_windows(self.store, self.ce_tokens, self.seed)
+        on_device = {hook: mean.to(self.first.device) for hook, mean in means.items()}
+        return SplicedLosses(
+            self.model, windows, on_device, documents=documents, seed=self.seed, progress=self.passes.advance
+        )
+
+    def _baselines(
+        self, sae: SAE, moments: Moments, l0: float, measured: Any, losses: SplicedLosses | None
+    ) -> dict[str, Quality]:
+        """Figures of an SAE's baselines; those that another SAE had too are looked up."""
+        others = baselines_for(sae, moments, l0, self.seed)
+        keys = {name: (name, one.d_sae, round(l0) if name == "random" else 0) for name, one in others.items()}
+        new = {key: others[name] for name, key in keys.items() if key not in self._reconstructions}
+        if new:
+            found = measure_all({str(key): one for key, one in new.items()}, measured, seed=self.seed)
+            self._reconstructions |= {key: found[str(key)] for key in new}
+        self.passes.advance()
+        for name, key in keys.items() if losses else ():
+            assert losses is not None
+            if key in self._losses:
+                if name != "mean":
+                    self.passes.advance()
+                continue
+            self._losses[key] = losses.of_mean() if name == "mean" else losses.of(others[name])
+        return {name: Quality(self._reconstructions[key], self._losses.get(key)) for name, key in keys.items()}
 
 
 def held_out_part(source: S, n_tokens: int) -> S | MemoryActivations:

@@ -1,6 +1,7 @@
 """How good an SAE is, on held-out text.
 
-Sums are accumulated in float64. BOS rows are left out everywhere. Intervals are 95% percentile intervals from
+Sums are accumulated in float64. BOS and other special tokens, on which no SAE is trained, are left out everywhere: of
+rows, and of what is replaced for the cross-entropy. Intervals are 95% percentile intervals from
 resampling documents, never tokens, with replacement.
 
 `reconstruction_metrics` (one pass over a source; the cross-entropy is in `scope.training.cross_entropy`):
@@ -71,7 +72,7 @@ def reconstruction_metrics(
         source: a store, or anything else that satisfies `ActivationSource`.
         hook: the name of the hook that is read; None takes the SAE's. Other hooks are the SAE's own.
         documents: the document of each row of the source, for the interval. None: asked of the source where it can say.
-        held_out_only: False measures on every row but BOS.
+        held_out_only: False measures on every row but BOS and other special tokens.
         max_rows: look at so many rows, drawn at random; None for all.
         batch_size: rows at once.
         seed: of the draw and of the bootstrap.
@@ -113,7 +114,7 @@ def measure_all(
     ports = _ports_in(next(iter(saes.values())), source, hook)
     names = [str(port.hook) for side in ports for port in side]
     held_out = RowFlag.HELD_OUT if held_out_only else RowFlag(0)
-    selection = Selection(exclude_flags=RowFlag.BOS, require_flags=held_out)
+    selection = Selection(exclude_flags=RowFlag.BOS | RowFlag.SPECIAL, require_flags=held_out)
     batches = ShuffledBatches(
         source, names, batch_size, seed, passes=1, tokens=max_rows, select=selection, memory_bytes=MEMORY_BYTES
     )

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 __all__ = [
     "CHECKPOINT_NAME",
     "LOG_NAME",
+    "QUALITY_NAME",
     "STOPPED_NAME",
     "Checkpoint",
     "LogReader",
@@ -33,7 +34,9 @@ __all__ = [
     "Snapshot",
     "discover",
     "finished_run",
+    "levels",
     "read_checkpoint",
+    "read_quality",
     "snapshots_beside",
 ]
 
@@ -41,6 +44,9 @@ LOG_NAME = "train.jsonl"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 STOPPED_NAME = "stopped.json"
 """Why a run ended before its end."""
+QUALITY_NAME = "evaluation.json"
+"""How good a finished SAE is on held-out text (`scope.training.evaluate`)."""
+EARLIER_QUALITY_NAME = "quality.json"
 ID_LENGTH = 12
 FRESH = 15.0
 """Seconds after which a log that nobody is seen to hold counts as no longer written."""
@@ -119,14 +125,24 @@ def discover(folders: Iterable[Path]) -> list[Run]:
     """The runs whose SAEs lie, or will lie, in some folders or in folders of those (a sweep's), the latest first."""
     found: dict[str, Run] = {}
     for folder in folders:
-        for inner, prefix in _levels(folder):
+        for inner, prefix in levels(folder):
             for run in _runs_in(inner, prefix):
                 if run.id not in found or run.state is not RunState.FINISHED:
                     found[run.id] = run
     return sorted(found.values(), key=lambda run: (run.state is not RunState.RUNNING, -run.changed_at, run.name))
 
 
-def _levels(folder: Path) -> Iterator[tuple[Path, str]]:
+def read_quality(folder: Path) -> dict[str, Any]:
+    """The figures that `scope.training.evaluate` left beside an SAE; empty where there are none."""
+    for name in (QUALITY_NAME, EARLIER_QUALITY_NAME):
+        if (folder / name).is_file():
+            return dict(json.loads((folder / name).read_text()))
+    return {}
+
+
+def levels(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and those in it that are no artefacts themselves, such as a sweep's; each with what stands before the
+    names in it."""
     yield folder, ""
     for child in _children(folder):
         if child.name.startswith(".") or child.name.endswith(".snapshots"):

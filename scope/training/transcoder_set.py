@@ -37,6 +37,7 @@ from scope.models.rows import WindowBatch, check_windows, pack_windows
 from scope.models.taps import tapped
 from scope.saes.base import SAE
 from scope.training.by_layer import layer_of
+from scope.training.cross_entropy import sparing_special
 from scope.training.evaluate import LIVE_ROWS, Quality, held_out_part, held_out_windows
 from scope.training.metrics import ReconstructionMetrics, mean_activation, reconstruction_metrics
 from scope.training.tally import Interval, bootstrap
@@ -202,13 +203,14 @@ def evaluate_transcoders(
         tell(2 + number, steps)
     edits: dict[str, EditFunction] = {}
     for sae in by_layer.values():
-        edits |= splice_edits(sae, keep_bos=True)
+        edits |= sparing_special(splice_edits(sae), model.special_token_ids)
     written = [str(sae.cfg.ports.outputs[0].hook) for sae in by_layer.values()]
     if isinstance(source, LiveActivations):
         means = _means(source, written)
     else:
         means = {hook: mean_activation(source, hook) for hook in written}
     flat = {hook: set_(hook, mean.to(model.device), keep_bos=True) for hook, mean in means.items()}
+    flat = sparing_special(flat, model.special_token_ids)
     spliced, mean, ce = _replacements(model, windows, documents, [edits, flat], seed)
     tell(steps, steps)
     return SetQuality(layers, spliced, mean, ce, sum(len(w) - 1 for w in windows), _described(by_layer, source))

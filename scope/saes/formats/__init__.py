@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scope.saes.base import SAE
     from scope.saes.formats.addresses import Found
 
-__all__ = ["READABLE", "is_release", "load", "locate", "recognised", "save"]
+__all__ = ["READABLE", "is_published", "is_release", "load", "locate", "recognised", "save", "save_converted"]
 
 READABLE = {
     "saelens": "SAELens (cfg.json, sae_weights.safetensors)",
@@ -88,6 +88,18 @@ def is_release(name: str) -> bool:
     return addresses.is_release(name)
 
 
+def is_published(name: str | Path) -> bool:
+    """Whether this is an SAE without a manifest of ours: another tool's folder or file, an address, or a release."""
+    from scope.saes.formats import addresses
+
+    if addresses.is_address(name):
+        return True
+    path = Path(name)
+    if path.exists():
+        return not (path / "manifest.json").is_file() and recognised(path) is not None
+    return isinstance(name, str) and "/" in name and is_release(name)
+
+
 def recognised(path: Path) -> str | None:
     """The format of a local path, one of `READABLE`; None where it has none of them."""
     formats = (name for name in READABLE if importlib.import_module(f"scope.saes.formats.{name}").recognises(path))
@@ -152,3 +164,23 @@ def save(
     from scope.saes.formats import saelens
 
     return saelens.save(sae, Path(path), density=density, companions=companions, **manifest)
+
+
+def save_converted(sae: "SAE", name: str | Path, path: str | Path) -> str:
+    """`save` an SAE that `load` has read, with the density that lies beside it there.
+
+    Args:
+        sae: the SAE.
+        name: what `load` was given.
+        path: as for `save`.
+
+    Returns:
+        The format that it was read from, which the manifest has as `converted_from`.
+    """
+    from scope.saes.formats import saelens
+
+    there = locate(name).path
+    format = recognised(there)
+    assert format is not None
+    save(sae, path, density=saelens.read_density(there), converted_from=format)
+    return format
