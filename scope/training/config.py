@@ -9,6 +9,8 @@ from scope.errors import InvalidInputError, UnknownNameError
 
 __all__ = ["CENTRES", "SWEPT", "TrainConfig"]
 
+DEAD_BATCHES = 8
+"""Batches without firing after which a feature may count as dead at the earliest."""
 SWEPT = ("arch", "d_sae", "k", "lr")
 """Settings that a sweep may vary."""
 
@@ -94,7 +96,8 @@ class TrainConfig:
     k_aux: int | None = None
     """Dead features that AuxK uses on a row. None: the largest power of two up to d_in / 2."""
     dead_feature_tokens: int | None = None
-    """Rows without firing after which a feature counts as dead. None: 1/80 of the run, at most 10 million."""
+    """Rows without firing after which a feature counts as dead. None: 1/80 of the run, at least eight batches and at
+    most 10 million."""
     max_norm_ratio: float = 10.0
     """Rows whose norm is more than this many times the median are left out of training (sinks). 0: none is."""
     balance: str = "none"
@@ -185,7 +188,7 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """`dead_feature_tokens`, or its default for this run."""
-        return self.dead_feature_tokens or min(10_000_000, max(1, self.tokens // 80))
+        return self.dead_feature_tokens or min(10_000_000, max(DEAD_BATCHES * self.batch_size, self.tokens // 80))
 
     def k_aux_for(self, d_in: int) -> int:
         """`k_aux`, or its default for an input of this width."""
