@@ -1,6 +1,7 @@
 """The training benchmark: rows that are like a trained dictionary's, and figures that can be read by a program."""
 
 import json
+import platform
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers_training import one_thread  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
 from scope.bench.floor import measure_floor
+from scope.bench.machine import PeakMemory
 from scope.bench.settings import TrainBench
 from scope.bench.synthetic import DEAD_SHARE, densities, dictionary_like, row_maker
 from scope.bench.train import bench_train
@@ -49,8 +51,19 @@ def test_figures_without_peers() -> None:
     rates = figures["tokens_per_second"]
     assert figures["ratio_to_floor"] == pytest.approx(rates["ours"] / rates["floor"])
     assert figures["dead_share"] > 0.04
+    assert 0 < figures["peak_bytes"]["ours"] < 2**30
     assert (figures["d_sae"], figures["k"], figures["batch_size"]) == (512, 16, 256)
     assert "saelens" not in rates
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux says how much a process held at most")
+def test_peak_memory_is_what_was_held_at_once_since_then() -> None:
+    for megabytes in (256, 64):  # the second is not told of the first
+        memory = PeakMemory(torch.device("cpu"))
+        for _ in range(3):
+            torch.ones(megabytes * 2**20, dtype=torch.uint8)
+        torch.ones(2**20, dtype=torch.uint8)
+        assert 0.9 * megabytes < memory.bytes() / 2**20 < 1.5 * megabytes + 32
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,7 @@
 """The machine under a benchmark: its description, and the plain speed of its disk."""
 
+import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -15,7 +17,7 @@ import torch
 
 from activations.disk import aligned_buffer
 
-__all__ = ["describe_machine", "drop_from_cache", "raw_read_bandwidth", "raw_write_bandwidth"]
+__all__ = ["PeakMemory", "describe_machine", "drop_from_cache", "raw_read_bandwidth", "raw_write_bandwidth"]
 
 PACKAGES = ("scope-workbench", "torch", "transformers", "transformer-lens", "sae-lens", "zarr", "numpy")
 FILE_BYTES = 2**27
@@ -46,6 +48,38 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """The most memory that is held on a device from now on.
+
+    Of a GPU it is all that torch has allocated there. Of a CPU it is what the process holds beside what it held at the
+    beginning, as Linux counts it (VmHWM, which is set back here); elsewhere it is not known.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        elif platform.system() == "Linux":
+            give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what was freed goes to the system
+            if give_back is not None:
+                give_back(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _resident("VmRSS")
+
+    def bytes(self) -> int | None:
+        """So far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _resident("VmHWM") - self._before if platform.system() == "Linux" else None
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def raw_write_bandwidth(folder: Path, n_files: int = DISK_FILES) -> float:

@@ -13,7 +13,6 @@
 6. If asked for, both trainers' losses after a number of steps from an untrained start on the same batches.
 """
 
-import gc
 import importlib.util
 import itertools
 import time
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from scope.bench import train_peers
 from scope.bench.floor import Floor, measure_floor
-from scope.bench.machine import describe_machine
+from scope.bench.machine import PeakMemory, describe_machine
 from scope.bench.settings import TrainBench
 from scope.bench.synthetic import dictionary_like
 from scope.training.config import TrainConfig
@@ -118,9 +117,8 @@ class _Bench:
         return found
 
     def _time(self, make: Callable[[], Step]) -> tuple[float, int | None]:
-        """Seconds of a step, and the most memory that it had allocated on a GPU."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        """Seconds of a step, and the most memory that it held."""
+        memory = PeakMemory(self.device)
         step = make()
         batches = itertools.cycle(self.data.batches)
         for _ in range(WARM_UP):
@@ -131,12 +129,7 @@ class _Bench:
             step(next(batches))
         self._wait()
         took = (time.perf_counter() - started) / self.steps
-        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else None
-        del step
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-        return took, peak
+        return took, memory.bytes()
 
     def _wait(self) -> None:
         if self.cuda:
