@@ -749,7 +749,9 @@ def fake_attribute(
         (place, feature, 2.0, 0.1 * place * (-1) ** feature) for place in range(len(tokens)) for feature in range(96)
     ]
     table = pd.DataFrame(rows, columns=["position", "feature", "strength", "effect"])
-    return SimpleNamespace(table=table[table["position"] <= target.position], value=3.25)
+    return SimpleNamespace(
+        table=table[table["position"] <= target.position], value=3.25, completeness={"blocks.8.hook_resid_post": 0.97}
+    )
 
 
 def fake_ablation_effect(

@@ -143,8 +143,11 @@ def test_a_mean_baseline_of_a_cross_layer_transcoder_is_what_its_nodes_are_on_av
     found = graph_faithfulness(graph, model, made, logit(token), base, sizes=(0,), n_random=0)
     assert found.baseline == "mean"
     assert of(found, "graph", "ablated", 0)["value"] == pytest.approx(float(logits[token] - logits.mean()), abs=1e-3)
+    others = [cross_layer(model, "jumprelu", layers=[0, 3])]
+    with pytest.raises(MismatchError, match="Give the transcoders that it was made with"):
+        graph_faithfulness(graph, model, others, baseline=base)
     with pytest.raises(MismatchError, match="not of this transcoder"):
-        graph_faithfulness(graph, model, [cross_layer(model, "jumprelu", layers=[0, 3])], baseline=base)
+        graph_faithfulness(build_graph(model, prompt, others, ALL), model, others, baseline=base)
     with pytest.raises(InvalidInputError, match="besides BOS"):
         mean(model, made, [])
 
