@@ -1,5 +1,6 @@
 """Kill -9 at random moments: a run that is taken up again ends with the weights and the log of one never killed."""
 
+import contextlib
 import random
 import shutil
 import signal
@@ -75,11 +76,12 @@ def wait_for_a_moment(folder: Path, out: Path, rng: random.Random, lasts: float)
 def files_of(folder: Path, out: Path) -> set[tuple[str, int]]:
     """Names and inodes of what belongs to a run: a file that is replaced gets another."""
     found = set()
-    for path in (*folder.glob(f".{out.name}.*/*"), *folder.glob(f".{out.name}.*"), *folder.glob(f"{out.name}*")):
-        try:
-            found.add((str(path), path.stat().st_ino))
-        except FileNotFoundError:
-            continue
+    for pattern in (f".{out.name}.*/*", f".{out.name}.*", f"{out.name}*"):
+        paths = folder.glob(pattern)
+        with contextlib.suppress(FileNotFoundError):  # a folder may go while it is listed
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    found.add((str(path), path.stat().st_ino))
     return found
 
 
