@@ -20,7 +20,8 @@ from torch import Tensor
 
 from scope.attribution.baselines import Baseline, zero
 from scope.attribution.evaluate import check_targets, evaluate
-from scope.attribution.methods import ERROR, METHODS, Attribution, Prepared, SaeNodes, attribute, prepare
+from scope.attribution.methods import ERROR, METHODS, Attribution, attribute
+from scope.attribution.sae_nodes import Prepared, SaeNodes, prepare
 from scope.attribution.targets import Target
 from scope.errors import InvalidInputError, UnknownNameError
 

@@ -22,10 +22,12 @@ from scope.errors import InvalidInputError
 from scope.models.hooks import HookPoint
 from scope.models.taps import tapped
 
-__all__ = ["Change", "Evaluation", "check_targets", "evaluate", "evaluate_each"]
+__all__ = ["Change", "Changes", "Evaluation", "check_targets", "evaluate", "evaluate_each"]
 
 Change = Callable[[Float[Tensor, "batch seq *row"]], Float[Tensor, "batch seq *row"]]
 """From the activation at a hook to what takes its place."""
+Changes = Mapping[str, Change]
+"""By hook."""
 
 
 class Evaluation(NamedTuple):
@@ -54,7 +56,7 @@ def evaluate(
     targets: Sequence[Target],
     *,
     hooks: Sequence[str] = (),
-    changes: Mapping[str, Change] | None = None,
+    changes: Changes | None = None,
     lengths: Sequence[int] | None = None,
     grad: bool = False,
 ) -> Evaluation:
@@ -94,7 +96,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_each(
-    model: Any, tokens: Int[Tensor, "batch seq"], targets: Sequence[Target], changes: Mapping[str, Change]
+    model: Any, tokens: Int[Tensor, "batch seq"], targets: Sequence[Target], changes: Changes
 ) -> Float[Tensor, "targets batch"]:
     """Run a batch, and read every target off every run, float32; see `evaluate`."""
     kept = _kept(model, tokens, targets, (), changes, False)
@@ -111,7 +113,7 @@ def _kept(
     tokens: Tensor,
     targets: Sequence[Target],
     hooks: Sequence[str],
-    changes: Mapping[str, Change],
+    changes: Changes,
     grad: bool,
 ) -> dict[str, Tensor]:
     """Run as far as is read; the activations at `hooks` and where the targets read, by canonical name."""

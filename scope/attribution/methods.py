@@ -25,7 +25,7 @@ A decoder is linear, so that dT/df_i = W_dec[i] . dT/dx and dT/derror = dT/dx: o
 
 Steps: 1. what is asked is checked; 2. the prompt and its counterfactual run once, which gives all nodes a and a';
 3. the method finds the gradient at each hook, or patches; 4. nodes with a = a' are left out of the table. Gradients of
-several targets come from the same passes, a run for each target and α.
+several targets, on several prompts, come from the same passes, a run for each prompt, target and α.
 """
 
 import functools
@@ -35,19 +35,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from scope.attribution.baselines import Baseline, NodeValues, hooks_of, node_values, zero
-from scope.attribution.evaluate import check_targets, evaluate, evaluate_each
+from scope.attribution.baselines import Baseline, zero
+from scope.attribution.evaluate import Changes, check_targets, evaluate, evaluate_each
 from scope.attribution.memory import attribution_needs, require_attribution_fits
+from scope.attribution.sae_nodes import Prepared, prepare
 from scope.attribution.targets import Target
 from scope.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ERROR", "METHODS", "Attribution", "attribute", "prepare"]
+__all__ = ["ERROR", "METHODS", "Attribution", "attribute"]
 
 ERROR = -1
 """What stands in the column `feature` for an error node."""
@@ -55,42 +56,6 @@ BATCH = 32
 """Runs at once."""
 
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass(frozen=True, eq=False)
-class SaeNodes:
-    """The nodes of one SAE on one prompt."""
-
-    sae: Any
-    reads: str
-    writes: str
-    actual: NodeValues
-    baseline: NodeValues
-
-    @property
-    def change(self) -> NodeValues:
-        """a - a'."""
-        return NodeValues(self.actual.features - self.baseline.features, self.actual.errors - self.baseline.errors)
-
-    @property
-    def decoder(self) -> Float[Tensor, "d_sae d_out"]:
-        """W_dec, float32, on the model's device."""
-        return self.sae.W_dec.detach().float().to(self.actual.errors.device)
-
-    def firing(self) -> Int[Tensor, "n 2"]:
-        """(position, feature) of every feature node that is not as its baseline."""
-        return self.change.features.nonzero()
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A prompt with all its nodes."""
-
-    tokens: Int[Tensor, " seq"]
-    baseline: Baseline
-    other: Int[Tensor, " seq"] | None
-    """Tokens of the counterfactual prompt."""
-    nodes: tuple[SaeNodes, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,38 +100,6 @@ class Attribution:
             f"<b>{escape(self.target)}</b> = {self.value:.4g} · {escape(self.method)}, {escape(self.baseline)} baseline"
         )
         return head + self.table.head(20).to_html(escape=True)
-
-
-def prepare(model: Any, prompt: Any, saes: Any, baseline: Baseline) -> Prepared:
-    """Run a prompt and its counterfactual, and find all nodes.
-
-    Raises:
-        UnknownNameError, MismatchError, InvalidInputError: an SAE does not fit the model, or two read one hook; or the
-            counterfactual has another number of tokens.
-    """
-    several = list(saes) if isinstance(saes, Sequence) else [saes]
-    if not several:
-        raise InvalidInputError("No SAE was given; attribution is to the features of at least one.")
-    tokens = model.prompt_tokens(prompt)
-    pairs = [(sae, *hooks_of(model, sae)) for sae in several]
-    if len({writes for _, _, writes in pairs}) < len(pairs):
-        raise InvalidInputError("Two SAEs write to the same hook; the nodes of a hook are those of one SAE.")
-    hooks = list(dict.fromkeys(hook for _, reads, writes in pairs for hook in (reads, writes)))
-    other = baseline.tokens(model, tokens) if baseline.kind == "counterfactual" else None
-
-    def nodes_of(ids: Tensor) -> list[NodeValues]:
-        seen = model.run(ids, hooks=hooks, logits=False).activations
-        bos = bool(model.bos_mask(ids[None])[0, 0])
-        return [node_values(sae, seen[reads].flatten(1), seen[writes].flatten(1), bos) for sae, reads, writes in pairs]
-
-    actual = nodes_of(tokens)
-    bos = bool(model.bos_mask(tokens[None])[0, 0])
-    if other is None:
-        base = [baseline.of(model, sae, own, bos) for (sae, _, _), own in zip(pairs, actual, strict=True)]
-    else:
-        base = nodes_of(other)
-    nodes = tuple(SaeNodes(*pair, own, there) for pair, own, there in zip(pairs, actual, base, strict=True))
-    return Prepared(tokens, baseline, other, nodes)
 
 
 def attribute(
@@ -251,8 +184,6 @@ class Effects(NamedTuple):
 
 Gradients = dict[str, Float[Tensor, "seq width"]]
 """Of one target, by hook."""
-Changes = dict[str, Callable[[Tensor], Tensor]]
-"""By hook."""
 
 
 class _Job(NamedTuple):
@@ -291,7 +222,7 @@ class _Work:
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return evaluate(self.model, tokens, [job.target for job in jobs], lengths=[*map(len, rows)], **options)
 
-    def evaluate_each(self, prepared: Prepared, runs: int, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    def evaluate_each(self, prepared: Prepared, runs: int, changes: Changes) -> Tensor:
         return evaluate_each(self.model, prepared.tokens.expand(runs, -1), self.targets, changes)
 
     def parts(self) -> Iterator[Sequence[_Job]]:
@@ -305,7 +236,7 @@ class _Work:
         jobs: Sequence[_Job],
         places: Sequence[float],
         hooks: Sequence[str],
-        change: "Callable[[Sequence[_Run]], Changes] | None" = None,
+        change: Callable[[Sequence[_Run]], Changes] | None = None,
     ) -> list[Gradients]:
         """The mean over α in `places` of each target's gradients at `hooks`; `change` gives a batch's changes."""
         sums: list[Gradients] = [{} for _ in jobs]

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.baselines import Baseline, zero
-from scope.attribution.evaluate import check_targets, evaluate
+from scope.attribution.evaluate import Changes, check_targets, evaluate
 from scope.attribution.targets import Target
 from scope.errors import InvalidInputError, UnknownNameError
 from scope.models.per_layer import require_per_layer
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["TableEffects", "TableMethod", "table_effects"]
 
 TableMethod = Literal["integrated_gradients", "activation_patching"]
-Changes = dict[str, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)

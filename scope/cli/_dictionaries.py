@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,8 +11,10 @@ from scope.errors import InvalidInputError
 
 __all__ = ["DictionariesOption", "opened", "transcoder_paths"]
 
+DictionaryPlace = Literal["device", "host"]
+
 DictionariesOption = Annotated[
-    EmbeddingPlace,
+    DictionaryPlace,
     typer.Option(
         help="Where the transcoders lie: device, that of the model, or host. On the host they take no memory of a GPU, "
         "and rows are sent to and fro, which is slower."
@@ -52,7 +54,7 @@ def opened(
     device: str | None,
     allow_download: bool,
     embeddings: EmbeddingPlace,
-    dictionaries: EmbeddingPlace = "device",
+    dictionaries: DictionaryPlace = "device",
 ) -> tuple[Any, list[Any]]:
     """The model, and the dictionaries at some paths, which are loaded first; on the model's device, or on the host."""
     from scope.saes.formats import load

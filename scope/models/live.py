@@ -28,7 +28,7 @@ from activations.passes import windowing_of
 from activations.plan import TOKEN_COLUMNS, PlannedGroup
 from activations.selection import choosing_for
 from activations.source import ActivationBatch
-from activations.spec import CaptureSpec, StorageDtype, require_sizes
+from activations.spec import DTYPE_BYTES, CaptureSpec, StorageDtype, require_sizes
 from activations.store import TokenRows
 from activations.text import Document, TextSource, is_held_out
 from scope.errors import InvalidInputError, OutOfRangeError, UnknownNameError
@@ -181,7 +181,7 @@ class LiveActivations:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of all hooks, in the storage dtype."""
-        return sum(map(math.prod, self._shapes.values())) * (4 if self.dtype == "float32" else 2)
+        return sum(map(math.prod, self._shapes.values())) * DTYPE_BYTES[self.dtype]
 
     def held_out(self, max_rows: int = HELD_OUT_ROWS) -> MemoryActivations:
         """The first rows of the held-out documents, BOS included, in memory. The model runs on nothing else.
