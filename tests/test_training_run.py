@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,6 +103,25 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     ]
     assert without_time[0] == without_time[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "whole"]
+
+
+def test_what_a_kill_leaves_of_a_finished_runs_folder_is_nothing_to_go_on_from(
+    source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the folder was taken away, some files are gone and some are not."""
+
+    def removed_in_part(path: Path, *_: object, **__: object) -> None:
+        (path / "train.jsonl").unlink(missing_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scope.training.workfolder.shutil.rmtree", removed_in_part)
+        whole = train(source, HOOK, CONFIG, tmp_path / "one")
+    assert (tmp_path / ".one.training").is_dir()
+    shutil.rmtree(tmp_path / "one")
+    again = train(source, HOOK, CONFIG, tmp_path / "one")
+    assert again.resumed_at == 0
+    assert again.sae.fingerprint == whole.sae.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_a_run_that_cannot_be_saved_is_not_lost(

@@ -35,7 +35,12 @@ def folder_beside(out: Path) -> Path:
 
 
 def clear_beside(out: Path) -> None:
-    """Delete the working folder of an output folder, and what a process that was killed while saving has left."""
+    """Delete the working folder of an output folder, and what a process that was killed while saving has left.
+
+    The checkpoint goes first: what a kill leaves of the folder is then nothing to go on from.
+    """
+    with contextlib.suppress(OSError):
+        (folder_beside(out) / CHECKPOINT_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder_beside(out), ignore_errors=True)
     for path in list(out.parent.iterdir()) if out.parent.is_dir() else []:
         if path.name.startswith(f".{out.name}.tmp-"):
