@@ -92,7 +92,8 @@ def test_a_changed_layer_is_found(folder: Path) -> None:
 
 
 def test_a_control_says_what_any_tuning_changes(folder: Path, tmp_path: Path) -> None:
-    common = ("--data", folder / "text.jsonl", "--sae", folder / "sae", *SIZES, "--d-sae", 0, "--json")
+    common = ("--data", folder / "text.jsonl", "--sae", folder / "sae", *SIZES, "--d-sae", 0, "--dtype", "float32")
+    common = (*common, "--json")
     base, tuned = tiny_folder("gemma3"), folder / "tuned"
     first = scope("diff", base, tuned, "--out", tmp_path / "first", *common)
     assert first["saes"][0]["changed"] > 0
@@ -112,7 +113,7 @@ def test_a_control_says_what_any_tuning_changes(folder: Path, tmp_path: Path) ->
     assert "text settings" in refused["error"]["message"]
     assert not (tmp_path / "other").exists()
     against_same = ("diff", base, tuned, "--out", tmp_path / "other", "--control", tmp_path / "same")
-    refused = scope(*against_same, *common, "--dtype", "float32", code=2)
+    refused = scope(*against_same, *common, "--dtype", "bfloat16", code=2)
     assert "another dtype" in refused["error"]["message"]
     (tmp_path / "same" / "sae-0-firings.npz").unlink()
     assert scope(*against_same, *common, code=1)["error"]["type"] == "IntegrityError"
