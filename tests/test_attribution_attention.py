@@ -14,12 +14,12 @@ from scope.errors import InvalidInputError, OutOfRangeError
 
 __all__ = ["one_thread"]
 
-GEMMA_4 = ["gemma4", "gemma4_experts"]
+PER_LAYER = ["gemma3n", "gemma4", "gemma4_experts"]
 """Norms on queries, keys and values, layers that share keys and values or have no values of their own, layers that
-scale the stream, per-layer tables; and experts."""
+scale the stream or mix several, per-layer tables; and experts."""
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "gemma3 skip", "pythia skip", *GEMMA_4])
+@pytest.fixture(scope="module", params=[*KINDS, "gemma3 skip", "pythia skip", *PER_LAYER])
 def case(request):
     kind, _, skip = request.param.partition(" ")
     model = tiny_model(kind)

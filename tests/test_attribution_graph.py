@@ -43,7 +43,7 @@ def case(request):
 
 
 def test_the_pattern_is_the_models_own():
-    for kind in KINDS:
+    for kind in [*KINDS, "gemma3n"]:
         model = tiny_model(kind)
         prompt = prompt_of(model, 14)  # longer than the window of sliding layers
         frozen, seen = freeze(model, prompt, ["blocks.1.hook_resid_post"])

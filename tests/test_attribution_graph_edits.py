@@ -111,19 +111,32 @@ def cases(kinds=KINDS, names=tuple(EDITS)):
     return pytest.mark.parametrize("case", some, indirect=True, ids=" ".join)
 
 
-@cases()
-def test_what_comes_in_adds_up_to_what_a_node_is_in_the_model_as_edited(case):
-    model, _, saes, graph = case
+def check_sums(model, saes, graph):
     expanded = graph.nodes[graph.nodes["kind"].isin(["feature", "logit"])]
     assert (expanded["kind"] == "feature").sum() == graph.n_active > 50
     found = sums_of(graph)[expanded["node"]] + expanded["bias"]
     np.testing.assert_allclose(found, expanded["value"], rtol=3e-3, atol=3e-4)
     logits = graph.nodes[graph.nodes["kind"] == "logit"]
     whole = model.run(torch.tensor(graph.token_ids), edits=graph.spec.resolve(model, saes)).logits[-1]
-    centred = (whole[logits["feature"].tolist()] - whole.mean()).detach().numpy()
+    cap = model.layout.final_logit_softcapping
+    uncapped = whole if cap is None else cap * torch.atanh(whole / cap)
+    centred = (uncapped[logits["feature"].tolist()] - uncapped.mean()).detach().numpy()
     np.testing.assert_allclose(logits["value"], centred, rtol=1e-3, atol=1e-4)
     plain = model.run(torch.tensor(graph.token_ids)).logits[-1]
     assert not torch.allclose(whole, plain, atol=1e-3)
+
+
+@cases()
+def test_what_comes_in_adds_up_to_what_a_node_is_in_the_model_as_edited(case):
+    model, _, saes, graph = case
+    check_sums(model, saes, graph)
+
+
+@cases(["gemma3n"], [name for name in EDITS if name != "embeddings"])
+def test_it_does_where_the_residual_stream_is_one_of_several(case):
+    """Of models with per-layer embeddings interventions on the main one are refused."""
+    model, _, saes, graph = case
+    check_sums(model, saes, graph)
 
 
 class Forward:

@@ -71,10 +71,10 @@ def test_the_estimate_is_above_what_is_allocated_and_near_it(n_tokens, edges, tm
     assert taken < estimate < 1.5 * taken
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gemma4", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gemma3n", "gemma4", "gpt2", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_the_estimate_is_above_what_is_allocated_whatever_the_model(kind, batch_size, tmp_path):
-    """Norms behind attention, norms that take the mean out, shared values, tables of layers."""
+    """Norms behind attention, norms that take the mean out, shared values, tables of layers, a stack of streams."""
     model = tiny_model(kind)
     settings = GraphSettings(max_features=40, batch_size=batch_size)
     for made in (transcoders(model), transcoders(model, "skip_transcoder"), [cross_layer(model)]):

@@ -44,7 +44,7 @@ def transcoders(model):
     return made
 
 
-@pytest.fixture(scope="module", params=["gemma4", "gemma4_experts"])
+@pytest.fixture(scope="module", params=["gemma3n", "gemma4", "gemma4_experts"])
 def case(request):
     model = tiny_model(request.param)
     made = transcoders(model)
@@ -52,7 +52,7 @@ def case(request):
 
 
 def test_what_comes_in_adds_up_to_what_a_node_is(case):
-    """Σ edges + biases = the pre-activation, or the centred logit: shared and normed values, scalars and all."""
+    """Σ edges + biases = the pre-activation, or the centred logit: shared and normed values, scalars, streams."""
     _, _, graph = case
     sums = np.zeros(len(graph.nodes))
     np.add.at(sums, graph.target, graph.weight)
@@ -124,8 +124,9 @@ def test_an_empty_table_changes_each_target_by_its_edges_and_no_other():
             assert target.node not in told.index
 
 
-def test_a_zeroed_table_empties_its_own_sources_and_leaves_the_others_before_it():
-    model = LanguageModel.load(str(tiny_folder("gemma4")), device="cpu", dtype="float32")
+@pytest.mark.parametrize("kind", PER_LAYER_KINDS)
+def test_a_zeroed_table_empties_its_own_sources_and_leaves_the_others_before_it(kind):
+    model = LanguageModel.load(str(tiny_folder(kind)), device="cpu", dtype="float32")
     made = transcoders(model)
     before = build_graph(model, PROMPT, made, ALL)
     width = model.layout.d_per_layer
@@ -161,12 +162,6 @@ def test_table_nodes_survive_pruning_and_a_file(tmp_path):
     columns = ["kind", "layer", "position", "feature"]
     pd.testing.assert_frame_equal(read.nodes[columns], graph.nodes[columns], check_dtype=False)
     np.testing.assert_array_equal(read.source, graph.source)
-
-
-def test_models_whose_streams_are_mixed_have_no_graph():
-    model = tiny_model("gemma3n")
-    with pytest.raises(InvalidInputError, match="AltUp"):
-        build_graph(model, PROMPT, transcoders(model), ALL)
 
 
 @pytest.mark.parametrize("kind", PER_LAYER_KINDS)

@@ -11,20 +11,22 @@ written in front of layer l.
 Of a graph under interventions, what these let through is on the way; what they put there on the way to a node is the
 residual stream's, or the head's that it is put in.
 
-What layers scale the stream by counts on the way, and a layer that takes its values from an earlier one reads the
-stream in front of that one. Of the sources, an embedding also writes through the projections of per-layer embeddings.
+What layers scale the stream by counts on the way, as do the mixing of AltUp's streams and Laurel (Gemma 3n), and a
+layer that takes its values from an earlier one reads what that one reads. Of the sources, an embedding also writes
+through the projections of per-layer embeddings.
 
 A head reads its values at every position it attends to; `key` is the one that most of its weight comes from, the place
 to ask `scope.attribution.query_key.qk_pairs` about.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scope.attribution.along_stream import along_the_stream
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.frozen import FrozenModel
 from scope.attribution.graph import CircuitGraph
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["edge_heads", "node_heads"]
 
+Where = Literal["mlp_out", "ple_out"]
 STREAM = (-1, -1)
 """Layer and head of what went along the residual stream alone."""
 
@@ -82,44 +85,25 @@ def edge_heads(
     read, _ = _read(graph, model, transcoders, saes)
     frozen = read.frozen
     place, at = int(start["position"]), int(end["position"])
-    layer, until = int(start["layer"]), int(end["layer"])
-    if start["kind"] == "embedding":
-        written = {layer: frozen.embedding[place]}
-        written |= {
-            index: one.per_layer.projection[place]
-            for index, one in enumerate(frozen.layers[:until])
-            if one.per_layer is not None
-        }
-    elif start["kind"] == "table":
-        per_layer = frozen.layers[layer].per_layer
-        assert per_layer is not None
-        written = {layer: per_layer.table[place]}
-    elif start["kind"] == "error":
-        written = {layer: read.errors[layer][place]}
-    else:
-        ids = torch.tensor([int(start["feature"])])
-        written = {
-            index: float(start["activation"]) * read.dictionaries.decoder(layer, ids, index)[0].to(model.device)
-            for index in read.dictionaries.written_from(layer)
-            if index < until
-        }
-    way = _along_the_stream(frozen, _gradient(read, end), at, layer, until)
-    if start["kind"] in ("error", "feature"):  # what interventions on an MLP's output let through
-        here = slice(place, place + 1)
-        written = {
-            index: frozen.let_through(f"blocks.{index}.hook_mlp_out", what[None], here)[0]
-            for index, what in written.items()
-        }
-    alone = sum(float(way.behind[index] @ what) for index, what in written.items()) if at == place else 0.0
+    until = int(end["layer"])
+    written = _written(read, start, until)
+    way = along_the_stream(frozen, _gradient(read, end)[None], at, until)
+    alone = 0.0
     found: dict[int, Tensor] = {}
-    start_at = torch.tensor([place], device=model.device)
-    for first, what in written.items():
-        streams: dict[int, Tensor] = {}
-        for index, stream in frozen.push_forward(first, start_at, what[None], until):
-            streams[index] = stream[0]
+    start_at, here = torch.tensor([place], device=model.device), slice(place, place + 1)
+    for first, where, what in written:
+        if at == place:
+            gradient = way.embedding if first < 0 else getattr(way, where)[first]
+            alone += float(gradient[0] @ what)
+        if where == "mlp_out":
+            what = frozen.let_through(f"blocks.{first}.hook_mlp_out", what[None], here)[0]
+        normed: dict[int, Tensor] = {}
+        for index, stream in frozen.push_forward(first, start_at, what[None], until, where):
+            layer = frozen.layers[index]
+            normed[index] = layer.ln1(stream[0, : at + 1], slice(0, at + 1))
             # What an earlier layer read before anything was written is not changed by it.
-            values = streams.get(frozen.layers[index].values_from, torch.zeros_like(stream[0]))
-            own = _by_key(frozen, index, values, at, way.written[index])
+            values = normed.get(layer.values_from, torch.zeros_like(normed[index]))
+            own = _by_key(frozen, index, values, at, way.attn_out[index][0])
             found[index] = found[index] + own if index in found else own
     return _table(alone, found)
 
@@ -151,13 +135,13 @@ def node_heads(
     read, edits = _read(graph, model, transcoders, saes)
     frozen = read.frozen
     at, until = int(end["position"]), int(end["layer"])
-    way = _along_the_stream(frozen, _gradient(read, end), at, -1, until)
-    streams = {index: f"blocks.{index}.hook_resid_pre" for index in way.written}
+    way = along_the_stream(frozen, _gradient(read, end)[None], at, until)
+    norms = {index: f"blocks.{index}.ln1.hook_out" for index in way.attn_out}
     mlp_in = {index: f"blocks.{index}.hook_mlp_in" for index in way.mlp_out if index in frozen.skips}
-    hooks, standing = [*streams.values(), *mlp_in.values()], None if edits is None else edits.for_run()
+    hooks, standing = [*norms.values(), *mlp_in.values()], None if edits is None else edits.for_run()
     seen = model.run(frozen.tokens, hooks=hooks, logits=False, edits=standing).activations
-    alone = float(way.behind[-1] @ frozen.embedding[at]) + way.put
-    for index, gradient in way.mlp_out.items():
+    alone = float(way.embedding[0] @ frozen.embedding[at]) + float(way.put[0])
+    for index, (gradient,) in way.mlp_out.items():
         written = frozen.layers[index].mlp_out[at]
         if index in mlp_in:  # what the stream itself becomes there is in the gradient
             normed = frozen.layers[index].ln2(seen[mlp_in[index]][at : at + 1].float(), slice(at, at + 1))
@@ -165,16 +149,15 @@ def node_heads(
         alone += float(gradient @ written)
         per_layer = frozen.layers[index].per_layer
         if per_layer is not None:
-            alone += float(way.behind[index] @ (per_layer.table[at] + per_layer.projection[at]))
-    for index in streams:
-        alone += float(way.written[index] @ read.attention_biases[index][at])
-    found = {
-        index: _by_key(frozen, index, seen[streams[frozen.layers[index].values_from]].float(), at, way.written[index])
-        for index in streams
-    }
-    for index in streams:
-        for edit, gradient in _at_heads(frozen, index, at, way.written[index])[1]:
-            found[index][:, at] += (gradient * edit.constant[at]).unflatten(0, (len(found[index]), -1)).sum(-1)
+            alone += float(way.ple_out[index][0] @ (per_layer.table[at] + per_layer.projection[at]))
+    found = {}
+    for index, (gradient,) in way.attn_out.items():
+        alone += float(gradient @ read.attention_biases[index][at])
+        owner = frozen.layers[index].values_from
+        normed, bias = seen[norms[owner]][: at + 1].float(), frozen.layers[owner].ln1.bias
+        found[index] = _by_key(frozen, index, normed if bias is None else normed - bias, at, gradient)
+        for edit, at_heads in _at_heads(frozen, index, at, gradient)[1]:
+            found[index][:, at] += (at_heads * edit.constant[at]).unflatten(0, (len(found[index]), -1)).sum(-1)
     return _table(alone, found)
 
 
@@ -191,6 +174,27 @@ def _read(
     tokens = tokens_of(graph, model, dictionaries)
     edits = edits_of(graph, model, dictionaries, saes)
     return read_prompt(model, tokens, transcoders, edits), edits
+
+
+def _written(read: Prompt, start: "pd.Series[Any]", until: int) -> list[tuple[int, Where, Tensor]]:
+    """What a source writes in front of a layer: (layer, what of it writes, what it writes)."""
+    frozen, place, layer = read.frozen, int(start["position"]), int(start["layer"])
+    if start["kind"] == "embedding":
+        tables = enumerate(one.per_layer for one in frozen.layers[:until])
+        found: list[tuple[int, Where, Tensor]] = [(layer, "mlp_out", frozen.embedding[place])]
+        return found + [(index, "ple_out", one.projection[place]) for index, one in tables if one is not None]
+    if start["kind"] == "table":
+        per_layer = frozen.layers[layer].per_layer
+        assert per_layer is not None
+        return [(layer, "ple_out", per_layer.table[place])]
+    if start["kind"] == "error":
+        return [(layer, "mlp_out", read.errors[layer][place])]
+    ids, value = torch.tensor([int(start["feature"])]), float(start["activation"])
+    return [
+        (index, "mlp_out", value * read.dictionaries.decoder(layer, ids, index)[0].to(frozen.tokens.device))
+        for index in read.dictionaries.written_from(layer)
+        if index < until
+    ]
 
 
 def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model"]:
@@ -211,61 +215,6 @@ def _gradient(read: Prompt, target: "pd.Series[Any]") -> Float[Tensor, " d_model
     return gradient * read.factors[layer][here].sum()
 
 
-class _Way(NamedTuple):
-    """A target's gradient along the residual stream at its own position, no attention on the way, by layer."""
-
-    written: dict[int, Tensor]
-    """At what the layer's attention writes."""
-    behind: dict[int, Tensor]
-    """At the stream behind the layer's MLP; -1 for the embeddings."""
-    mlp_out: dict[int, Tensor]
-    """At what the layer's MLP writes."""
-    put: float
-    """What comes from what interventions put into the stream on the way."""
-
-
-def _along_the_stream(
-    frozen: FrozenModel, gradient: Float[Tensor, " d_model"], at: int, layer: int, until: int
-) -> _Way:
-    """The way from a target in front of the MLP of `until`, or of the final norm, down to a layer."""
-    written: dict[int, Tensor] = {}
-    behind: dict[int, Tensor] = {}
-    mlp_out: dict[int, Tensor] = {}
-    put, now, here = 0.0, gradient, slice(at, at + 1)
-    beside = frozen.model.layout.parallel
-
-    def in_front(hook: str, gradient: Tensor) -> Tensor:
-        nonlocal put
-        for edit in reversed(frozen.edits.get(hook, ())):
-            put += float(gradient @ edit.constant[at])
-            gradient = edit.backward(gradient[None], here)[0]
-        return gradient
-
-    for index in range(until, layer - 1, -1):
-        block = f"blocks.{index}."
-        if index < until:
-            now = in_front(f"{block}hook_resid_post", now)
-            now = now * (frozen.layers[index].scale if index >= 0 else 1.0)
-            behind[index] = now
-        if index < 0:
-            in_front("hook_embed", now)
-        elif index < len(frozen.layers):
-            behind_attention, into_mlp = now, torch.zeros_like(now)
-            if index < until:
-                mlp_out[index] = in_front(f"{block}hook_mlp_out", now)
-                if index in frozen.skips:
-                    reads = (mlp_out[index] @ frozen.skips[index])[None]
-                    into_mlp = frozen.layers[index].ln2.backward(reads, here)[0]
-            elif beside:  # the target reads what this layer's attention reads, and not what it writes
-                behind_attention, into_mlp = into_mlp, now
-            now = behind_attention if beside else behind_attention + into_mlp
-            now = in_front(f"{block}hook_resid_mid", now)
-            written[index] = in_front(f"{block}hook_attn_out", now)
-            now = now + into_mlp if beside else now
-            now = in_front(f"{block}hook_resid_pre", now)
-    return _Way(written, behind, mlp_out, put)
-
-
 def _at_heads(
     frozen: FrozenModel, index: int, at: int, gradient: Float[Tensor, " d_model"]
 ) -> tuple[Float[Tensor, " width"], list[tuple[LinearEdit, Tensor]]]:
@@ -282,13 +231,11 @@ def _at_heads(
 
 
 def _by_key(
-    frozen: FrozenModel, index: int, stream: Float[Tensor, "seq d_model"], at: int, gradient: Float[Tensor, " d_model"]
-) -> Float[Tensor, "n_heads n_keys"]:
-    """What each head of a layer, by way of each key, writes along a gradient at a position, biases left out; from the
-    stream in front of the layer that its values are of."""
-    layer, here = frozen.layers[index], slice(at, at + 1)
-    attention = layer.attention
-    normed = frozen.layers[layer.values_from].ln1(stream[: at + 1], slice(0, at + 1))
+    frozen: FrozenModel, index: int, normed: Float[Tensor, "keys d_model"], at: int, gradient: Float[Tensor, " d_model"]
+) -> Float[Tensor, "n_heads keys"]:
+    """What each head of a layer, by way of each key, writes along a gradient at a position, biases left out; from what
+    the first norm gave, without its bias, of the layer that its values are of."""
+    attention, here = frozen.layers[index].attention, slice(at, at + 1)
     heads, _ = _at_heads(frozen, index, at, gradient)
     at_values = heads.unflatten(0, (len(attention.key), attention.group, -1))
     values = torch.einsum("kd,ged->gke", normed, attention.W_V)

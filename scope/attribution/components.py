@@ -8,15 +8,16 @@ Mathematical Framework for Transformer Circuits", section "Decomposing and attri
     logit = Σ_c  c · g + bias        g = gain (W_U[token] - W_U[against], or - mean W_U) / s
 
 A norm behind attention (Gemma) is held in the same way, so that its heads add up too; scalars that layers end with
-(Gemma 4) count with all that was written before them. Dictionaries split what they
-write further: a transcoder or an SAE of an MLP's output splits the MLP into features, b_dec and an error; an SAE of the
-residual stream takes the place of everything before it. What the terms miss of the model's own number, by rounding, is
-the last row.
+(Gemma 4) count with all that was written before them, and so does what mixes AltUp's streams, with Laurel's branch
+beside attention (Gemma 3n): g is then another for each that writes (`scope.attribution.along_stream`). Dictionaries
+split what they write further: a transcoder or an SAE of an MLP's output splits the MLP into features, b_dec and an
+error; an SAE of the residual stream takes the place of everything before it. What the terms miss of the model's own
+number, by rounding, is the last row.
 
 It is the direct path alone: what a component does by way of later heads and MLPs is counted as theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scope.attribution.along_stream import StreamGradients, along_the_stream
 from scope.attribution.baselines import hooks_of, node_values
 from scope.attribution.dictionaries import mlp_dictionaries
 from scope.attribution.freezing import freeze
@@ -90,8 +92,8 @@ def logit_components(
         position: after which token of the prompt.
 
     Raises:
-        InvalidInputError: a dictionary writes elsewhere, or two write one place; or the residual stream is a stack
-            (AltUp).
+        InvalidInputError: a dictionary writes elsewhere, or two write one place; or an SAE of the residual stream is
+            of one of several (AltUp).
         OutOfRangeError: there is no such token or position.
         MismatchError: a dictionary has another width than the model.
     """
@@ -103,8 +105,8 @@ def logit_components(
     parts = _Parts(model, tokens, at, dictionaries)
     other = model.W_U[ids[1]].float() if len(ids) > 1 else model.W_U.mean(0, dtype=torch.float32)
     direction = model.W_U[ids[0]].float() - other
-    gradient = parts.frozen.at_logits(direction[None], torch.tensor([at], device=direction.device))[0]
-    rows = parts.rows(gradient)
+    gradient = parts.frozen.at_logits(direction[None], torch.tensor([at], device=direction.device))
+    rows = parts.rows(along_the_stream(parts.frozen, gradient, at, model.n_layers))
     norm_bias = parts.frozen.final_norm.bias
     from_norm = 0.0 if norm_bias is None else float(norm_bias @ direction)
     bias = getattr(model.hf.get_submodule(model.layout.head), "bias", None)
@@ -138,7 +140,7 @@ class _Parts:
         self.of_stream: tuple[int, Any, str] | None = None
         for sae in () if across else dictionaries:
             self._place(sae)
-        reads = [f"blocks.{i}.hook_resid_pre" for i in layers]
+        reads = [f"blocks.{i}.ln1.hook_out" for i in layers]
         wanted = [reads_ for _, reads_, _ in self.of_mlp.values()]
         wanted += [self.of_stream[2]] if self.of_stream else []
         wanted += [f"blocks.{i}.ln2.hook_out" for i in self.mlp.layers] if self.mlp else []
@@ -155,6 +157,11 @@ class _Parts:
                 raise InvalidInputError(f"Two dictionaries write the MLP output of layer {layer}; give one.")
             self.of_mlp[layer] = (sae, reads, writes)
         elif reads == writes and place in ("resid_pre", "resid_post"):
+            if self.model.layout.n_streams > 1:
+                raise InvalidInputError(
+                    f"{writes} is one of {self.model.layout.n_streams} residual streams (AltUp): its SAE does not "
+                    "stand for all that was written before it. Give dictionaries of MLP outputs (hook_mlp_out)."
+                )
             if self.of_stream is not None:
                 raise InvalidInputError("Two SAEs of the residual stream were given; each stands for all before it.")
             self.of_stream = (layer + (place == "resid_post"), sae, writes)
@@ -164,44 +171,44 @@ class _Parts:
                 f"(hook_resid_pre, hook_resid_post); this one writes {writes}."
             )
 
-    def rows(self, gradient: Float[Tensor, " d_model"]) -> list[Row]:
+    def rows(self, way: StreamGradients) -> list[Row]:
+        """All terms, from the logit's gradients along the residual stream."""
         frozen, at = self.frozen, self.at
         rows: list[Row] = []
 
-        def add(component: str, layer: int, written: Tensor, head: int = -1) -> None:
-            scale = scales[max(layer, 0)]
-            rows.append((component, layer, head, -1, float("nan"), scale * float(written @ gradient)))
+        def add(component: str, layer: int, written: Tensor, gradient: Tensor, head: int = -1) -> None:
+            rows.append((component, layer, head, -1, float("nan"), float(written @ gradient[0])))
 
-        first, scales = 0, frozen.scales(len(frozen.layers))
+        first = 0
         if self.of_stream is None:
-            add("embedding", -1, frozen.embedding[at])
+            add("embedding", -1, frozen.embedding[at], way.embedding)
         else:
             first, sae, hook = self.of_stream
             state = self.seen[hook][at]
-            rows += self._features(first - 1, sae, state, state, scales[first] * gradient)
+            rows += self._features(first - 1, sae, state, state, way.in_front[first][0])
         constants = frozen.attention_constants()
-        here, until = slice(at, at + 1), slice(0, at + 1)
-        across = self._across(gradient, scales) if self.mlp is not None else {}
+        here = slice(at, at + 1)
+        across = self._across(way.mlp_out) if self.mlp is not None else {}
         for index in range(first, len(frozen.layers)):
-            layer = frozen.layers[index]
-            before = self.seen[f"blocks.{layer.values_from}.hook_resid_pre"][: at + 1]
-            heads = layer.attention.heads(frozen.layers[layer.values_from].ln1(before, until), here)
+            layer, bias = frozen.layers[index], frozen.layers[frozen.layers[index].values_from].ln1.bias
+            normed = self.seen[f"blocks.{layer.values_from}.ln1.hook_out"][: at + 1]
+            heads = layer.attention.heads(normed if bias is None else normed - bias, here)
             if layer.ln1_post is not None:
                 heads = layer.ln1_post(heads, here)
             for head, written in enumerate(heads[:, 0]):
-                add("attention", index, written, head)
+                add("attention", index, written, way.attn_out[index], head)
             if bool(constants[index].any()):
-                add("bias", index, constants[index][at])
+                add("bias", index, constants[index][at], way.attn_out[index])
             if index in across:
                 rows += across[index]
             elif index in self.of_mlp:
                 sae, reads, _ = self.of_mlp[index]
-                rows += self._features(index, sae, self.seen[reads][at], layer.mlp_out[at], scales[index] * gradient)
+                rows += self._features(index, sae, self.seen[reads][at], layer.mlp_out[at], way.mlp_out[index][0])
             else:
-                add("mlp", index, layer.mlp_out[at])
+                add("mlp", index, layer.mlp_out[at], way.mlp_out[index])
             if layer.per_layer is not None:
-                add("table", index, layer.per_layer.table[at])
-                add("projection", index, layer.per_layer.projection[at])
+                add("table", index, layer.per_layer.table[at], way.ple_out[index])
+                add("projection", index, layer.per_layer.projection[at], way.ple_out[index])
         return rows
 
     def _features(
@@ -220,14 +227,14 @@ class _Parts:
             ("error", layer, -1, -1, float("nan"), float(nodes.errors[0] @ gradient)),
         ]
 
-    def _across(self, at_end: Float[Tensor, " d_model"], scales: Sequence[float]) -> dict[int, list[Row]]:
+    def _across(self, gradients: Mapping[int, Float[Tensor, "1 d_model"]]) -> dict[int, list[Row]]:
         """By layer written, what a cross-layer transcoder's features, b_dec and error come to; a feature stands with
         the layer that it reads, and has a row for each layer that it writes."""
         d = self.mlp
         features = d.encode({layer: self.seen[f"blocks.{layer}.ln2.hook_out"][self.at][None] for layer in d.layers})
         found: dict[int, list[Row]] = {}
         for written in d.layers:
-            gradient = scales[written] * at_end
+            gradient = gradients[written][0]
             b_dec = d.b_dec(written).to(gradient.device)
             rest = self.frozen.layers[written].mlp_out[self.at] - b_dec
             rows: list[Row] = []

@@ -1,7 +1,8 @@
 """`freeze`: one run of a prompt, after which its attention patterns and norm denominators are known.
 
 1. An attention function of our own records rotated queries, keys and masks (`scope.attribution.frozen_attention`).
-2. Handlers record the denominators of norms, what every layer's MLP wrote, and what per-layer embeddings made.
+2. Handlers record the denominators of norms, what every layer's MLP wrote, what per-layer embeddings made, and where
+   the residual stream is a stack how it was mixed (`scope.attribution.frozen_streams`).
 3. A layer's values may be an earlier layer's, or its keys, and may have a norm: its `FrozenLayer` holds whose they are.
 4. Under interventions all of it is of the model as edited; where these hold attention as it is without them, queries,
    keys and masks are the plain run's.
@@ -9,14 +10,17 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scope.attribution.frozen import FrozenLayer, FrozenModel, FrozenNorm
+from scope.attribution.frozen import FrozenLayer, FrozenModel
 from scope.attribution.frozen_attention import FrozenAttention, recording
+from scope.attribution.frozen_norm import FrozenNorm, norm_denominator
+from scope.attribution.frozen_streams import StreamEnds, altup_recorded
 from scope.attribution.graph_edits import Change, GraphEdits, edited_handlers
 from scope.attribution.linear_edits import LinearEdit, linear_edit
 from scope.errors import InvalidInputError
@@ -47,15 +51,9 @@ def freeze(
         The frozen model, and the activations of `extra_hooks`, float32.
 
     Raises:
-        InvalidInputError: an architecture whose attention is not transformers' attention interface, or whose residual
-            stream is a stack (AltUp).
+        InvalidInputError: an architecture whose attention is not transformers' attention interface.
     """
     layout = model.layout
-    if layout.n_streams > 1:
-        raise InvalidInputError(
-            f"{type(model.hf).__name__} has {layout.n_streams} residual streams (AltUp), which are mixed by what they "
-            "hold: there is no graph of exact linear effects. attribute() works on its hooks."
-        )
     recorded: dict[int, dict[str, Any]] = {}
     seen: dict[str, Tensor] = {}
     denominators: dict[str, Tensor] = {}
@@ -64,7 +62,8 @@ def freeze(
     norms = ["hook_resid_pre", *([after_attention] if after_attention else []), "hook_mlp_in"]
     wanted = ["hook_embed", *(["hook_pos_embed"] if family.pos_embed else [])]
     wanted += [f"blocks.{i}.hook_mlp_out" for i in range(layout.n_layers)]
-    last = f"blocks.{layout.n_layers - 1}.hook_resid_post"
+    last = layout.final_residual
+    stack = f"blocks.{layout.n_layers - 1}.hook_streams_post" if layout.n_streams > 1 else last
     names = [f"blocks.{i}.{name}" for i in range(layout.n_layers) for name in norms]
     table = model.hook_table
     owners = _value_layers(model)
@@ -75,13 +74,13 @@ def freeze(
         def at(value: Tensor) -> None:
             row = value[0].flatten(1)
             if name in names or name == last:
-                denominators[name] = _denominator(row, family.centred_norm, _eps(model))
+                denominators[name] = norm_denominator(row, family.centred_norm, _eps(model))
             if name in keep:
                 seen[name] = row.float().clone()
 
         return at
 
-    keep = {*wanted, last, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
+    keep = {*wanted, last, stack, *value_hooks.values(), *per_layer, *(table[name].name for name in extra_hooks)}
     # What an MLP writes is kept as it comes: the nodes write it. All else is what the model goes on with.
     written = {name for name in wanted if name.endswith("hook_mlp_out")}
     before = {name: handler(name) for name in written}
@@ -100,7 +99,7 @@ def freeze(
             held.enter_context(edits.attention(model, tokens))
         else:
             held.enter_context(recording(model, recorded))
-        with tapped(model.hf, handlers, stop=False):
+        with tapped(model.hf, handlers, stop=False), altup_recorded(model) as altup:
             model.hidden_states(tokens[None])
     if len(recorded) != layout.n_layers:
         raise InvalidInputError(
@@ -108,10 +107,14 @@ def freeze(
             "attention interface."
         )
     size = 4 * layout.n_layers * layout.n_heads * len(tokens) ** 2
+    if altup is not None:
+        denominators |= {f"blocks.{i}.hook_resid_pre": altup.norm_denominator(i) for i in range(layout.n_layers)}
     layers = tuple(
         _layer(model, index, owners[index], value_hooks, recorded[index], denominators, seen, size <= PATTERN_BYTES)
         for index in range(layout.n_layers)
     )
+    if altup is not None:
+        layers = tuple(replace(layer, stream=altup.stream(index)) for index, layer in enumerate(layers))
     embedding = seen["hook_embed"] - _put_there(linear.get("hook_embed", ()))
     embedding = embedding + (seen["hook_pos_embed"] if family.pos_embed else 0.0)
     norm = model.hf.get_submodule(layout.module(family.final_norm))
@@ -121,7 +124,10 @@ def freeze(
         family.centred_norm,
         None if getattr(norm, "bias", None) is None else norm.bias.detach().float(),
     )
-    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {}, linear)
+    ends = StreamEnds()
+    if altup is not None:
+        ends = altup.ends(seen["hook_embed"], seen[stack].unflatten(-1, (layout.n_streams, layout.d_model)))
+    frozen = FrozenModel(model, tokens, embedding, layers, final, seen[last], {}, linear, ends)
     return frozen, {name: seen[table[name].name] for name in extra_hooks}
 
 
@@ -136,13 +142,6 @@ def _put_there(edits: Sequence[LinearEdit]) -> Tensor | float:
 def _eps(model: Any) -> float:
     norm = model.hf.get_submodule(model.layout.module(model.layout.family.final_norm))
     return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-
-
-def _denominator(x: Float[Tensor, "*rows width"], centred: bool, eps: float) -> Float[Tensor, "*rows"]:
-    x = x.float()
-    if centred:
-        x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1) + eps).sqrt()
 
 
 def _value_layers(model: Any) -> list[int]:
@@ -195,7 +194,7 @@ def _layer(
     if owner in value_hooks:
         norm_of_values = model.hf.get_submodule(layout.layer(owner, family.attention)).v_norm
         values = seen[value_hooks[owner]].unflatten(-1, (sizes.n_key_value_heads, sizes.d_head))
-        value_denominator = _denominator(values, False, norm_of_values.eps).T
+        value_denominator = norm_denominator(values, False, norm_of_values.eps).T
         if value_bias is not None:
             raise InvalidInputError("A bias on values that are normed afterwards is not supported by graphs.")
     attention = FrozenAttention(

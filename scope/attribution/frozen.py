@@ -17,6 +17,8 @@ gradients with what was written there. No MLP is on the way: what MLPs do is wha
 Where a layer has an embedding table of its own (Gemma 4 E2B and E4B; `scope.models.per_layer`), its gate is held fixed
 too, so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it
 is on the way of. A norm on values, values that later layers share, and the scalar at a layer's end belong to the map.
+So does what Gemma 3n makes of its stack of residual streams (`scope.attribution.frozen_streams`): above, pre_l is then
+what a layer reads of the stack, and what it writes goes back into all streams.
 
 1. `scope.attribution.freezing.freeze` runs the prompt once and records queries, keys, the denominators of norms and
    what every layer wrote.
@@ -37,6 +39,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scope.attribution.frozen_attention import FrozenAttention, attended
+from scope.attribution.frozen_norm import FrozenNorm
+from scope.attribution.frozen_streams import FrozenStream, StreamEnds
 from scope.attribution.linear_edits import LinearEdit
 from scope.models.attention import own_attention
 from scope.models.per_layer import PerLayerWrites
@@ -45,41 +49,10 @@ __all__ = [
     "FrozenAttention",
     "FrozenLayer",
     "FrozenModel",
-    "FrozenNorm",
     "Pulled",
     "attention_as_frozen",
     "tensor_cores",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenNorm:
-    """x -> gain (x - mean x) / denominator, the mean only for a LayerNorm, the denominator as it was."""
-
-    gain: Float[Tensor, " d_model"]
-    denominator: Float[Tensor, " seq"]
-    centred: bool
-    bias: Float[Tensor, " d_model"] | None
-
-    def __call__(self, x: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
-        """The norm of the rows of some positions, without its bias."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        return x * self.gain / self.denominator[rows, None]
-
-    def backward(self, gradient: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
-        """The gradient at the norm's input."""
-        gradient = gradient * (self.gain / self.denominator[rows, None])
-        return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
-
-    def add_backward(
-        self, into: Float[Tensor, "*batch n d_model"], gradient: Float[Tensor, "*batch n d_model"], rows: slice
-    ) -> None:
-        """`into += backward(gradient, rows)`, in one pass over both where the mean is no part of it."""
-        if self.centred:
-            into += self.backward(gradient, rows)
-        else:
-            into.addcmul_(gradient, self.gain / self.denominator[rows, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +71,8 @@ class FrozenLayer:
     """What the layer's own embedding table and the projection of the main embedding wrote."""
     scale: float = 1.0
     """What the residual stream is multiplied by at the layer's end."""
+    stream: FrozenStream = field(default_factory=FrozenStream)
+    """How it reads and writes the residual stream."""
 
 
 class Pulled(NamedTuple):
@@ -128,19 +103,12 @@ class FrozenModel:
     """Per layer a linear part from what its MLP reads (`ln2`'s output) to what it writes: a skip transcoder's."""
     edits: Mapping[str, tuple[LinearEdit, ...]] = field(default_factory=dict)
     """Interventions in force, by hook name, in order."""
+    ends: StreamEnds = field(default_factory=StreamEnds)
+    """Where the residual stream begins and ends."""
 
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
-
-    def scales(self, until: int) -> list[float]:
-        """What becomes of a unit that each layer writes, up to the stream in front of layer `until` (n_layers: the
-        final norm): the product of the scalars at the layers' ends from there on. The first is of the embeddings too;
-        behind that of the last layer stands a 1."""
-        found = [1.0]
-        for layer in reversed(self.layers[:until]):
-            found.insert(0, found[0] * layer.scale)
-        return found
 
     def at_mlp_input(self, layer: int, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Tensor:
         """Directions at what the MLP of a layer reads, as gradients at the residual stream before its norm."""
@@ -175,43 +143,54 @@ class FrozenModel:
             for.
         """
         rows = int(positions.max()) + 1
-        n = len(self.layers)
-        now = gradients.new_zeros(len(gradients), rows, gradients.shape[1])
+        part, n = slice(0, rows), len(self.layers)
+        now = self.ends.zeros(gradients, rows)
         runs = torch.arange(len(gradients), device=gradients.device)
         top = int(layers.max())
         shared: dict[int, Tensor] = {}
         beside = self.model.layout.parallel
+        here = layers == n
+        now[runs[here], positions[here]] += self.ends.at_last(gradients[here], positions[here])
 
-        def inject(layer: int, skipped: Tensor | None = None) -> None:
+        def inject(layer: int, into: Tensor, skipped: Tensor | None) -> None:
             """What reaches the stream from what the MLP of a layer reads."""
             if skipped is not None:
-                self.layers[layer].ln2.add_backward(now, skipped, slice(0, rows))
+                self.layers[layer].ln2.add_backward(into, skipped, part)
             here = layers == layer
             if bool(here.any()):
-                now[runs[here], positions[here]] += gradients[here]
+                into[runs[here], positions[here]] += gradients[here]
 
-        inject(n)
         for layer in range(min(top, n - 1), -1, -1):
             block, skipped = f"blocks.{layer}.", None
+            frozen = self.layers[layer]
+            stream = frozen.stream
             if layer < top:
-                now = yield from self._in_front_of_edits(f"{block}hook_resid_post", now)
-                if self.layers[layer].scale != 1.0:
-                    now *= self.layers[layer].scale
-                if self.layers[layer].per_layer is not None:
-                    yield Pulled(layer, "ple_out", now)
-                written = yield from self._in_front_of_edits(f"{block}hook_mlp_out", now)
+                now = yield from self._in_front_of_stream_edits(f"{block}hook_resid_post", now, stream)
+                if frozen.scale != 1.0:
+                    now *= frozen.scale
+                if frozen.per_layer is not None:
+                    yield Pulled(layer, "ple_out", stream.at_table(now))
+            end = stream.at_end(now, part)
+            if layer < top:
+                written = yield from self._in_front_of_edits(f"{block}hook_mlp_out", end)
                 yield Pulled(layer, "mlp_out", written)
                 if layer in self.skips:
                     skipped = written @ self.skips[layer]
             if not beside:
-                inject(layer, skipped)
-            now = yield from self._in_front_of_edits(f"{block}hook_resid_mid", now)
-            written = yield from self._in_front_of_edits(f"{block}hook_attn_out", now)
+                inject(layer, end, skipped)
+            end = yield from self._in_front_of_edits(f"{block}hook_resid_mid", end)
+            end = stream.at_attention(end)
+            written = yield from self._in_front_of_edits(f"{block}hook_attn_out", end)
             yield Pulled(layer, "attn_out", written)
-            yield from self._through_attention(layer, now, written, shared)
+            normed = stream.beside_attention(end, part)
+            yield from self._through_attention(layer, end, written, shared)
+            if normed is not None:
+                frozen.ln1.add_backward(end, normed, part)
             if beside:
-                inject(layer, skipped)
-            now = yield from self._in_front_of_edits(f"{block}hook_resid_pre", now)
+                inject(layer, end, skipped)
+            now = stream.in_front(now, end, part)
+            now = yield from self._in_front_of_stream_edits(f"{block}hook_resid_pre", now, stream)
+        now = self.ends.at_embedding(now, part)
         yield from self._in_front_of_edits("hook_embed", now)
         yield Pulled(-1, "embedding", now)
 
@@ -222,6 +201,15 @@ class FrozenModel:
             gradient = edit.backward(gradient, slice(0, gradient.shape[1]))
         return gradient
 
+    def _in_front_of_stream_edits(
+        self, hook: str, gradient: Tensor, stream: FrozenStream
+    ) -> Generator[Pulled, None, Tensor]:
+        """The same at the active stream of a stack."""
+        if hook not in self.edits:
+            return gradient
+        active = yield from self._in_front_of_edits(hook, stream.active(gradient))
+        return stream.with_active(gradient, active)
+
     def let_through(self, hook: str, value: Float[Tensor, "*batch n d"], rows: slice) -> Float[Tensor, "*batch n d"]:
         """What the interventions at a hook let through of something at some positions."""
         for edit in self.edits.get(hook, ()):
@@ -229,45 +217,65 @@ class FrozenModel:
         return value
 
     def push_forward(
-        self, layer: int, positions: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"], until: int
+        self,
+        layer: int,
+        positions: Int[Tensor, " n"],
+        vectors: Float[Tensor, "n d_model"],
+        until: int,
+        where: Literal["mlp_out", "ple_out"] = "mlp_out",
     ) -> Iterator[tuple[int, Float[Tensor, "n seq d_model"]]]:
-        """What vectors that stand in the residual stream behind the MLP of a layer become on the way to a later one:
-        the transpose of `pull_back`.
+        """What vectors that are written to the residual stream become on the way to a later layer: the transpose of
+        `pull_back`.
 
         Args:
             layer: the layer that writes; -1 for the embeddings.
             positions: where each is written.
             vectors: what is written, as interventions on it let it through.
             until: the layer to stop before; n_layers for the logits.
+            where: whether the layer's MLP writes or its per-layer embedding.
 
         Yields:
-            (layer, what the vectors have made of the residual stream in front of that layer's attention).
+            (layer, what the vectors have made of what that layer's first norm reads).
         """
-        now = vectors.new_zeros(len(vectors), self.n_tokens, vectors.shape[1])
-        now[torch.arange(len(vectors), device=vectors.device), positions] = vectors
+        written = vectors.new_zeros(len(vectors), self.n_tokens, vectors.shape[1])
+        written[torch.arange(len(vectors), device=vectors.device), positions] = vectors
         rows = slice(0, self.n_tokens)
-        if layer >= 0:
-            now = self.let_through(f"blocks.{layer}.hook_resid_post", now * self.layers[layer].scale, rows)
+        if layer < 0:
+            now = self.ends.enter(written, rows)
+        else:
+            stream, nothing = self.layers[layer].stream, torch.zeros_like(written)
+            if where == "ple_out":
+                now = stream.of_table(written)
+            else:
+                now = stream.out_of_layer(self.ends.enter(nothing, rows), nothing, written, rows)
+            now = self._stream_let_through(f"blocks.{layer}.hook_resid_post", now * self.layers[layer].scale, stream)
         read: dict[int, Tensor] = {}
         for index in range(layer + 1, min(until + 1, len(self.layers))):
-            block = f"blocks.{index}."
-            now = self.let_through(f"{block}hook_resid_pre", now, rows)
-            yield index, now
-            frozen = self.layers[index]
-            read[index] = frozen.ln1(now, rows)
+            block, frozen = f"blocks.{index}.", self.layers[index]
+            now = self._stream_let_through(f"{block}hook_resid_pre", now, frozen.stream)
+            now, before = frozen.stream.into_layer(now, rows)
+            yield index, before
+            read[index] = frozen.ln1(before, rows)
             # What an earlier layer read before anything was written is not changed by it.
-            values = read.get(frozen.values_from, torch.zeros_like(now))
+            values = read.get(frozen.values_from, torch.zeros_like(before))
             heads = self.let_through(f"{block}attn.hook_z", frozen.attention.read(values, rows), rows)
             written = frozen.attention.out_of_heads(heads)
             written = written if frozen.ln1_post is None else frozen.ln1_post(written, rows)
-            before = now
-            now = now + self.let_through(f"{block}hook_attn_out", written, rows)
-            now = self.let_through(f"{block}hook_resid_mid", now, rows)
+            written = self.let_through(f"{block}hook_attn_out", written, rows)
+            end = frozen.stream.behind_attention(before, written, read[index], rows)
+            end = self.let_through(f"{block}hook_resid_mid", end, rows)
             if index in self.skips and index < until:
-                read_by_mlp = before if self.model.layout.parallel else now
+                read_by_mlp = before if self.model.layout.parallel else end
                 written = frozen.ln2(read_by_mlp, rows) @ self.skips[index].T
-                now = now + self.let_through(f"{block}hook_mlp_out", written, rows)
-            now = self.let_through(f"{block}hook_resid_post", now * frozen.scale, rows)
+                end = end + self.let_through(f"{block}hook_mlp_out", written, rows)
+            now = frozen.stream.out_of_layer(now, before, end, rows) * frozen.scale
+            now = self._stream_let_through(f"{block}hook_resid_post", now, frozen.stream)
+
+    def _stream_let_through(self, hook: str, stack: Tensor, stream: FrozenStream) -> Tensor:
+        """What the interventions at the active stream of a stack let through."""
+        if hook not in self.edits:
+            return stack
+        return stream.with_active(stack, self.let_through(hook, stream.active(stack), slice(0, self.n_tokens)))
 
     def _through_attention(
         self,

@@ -22,9 +22,10 @@ On a GPU the edges of a model in half precision are as exact as TF32's 10 bits, 
 
 What BOS makes of the MLP is an error node: no dictionary is trained on it.
 
-Where layers have embedding tables of their own (Gemma 4 E2B, E4B), what a layer's table wrote for a token is a source
-too, a "table" node of that layer and position; what the projection of the main embedding wrote there is counted to the
-"embedding" node of the token. The gate between the two and the residual stream is held fixed, as attention is.
+Where layers have embedding tables of their own (Gemma 3n; Gemma 4 E2B, E4B), what a layer's table wrote for a token is
+a source too, a "table" node of that layer and position; what the projection of the main embedding wrote there is
+counted to the "embedding" node of the token. The gate between the two and the residual stream is held fixed, as
+attention is.
 
 Under a standing intervention (`spec`) all of this is of the model as edited. What the intervention lets through is part
 of the linear map; what it puts there, at each token, is an "intervention" node with edges of its own; features of the

@@ -54,6 +54,8 @@ class GraphNeeds:
     """Layers with an embedding table of their own."""
     n_skips: int = 0
     """Layers whose transcoder has a linear part."""
+    n_streams: int = 1
+    """Residual streams (AltUp)."""
 
     def parts(self, settings: GraphSettings) -> dict[str, int]:
         """Bytes, by what they are for: the prompt, the edges, and the largest of what comes and goes."""
@@ -99,6 +101,7 @@ class GraphNeeds:
         kept += n * t * (heads + self.n_key_value_heads) * self.d_head * self.itemsize  # queries, keys, perhaps values
         kept += 2 * t * t * self.itemsize  # masks
         kept += 4 * d * (n * heads * self.d_head + self.n_skips * d)  # W_V, W_O, W_skip
+        kept += 8 * (self.n_streams - 1) * d * d  # what makes AltUp's streams of the embedding, and one of them all
         return kept + self._patterns + 80 * self._firing  # where each feature is, its value, its place in a piece
 
     def _reading(self) -> int:
@@ -148,14 +151,17 @@ def graph_needs(
         _n_gradients(layout) + (EDITED if edited else 0),
         layout.n_layers if layout.d_per_layer else 0,
         sum(dictionaries.skip(layer) is not None for layer in dictionaries.layers),
+        layout.n_streams,
     )
 
 
 def _n_gradients(layout: Any) -> int:
     """One more behind a norm of what attention writes; two for a norm that takes the mean out; and where values are
-    shared those that wait for the layers whose values they are, one for each kind of attention, and a sum."""
+    shared those that wait for the layers whose values they are, one for each kind of attention, and a sum. A stack of
+    streams is there three times while it is mixed, beside what goes through the layer."""
     shared = any("k" not in sizes.projections for sizes in layout.sizes)
-    return 2 + bool(layout.family.ln1_post) + 2 * layout.family.centred_norm + (3 if shared else 0)
+    stack = 3 * layout.n_streams if layout.n_streams > 1 else 0
+    return 2 + bool(layout.family.ln1_post) + 2 * layout.family.centred_norm + (3 if shared else 0) + stack
 
 
 def _l0(sae: Any) -> float:

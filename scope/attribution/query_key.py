@@ -16,11 +16,13 @@ where a feature that does not fire at k' counts 0 there, and those that fire at 
 node for each layer, "elsewhere". The relative weights add up to the score minus its mean over the other keys. Scores
 are before soft-capping.
 
-Where layers scale the stream (Gemma 4), what was written before them counts with their scales. A layer that takes its
-keys from an earlier one has a key side of that layer: what was written before it, through its norms.
+Where layers scale the stream (Gemma 4), what was written before them counts with their scales; where they mix several
+streams (AltUp, Gemma 3n), as these are mixed on the way (`scope.attribution.along_stream`). A layer that takes its keys
+from an earlier one has a key side of that layer: what was written before it, through its norms.
 
 1. The prompt is read once (`scope.attribution.reading.read_prompt`), and what every attention layer wrote.
-2. What was written at the query and at each key goes through the layer's norm, its projection and the rotation.
+2. The head's projection with its rotation is pulled back through the layer's norm and along the residual stream to
+   everything that writes to it: at the query, and at each key.
 3. Pairs at this key, and the sum over the other keys, node by node.
 """
 
@@ -31,7 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scope.attribution.frozen import FrozenNorm
+from scope.attribution.along_stream import along_the_stream
+from scope.attribution.frozen_norm import FrozenNorm
 from scope.attribution.reading import Prompt, read_prompt
 from scope.errors import OutOfRangeError
 
@@ -109,7 +112,7 @@ def qk_pairs(
 
     Raises:
         OutOfRangeError: there is no such layer, head or position, or the key lies behind the query.
-        InvalidInputError: the model's residual stream is a stack (AltUp), or its attention cannot be frozen.
+        InvalidInputError: the model's attention cannot be frozen.
     """
     tokens = model.prompt_tokens(prompt)
     layout = model.layout
@@ -231,49 +234,46 @@ class _Written:
         self.read, self.attention_out, self.until = read, attention_out, layer
         self.layers = [index for index in read.firing if index < layer]
         """Of the features."""
-        self.scales = read.frozen.scales(layer)
 
     def at(self, position: int, side: "_Side") -> tuple[list[PairNode], Float[Tensor, "n d_head"]]:
         """The nodes of a position, biases last, and what each comes to in a head's query or key there."""
-        nodes, parts = self._parts(position)
-        norm = self.read.frozen.layers[self.until].ln1
-        heads = side.project(norm(parts[:, None], slice(position, position + 1))[:, 0], position)
-        heads[-1] += side.bias(norm, position)
-        return nodes, heads
-
-    def _parts(self, position: int) -> tuple[list[PairNode], Float[Tensor, "n d_model"]]:
-        read, d = self.read, self.read.dictionaries
-        nodes, parts = [PairNode("embedding")], [self.scales[0] * read.frozen.embedding[position][None]]
-        rests = [frozen.mlp_out[position] for frozen in read.frozen.layers[: self.until]]
+        read, frozen, d = self.read, self.read.frozen, self.read.dictionaries
+        norm = frozen.layers[self.until].ln1
+        directions = norm.backward(side.directions(position)[:, None], slice(position, position + 1))[:, 0]
+        way = along_the_stream(frozen, directions, position, self.until, "attention", skips=False)
+        nodes, parts = [PairNode("embedding")], [frozen.embedding[position] @ way.embedding.T]
+        features = torch.zeros(0, len(directions), device=directions.device)
+        rests = [layer.mlp_out[position] for layer in frozen.layers[: self.until]]
         for index in self.layers:
             firing = read.firing[index]
             ends = torch.tensor([position, position + 1], device=firing.position.device)
             start, stop = torch.searchsorted(firing.position, ends).tolist()
             ids, values = firing.feature[start:stop], firing.activation[start:stop, None]
-            total = torch.zeros(len(ids), parts[0].shape[1], device=parts[0].device)
+            total = torch.zeros(len(ids), len(directions), device=directions.device)
             for written in d.written_from(index):
                 if written < self.until:
                     rows = values * d.decoder(index, ids, written).to(total.device)
                     rests[written] = rests[written] - rows.sum(0)
-                    total += self.scales[written] * rows
+                    total += rows @ way.mlp_out[written].T
             nodes += [PairNode("feature", index, feature) for feature in ids.tolist()]
-            parts.append(total)
-        bias = torch.zeros_like(parts[0])
+            features = torch.cat([features, total])
+        bias = side.bias(norm, position)
+        others = []
         for index, rest in enumerate(rests):
-            error, scale = read.errors[index][position], self.scales[index]
+            error, at_mlp = read.errors[index][position], way.mlp_out[index].T
             nodes += [PairNode("attention", index), PairNode("error", index)]
-            parts += [scale * self.attention_out[index][position][None], scale * error[None]]
+            others += [self.attention_out[index][position] @ way.attn_out[index].T, error @ at_mlp]
             if index in read.mlp_biases:
-                bias = bias + scale * read.mlp_biases[index]
-            if index in read.frozen.skips:
+                bias = bias + read.mlp_biases[index] @ at_mlp
+            if index in frozen.skips:
                 nodes.append(PairNode("skip", index))
-                parts.append(scale * (rest - error - read.mlp_biases[index])[None])
-            per_layer = read.frozen.layers[index].per_layer
+                others.append((rest - error - read.mlp_biases[index]) @ at_mlp)
+            per_layer = frozen.layers[index].per_layer
             if per_layer is not None:
                 nodes.append(PairNode("table", index))
-                parts.append(scale * per_layer.table[position][None])
-                parts[0] = parts[0] + scale * per_layer.projection[position][None]
-        return [*nodes, PairNode("bias")], torch.cat([*parts, bias])
+                others.append(per_layer.table[position] @ way.ple_out[index].T)
+                parts[0] = parts[0] + per_layer.projection[position] @ way.ple_out[index].T
+        return [*nodes, PairNode("bias")], torch.cat([parts[0][None], features, torch.stack([*others, bias])])
 
 
 class _Side:
@@ -301,9 +301,9 @@ class _Side:
             gain = norm.weight.detach().float() + (1.0 if family.gain_offset else 0.0)
             self.gain = gain / (own.square().mean(-1, keepdim=True) + eps).sqrt()
 
-    def project(self, normed: Float[Tensor, "n d_model"], position: int) -> Float[Tensor, "n d_head"]:
-        """Queries or keys of some parts of the stream at a position."""
-        return self._placed(normed @ self.weight.T, position)
+    def directions(self, position: int) -> Float[Tensor, "d_head d_model"]:
+        """From what the layer's norm gives at a position to each number of the query or key."""
+        return self._placed(self.weight.T, position).T
 
     def bias(self, norm: FrozenNorm, position: int) -> Float[Tensor, " d_head"]:
         """What the biases of the projection and of the norm before it come to."""

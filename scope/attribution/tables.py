@@ -14,8 +14,7 @@ after it reacting (as in `scope.attribution.methods`):
   the tables.
 
 The main embedding stays as it is, so that the two ways in which a token gets into the model are told apart. BOS keeps
-its rows, unless a counterfactual prompt has another token there. It needs no dictionaries and no frozen model, and so
-works where the residual stream is a stack (Gemma 3n), for which there are no graphs.
+its rows, unless a counterfactual prompt has another token there. It needs no dictionaries and no frozen model.
 """
 
 from collections.abc import Callable
