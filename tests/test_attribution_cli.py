@@ -11,9 +11,12 @@ from helpers_saes import make
 from test_attribution_graph import ALL, prompt_of, transcoders
 from test_cli import scope
 
+from scope.attribution.baselines import zero
 from scope.attribution.graph import build_graph
 from scope.attribution.graph_json import load_graph, save_graph
+from scope.attribution.methods import attribute
 from scope.attribution.pruning import prune
+from scope.attribution.targets import router_logit
 from scope.errors import InvalidInputError
 from scope.saes.base import SAEMetadata
 from scope.saes.formats import save
@@ -148,6 +151,19 @@ def test_a_logit_as_a_sum_of_components_from_the_command_line(folder):
     assert split["value"] == pytest.approx(plain["value"], rel=1e-4)
 
 
+def test_a_routers_choice_from_the_command_line(tmp_path):
+    model = tiny_model("qwen3_moe")
+    sae = make("topk", d_in=model.d_model, metadata=SAEMetadata(hook_name="blocks.0.hook_resid_post"))
+    save(sae, tmp_path / "sae")
+    common = ("--model", tiny_folder("qwen3_moe"), "--prompt", PROMPT, "--json")
+    found = scope("attribute", "--sae", tmp_path / "sae", "--router", "2:1", "--steps", 2, *common)
+    expected = attribute(model, PROMPT, router_logit(model, 2, 1), sae, "integrated_gradients", zero(), steps=2)
+    assert found["target"] == expected.target == "router logit of expert 1 in layer 2"
+    assert found["value"] == pytest.approx(expected.value, rel=1e-4)
+    strongest = expected.table.iloc[0]
+    assert found["effects"][0]["effect"] == pytest.approx(strongest["effect"], rel=1e-3)
+
+
 def test_what_is_wrong_is_said(folder, tmp_path):
     common = ("--model", tiny_folder("gemma3"), "--prompt", PROMPT, "--json")
     for arguments, told in (
@@ -155,6 +171,10 @@ def test_what_is_wrong_is_said(folder, tmp_path):
         (("attribute", "--sae", folder / "sae", "--target", "a", "--method", "guess"), "integrated_gradients"),
         (("attribute", "--sae", folder / "sae", "--target", "a", "--position", 400), "out of range"),
         (("attribute", "--target", "a"), "--method components"),
+        (("attribute", "--sae", folder / "sae"), "--target TOKEN, or --router"),
+        (("attribute", "--sae", folder / "sae", "--router", "3"), "expected LAYER:EXPERT"),
+        (("attribute", "--sae", folder / "sae", "--router", "1:0", "--against", "a"), "no --against"),
+        (("attribute", "--sae", folder / "sae", "--router", "1:0"), "has no experts"),
         (("attribute", "--target", "a", "--method", "components", "--counterfactual", "x"), "--counterfactual"),
         (("graph", "--transcoders", folder / "sae", "--out", tmp_path / "g.json"), "ln2.hook_out"),
         (("graph", "--transcoders", tmp_path, "--out", tmp_path / "g.json"), "holds no transcoders"),

@@ -117,13 +117,14 @@ def check_sums(model, saes, graph):
     found = sums_of(graph)[expanded["node"]] + expanded["bias"]
     np.testing.assert_allclose(found, expanded["value"], rtol=3e-3, atol=3e-4)
     logits = graph.nodes[graph.nodes["kind"] == "logit"]
-    whole = model.run(torch.tensor(graph.token_ids), edits=graph.spec.resolve(model, saes)).logits[-1]
+    edited = model.run(torch.tensor(graph.token_ids), edits=graph.spec.resolve(model, saes)).logits
+    whole = edited[-1]
     cap = model.layout.final_logit_softcapping
     uncapped = whole if cap is None else cap * torch.atanh(whole / cap)
     centred = (uncapped[logits["feature"].tolist()] - uncapped.mean()).detach().numpy()
     np.testing.assert_allclose(logits["value"], centred, rtol=1e-3, atol=1e-4)
-    plain = model.run(torch.tensor(graph.token_ids)).logits[-1]
-    assert not torch.allclose(whole, plain, atol=1e-3)
+    plain = model.run(torch.tensor(graph.token_ids)).logits
+    assert not torch.allclose(edited, plain, atol=1e-3)
 
 
 @cases()

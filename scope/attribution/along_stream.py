@@ -54,7 +54,7 @@ def along_the_stream(
     """
     here, n_layers = slice(at, at + 1), len(frozen.layers)
     where = torch.full((len(gradients),), at, device=gradients.device)
-    beside = frozen.model.layout.parallel
+    beside, stacked = frozen.model.layout.parallel, frozen.model.layout.n_streams > 1
     found = StreamGradients({}, {}, {}, {}, gradients, torch.zeros(len(gradients), device=gradients.device))
 
     def in_front(hook: str, gradient: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ def along_the_stream(
         found.in_front[until] = now[:, 0]
     for index in range(min(until, n_layers - 1), -1, -1):
         block, layer = f"blocks.{index}.", frozen.layers[index]
-        stream, into_mlp = layer.stream, torch.zeros_like(gradients)[:, None]
+        stream, into_mlp = layer.stream, None
         if index < until:
+            now = now.clone() if stacked else now  # a stack is changed in place
             if f"{block}hook_resid_post" in frozen.edits:
-                now = now.clone()
                 now = stream.with_active(now, in_front(f"{block}hook_resid_post", stream.active(now)))
-            now = now * layer.scale
+            now = now if layer.scale == 1.0 else now * layer.scale
             if layer.per_layer is not None:
                 found.ple_out[index] = stream.at_table(now)[:, 0]
         end = stream.at_end(now, here)
@@ -87,12 +87,12 @@ def along_the_stream(
             into_mlp = gradients[:, None]
         if index < until or reads == "mlp":
             # Where both stand beside each other an MLP reads what attention reads, and not what it writes.
-            end = end if beside else end + into_mlp
+            end = end if beside or into_mlp is None else end + into_mlp
             end = stream.at_attention(in_front(f"{block}hook_resid_mid", end))
             written = in_front(f"{block}hook_attn_out", end)
             found.attn_out[index] = written[:, 0]
             normed = stream.beside_attention(end, here)
-            end = end + into_mlp if beside else end
+            end = end + into_mlp if beside and into_mlp is not None else end
             if normed is not None:
                 end = end + layer.ln1.backward(normed, here)
         else:

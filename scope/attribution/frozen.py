@@ -14,11 +14,11 @@ An MLP reads mid_l, or pre_l where attention and MLP stand beside each other (Py
 gradient at what every layer before it writes, and at the embeddings. A target's edges are the inner products of those
 gradients with what was written there. No MLP is on the way: what MLPs do is what features and error nodes stand for.
 
-Where a layer has an embedding table of its own (Gemma 4 E2B and E4B; `scope.models.per_layer`), its gate is held fixed
-too, so that what it writes is linear in the token's row and in the main embedding: two sources that no layer before it
-is on the way of. A norm on values, values that later layers share, and the scalar at a layer's end belong to the map.
-So does what Gemma 3n makes of its stack of residual streams (`scope.attribution.frozen_streams`): above, pre_l is then
-what a layer reads of the stack, and what it writes goes back into all streams.
+Where a layer has an embedding table of its own (`scope.models.per_layer`), its gate is held fixed too, so that what it
+writes is linear in the token's row and in the main embedding: two sources that no layer before it is on the way of. A
+norm on values, values that later layers share, and the scalar at a layer's end belong to the map. So does what Gemma 3n
+makes of its stack of residual streams (`scope.attribution.frozen_streams`): above, pre_l is then what a layer reads of
+the stack, and what it writes goes back into all streams.
 
 1. `scope.attribution.freezing.freeze` runs the prompt once and records queries, keys, the denominators of norms and
    what every layer wrote.

@@ -250,24 +250,25 @@ class _Written:
             start, stop = torch.searchsorted(firing.position, ends).tolist()
             ids, values = firing.feature[start:stop], firing.activation[start:stop, None]
             total = torch.zeros(len(ids), len(directions), device=directions.device)
-            for written in d.written_from(index):
-                if written < self.until:
-                    rows = values * d.decoder(index, ids, written).to(total.device)
-                    rests[written] = rests[written] - rows.sum(0)
-                    total += rows @ way.mlp_out[written].T
+            for place in d.written_from(index):
+                if place < self.until:
+                    rows = values * d.decoder(index, ids, place).to(total.device)
+                    rests[place] = rests[place] - rows.sum(0)
+                    total += rows @ way.mlp_out[place].T
             nodes += [PairNode("feature", index, feature) for feature in ids.tolist()]
             features = torch.cat([features, total])
         bias = side.bias(norm, position)
         others = []
         for index, rest in enumerate(rests):
-            error, at_mlp = read.errors[index][position], way.mlp_out[index].T
+            error, own_bias = read.errors[index][position], read.mlp_biases.get(index)
+            own_bias = torch.zeros_like(error) if own_bias is None else own_bias
+            written = torch.stack([error, own_bias, rest - error - own_bias]) @ way.mlp_out[index].T
             nodes += [PairNode("attention", index), PairNode("error", index)]
-            others += [self.attention_out[index][position] @ way.attn_out[index].T, error @ at_mlp]
-            if index in read.mlp_biases:
-                bias = bias + read.mlp_biases[index] @ at_mlp
+            others += [self.attention_out[index][position] @ way.attn_out[index].T, written[0]]
+            bias = bias + written[1]
             if index in frozen.skips:
                 nodes.append(PairNode("skip", index))
-                others.append((rest - error - read.mlp_biases[index]) @ at_mlp)
+                others.append(written[2])
             per_layer = frozen.layers[index].per_layer
             if per_layer is not None:
                 nodes.append(PairNode("table", index))

@@ -53,7 +53,9 @@ def register(app: typer.Typer) -> None:
     def attribute(
         model: ModelOption,
         prompt: Annotated[str, typer.Option(help="The text.")],
-        target: Annotated[str, typer.Option(help="The next token that is asked about, with its space: ' cold'.")],
+        target: Annotated[
+            str | None, typer.Option(help="The next token that is asked about, with its space: ' cold'.")
+        ] = None,
         sae: Annotated[
             list[str] | None,
             typer.Option(
@@ -63,6 +65,14 @@ def register(app: typer.Typer) -> None:
         ] = None,
         against: Annotated[
             str | None, typer.Option(help="Another next token: the difference of their logits is explained.")
+        ] = None,
+        router: Annotated[
+            str | None,
+            typer.Option(
+                metavar="LAYER:EXPERT",
+                help="In the place of a next token: what the router of a layer gives an expert, relative to the mean "
+                "over the experts.",
+            ),
         ] = None,
         counterfactual: Annotated[
             str | None,
@@ -87,14 +97,24 @@ def register(app: typer.Typer) -> None:
         embeddings: EmbeddingsOption = "device",
         allow_download: DownloadOption = False,
     ) -> Outcome:
-        """Attribute a next token to the features and errors of some SAEs, or to the model's own components."""
+        """Attribute a next token, or an expert's choice, to the features and errors of some SAEs, or a next token to
+        the model's own components."""
         from scope.attribution.baselines import counterfactual as against_prompt
         from scope.attribution.baselines import zero
         from scope.attribution.methods import attribute as run
-        from scope.attribution.targets import logit, logit_difference
+        from scope.attribution.targets import logit, logit_difference, router_logit
         from scope.errors import InvalidInputError
 
-        if method == COMPONENTS:
+        if router is not None:
+            if target is not None or against is not None or method == COMPONENTS:
+                raise InvalidInputError(
+                    "--router asks about one expert, and about features of SAEs: it takes no --target, no --against "
+                    "and no --method components."
+                )
+            layer, expert = _layer_and_expert(router)
+        elif target is None:
+            raise InvalidInputError("Give what is asked about: --target TOKEN, or --router LAYER:EXPERT.")
+        elif method == COMPONENTS:
             if counterfactual is not None:
                 raise InvalidInputError(
                     "--method components takes no --counterfactual: it splits the logit itself, not its difference to "
@@ -110,7 +130,10 @@ def register(app: typer.Typer) -> None:
                 "--method components."
             )
         opened, saes = opened_with(model, sae, device, allow_download, embeddings)
-        asked = logit(target, position) if against is None else logit_difference(target, against, position)
+        if target is None:
+            asked = router_logit(opened, layer, expert, position)
+        else:
+            asked = logit(target, position) if against is None else logit_difference(target, against, position)
         baseline = zero() if counterfactual is None else against_prompt(counterfactual)
         with progress_bar("Attributing (runs)") as progress:
             found = run(
@@ -360,6 +383,15 @@ def _under(graph: "CircuitGraph") -> str:
 
 def _spec_of(graph: "CircuitGraph") -> dict[str, Any]:
     return {} if graph.spec is None else {"spec": graph.spec.to_dict()}
+
+
+def _layer_and_expert(router: str) -> tuple[int, int]:
+    from scope.errors import InvalidInputError
+
+    layer, _, expert = router.partition(":")
+    if not (layer.isdigit() and expert.isdigit()):
+        raise InvalidInputError(f"--router is {router!r}; expected LAYER:EXPERT, such as 3:17.")
+    return int(layer), int(expert)
 
 
 def _components(
