@@ -117,11 +117,12 @@ def _gemma3_multimodal(d_vocab: int) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def _gemma3n(d_vocab: int) -> Any:
-    """Three AltUp streams, sparse and plain MLPs, and two layers that share the keys and values of the first two."""
+def _gemma3n(d_vocab: int, n_streams: int = 3, active_stream: int = 0) -> Any:
+    """AltUp streams, sparse and plain MLPs, and two layers that share the keys and values of the first two."""
     config = _rotary_config(
         d_vocab, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=12,
-        sliding_window=8, vocab_size_per_layer_input=d_vocab, hidden_size_per_layer_input=6, altup_num_inputs=3,
+        sliding_window=8, vocab_size_per_layer_input=d_vocab, hidden_size_per_layer_input=6, altup_num_inputs=n_streams,
+        altup_active_idx=active_stream,
         laurel_rank=4, num_kv_shared_layers=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0],
     )  # fmt: skip
     return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**config))

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers_models import one_thread, tiny_model
+from helpers_models import one_thread, tiny_folder
 from helpers_saes import make
 from test_attribution_graph import ALL, prompt_of, transcoders
 
@@ -14,6 +14,7 @@ from scope.attribution.freezing import freeze
 from scope.attribution.frozen import attention_as_frozen
 from scope.attribution.path_patching import path_patching
 from scope.errors import InvalidInputError
+from scope.models import LanguageModel
 from scope.models.taps import tapped
 from scope.saes.base import SAEMetadata
 
@@ -30,7 +31,6 @@ class FrozenModules:
     def __init__(self, model, prompt):
         self.model, self.prompt = model, prompt
         self.frozen, _ = freeze(model, prompt)
-        self.patched = {}
         hf, layers = model.hf.model, model.hf.model.layers
         norms = [hf.norm, hf.per_layer_projection_norm]
         for layer in layers:
@@ -51,13 +51,13 @@ class FrozenModules:
             hooks = [f"blocks.{i}.{name}" for i in range(model.n_layers) for name in ("hook_mlp_out", "ple.hook_gate")]
             attention = [f"blocks.{i}.hook_attn_out" for i in range(model.n_layers)]
             last = f"blocks.{model.n_layers - 1}.hook_streams_post"
-            self.values = model.run(prompt, hooks=[*hooks, *attention, last]).activations
-        self.held = {hook: self.values[hook] for hook in hooks}
-        self.attention = {hook: self.values[hook] for hook in attention}
-        self.stack = self.values[last]
+            values = model.run(prompt, hooks=[*hooks, *attention, last]).activations
+        self.held = {hook: values[hook] for hook in hooks}
+        self.attention = {hook: values[hook] for hook in attention}
+        self.stack = values[last]
         self.norms = {
-            norm: (values[0].square().mean(-1, keepdim=True) + norm.eps).rsqrt() * getattr(norm, "weight", 1.0)
-            for norm, values in seen.items()
+            norm: (read[0].square().mean(-1, keepdim=True) + norm.eps).rsqrt() * getattr(norm, "weight", 1.0)
+            for norm, read in seen.items()
         }
         self.routed = routed
 
@@ -103,9 +103,11 @@ class FrozenModules:
         return (torch.stack(parts).mean(0) * self.norms[hf.norm][0]).detach()
 
 
-@pytest.fixture(scope="module")
-def case():
-    model = tiny_model("gemma3n")
+@pytest.fixture(scope="module", params=[(3, 0), (4, 1)], ids=["3 streams", "4 streams, the second active"])
+def case(request):
+    n_streams, active = request.param
+    folder = tiny_folder("gemma3n", n_streams=n_streams, active_stream=active)
+    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
     made = transcoders(model)
     prompt = prompt_of(model, LENGTH)
     return model, made, prompt, build_graph(model, prompt, made, ALL), FrozenModules(model, prompt)
@@ -197,7 +199,7 @@ def test_components_of_a_logit_are_what_it_loses_along_the_streams_without_them(
 def test_an_sae_of_one_of_the_streams_does_not_stand_for_all_before_it(case):
     model, _, prompt, _, _ = case
     sae = make("topk", d_in=model.d_model, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post"))
-    with pytest.raises(InvalidInputError, match="one of 3 residual streams"):
+    with pytest.raises(InvalidInputError, match=f"one of {model.layout.n_streams} residual streams"):
         logit_components(model, prompt, 300, dictionaries=[sae])
 
 
@@ -206,7 +208,7 @@ def test_edges_come_true_in_the_model_and_a_circuit_is_measured(case):
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     sources = features[features["node"].isin(graph.source)]["node"].tolist()
     found = path_patching(graph, model, made, sources)
-    assert found.attention_frozen.correlation > 0.8
+    assert found.attention_frozen.correlation > 0.5  # routers and other norms are live
     assert found.model.correlation > found.random.correlation + 0.3
     small = prune(graph, 0.6, 0.9)
     assert verify(small, model, made).attention_frozen.n > 10

@@ -77,7 +77,7 @@ def along_the_stream(
             now = now if layer.scale == 1.0 else now * layer.scale
             if layer.per_layer is not None:
                 found.ple_out[index] = stream.at_table(now)[:, 0]
-        end = stream.at_end(now, here)
+        past, end = stream.at_end(now, here)
         if index < until:
             written = in_front(f"{block}hook_mlp_out", end)
             found.mlp_out[index] = written[:, 0]
@@ -97,7 +97,7 @@ def along_the_stream(
                 end = end + layer.ln1.backward(normed, here)
         else:
             end = gradients[:, None]
-        now = stream.in_front(now, end, here)
+        now = stream.in_front(past, end, here)
         if f"{block}hook_resid_pre" in frozen.edits:
             now = stream.with_active(now, in_front(f"{block}hook_resid_pre", stream.active(now)))
         found.in_front[index] = now[:, 0]

@@ -59,7 +59,9 @@ def freeze(
     denominators: dict[str, Tensor] = {}
     family = layout.family
     after_attention = "attn.hook_out" if family.ln1_post else None
-    norms = ["hook_resid_pre", *([after_attention] if after_attention else []), "hook_mlp_in"]
+    # Of a stack of streams the first norm reads what is predicted of one, which is no hook.
+    norms = [] if layout.n_streams > 1 else ["hook_resid_pre"]
+    norms += [*([after_attention] if after_attention else []), "hook_mlp_in"]
     wanted = ["hook_embed", *(["hook_pos_embed"] if family.pos_embed else [])]
     wanted += [f"blocks.{i}.hook_mlp_out" for i in range(layout.n_layers)]
     last = layout.final_residual

@@ -170,7 +170,8 @@ class FrozenModel:
                     now *= frozen.scale
                 if frozen.per_layer is not None:
                     yield Pulled(layer, "ple_out", stream.at_table(now))
-            end = stream.at_end(now, part)
+            past, end = stream.at_end(now, part)
+            del now  # where there is no stack, an edit makes another of `end`
             if layer < top:
                 written = yield from self._in_front_of_edits(f"{block}hook_mlp_out", end)
                 yield Pulled(layer, "mlp_out", written)
@@ -188,7 +189,7 @@ class FrozenModel:
                 frozen.ln1.add_backward(end, normed, part)
             if beside:
                 inject(layer, end, skipped)
-            now = stream.in_front(now, end, part)
+            now = stream.in_front(past, end, part)
             now = yield from self._in_front_of_stream_edits(f"{block}hook_resid_pre", now, stream)
         now = self.ends.at_embedding(now, part)
         yield from self._in_front_of_edits("hook_embed", now)
@@ -243,11 +244,12 @@ class FrozenModel:
         if layer < 0:
             now = self.ends.enter(written, rows)
         else:
-            stream, nothing = self.layers[layer].stream, torch.zeros_like(written)
+            stream = self.layers[layer].stream
             if where == "ple_out":
                 now = stream.of_table(written)
             else:
-                now = stream.out_of_layer(self.ends.enter(nothing, rows), nothing, written, rows)
+                nothing = self.ends.zeros(vectors, self.n_tokens)
+                now = stream.out_of_layer(nothing, stream.active(nothing), written, rows)
             now = self._stream_let_through(f"blocks.{layer}.hook_resid_post", now * self.layers[layer].scale, stream)
         read: dict[int, Tensor] = {}
         for index in range(layer + 1, min(until + 1, len(self.layers))):

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from scope.attribution.frozen_norm import FrozenNorm, norm_denominator
 
@@ -70,10 +70,10 @@ class FrozenStream:
         """From the gradient at the stack behind a layer to that at what its per-layer embedding wrote."""
         return gradient
 
-    def at_end(self, gradient: Tensor, rows: slice) -> Tensor:
-        """From the gradient at the stack behind a layer to that at what stands behind its MLP. What does not come from
-        there is left in the first, for `in_front`."""
-        return gradient
+    def at_end(self, gradient: Tensor, rows: slice) -> tuple[Tensor | None, Tensor]:
+        """From the gradient at the stack behind a layer to that at what stands behind its MLP, the second of two; the
+        first is what goes past the layer, for `in_front`, and None where nothing does."""
+        return None, gradient
 
     def at_attention(self, gradient: Tensor) -> Tensor:
         """From the gradient at `hook_resid_mid` to that at what attention wrote, which is that at what it was added
@@ -85,8 +85,8 @@ class FrozenStream:
         None where there is no branch."""
         return None
 
-    def in_front(self, rest: Tensor, at_read: Tensor, rows: slice) -> Tensor:
-        """The gradient at the stack in front of the layer, from what `at_end` left and that at what the layer read."""
+    def in_front(self, past: Tensor | None, at_read: Tensor, rows: slice) -> Tensor:
+        """The gradient at the stack in front of the layer, from what goes past it and that at what it read."""
         return at_read
 
 
@@ -114,8 +114,8 @@ class StreamEnds:
 class FrozenAltUp(FrozenStream):
     """AltUp and Laurel of one layer, with the router's coefficients and the norm's denominators as they were."""
 
-    stream: int
-    """The active one."""
+    active_index: int
+    """Which stream is the active one."""
     predict: Float[Tensor, "seq n_streams n_streams"]
     """P."""
     correct: Float[Tensor, "seq n_streams"]
@@ -125,15 +125,15 @@ class FrozenAltUp(FrozenStream):
     laurel_norm: FrozenNorm
 
     def active(self, stack: Tensor) -> Tensor:
-        return stack[..., self.stream, :]
+        return stack[..., self.active_index, :]
 
     def with_active(self, stack: Tensor, value: Tensor) -> Tensor:
-        stack[..., self.stream, :] = value
+        stack[..., self.active_index, :] = value
         return stack
 
     def into_layer(self, stack: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         predicted = torch.einsum("trs,...trd->...tsd", self.predict[rows], stack)
-        return predicted, predicted[..., self.stream, :].clone()
+        return predicted, predicted[..., self.active_index, :].clone()
 
     def behind_attention(self, read: Tensor, written: Tensor, normed: Tensor, rows: slice) -> Tensor:
         low = self.laurel_norm(normed @ self.laurel_left.T @ self.laurel_right.T, rows)
@@ -149,10 +149,10 @@ class FrozenAltUp(FrozenStream):
     def at_table(self, gradient: Tensor) -> Tensor:
         return gradient[..., 1:, :].sum(-2)
 
-    def at_end(self, gradient: Tensor, rows: slice) -> Tensor:
+    def at_end(self, gradient: Tensor, rows: slice) -> tuple[Tensor | None, Tensor]:
         end = torch.einsum("ts,...tsd->...td", self.correct[rows], gradient)
-        gradient[..., self.stream, :] -= end
-        return end
+        gradient[..., self.active_index, :] -= end
+        return gradient, end
 
     def at_attention(self, gradient: Tensor) -> Tensor:
         return gradient * 0.5**0.5
@@ -161,9 +161,10 @@ class FrozenAltUp(FrozenStream):
         low = self.laurel_norm.backward(gradient, rows)
         return gradient + low @ self.laurel_right @ self.laurel_left
 
-    def in_front(self, rest: Tensor, at_read: Tensor, rows: slice) -> Tensor:
-        rest[..., self.stream, :] += at_read
-        return torch.einsum("trs,...tsd->...trd", self.predict[rows], rest)
+    def in_front(self, past: Tensor | None, at_read: Tensor, rows: slice) -> Tensor:
+        assert past is not None
+        past[..., self.active_index, :] += at_read
+        return torch.einsum("trs,...tsd->...trd", self.predict[rows], past)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,17 +200,20 @@ class AltUpEnds(StreamEnds):
 
 
 class AltUpRecord:
-    """What AltUp's and Laurel's own modules had to say in one run of a prompt."""
+    """What AltUp's and Laurel's own modules said in one run of a prompt: a few numbers for each token."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.seen: dict[str, list[Tensor]] = {}
-        """By path of module: what it read or wrote, call by call, without the batch."""
+        self.denominators: dict[str, Float[Tensor, " seq"]] = {}
+        """By path of norm."""
+        self.squares: dict[str, Float[Tensor, " seq"]] = {}
+        """By path of a matrix that makes a stream: the mean square of what it made."""
+        self.routed: dict[str, list[Float[Tensor, "seq n_streams"]]] = {}
+        """By path of router: what it gave, in front of a layer and behind its MLP."""
 
     def norm_denominator(self, layer: int) -> Float[Tensor, " seq"]:
         """Of a layer's first norm, which reads what AltUp predicts of the active stream."""
-        path = self.model.layout.layer(layer, self.model.layout.family.ln1)
-        return norm_denominator(self.seen[path][0], False, self.model.hf.get_submodule(path).eps)
+        return self.denominators[self.model.layout.layer(layer, self.model.layout.family.ln1)]
 
     def stream(self, layer: int) -> FrozenAltUp:
         """One layer's way with the stack."""
@@ -217,19 +221,17 @@ class AltUpRecord:
         altup = hf.get_submodule(layout.layer(layer, "altup"))
         laurel = hf.get_submodule(layout.layer(layer, "laurel"))
         n = layout.n_streams
-        before, after = (
-            torch.tanh(routed.float()) for routed in self.seen[layout.layer(layer, "altup.modality_router")]
-        )
+        before, after = (torch.tanh(one.float()) for one in self.routed[layout.layer(layer, "altup.modality_router")])
         coefficients = (before @ altup.prediction_coefs.weight.float().T).unflatten(-1, (n, n)).mT
         norm = laurel.post_laurel_norm
-        low = self.seen[layout.layer(layer, "laurel.post_laurel_norm")][0]
+        denominator = self.denominators[layout.layer(layer, "laurel.post_laurel_norm")]
         return FrozenAltUp(
             layout.active_stream,
             coefficients + torch.eye(n, device=coefficients.device),
             after @ altup.correction_coefs.weight.float().T + 1.0,
             laurel.linear_left.weight.detach().float(),
             laurel.linear_right.weight.detach().float(),
-            FrozenNorm(norm.weight.detach().float(), norm_denominator(low, False, norm.eps), False, None),
+            FrozenNorm(norm.weight.detach().float(), denominator, False, None),
         )
 
     def ends(self, embedding: Float[Tensor, "seq d_model"], stack: Float[Tensor, "seq n_streams d_model"]) -> AltUpEnds:
@@ -247,10 +249,7 @@ class AltUpRecord:
         path = self.model.layout.module(name)
         modules = self.model.hf.get_submodule(path)
         length = first.float().square().mean(-1).sqrt()
-        others = [
-            length / self.seen[f"{path}.{s}"][0].float().square().mean(-1).clamp_min(SMALLEST).sqrt()
-            for s in range(len(modules))
-        ]
+        others = [length / self.squares[f"{path}.{s}"].clamp_min(SMALLEST).sqrt() for s in range(len(modules))]
         return tuple(one.weight.detach().float() for one in modules), torch.stack(others, dim=-1)
 
 
@@ -263,19 +262,24 @@ def altup_recorded(model: Any) -> Iterator[AltUpRecord | None]:
         return
     record = AltUpRecord(model)
     layers = range(layout.n_layers)
-    reads = [layout.layer(i, path) for i in layers for path in (layout.family.ln1, "laurel.post_laurel_norm")]
-    writes = [layout.layer(i, "altup.modality_router") for i in layers]
-    for name in ("altup_projections", "altup_unembed_projections"):
-        writes += [f"{layout.module(name)}.{s}" for s in range(layout.n_streams - 1)]
+    norms = [layout.layer(i, path) for i in layers for path in (layout.family.ln1, "laurel.post_laurel_norm")]
+    routers = [layout.layer(i, "altup.modality_router") for i in layers]
+    ends = [layout.module(name) for name in ("altup_projections", "altup_unembed_projections")]
+    matrices = [f"{end}.{s}" for end in ends for s in range(layout.n_streams - 1)]
 
-    def keep(path: str, of_input: bool) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            record.seen.setdefault(path, []).append((args[0] if of_input else output)[0].detach().clone())
+    def keep(path: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            if path in norms:
+                record.denominators[path] = norm_denominator(args[0][0], False, module.eps)
+            elif path in routers:
+                record.routed.setdefault(path, []).append(output[0])
+            else:
+                record.squares[path] = output[0].float().square().mean(-1)
 
         return hook
 
-    handles = [model.hf.get_submodule(path).register_forward_hook(keep(path, True)) for path in reads]
-    handles += [model.hf.get_submodule(path).register_forward_hook(keep(path, False)) for path in writes]
+    paths = [*norms, *routers, *matrices]
+    handles = [model.hf.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
     try:
         yield record
     finally:

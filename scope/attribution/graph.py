@@ -204,14 +204,12 @@ class _Expansion:
         directions = read.frozen.model.W_U[read.logit_ids].float() - read.mean_unembedding
         places = torch.full((n_logits,), last, device=directions.device)
         gradients = read.frozen.at_logits(directions, places)
-        self._expand(
-            [read.n_sources + number for number in range(n_logits)],
-            torch.full((n_logits,), len(read.frozen.layers), device=places.device),
-            places,
-            gradients,
-            read.logit_values.tolist(),
-            self._logit_biases(directions),
-        )
+        layers = torch.full_like(places, len(read.frozen.layers))
+        values, biases = read.logit_values.tolist(), self._logit_biases(directions)
+        for start in range(0, n_logits, settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            numbers = [read.n_sources + number for number in range(n_logits)[part]]
+            self._expand(numbers, layers[part], places[part], gradients[part], values[part], biases[part])
         done = torch.zeros(n_features, dtype=torch.bool, device=places.device)
         while int(done.sum()) < budget:
             tell("expanding features", int(done.sum()), budget)

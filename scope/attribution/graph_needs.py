@@ -119,7 +119,7 @@ class GraphNeeds:
         through = (self.n_gradients - 1) * stream + 4 * b * t * width + at_values + max(chunk, stream + at_values)
         most = int(2 * self.l0 / self.n_layers + 1)  # features of a token in one layer
         found = min(t, POSITION_CHUNK) * most * (d * (4 + self.itemsize) + 12 * b)
-        found += stream + 2 * 4 * b * self._firing // self.n_layers
+        found += self.n_streams * stream + 2 * 4 * b * self._firing // self.n_layers
         return edges + max(through, found, stream + 2 * edges)
 
 

@@ -131,7 +131,7 @@ def qk_pairs(
     outputs = [f"blocks.{i}.hook_attn_out" for i in range(layer)]
     rotation, seen = _rotation(model, tokens, layer, [*own.values(), *outputs])
     kv_head = head // frozen.attention.group
-    attention_out = [seen[name] for name in outputs]
+    attention_out = [seen[name].float() for name in outputs]
     query_side = _Side(model, layer, "q", head, seen[own["q"]], rotation)
     key_side = _Side(model, owner, "k", kv_head, seen[own["k"]], rotation)
     written = _Written(read, attention_out, owner)
