@@ -154,8 +154,8 @@ def node_heads(
     for index, (gradient,) in way.attn_out.items():
         alone += float(gradient @ read.attention_biases[index][at])
         owner = frozen.layers[index].values_from
-        normed, bias = seen[norms[owner]][: at + 1].float(), frozen.layers[owner].ln1.bias
-        found[index] = _by_key(frozen, index, normed if bias is None else normed - bias, at, gradient)
+        normed = frozen.layers[owner].ln1.without_bias(seen[norms[owner]][: at + 1].float())
+        found[index] = _by_key(frozen, index, normed, at, gradient)
         for edit, at_heads in _at_heads(frozen, index, at, gradient)[1]:
             found[index][:, at] += (at_heads * edit.constant[at]).unflatten(0, (len(found[index]), -1)).sum(-1)
     return _table(alone, found)

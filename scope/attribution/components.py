@@ -190,9 +190,9 @@ class _Parts:
         here = slice(at, at + 1)
         across = self._across(way.mlp_out) if self.mlp is not None else {}
         for index in range(first, len(frozen.layers)):
-            layer, bias = frozen.layers[index], frozen.layers[frozen.layers[index].values_from].ln1.bias
+            layer = frozen.layers[index]
             normed = self.seen[f"blocks.{layer.values_from}.ln1.hook_out"][: at + 1]
-            heads = layer.attention.heads(normed if bias is None else normed - bias, here)
+            heads = layer.attention.heads(frozen.layers[layer.values_from].ln1.without_bias(normed), here)
             if layer.ln1_post is not None:
                 heads = layer.ln1_post(heads, here)
             for head, written in enumerate(heads[:, 0]):

@@ -112,15 +112,11 @@ class FrozenModel:
 
     def at_mlp_input(self, layer: int, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Tensor:
         """Directions at what the MLP of a layer reads, as gradients at the residual stream before its norm."""
-        norm = self.layers[layer].ln2
-        scaled = directions * norm.gain / norm.denominator[positions, None]
-        return scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled
+        return self.layers[layer].ln2.backward(directions, positions)
 
     def at_logits(self, directions: Float[Tensor, "n d_model"], positions: Tensor) -> Float[Tensor, "n d_model"]:
         """Directions at what the unembedding reads, as gradients at the residual stream before the final norm."""
-        norm = self.final_norm
-        scaled = directions * norm.gain / norm.denominator[positions, None]
-        return scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled
+        return self.final_norm.backward(directions, positions)
 
     def pull_back(
         self,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = ["FrozenNorm", "norm_denominator"]
@@ -23,8 +23,14 @@ class FrozenNorm:
             x = x - x.mean(-1, keepdim=True)
         return x * self.gain / self.denominator[rows, None]
 
-    def backward(self, gradient: Float[Tensor, "*batch n d_model"], rows: slice) -> Float[Tensor, "*batch n d_model"]:
-        """The gradient at the norm's input."""
+    def without_bias(self, output: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the model's norm gave, without its bias."""
+        return output if self.bias is None else output - self.bias
+
+    def backward(
+        self, gradient: Float[Tensor, "*batch n d_model"], rows: slice | Int[Tensor, " n"]
+    ) -> Float[Tensor, "*batch n d_model"]:
+        """The gradient at the norm's input, for the rows of some positions."""
         gradient = gradient * (self.gain / self.denominator[rows, None])
         return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
 

@@ -241,8 +241,8 @@ class _Written:
         norm = frozen.layers[self.until].ln1
         directions = norm.backward(side.directions(position)[:, None], slice(position, position + 1))[:, 0]
         way = along_the_stream(frozen, directions, position, self.until, "attention", skips=False)
-        nodes, parts = [PairNode("embedding")], [frozen.embedding[position] @ way.embedding.T]
-        features = torch.zeros(0, len(directions), device=directions.device)
+        nodes, features, others = [PairNode("embedding")], [], []
+        embedding, bias = frozen.embedding[position] @ way.embedding.T, side.bias(norm, position)
         rests = [layer.mlp_out[position] for layer in frozen.layers[: self.until]]
         for index in self.layers:
             firing = read.firing[index]
@@ -256,9 +256,7 @@ class _Written:
                     rests[place] = rests[place] - rows.sum(0)
                     total += rows @ way.mlp_out[place].T
             nodes += [PairNode("feature", index, feature) for feature in ids.tolist()]
-            features = torch.cat([features, total])
-        bias = side.bias(norm, position)
-        others = []
+            features.append(total)
         for index, rest in enumerate(rests):
             error, own_bias = read.errors[index][position], read.mlp_biases.get(index)
             own_bias = torch.zeros_like(error) if own_bias is None else own_bias
@@ -273,8 +271,8 @@ class _Written:
             if per_layer is not None:
                 nodes.append(PairNode("table", index))
                 others.append(per_layer.table[position] @ way.ple_out[index].T)
-                parts[0] = parts[0] + per_layer.projection[position] @ way.ple_out[index].T
-        return [*nodes, PairNode("bias")], torch.cat([parts[0][None], features, torch.stack([*others, bias])])
+                embedding = embedding + per_layer.projection[position] @ way.ple_out[index].T
+        return [*nodes, PairNode("bias")], torch.cat([embedding[None], *features, torch.stack([*others, bias])])
 
 
 class _Side:
