@@ -106,6 +106,8 @@
       sample("dot feature", "feature (larger: more influence)");
       sample("dot error", "error");
       sample("dot embedding", "embedding");
+      this.tables = sample("dot table", "what a layer's own table wrote");
+      this.tables.hidden = true;
       this.edited = sample("dot intervention", "what an intervention puts there");
       this.edited.hidden = true;
       this.verdicts = sample("line fails", "does not hold in the model");

@@ -50,6 +50,7 @@
         if (visit !== this.visit || !this.box.isConnected) return;
         this.data = data;
         this.place = new Map(data.nodes.id.map((id, n) => [id, n]));
+        this.tables.hidden = !data.nodes.kind.includes("table");
         this.edited.hidden = !data.nodes.kind.includes("intervention");
         this.verdicts.hidden = !data.nodes.holds.concat(data.edges.holds).some((one) => one !== null);
         this.draw();

@@ -1,6 +1,7 @@
 """The circuit page in a browser: a graph of five hundred nodes made up, and one made, verified and split there."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -10,12 +11,15 @@ import helpers_dashboards as fakes
 import pytest
 from helpers_browser import query, serious
 from helpers_circuits import made_graph
-from helpers_models import one_thread
+from helpers_models import one_thread, tiny_model
+from test_attribution_graph import prompt_of, transcoders
 from test_dashboards_circuits import dictionary_folder
 
 from dashboards.circuits import Circuits
 from dashboards.context import Context
+from scope.attribution.graph import build_graph
 from scope.attribution.graph_json import load_graph, save_graph
+from scope.attribution.graph_settings import GraphSettings
 from scope.interventions import Intervention, InterventionSpec
 from scope.workspace import Workspace
 
@@ -239,6 +243,7 @@ def test_a_graph_is_made_verified_and_split_on_the_page(
     page.wait_for_selector(SVG)
     assert "the-cat-sat-on-the-mat" in page.text_content("h1")
     assert page.is_hidden(".circuit-sample .fails")
+    assert page.is_hidden(".circuit-sample .table")
     # No index has these features: that is said, with the command that makes one.
     page.locator(FEATURE).first.click()
     page.wait_for_selector("#circuit-panel .circuit-examples .code")
@@ -257,6 +262,22 @@ def test_a_graph_is_made_verified_and_split_on_the_page(
     page.wait_for_selector("#circuit-heads-result tbody tr")
     assert query(page)["edge"] == edge
     page.wait_for_selector(".circuit-verified .circuit-agreement")
+    opened.check()
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4"])
+def test_nodes_of_layers_own_tables_are_drawn_and_explained(
+    visit: Callable, serve: Callable, tmp_path: Path, kind: str
+) -> None:
+    workspace, model = Workspace(tmp_path / "w"), tiny_model(kind)
+    settings = GraphSettings(max_features=20)
+    graph = build_graph(model, prompt_of(model, 5), transcoders(model), settings)
+    save_graph(graph, workspace.path_for("circuit-graph", "tables"), 1.0)
+    opened = visit(server=serve(workspace))
+    page = opened.open("/circuit?graph=tables", SVG)
+    assert page.is_visible(".circuit-sample .table")
+    label = page.locator(".node.kind-table").first.get_attribute("aria-label")
+    assert re.match(r"L\d table at “", label)
     opened.check()
 
 
